@@ -1,0 +1,1 @@
+"""Hydra's configuration, one object per file; installed as ``lightning_mimic.conf``."""

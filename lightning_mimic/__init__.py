@@ -1,0 +1,17 @@
+"""The mimic score for PyTorch Lightning: weight and select samples by how they move a model to a reference."""
+
+from lightning_mimic.callbacks import GradMimic
+from lightning_mimic.data import WithIds, collate_with_ids
+from lightning_mimic.ledger import Ledger, LedgerError
+from lightning_mimic.reference import ReferenceLoadError
+from lightning_mimic.version import __version__
+
+__all__ = [
+    "GradMimic",
+    "Ledger",
+    "LedgerError",
+    "ReferenceLoadError",
+    "WithIds",
+    "__version__",
+    "collate_with_ids",
+]

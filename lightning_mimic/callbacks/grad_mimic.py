@@ -1,0 +1,304 @@
+"""The callback: added to a Trainer, it scores every sample and re-weights every batch."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from lightning_mimic.callbacks.batch import Ids, sample_ids
+from lightning_mimic.callbacks.recorder import ScoreRecorder
+from lightning_mimic.callbacks.session import Escaping, OnNonfinite, Scope, Session
+from lightning_mimic.callbacks.support import check_packages, check_support, gather_errors
+from lightning_mimic.gradients import Direction, LayerGradients, nearest_names, owning_layer, select_parameters
+from lightning_mimic.ledger import Flag, LedgerError, LedgerWriter, note_run, open_run
+from lightning_mimic.reference import (
+    ReferenceLoadError,
+    ReferenceSource,
+    fingerprint,
+    match_reference,
+    read_reference,
+)
+from lightning_mimic.scorers import SoftmaxWeighting
+from lightning_mimic.version import __version__
+
+
+class GradMimic(Callback):
+    """Weights every sample by how far a descent step on it moves the model towards a reference.
+
+    Per sample *i* of a micro-batch, over all ranks: ``mᵢ = −⟨∇ℓᵢ, v⟩/‖v‖`` with ``v = θ_ref − θ``, then
+    ``wᵢ = softmax(m/τ)ᵢ``, then the step ``θ ← θ − η Σ wᵢ ∇ℓᵢ``. Scoring and weighting happen in a hook inside
+    the one backward pass; clipping, accumulation, mixed precision and DDP go on as they were. Logs
+    ``mimic/score_mean``, ``mimic/ess`` (effective sample size), ``mimic/direction_norm`` and
+    ``mimic/misaligned`` (share of negative scores).
+
+    Args:
+        reference: A checkpoint's path (``.ckpt``, ``.pt``, ``.safetensors``), a module or a state dict. Samples
+            that trained it get flattering scores: do not score them.
+        parameters: Whose direction counts: a module path (``"head"``), a parameter name (``"head.weight"``), a
+            glob, or a list; all of one ``nn.Linear`` or ``nn.Conv2d``.
+        temperature: τ of the softmax, in the score's unit, loss per unit of weight distance.
+        min_ess: Floor on the effective sample size as a fraction of the batch; raises τ for a batch that would
+            fall below. 0: none.
+        scope: ``"loss"``: weights reach all that a sample's gradient reaches. ``"target"``: the chosen
+            parameters only, all else gets the plain mean.
+        escaping: Trainable parameters that the loss reaches around the layer: ``"refuse"`` names them in an
+            error, ``"plain"`` lets them have the plain mean.
+        reweight: ``False``: only score; training stays what it is without the callback, to the bit.
+        ledger: Directory for the scores, one row per sample and scoring; needs ids in the batch (``WithIds``,
+            a key ``"id"``, or ``id_from``).
+        id_from: From a batch to its ids.
+        on_nonfinite: A sample whose loss is not finite: ``"mask"`` gives it weight 0, ``"raise"`` stops (at one
+            host sync per step).
+
+    Raises:
+        ValueError: An argument, or at the start of ``fit`` the reference, the parameters, the trainer or the
+            ledger are not usable; the message says what was given, what was expected and the fix.
+
+    Example:
+        >>> import lightning as L
+        >>> callback = GradMimic(reference="clean.ckpt", parameters="head", ledger="scores/")
+        >>> trainer = L.Trainer(callbacks=[callback], accelerator="cpu", logger=False)
+
+    Source: Huang et al., *Evaluating Sample Utility for Efficient Data Selection by Mimicking Model Weights*,
+    arXiv 2501.06708.
+    """
+
+    def __init__(
+        self,
+        reference: ReferenceSource,
+        parameters: str | Sequence[str],
+        *,
+        temperature: float = 1.0,
+        min_ess: float = 0.25,
+        scope: Scope = "loss",
+        escaping: Escaping = "refuse",
+        reweight: bool = True,
+        ledger: str | Path | None = None,
+        id_from: Callable[[Any], Ids] | None = None,
+        on_nonfinite: OnNonfinite = "mask",
+    ) -> None:
+        for name, value, kind in (
+            ("scope", scope, Scope),
+            ("escaping", escaping, Escaping),
+            ("on_nonfinite", on_nonfinite, OnNonfinite),
+        ):
+            if value not in get_args(kind):
+                raise ValueError(f"`{name}` is {value!r}; {nearest_names(str(value), get_args(kind))}.")
+        self.reference = reference
+        self.parameters = parameters
+        self.weighting = SoftmaxWeighting(temperature, min_ess)
+        self.scope = scope
+        self.escaping = escaping
+        self.reweight = reweight
+        self.ledger = None if ledger is None else Path(ledger)
+        self.id_from = id_from
+        self.on_nonfinite = on_nonfinite
+        self._run: str | None = None
+        self._attempt = 0
+        self._session: Session | None = None
+        self._recorder: ScoreRecorder | None = None
+        self._ids: Ids | None = None
+        self._place = (0, 0, 0)
+        self._config: dict[str, Any] = {}
+        self._checked_epoch = -1
+
+    def should_score(self, trainer: pl.Trainer) -> bool:
+        """Whether the batch that starts now is scored and re-weighted; override for a schedule.
+
+        Must say the same on every rank. Batches that are not scored train plainly.
+        """
+        return True
+
+    # Lightning's hooks, in the order in which they come
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        check_packages(trainer, pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        error = None
+        try:
+            self._attach(trainer, pl_module)
+        except ValueError as caught:
+            error = caught
+        failures = gather_errors(error)
+        if error is not None:
+            raise error
+        if failures:
+            raise ReferenceLoadError(f"another rank could not start: {failures[0]}")
+        self._recorder = ScoreRecorder(self._open_ledger(trainer))
+        self._checked_epoch = -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._session is not None
+        assert self._recorder is not None
+        if self._session.at_reference():
+            self._recorder.warn({Flag.ZERO_DIRECTION: 0})
+        started = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if started and not hasattr(trainer.train_dataloader, "state_dict"):
+            warnings.warn(
+                f"resumed after {started} batches of epoch {trainer.current_epoch}, but the loader starts that epoch's "
+                "data again: some of its samples are scored twice and others not at all. A loader with `state_dict` "
+                "goes on where it stopped.",
+                stacklevel=2,
+            )
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._session is not None
+        self._session.reset()
+        self._place = (trainer.current_epoch, trainer.global_step, batch_idx)
+        if self.should_score(trainer):
+            self._ids = self._read_ids(batch)
+            self._session.arm(batch, self._ids)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        # Inert outside our own training batches (a learning-rate finder runs others).
+        if self._session is None or not self._session.active:
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        factor = torch.ones((), device=loss.device) / trainer.accumulate_grad_batches
+        if scaler is not None:
+            factor = scaler.scale(factor)
+        # Once per epoch, because a schedule may have unfrozen parameters.
+        check = self._checked_epoch != trainer.current_epoch
+        kind = self._session.before_backward(loss, factor, scaled=scaler is not None, check=check)
+        if kind is not None and self._checked_epoch < 0 and self._writes(trainer) and trainer.is_global_zero:
+            assert self.ledger is not None
+            note_run(self.ledger, self._attempt, {"score_kind": kind, "data": _describe(trainer.train_dataloader)})
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._session is not None
+        assert self._recorder is not None
+        scored = self._session.finish()
+        if scored is None:
+            return
+        columns, figures = scored
+        if self._checked_epoch != trainer.current_epoch:
+            self._session.check_losses()
+            self._checked_epoch = trainer.current_epoch
+        if isinstance(outputs, dict):
+            columns |= {k: outputs[k].detach() for k in ("label", "predicted") if isinstance(outputs.get(k), Tensor)}
+        self._recorder.add(*self._place, self._ids, columns)
+        self._session.reset()
+        pl_module.log_dict(figures, prog_bar=True, on_step=True, on_epoch=False, batch_size=len(columns["flag"]))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._recorder is not None
+        self._recorder.flush()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._recorder is not None
+        self._recorder.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        try:
+            if self._recorder is not None:
+                self._recorder.close()
+        except LedgerError as error:
+            # The exception under way is the one to raise.
+            warnings.warn(str(error), stacklevel=2)
+        finally:
+            self._detach()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._recorder is None or self._run is None:
+            return {}
+        # What a checkpoint has trained on, the ledger holds.
+        self._recorder.flush()
+        return {"run": self._run, "attempt": self._attempt}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._run = state_dict["run"]
+
+    # What they delegate to
+
+    def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Checks everything that can be checked before training, and hooks the layer."""
+        check_support(trainer, pl_module)
+        targets = select_parameters(pl_module, self.parameters)
+        name, layer = owning_layer(pl_module, targets)
+        LayerGradients.check(name, layer)
+        if self.scope == "target" and not all(p.requires_grad for p in targets.values()):
+            raise ValueError(f"`scope='target'` weights the gradients of {name!r}, but they are frozen.")
+        reference = match_reference(read_reference(self.reference), targets)
+        self._config = {
+            "reference": fingerprint(reference),
+            "parameters": list(targets),
+            "temperature": self.weighting.temperature,
+            "min_ess": self.weighting.min_ess,
+            "scope": self.scope,
+            "reweight": self.reweight,
+            "world_size": trainer.world_size,
+        }
+        self._session = Session(
+            pl_module,
+            name,
+            targets,
+            Direction(reference, targets),
+            self.weighting,
+            scope=self.scope,
+            escaping=self.escaping,
+            reweight=self.reweight,
+            on_nonfinite=self.on_nonfinite,
+        )
+
+    def _detach(self) -> None:
+        if self._session is not None:
+            self._session.remove()
+        self._session = self._recorder = self._ids = None
+
+    def _writes(self, trainer: pl.Trainer) -> bool:
+        # A development run leaves nothing behind that a real run would trip over.
+        return self.ledger is not None and not trainer.fast_dev_run  # type: ignore[attr-defined]
+
+    def _open_ledger(self, trainer: pl.Trainer) -> LedgerWriter | None:
+        if not self._writes(trainer):
+            return None
+        assert self.ledger is not None
+        opened: tuple[str, int] | str = ""
+        if trainer.is_global_zero:
+            try:
+                opened = open_run(
+                    self.ledger, self._config, trainer.global_step, self._run, {"package_version": __version__}
+                )
+            except LedgerError as error:
+                opened = str(error)
+        opened = trainer.strategy.broadcast(opened)
+        if isinstance(opened, str):
+            raise LedgerError(opened)
+        self._run, self._attempt = opened
+        return LedgerWriter(self.ledger, self._attempt, trainer.global_rank)
+
+    def _read_ids(self, batch: Any) -> Ids | None:
+        if self.ledger is None and self.id_from is None:
+            return None
+        ids = sample_ids(batch, self.id_from)
+        if ids is None and self.ledger is not None:
+            raise ValueError(
+                f"`ledger`: the batch (a {type(batch).__name__}) carries no ids, and row numbers would name other "
+                "samples after a shuffle. Use DataLoader(WithIds(dataset), collate_fn=collate_with_ids), a key 'id' in "
+                "the batch, or `id_from=`."
+            )
+        return ids
+
+
+def _describe(loader: Any) -> dict[str, Any]:
+    """What data a run was scored on, as far as a loader tells."""
+    dataset = getattr(loader, "dataset", None)
+    dataset = getattr(dataset, "dataset", dataset)  # below WithIds or a Subset
+    try:
+        samples = len(loader.dataset)
+    except (AttributeError, TypeError):
+        samples = None
+    return {"dataset": f"{type(dataset).__module__}.{type(dataset).__qualname__}", "samples": samples}

@@ -1,0 +1,61 @@
+"""Which rows of a micro-batch count, what is wrong with the others, and the weights that follow."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_mimic.ledger import Flag
+from lightning_mimic.scorers import BatchWeights, SoftmaxWeighting
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a micro-batch's scores came to; tensors of shape ``(B,)`` on their device.
+
+    Attributes:
+        scores: NaN where a row has none.
+        weights: The weights and the figures over all ranks.
+        flags: Codes of :class:`~lightning_mimic.ledger.Flag`.
+        masked: Rows to be taken out of the gradient.
+    """
+
+    scores: Tensor
+    weights: BatchWeights
+    flags: Tensor
+    masked: Tensor
+
+
+def judge(
+    scores: Tensor, clean: Tensor | None, vanishes: Tensor, weighting: SoftmaxWeighting, *, scaled: bool
+) -> Judgement:
+    """Weighs the rows whose score can be trusted and flags the others.
+
+    Args:
+        scores: Shape ``(B,)``; anything may stand in them.
+        clean: Rows whose sample and loss are finite, where that is known.
+        vanishes: Boolean scalar, the direction is zero.
+        weighting: Makes weights of scores.
+        scaled: A gradient scaler is at work: a row that is not finite has then overflowed and must pass, so
+            that the scaler sees it and lowers its scale.
+
+    Returns:
+        The judgement. When no row of any rank counts, nothing is masked: the loss goes through as it is.
+    """
+    finite = torch.isfinite(scores)
+    clean = torch.ones_like(finite) if clean is None else clean
+    broken = ~clean if scaled else ~(clean & finite)
+    counts = clean & finite
+    # At the reference every direction is as good: equal scores, equal weights.
+    weights = weighting(torch.where(vanishes, torch.zeros_like(scores), scores), counts)
+    flags = torch.full_like(scores, Flag.OK, dtype=torch.int8)
+    flags[weights.batch_size.expand_as(scores) == 1] = Flag.ALONE
+    flags[vanishes.expand_as(finite)] = Flag.ZERO_DIRECTION
+    flags[~finite] = Flag.OVERFLOW
+    flags[broken] = Flag.NONFINITE_LOSS
+    return Judgement(
+        scores=torch.where(counts & ~vanishes, scores, torch.full_like(scores, torch.nan)),
+        weights=weights,
+        flags=flags,
+        masked=broken & (weights.counted > 0),
+    )

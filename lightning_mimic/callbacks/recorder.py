@@ -1,0 +1,103 @@
+"""Keeps what a fit scores on the device, and brings it to the ledger now and then."""
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_mimic.callbacks.batch import Ids
+from lightning_mimic.ledger import Flag, LedgerWriter
+
+_WARNINGS = {
+    Flag.NONFINITE_LOSS: "{n} samples had a loss that is not finite; they got weight 0 and no score.",
+    Flag.ZERO_DIRECTION: "the model stands at its reference, so there is no direction: uniform weights, no scores. "
+    "If it started there, start from other weights or choose another reference.",
+    Flag.ALONE: "a micro-batch held a single sample; its weight is 1 and no reweighting is possible.",
+}
+
+
+class ScoreRecorder:
+    """Collects the columns of every scored micro-batch; one host sync per flush, none per step.
+
+    Args:
+        writer: Where the rows go; ``None`` keeps only the flags, for the warnings.
+        flush_every: Scored micro-batches between two flushes.
+    """
+
+    def __init__(self, writer: LedgerWriter | None, flush_every: int = 100) -> None:
+        self._writer = writer
+        self._flush_every = flush_every
+        self._places: list[tuple[int, int, int, Ids | None]] = []
+        self._columns: list[dict[str, Tensor]] = []
+        self._warned: set[Flag] = set()
+
+    def add(self, epoch: int, step: int, batch: int, ids: Ids | None, columns: Mapping[str, Tensor]) -> None:
+        """Adds one micro-batch.
+
+        Args:
+            epoch: Of the rows.
+            step: Optimizer steps done before.
+            batch: Index of the micro-batch.
+            ids: One per row; needed with a writer.
+            columns: Ledger columns of shape ``(B,)`` on the device, ``flag`` as the codes of ``Flag``.
+        """
+        self._places.append((epoch, step, batch, ids))
+        self._columns.append(dict(columns) if self._writer else {"flag": columns["flag"]})
+        if len(self._columns) >= self._flush_every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Brings everything to the host, commits it and warns of what was flagged, once per kind."""
+        places, columns = self._places, self._columns
+        self._places, self._columns = [], []
+        host = _to_host(columns)
+        for (epoch, step, batch, ids), rows in zip(places, host, strict=True):
+            count = len(rows["flag"])
+            flags = [Flag(code) for code in rows["flag"].tolist()]
+            self.warn(Counter(flags))
+            if self._writer is None:
+                continue
+            arrays = {name: rows[name].numpy() if name in rows else None for name in _OPTIONAL}
+            self._writer.append(
+                arrays
+                | {
+                    "id": ids.tolist() if isinstance(ids, Tensor) else list(ids or ()),
+                    "epoch": [epoch] * count,
+                    "step": [step] * count,
+                    "batch": [batch] * count,
+                    "position": range(count),
+                    "flag": [flag.name.lower() for flag in flags],
+                }
+            )
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Commits the rest, or raises."""
+        self.flush()
+        if self._writer is not None:
+            self._writer.close()
+
+    def warn(self, flags: Mapping[Flag, int]) -> None:
+        """Warns of flagged rows, once per kind of flag."""
+        for flag, count in flags.items():
+            if flag in _WARNINGS and flag not in self._warned:
+                self._warned.add(flag)
+                warnings.warn(_WARNINGS[flag].format(n=count), stacklevel=2)
+
+
+_OPTIONAL = ("score", "weight", "loss", "batch_size", "label", "predicted")
+
+
+def _to_host(columns: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The same columns on the CPU, by one transfer per column instead of one per micro-batch."""
+    host: list[dict[str, Tensor]] = [{} for _ in columns]
+    for name in {name for rows in columns for name in rows}:
+        holders = [i for i, rows in enumerate(columns) if name in rows]
+        parts = [columns[i][name].detach() for i in holders]
+        joined = torch.cat(parts).cpu()
+        for i, part in zip(holders, joined.split([len(p) for p in parts]), strict=True):
+            host[i][name] = part
+    return host

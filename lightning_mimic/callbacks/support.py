@@ -1,0 +1,47 @@
+"""Which trainers and modules the callback can serve; the others are refused in a sentence."""
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+
+
+def check_packages(trainer: object, module: object) -> None:
+    """Raises ``TypeError`` when trainer or module come from the other of Lightning's two packages."""
+    for role, thing, kind in (("Trainer", trainer, pl.Trainer), ("module", module, pl.LightningModule)):
+        if not isinstance(thing, kind):
+            raise TypeError(
+                f"GradMimic is a callback of the package `lightning`, but the {role} is a "
+                f"{type(thing).__module__}.{type(thing).__name__}. Import both from `lightning` (`import lightning as "
+                "L`); `pytorch_lightning` is another package, and their classes do not mix."
+            )
+
+
+def check_support(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Raises ``ValueError`` for strategies and optimizers under which weights or scores would be wrong."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+        raise ValueError(
+            f"GradMimic runs on a single device and under DDP; {type(strategy).__name__} splits or replaces "
+            "parameters and gradients in ways that are not tested with it. Use strategy='ddp'."
+        )
+    elsewhere = (
+        "The functions in lightning_mimic.gradients and lightning_mimic.scorers serve training loops of your own."
+    )
+    if not module.automatic_optimization:
+        raise ValueError(f"GradMimic needs automatic optimization; {type(module).__name__} steps by hand. {elsewhere}")
+    if len(trainer.optimizers) != 1:
+        raise ValueError(f"GradMimic needs one optimizer, and there are {len(trainer.optimizers)}. {elsewhere}")
+    if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
+        raise ValueError(
+            f"LBFGS evaluates a batch several times per step, which GradMimic does not follow. {elsewhere}"
+        )
+
+
+def gather_errors(error: Exception | None) -> list[str]:
+    """What went wrong on each rank, so that all of them stop together and none waits for another."""
+    message = None if error is None else str(error)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [] if message is None else [message]
+    messages: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(messages, message)
+    return [f"rank {rank}: {text}" for rank, text in enumerate(messages) if text is not None]

@@ -1,0 +1,1 @@
+"""The commands: compose a configuration, instantiate, call. The only importer of Hydra."""

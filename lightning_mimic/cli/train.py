@@ -1,0 +1,43 @@
+"""``mimic-train``: train a model, with or without Grad-Mimic, from a Hydra configuration."""
+
+from pathlib import Path
+
+import hydra
+import lightning as L
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+
+def train(config: DictConfig) -> L.Trainer:
+    """Builds what the configuration names, trains, tests and saves.
+
+    Args:
+        config: As composed from ``conf/train.yaml``.
+
+    Returns:
+        The trainer, with the model, its callbacks and ``callback_metrics``.
+    """
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    data, model = instantiate(config.data), instantiate(config.model)
+    callbacks = [instantiate(config.mimic)] if config.get("mimic") else []
+    logger = instantiate(config.logger) if config.get("logger") else False
+    trainer: L.Trainer = instantiate(config.trainer, callbacks=callbacks, logger=logger)
+    for each in trainer.loggers:
+        # Plain containers: a checkpoint must not hold objects that need code to be read.
+        each.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+    trainer.fit(model, datamodule=data, ckpt_path=config.resume)
+    if config.test:
+        trainer.test(model, datamodule=data)
+    if config.save_to and not config.trainer.get("fast_dev_run"):
+        trainer.save_checkpoint(Path(config.save_to))
+    return trainer
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name="train")
+def main(config: DictConfig) -> None:
+    """The command line."""
+    train(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Offline: from recorded scores to decisions."""

@@ -1,0 +1,98 @@
+"""Label noise with a generator of its own and a known mask."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class SymmetricNoise:
+    """Gives ``int(rate · n)`` labels, drawn without replacement, another class drawn uniformly.
+
+    Args:
+        rate: Share of wrong labels, 0 to 1.
+        seed: Of its own generator; the global one is not touched.
+
+    Raises:
+        ValueError: A rate outside 0 to 1.
+
+    Example:
+        >>> labels = torch.zeros(10, dtype=torch.int64)
+        >>> noisy, wrong = SymmetricNoise(rate=0.4, seed=0)(labels, num_classes=3)
+        >>> int(wrong.sum()), bool((noisy != labels).eq(wrong).all())
+        (4, True)
+    """
+
+    def __init__(self, rate: float = 0.0, seed: int = 0) -> None:
+        self.rate = _checked(rate)
+        self.seed = seed
+
+    def __call__(self, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+        """Noisy labels and the mask of wrong ones.
+
+        Args:
+            labels: int64, shape ``(n,)``.
+            num_classes: At least 2 where the rate is above 0.
+
+        Returns:
+            Labels, and boolean of the same shape, ``True`` where the label is now wrong.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        wrong = _drawn(len(labels), self.rate, generator)
+        shift = torch.randint(1, max(num_classes, 2), labels.shape, generator=generator)
+        return torch.where(wrong, (labels + shift) % num_classes, labels), wrong
+
+
+class AsymmetricNoise:
+    """Gives ``int(rate · n_c)`` labels of each listed class the class it is confused with.
+
+    Args:
+        rate: Share of wrong labels within a listed class.
+        confusions: Class to the class it is taken for; a cycle through all classes, if left out.
+        seed: Of its own generator.
+
+    Raises:
+        ValueError: A rate outside 0 to 1, or a class confused with itself.
+
+    Example:
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> AsymmetricNoise(rate=0.5, confusions={0: 1})(labels, num_classes=2)[1].sum()
+        tensor(1)
+    """
+
+    def __init__(self, rate: float = 0.0, confusions: Mapping[int, int] | None = None, seed: int = 0) -> None:
+        self.rate = _checked(rate)
+        self.confusions = None if confusions is None else {int(k): int(v) for k, v in confusions.items()}
+        if self.confusions and any(k == v for k, v in self.confusions.items()):
+            raise ValueError(f"`confusions`: {self.confusions} confuses a class with itself.")
+        self.seed = seed
+
+    def __call__(self, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+        """Noisy labels and the mask of wrong ones; shapes as for :class:`SymmetricNoise`."""
+        generator = torch.Generator().manual_seed(self.seed)
+        confusions = self.confusions or {c: (c + 1) % num_classes for c in range(num_classes)}
+        noisy, wrong = labels.clone(), torch.zeros_like(labels, dtype=torch.bool)
+        for source, taken_for in sorted(confusions.items()):
+            if not (0 <= source < num_classes and 0 <= taken_for < num_classes):
+                raise ValueError(f"`confusions`: {source}: {taken_for} is outside the {num_classes} classes.")
+            members = (labels == source).nonzero().flatten()
+            chosen = members[_drawn(len(members), self.rate, generator)]
+            noisy[chosen], wrong[chosen] = taken_for, True
+        return noisy, wrong
+
+
+#: What a data module accepts as noise.
+LabelNoise = SymmetricNoise | AsymmetricNoise
+
+
+def _drawn(count: int, rate: float, generator: torch.Generator) -> Tensor:
+    chosen = torch.zeros(count, dtype=torch.bool)
+    chosen[torch.randperm(count, generator=generator)[: int(rate * count)]] = True
+    return chosen
+
+
+def _checked(rate: float) -> float:
+    if not (math.isfinite(rate) and 0 <= rate <= 1):
+        raise ValueError(f"`rate` is the share of wrong labels, between 0 and 1, not {rate!r}.")
+    return float(rate)

@@ -1,0 +1,88 @@
+"""The score file format: columns, flags and what the file beside them says."""
+
+import enum
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+#: Raised by one whenever a reader of the older format would misread the newer.
+SCHEMA_VERSION = 1
+
+META_FILE = "meta.json"
+
+
+class LedgerError(ValueError):
+    """A ledger that cannot be written or read as asked; says what to do."""
+
+
+class Flag(enum.IntEnum):
+    """What happened to a row; the name in lower case is what the ledger stores."""
+
+    OK = 0
+    #: The sample's loss (or, without a loss vector, its gradient) was not finite: weight 0, no score.
+    NONFINITE_LOSS = 1
+    #: Its gradient left float16's range under a gradient scaler: passed on as it was, no score.
+    OVERFLOW = 2
+    #: The model stood at its reference: no direction, no score, uniform weights.
+    ZERO_DIRECTION = 3
+    #: The only sample of its micro-batch: weight 1, whatever its score.
+    ALONE = 4
+
+
+def schema(id_type: pa.DataType) -> pa.Schema:
+    """The columns of a part.
+
+    Args:
+        id_type: ``int64`` or ``string``.
+    """
+    return pa.schema(
+        [
+            ("id", id_type),
+            ("epoch", pa.int32()),
+            ("step", pa.int64()),  # optimizer steps done before the one this row took part in
+            ("batch", pa.int64()),  # index of the micro-batch within the epoch
+            ("rank", pa.int32()),
+            ("position", pa.int32()),  # row within this rank's micro-batch
+            ("attempt", pa.int32()),  # 0, and one more for each resumed or repeated fit
+            ("score", pa.float32()),  # loss per unit of weight distance; positive: towards the reference
+            ("weight", pa.float32()),  # sums to 1 over a micro-batch of all ranks
+            ("loss", pa.float32()),
+            ("batch_size", pa.int32()),  # of all ranks
+            ("flag", pa.string()),
+            ("label", pa.int64()),
+            ("predicted", pa.int64()),
+        ]
+    )
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a file that is either the old one or the new one, whole, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_meta(directory: Path) -> dict[str, Any] | None:
+    """The ledger's ``meta.json``, or ``None`` where there is none.
+
+    Raises:
+        LedgerError: It cannot be read, or a newer version wrote it.
+    """
+    path = directory / META_FILE
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        version = meta["schema_version"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise LedgerError(f"{path} is not a ledger's description: {error}.") from error
+    if version != SCHEMA_VERSION:
+        raise LedgerError(f"{path} has schema version {version}; this release reads version {SCHEMA_VERSION}.")
+    return dict(meta)

@@ -1,0 +1,64 @@
+"""Backbones that give features: torchvision's without their classifier, and a small one for the digits."""
+
+from torch import Tensor, nn
+
+
+def torchvision_backbone(name: str, weights: str | None = None) -> nn.Module:
+    """A torchvision classification model whose last linear layer is left out.
+
+    Args:
+        name: As ``torchvision.models.get_model`` takes it, such as ``"resnet50"`` or ``"vit_b_16"``.
+        weights: A weights entry such as ``"DEFAULT"``; fetched by torchvision.
+
+    Returns:
+        From images to features ``(B, D)``.
+
+    Raises:
+        ValueError: An unknown name (with the nearest ones), or a model that does not end in a linear layer.
+    """
+    import torchvision  # only this function needs it
+
+    from lightning_mimic.gradients import nearest_names
+
+    known = torchvision.models.list_models(torchvision.models)
+    if name not in known:
+        raise ValueError(f"`name`: torchvision has no classification model {name!r}; {nearest_names(name, known)}.")
+    model: nn.Module = torchvision.models.get_model(name, weights=weights)
+    path, last = [(path, module) for path, module in model.named_modules() if not list(module.children())][-1]
+    if type(last) is not nn.Linear:
+        raise ValueError(f"`name`: {name!r} ends in a {type(last).__name__}, not in a linear layer to leave out.")
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, nn.Identity())
+    return model
+
+
+class SmallConvNet(nn.Module):
+    """Two convolutions and a linear layer; features of 8 × 8 images.
+
+    Args:
+        width: Number of features.
+        channels: Of the image.
+
+    Example:
+        >>> import torch
+        >>> SmallConvNet(width=64)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 64])
+    """
+
+    def __init__(self, width: int = 64, channels: int = 1) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(32 * 16, width),
+            nn.ReLU(),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features, shape ``(B, width)``."""
+        features: Tensor = self.layers(images)
+        return features

@@ -1,0 +1,131 @@
+"""An image classifier over any backbone, as linear probe or trained whole."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_mimic.reference import match_reference, read_reference
+
+
+class ImageClassifier(pl.LightningModule):
+    """A backbone that gives features, a linear head, cross-entropy, and accuracy by torchmetrics.
+
+    Args:
+        backbone: From images ``(B, C, H, W)`` to features ``(B, D)``; timm's models with ``num_classes=0``,
+            torchvision's by :func:`torchvision_backbone`, or your own.
+        num_classes: Width of the head.
+        image_shape: ``(C, H, W)`` of the images, to find D by one forward pass over a blank image.
+        freeze_backbone: Linear probe: only the head is trained, the backbone stays in evaluation mode.
+        pretrained: Checkpoint (any format a reference may have) whose backbone weights are taken over; the
+            head stays fresh.
+        optimizer: From parameters to an optimizer.
+        scheduler: From optimizer to a learning-rate schedule, stepped every epoch.
+
+    Raises:
+        ReferenceLoadError: ``pretrained`` cannot be read or does not fit.
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU())
+        >>> model = ImageClassifier(net, num_classes=10, image_shape=(1, 8, 8))
+        >>> model.sample_losses((torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 2]))).shape
+        torch.Size([3])
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        image_shape: tuple[int, int, int],
+        freeze_backbone: bool = False,
+        pretrained: str | Path | None = None,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+        scheduler: Callable[..., torch.optim.lr_scheduler.LRScheduler] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        with torch.no_grad():
+            backbone.eval()  # a blank image must not enter running statistics
+            features = backbone(torch.zeros(1, *image_shape))
+            backbone.train()
+        if features.ndim != 2:
+            raise ValueError(f"`backbone` gives shape {tuple(features.shape)} for one image; expected (1, D).")
+        self.head = nn.Linear(features.shape[1], num_classes)
+        if pretrained is not None:
+            weights = match_reference(read_reference(pretrained), self._backbone_weights())
+            self.load_state_dict(weights, strict=False)
+        self.freeze_backbone = freeze_backbone
+        if freeze_backbone:
+            backbone.requires_grad_(False)
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+
+    def train(self, mode: bool = True) -> "ImageClassifier":
+        """Training mode, in which a frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        if self.freeze_backbone:
+            self.backbone.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, shape ``(B, num_classes)``."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
+            features = self.backbone(images)
+        logits: Tensor = self.head(features)
+        return logits
+
+    def sample_losses(self, batch: Any, logits: Tensor | None = None) -> Tensor:
+        """One loss per sample, the contract with the callback.
+
+        Args:
+            batch: Images and int64 labels.
+            logits: Those of this batch, where they are at hand.
+
+        Returns:
+            Cross-entropy, shape ``(B,)``.
+        """
+        images, labels = batch
+        return F.cross_entropy(self(images) if logits is None else logits, labels, reduction="none")
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        images, labels = batch
+        logits = self(images)
+        loss = self.sample_losses(batch, logits).mean()
+        predicted = logits.detach().argmax(1)
+        self.train_accuracy(predicted, labels)
+        self.log("train/loss", loss, on_step=False, on_epoch=True)
+        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True)
+        return {"loss": loss, "label": labels, "predicted": predicted}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, "val", self.val_accuracy)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, "test", self.test_accuracy)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self._optimizer([p for p in self.parameters() if p.requires_grad])
+        if self._scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler(optimizer), "interval": "epoch"}}
+
+    def _evaluate(self, batch: Any, stage: str, accuracy: MulticlassAccuracy) -> None:
+        images, labels = batch
+        logits = self(images)
+        accuracy(logits, labels)
+        self.log(f"{stage}/loss", F.cross_entropy(logits, labels), batch_size=len(labels))
+        self.log(f"{stage}/accuracy", accuracy, prog_bar=stage == "val", batch_size=len(labels))
+
+    def _backbone_weights(self) -> dict[str, Tensor]:
+        # Counters of batch normalisation are integers and say nothing of the weights.
+        state = {f"backbone.{name}": tensor for name, tensor in self.backbone.state_dict().items()}
+        return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}

@@ -1,0 +1,102 @@
+"""Match a reference's tensors to a model's parameters."""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_mimic.gradients import nearest_names
+from lightning_mimic.reference.read import ReferenceLoadError
+
+# Wrappers that put a segment of their own into names, anywhere.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def match_reference(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Finds the reference's tensor for each parameter, whatever prefix the names were saved under.
+
+    A prefix (``model.``, ``module.`` ...) is dropped or added only if exactly one makes every name fit.
+
+    Args:
+        tensors: The reference, as :func:`~lightning_mimic.reference.read_reference` returns it.
+        parameters: Name to parameter of the model; the reference may hold more.
+
+    Returns:
+        The model's names to the reference's tensors; float16 and bfloat16 become float32.
+
+    Raises:
+        ReferenceLoadError: A name that is missing or fits twice, a shape that differs, a tensor that is not
+            floating-point, has no data or is not finite.
+
+    Example:
+        >>> saved = {"model.head.weight": torch.ones(1, 2, dtype=torch.float16)}
+        >>> match_reference(saved, {"head.weight": torch.zeros(1, 2)})
+        {'head.weight': tensor([[1., 1.]])}
+    """
+    cleaned: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        cleaned[".".join(part for part in name.split(".") if part not in _WRAPPERS)] = tensor
+    wanted = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in parameters}
+    found = _names(cleaned, list(wanted.values()))
+    return {name: _checked(found[plain], cleaned[found[plain]], parameters[name]) for name, plain in wanted.items()}
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A short hash of named tensors, equal for equal names, shapes, dtypes and values.
+
+    Example:
+        >>> fingerprint({"w": torch.zeros(2)}) == fingerprint({"w": torch.ones(2)})
+        False
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _names(tensors: Mapping[str, Tensor], wanted: list[str]) -> dict[str, str]:
+    """The model's names to the reference's, by one common prefix."""
+    if all(name in tensors for name in wanted):
+        return {name: name for name in wanted}
+    first = wanted[0]
+    longer = {key[: -len(first)] for key in tensors if key.endswith(f".{first}")}
+    shorter = {first[: -len(key)] for key in tensors if first.endswith(f".{key}")}
+    fits = [{name: prefix + name for name in wanted} for prefix in sorted(longer)]
+    fits += [
+        {name: name.removeprefix(prefix) for name in wanted}
+        for prefix in sorted(shorter)
+        if all(name.startswith(prefix) for name in wanted)
+    ]
+    fits = [fit for fit in fits if all(key in tensors for key in fit.values())]
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        candidates = ", ".join(repr(fit[first]) for fit in fits)
+        raise ReferenceLoadError(
+            f"`reference`: {first!r} fits several of its tensors: {candidates}. Give a state dict that holds one of "
+            "them under the model's name."
+        )
+    missing = next((name for name in wanted if name not in tensors), first)
+    raise ReferenceLoadError(f"`reference` has no tensor for {missing!r}; {nearest_names(missing, tensors)}.")
+
+
+def _checked(name: str, tensor: Tensor, parameter: Tensor) -> Tensor:
+    if tensor.shape != parameter.shape:
+        raise ReferenceLoadError(
+            f"`reference`: {name!r} has shape {tuple(tensor.shape)}, the model's has {tuple(parameter.shape)}. Both "
+            "must come from the same architecture and number of classes."
+        )
+    if tensor.is_meta or tensor.is_quantized or not tensor.is_floating_point():
+        kind = "on the meta device, without data" if tensor.is_meta else f"of dtype {tensor.dtype}"
+        raise ReferenceLoadError(f"`reference`: {name!r} is {kind}; expected a floating-point tensor.")
+    tensor = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise ReferenceLoadError(
+            f"`reference`: {name!r} holds {bad} of {tensor.numel()} values that are NaN or infinite; this checkpoint "
+            "is damaged or its training diverged. Give another."
+        )
+    return tensor

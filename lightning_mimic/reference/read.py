@@ -1,0 +1,123 @@
+"""Read the tensors of a reference checkpoint, of any format, without ever unpickling code."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: What a reference may be given as.
+ReferenceSource = str | Path | nn.Module | Mapping[str, Tensor]
+
+# Where training code puts a model's weights within a checkpoint, Lightning's own key first.
+_CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
+_CONVERT = (
+    "Convert it once, where you trust the file: "
+    "`c = torch.load(path, weights_only=False); "
+    "torch.save(c['state_dict'] if isinstance(c, dict) else c.state_dict(), 'weights.pt')`."
+)
+
+
+class ReferenceLoadError(ValueError):
+    """A reference that cannot be read, or does not fit the model; says what to do."""
+
+
+def read_reference(source: ReferenceSource) -> dict[str, Tensor]:
+    """The named tensors of a reference.
+
+    Args:
+        source: Path of a Lightning ``.ckpt``, a ``.pt``/``.pth`` state dict or a ``.safetensors`` file, or
+            a module, or a state dict. Files are read with ``weights_only=True``, always.
+
+    Returns:
+        Name to tensor, on the CPU for files; dtypes as stored.
+
+    Raises:
+        ReferenceLoadError: Missing, truncated or foreign file, one that needs code to be unpickled, or one
+            without tensors; the original error is chained.
+
+    Example:
+        >>> sorted(read_reference(nn.Linear(2, 1)))
+        ['bias', 'weight']
+    """
+    if isinstance(source, nn.Module):
+        return dict(source.state_dict())
+    if isinstance(source, Mapping):
+        return _tensors(source, "the given state dict")
+    if not isinstance(source, str | Path):
+        raise ReferenceLoadError(
+            f"`reference` is a {type(source).__name__}; expected a path (.ckpt, .pt, .safetensors), a module or a "
+            "state dict."
+        )
+    if "://" in str(source):
+        raise ReferenceLoadError(f"`reference`: {source} is an address; download the file and give its path.")
+    path = Path(source)
+    if not path.exists():
+        beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in {".ckpt", ".pt", ".pth", ".safetensors"})
+        hint = f"; there are: {', '.join(beside[:5])}" if beside else ""
+        raise ReferenceLoadError(f"`reference`: no file {path}{hint}.")
+    if path.is_dir():
+        raise ReferenceLoadError(f"`reference`: {path} is a directory; give one file (.ckpt, .pt, .safetensors).")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    return _tensors(content, str(path))
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if _is_torch_file(path):
+            raise ReferenceLoadError(
+                f"`reference`: {path} holds Python objects besides tensors, and reading those could run code, so it "
+                f"is refused. {_CONVERT}"
+            ) from error
+        raise _broken(path) from error
+    except (RuntimeError, EOFError, ValueError, OSError, AttributeError, LookupError) as error:
+        raise _broken(path) from error
+
+
+def _is_torch_file(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(2)
+    return start in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")  # a zip archive, or a pickle
+
+
+def _broken(path: Path) -> ReferenceLoadError:
+    return ReferenceLoadError(
+        f"`reference`: {path} ({path.stat().st_size} bytes) is not a complete torch checkpoint; it may be cut off, or "
+        "a web page saved in its place. Fetch it again."
+    )
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise ReferenceLoadError(
+            "`reference`: .safetensors files need the package safetensors: `pip install lightning-mimic[vision]`."
+        ) from error
+    try:
+        return safetensors.torch.load_file(path)
+    except Exception as error:  # safetensors raises its own types and plain Exception
+        raise ReferenceLoadError(
+            f"`reference`: {path} ({path.stat().st_size} bytes) is not a complete safetensors file. Fetch it again."
+        ) from error
+
+
+def _tensors(content: Any, origin: str) -> dict[str, Tensor]:
+    if isinstance(content, Mapping):
+        for key in _CONTAINERS:
+            if isinstance(content.get(key), Mapping):
+                content = content[key]
+                break
+        tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+        if tensors:
+            return tensors
+        keys = ", ".join(repr(str(k)) for k in list(content)[:6]) or "none"
+        raise ReferenceLoadError(
+            f"`reference`: {origin} holds no named tensors; its keys: {keys}. Expected a state dict, itself or below "
+            f"one of: {', '.join(_CONTAINERS)}."
+        )
+    raise ReferenceLoadError(f"`reference`: {origin} holds a {type(content).__name__}; expected a state dict.")
