@@ -1,5 +1,6 @@
 """``mimic-train``: train a model, with or without Grad-Mimic, from a Hydra configuration."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -8,18 +9,19 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 
-def train(config: DictConfig) -> L.Trainer:
+def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Trainer:
     """Builds what the configuration names, trains, tests and saves.
 
     Args:
         config: As composed from ``conf/train.yaml``.
+        more_callbacks: Beside the configured one.
 
     Returns:
         The trainer, with the model, its callbacks and ``callback_metrics``.
     """
     L.seed_everything(config.seed, workers=True, verbose=False)
     data, model = instantiate(config.data), instantiate(config.model)
-    callbacks = [instantiate(config.mimic)] if config.get("mimic") else []
+    callbacks = [*([instantiate(config.mimic)] if config.get("mimic") else []), *more_callbacks]
     logger = instantiate(config.logger) if config.get("logger") else False
     trainer: L.Trainer = instantiate(config.trainer, callbacks=callbacks, logger=logger)
     for each in trainer.loggers:

@@ -1,0 +1,51 @@
+"""A picture of what the scores say."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+_RIGHT, _WRONG, _LINE = "#0072b2", "#d55e00", "#444444"  # told apart by all eyes
+
+
+def plot_scores(
+    path: str | Path,
+    scores: Tensor,
+    wrong: Tensor,
+    images: Sequence[Tensor],
+    captions: Sequence[str],
+    title: str,
+) -> None:
+    """Histogram of mean scores, right and wrong labels apart, over a strip of the most suspicious images.
+
+    Args:
+        path: Of the PNG.
+        scores: Mean score per sample, shape ``(n,)``.
+        wrong: Boolean, which labels are known to be wrong, shape ``(n,)``.
+        images: Grey images ``(1, H, W)`` from 0 (paper) to 1 (ink), the most suspicious first.
+        captions: One per image.
+        title: Above all.
+    """
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=[2.5, 1])
+    axes = upper.subplots()
+    low, high = float(scores.min()), float(scores.max())
+    edges = [low + (high - low) * k / 60 for k in range(61)]
+    for mask, colour, name in ((~wrong, _RIGHT, "right label"), (wrong, _WRONG, "wrong label")):
+        axes.hist(
+            scores[mask].tolist(), bins=edges, color=colour, alpha=0.7, label=f"{name} ({int(mask.sum())} images)"
+        )
+    axes.axvline(0, color=_LINE, linestyle="--", linewidth=1)
+    axes.set_xlabel("mean mimic score (negative: a step on the sample moves the model away from the reference)")
+    axes.set_ylabel("images")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    axes.set_title(title)
+    for cell, image, caption in zip(lower.subplots(1, len(images)), images, captions, strict=True):
+        cell.imshow(image[0].tolist(), cmap="gray_r", vmin=0, vmax=1)
+        cell.set_title(caption, fontsize=8)
+        cell.set_xticks([])
+        cell.set_yticks([])
+    lower.suptitle(f"the {len(images)} images with the lowest scores", fontsize=9)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,218 @@
+"""The main job of `make demo`: a new head trained on digits with wrong labels, plainly and with Grad-Mimic."""
+
+import argparse
+import csv
+import json
+import logging
+import shutil
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_module
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from lightning_mimic import Ledger
+from lightning_mimic.cli.train import train
+from lightning_mimic.curation import detect, summarise
+from lightning_mimic.curation.report import plot_scores
+from lightning_mimic.data.digits import DigitsDataModule
+from lightning_mimic.data.noise import SymmetricNoise
+
+RATE = 0.4
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+MAX_EPOCHS = 20
+SEEDS = (0, 1, 2)
+METHODS = ("reference", "plain", "grad_mimic", "reference_loss")
+FIGURES = ("test_accuracy", "best_test_accuracy", "auroc", "share_kept", "share_right", "precision", "recall", "f1")
+QUIET = ["test=false", "logger=none", "trainer.enable_progress_bar=false", "trainer.enable_checkpointing=false"]
+
+
+class Curve(L.Callback):
+    """Accuracy and loss after every epoch, on images that take no part in training."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, progress: Progress) -> None:
+        self.images, self.labels, self.progress = images, labels, progress
+        self.accuracy: list[float] = []
+        self.loss: list[float] = []
+
+    @torch.no_grad()
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.eval()
+        logits = pl_module(self.images)
+        pl_module.train()
+        self.accuracy.append(float(multiclass_accuracy(logits, self.labels, num_classes=10, average="micro")))
+        self.loss.append(float(F.cross_entropy(logits, self.labels)))
+        self.progress.advance(self.progress.task_ids[0])
+
+
+def run(curve: Curve, out: Path, *overrides: str) -> L.Trainer:
+    """One run of mimic-train."""
+    with initialize_config_module("lightning_mimic.conf", version_base="1.3"):
+        config = compose("train", overrides=[*QUIET, f"paths.output={out}", *overrides])
+    return train(config, [curve])
+
+
+def choose(folder: Path, progress: Progress, seeds: Sequence[int]) -> tuple[float, int]:
+    """Learning rate and epochs that are best for *plain* training, on trusted images kept out of a first reference."""
+    accuracy: dict[tuple[float, int], list[float]] = {}
+    for seed in seeds:
+        digits = DigitsDataModule(seed=seed)
+        digits.setup()
+        images, labels = next(iter(digits.val_dataloader()))
+        reference, out = folder / f"seed{seed}" / "reference_for_choice.ckpt", folder / f"seed{seed}"
+        first = Curve(images, labels, progress)
+        fit = ["experiment=digits_reference", "data.train=trusted_fit", f"seed={seed}", f"paths.reference={reference}"]
+        run(first, out, *fit)
+        for rate in LEARNING_RATES:
+            curve = Curve(images, labels, progress)
+            run(curve, out, *plain(seed, reference, rate, MAX_EPOCHS))
+            for epoch, value in enumerate(curve.accuracy, start=1):
+                accuracy.setdefault((rate, epoch), []).append(value)
+    return max(accuracy, key=lambda key: (statistics.fmean(accuracy[key]), -key[1]))
+
+
+def plain(seed: int, reference: Path, rate: float, epochs: int) -> list[str]:
+    """Overrides of the plain run."""
+    overrides = ["experiment=digits_noisy", "mimic=none", f"seed={seed}", f"data.noise.rate={RATE}"]
+    return [
+        *overrides,
+        f"paths.reference={reference}",
+        f"model.optimizer.lr={rate}",
+        f"trainer.max_epochs={epochs}",
+    ]
+
+
+def compare(folder: Path, progress: Progress, seed: int, rate: float, epochs: int) -> list[dict[str, Any]]:
+    """Reference, plain training and Grad-Mimic for one seed; writes the seed's files."""
+    out = folder / f"seed{seed}"
+    digits = DigitsDataModule(seed=seed, noise=SymmetricNoise(RATE, seed))
+    digits.setup()
+    test = next(iter(digits.test_dataloader()))
+    reference = out / "reference.ckpt"
+    curves = {method: Curve(*test, progress) for method in ("reference", "plain", "grad_mimic")}
+    trainer = run(
+        curves["reference"], out, "experiment=digits_reference", f"seed={seed}", f"paths.reference={reference}"
+    )
+    with torch.no_grad():
+        logits = trainer.lightning_module.eval()(digits.images(digits.noisy_ids))
+    settings = plain(seed, reference, rate, epochs)
+    run(curves["plain"], out, *settings)
+    run(curves["grad_mimic"], out, *[s for s in settings if s != "mimic=none"])
+
+    summary = summarise(Ledger(out / "scores").table())
+    place = {sample: k for k, sample in enumerate(digits.noisy_ids.tolist())}
+    order = torch.tensor([place[sample] for sample in summary["id"].to_pylist()])
+    scores = torch.tensor(summary["score"].to_pylist())
+    wrong = digits.wrong[order]
+    loss = F.cross_entropy(logits, digits.given_labels, reduction="none")
+    rows = {
+        "grad_mimic": asdict(detect(scores, scores < 0, wrong)),
+        "reference_loss": asdict(detect(-loss, logits.argmax(1) != digits.given_labels, digits.wrong)),
+    }
+    write_files(out, digits, summary.to_pylist(), scores, wrong)
+    results = []
+    for method in METHODS:
+        row = dict.fromkeys(FIGURES) | rows.get(method, {})
+        if method in curves:
+            row |= {"test_accuracy": curves[method].accuracy[-1], "best_test_accuracy": max(curves[method].accuracy)}
+        results.append({"method": method, "seed": seed, **row})
+    return results
+
+
+def write_files(
+    out: Path, digits: DigitsDataModule, summary: list[dict[str, Any]], scores: torch.Tensor, wrong: torch.Tensor
+) -> None:
+    """The noise mask, the ids judged wrong and the picture."""
+    with (out / "noise.csv").open("w", newline="") as file:
+        columns = (digits.noisy_ids, digits.true_labels, digits.given_labels, digits.wrong.long())
+        writer = csv.writer(file)
+        writer.writerow(["id", "true_label", "given_label", "wrong"])
+        writer.writerows(zip(*(c.tolist() for c in columns), strict=True))
+    with (out / "judged_wrong.csv").open("w", newline="") as file:
+        judged = csv.DictWriter(file, ["id", "score", "scorings", "label", "predicted"])
+        judged.writeheader()
+        judged.writerows(row for row in summary if row["score"] < 0)
+    lowest = summary[:10]
+    plot_scores(
+        out / "scores.png",
+        scores,
+        wrong,
+        [digits.images(torch.tensor(row["id"])) for row in lowest],
+        [f"given {row['label']}\nlikely {row['predicted']}" for row in lowest],
+        f"{len(scores)} handwritten digits, {RATE:.0%} wrong labels",
+    )
+
+
+def show(console: Console, results: list[dict[str, Any]], rate: float, epochs: int) -> None:
+    """The table: mean and spread over seeds."""
+    seeds = sorted({row["seed"] for row in results})
+    table = Table(
+        title=f"{RATE:.0%} wrong labels, {len(seeds)} seeds, mean ± standard deviation; learning rate {rate:g} and "
+        f"{epochs} epochs chosen for plain training on trusted images"
+    )
+    table.add_column("method")
+    heads = ("test, last", "test, best", "AUROC", "kept", "truly right", "precision", "recall", "F1")
+    for head in heads:
+        table.add_column(head, justify="right")
+    names = {"grad_mimic": "Grad-Mimic", "reference_loss": "reference's loss"}
+    for method in METHODS:
+        cells = []
+        for figure in FIGURES:
+            values = [row[figure] for row in results if row["method"] == method]
+            spread = f" ±{statistics.stdev(values):.3f}" if None not in values and len(values) > 1 else ""
+            cells.append("–" if None in values else f"{statistics.fmean(values):.3f}{spread}")
+        table.add_row(names.get(method, method), *cells)
+    console.print(table)
+    console.print(
+        "AUROC, precision, recall, F1: finding the wrong labels. Grad-Mimic judges wrong what has a negative mean "
+        "score, the rival what the reference does not predict.",
+        style="dim",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="replaced by this run (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    console, out, started = Console(), arguments.out, time.monotonic()
+    shutil.rmtree(out, ignore_errors=True)
+    bar = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeElapsedColumn()
+    with Progress(*bar, console=console) as progress:
+        reference_epochs = 60
+        task = progress.add_task("choosing for plain", total=None)
+        progress.update(task, total=len(arguments.seeds) * (reference_epochs + len(LEARNING_RATES) * MAX_EPOCHS))
+        rate, epochs = choose(out, progress, arguments.seeds)
+        progress.update(task, description="comparing", completed=0)
+        progress.update(task, total=len(arguments.seeds) * (reference_epochs + 2 * epochs))
+        results = [row for seed in arguments.seeds for row in compare(out, progress, seed, rate, epochs)]
+    (out / "results.json").write_text(json.dumps(results, indent=2))
+    show(console, results, rate, epochs)
+    console.print(f"\nWritten in {time.monotonic() - started:.0f} s:")
+    first = out / f"seed{arguments.seeds[0]}"
+    for path, what in (
+        (out / "results.json", "the figures above, per seed and method"),
+        (first / "scores.png", "what the scores look like, and the ten lowest"),
+        (first / "judged_wrong.csv", "ids judged wrong, the most suspicious first"),
+        (first / "noise.csv", "which labels are really wrong"),
+        (first / "scores", "the ledger: every score of every epoch"),
+    ):
+        console.print(f"  {path}  [dim]{what}[/dim]", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

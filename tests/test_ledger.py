@@ -1,0 +1,250 @@
+"""The ledger: what is written is read back, once, whole, and from one run; what is damaged is never read as numbers."""
+
+import os
+import re
+import shutil
+from contextlib import suppress
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lightning_mimic.ledger import Ledger, LedgerError, LedgerWriter, note_run, open_run
+from lightning_mimic.ledger.schema import schema
+
+CONFIG = {"scope": "loss", "temperature": 0.5}
+
+
+def rows(ids, **columns):
+    n = len(ids)
+    plain = {"id": ids, "epoch": [0] * n, "step": [0] * n, "batch": [0] * n, "position": range(n), "flag": ["ok"] * n}
+    return plain | dict.fromkeys(["score", "weight", "loss", "batch_size", "label", "predicted"]) | columns
+
+
+def started(directory, start_step=0, run=None, config=CONFIG):
+    run, attempt = open_run(directory, config, start_step, run, {})
+    return run, LedgerWriter(directory, attempt, rank=0)
+
+
+def write(directory, *parts, **how):
+    run, writer = started(directory, **how)
+    for part in parts:
+        writer.append(part)
+        writer.flush()
+    return run
+
+
+def parts_in(directory):
+    return sorted(p.name for p in directory.glob("*.parquet"))
+
+
+def ids_of(directory, **how):
+    return Ledger(directory).table(**how)["id"].to_pylist()
+
+
+@pytest.mark.parametrize(("ids", "kind"), [([7, -(2**63), 2**63 - 1], "int64"), (["b", "", "ä/1"], "string")])
+def test_every_column_comes_back_with_its_type_and_nulls(ids, kind, tmp_path):
+    floats = np.array([0.5, np.nan, -2.0], np.float32)
+    columns = {"epoch": [3] * 3, "step": [2**40] * 3, "batch": [9] * 3, "batch_size": np.array([6] * 3)}
+    columns |= {"score": floats, "weight": np.array([0.25, 0, 0.75], np.float32), "loss": floats + 1}
+    columns |= {"flag": ["ok", "nonfinite_loss", "alone"], "label": np.array([4, 5, 6]), "predicted": None}
+    write(tmp_path, rows(ids, **columns))
+    table = Ledger(tmp_path).table()
+    assert table.schema == schema(pa.type_for_alias(kind))
+    assert table.to_pydict() == {
+        "id": ids, "epoch": [3] * 3, "step": [2**40] * 3, "batch": [9] * 3, "rank": [0] * 3, "position": [0, 1, 2],
+        "attempt": [0] * 3, "score": [0.5, None, -2.0], "weight": [0.25, 0.0, 0.75], "loss": [1.5, None, -1.0],
+        "batch_size": [6] * 3, "flag": ["ok", "nonfinite_loss", "alone"], "label": [4, 5, 6], "predicted": [None] * 3,
+    }  # fmt: skip
+
+
+def test_ranks_are_read_together_in_order_of_epoch_step_batch_rank_position(tmp_path):
+    write(tmp_path, rows(["e"], epoch=[1]), rows(["d"], step=[1], batch=[2]), rows(["a", "b"]))
+    other = LedgerWriter(tmp_path, attempt=0, rank=1)
+    other.append(rows(["c", "f", "g"], epoch=[0, 1, 1], batch=[0, 0, 1]))
+    other.close()
+    assert ids_of(tmp_path) == ["a", "b", "c", "d", "e", "f", "g"]
+    assert Ledger(tmp_path).table()["rank"].to_pylist() == [0, 0, 1, 0, 0, 1, 1]
+
+
+def test_a_repeated_sample_counts_once_per_epoch_the_first_time(tmp_path):
+    again = rows([2, 3, 1], epoch=[0, 0, 1], batch=[4] * 3, score=[9, 2.5, 3.5])
+    write(tmp_path, rows([1, 2], score=[0.5, 1.5]), again)
+    kept = Ledger(tmp_path).table().select(["id", "epoch", "score"]).to_pydict()
+    assert kept == {"id": [1, 2, 3, 1], "epoch": [0, 0, 0, 1], "score": [0.5, 1.5, 2.5, 3.5]}
+    assert ids_of(tmp_path, deduplicate=False) == [1, 2, 2, 3, 1]
+
+
+def test_a_later_attempt_supersedes_what_it_went_over_again_and_deletes_nothing(tmp_path):
+    run = write(tmp_path, rows([0, 1, 2, 3], step=[0, 1, 2, 3]))
+    write(tmp_path, start_step=1, run=run)  # died before its first part: supersedes nothing
+    assert ids_of(tmp_path) == [0, 1, 2, 3]
+    write(tmp_path, rows([12, 13, 14], step=[2, 3, 4]), start_step=2, run=run)
+    assert ids_of(tmp_path) == [0, 1, 12, 13, 14]
+    write(tmp_path, rows([23], step=[3]), start_step=3, run=run)
+    assert ids_of(tmp_path, deduplicate=False) == [0, 1, 12, 23]
+    assert Ledger(tmp_path).table()["attempt"].to_pylist() == [0, 0, 2, 3]
+    assert sum(pq.read_metadata(tmp_path / name).num_rows for name in parts_in(tmp_path)) == 8
+
+
+def test_attempts_with_other_settings_are_warned_about_and_not_mixed(tmp_path):
+    run = write(tmp_path, rows([1]))
+    with pytest.warns(UserWarning, match=re.escape(f"{tmp_path} goes on with other settings (temperature: 0.5, 0.1)")):
+        _, writer = started(tmp_path, start_step=1, run=run, config=CONFIG | {"temperature": 0.1})
+    assert ids_of(tmp_path) == [1]
+    writer.append(rows([2], step=[1]))
+    writer.close()
+    with pytest.raises(LedgerError, match=re.escape("its attempts differ in temperature: 0.5, 0.1; their")):
+        Ledger(tmp_path).table()
+
+
+@pytest.mark.parametrize(("run", "name"), [(None, "a new run"), ("feedbeef", "run feedbeef")])
+def test_two_runs_in_one_directory_are_refused_naming_both(run, name, tmp_path):
+    first = write(tmp_path, rows([1]), rows([2]))
+    before = Ledger(tmp_path).meta
+    holder = f"{tmp_path} already holds 2 parts of run {first} (started {before['attempts'][0]['started']})"
+    with pytest.raises(LedgerError, match=re.escape(f"{holder}, and this is {name}.")):
+        open_run(tmp_path, CONFIG, 0, run, {})
+    assert Ledger(tmp_path).meta == before
+
+
+def test_a_ledger_without_parts_may_be_taken_over_by_another_run(tmp_path):
+    first, _ = started(tmp_path)
+    (tmp_path / ".part-a0-r0-000000-n1.parquet.tmp").touch()
+    second, _ = started(tmp_path, config={"scope": "target"})
+    assert first != second
+    assert [a["config"] for a in Ledger(tmp_path).meta["attempts"]] == [{"scope": "target"}]
+
+
+def test_notes_are_added_to_their_attempt(tmp_path):
+    run, _ = started(tmp_path)
+    started(tmp_path, run=run)
+    note_run(tmp_path, 0, {"score_kind": "own"})
+    assert [a.get("score_kind") for a in Ledger(tmp_path).meta["attempts"]] == ["own", None]
+    (tmp_path / "meta.json").unlink()
+    with pytest.raises(LedgerError, match=re.escape(f"{tmp_path / 'meta.json'} was removed while the run was writing")):
+        note_run(tmp_path, 0, {})
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_a_truncated_part_is_named_and_refused_and_the_rest_can_be_read(share, tmp_path):
+    write(tmp_path, rows([1, 2, 3]), rows([4, 5]))
+    assert parts_in(tmp_path) == ["part-a0-r0-000000-n3.parquet", "part-a0-r0-000001-n2.parquet"]
+    part = tmp_path / "part-a0-r0-000000-n3.parquet"
+    part.write_bytes(part.read_bytes()[: int(share * part.stat().st_size)])
+    with pytest.raises(LedgerError, match=re.escape(f"1 of 2 parts are damaged: {part.name} (3 rows: ")):
+        Ledger(tmp_path).table()
+    assert ids_of(tmp_path, allow_partial=True) == [4, 5]
+
+
+def test_one_flipped_byte_in_the_data_is_never_read_as_a_number(tmp_path):
+    values = np.arange(400, dtype=np.float32) / 7
+    write(tmp_path, rows(list(range(400)), score=values, weight=values, loss=values))
+    part = tmp_path / parts_in(tmp_path)[0]
+    content, good, group = part.read_bytes(), Ledger(tmp_path).table(), pq.read_metadata(part).row_group(0)
+    ends = [c["dictionary_page_offset"] + c["total_compressed_size"] for c in group.to_dict()["columns"]]
+    bodies = [end - back for end in ends for back in (1, 5)]  # of the last page of each column
+    for position in [*bodies, *range(4, max(ends), 11)]:
+        part.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        with suppress(LedgerError):  # a page's header has no checksum; its statistics may change and harm nothing
+            assert Ledger(tmp_path).table().equals(good), f"byte {position} of {len(content)}: other numbers"
+            assert position not in bodies, f"byte {position} of {len(content)}: no error"
+
+
+@pytest.mark.parametrize("torn", ["write_table", "replace"])
+def test_a_crash_while_writing_leaves_no_file_under_the_final_name(torn, tmp_path, monkeypatch):
+    _, writer = started(tmp_path)
+    writer.append(rows([1]))
+    writer.flush()
+    writer.append(rows([2, 3]))
+
+    def crash(*args, **kwargs):
+        if torn == "write_table":
+            args[1].write(b"PAR1 half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pq if torn == "write_table" else os, torn, crash)
+    with pytest.raises(KeyboardInterrupt):
+        writer.flush()
+    assert parts_in(tmp_path) == ["part-a0-r0-000000-n1.parquet"]
+    assert (tmp_path / ".part-a0-r0-000001-n2.parquet.tmp").exists(), "the crash came before the write"
+    shutil.copy(tmp_path / "part-a0-r0-000000-n1.parquet", tmp_path / ".part-a0-r0-000001-n2.parquet.tmp")
+    assert ids_of(tmp_path, deduplicate=False) == [1], "a left-over is no part, not even a whole one"
+
+
+def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("where", [(pq, "write_table"), (os, "replace"), (os, "fsync")])
+def test_rows_of_a_failed_write_are_kept_and_written_by_the_next_flush(where, tmp_path, monkeypatch):
+    _, writer = started(tmp_path)
+    for part in (0, 1):  # the second time proves that a success in between is forgotten failure
+        writer.append(rows([10 * part, 10 * part + 1], epoch=[part] * 2))
+        with monkeypatch.context() as patch:
+            patch.setattr(*where, full)
+            writer.flush()
+        assert len(parts_in(tmp_path)) == part
+        writer.append(rows([10 * part + 2], epoch=[part]))
+        writer.flush()
+    assert sorted(ids_of(tmp_path, deduplicate=False)) == [0, 1, 2, 10, 11, 12]
+    assert parts_in(tmp_path) == ["part-a0-r0-000000-n3.parquet", "part-a0-r0-000001-n3.parquet"]
+
+
+@pytest.mark.parametrize("how", ["flush", "close"])
+def test_a_write_that_fails_twice_in_a_row_raises_with_rows_and_path(how, tmp_path, monkeypatch):
+    _, writer = started(tmp_path)
+    writer.append(rows([1, 2]))
+    monkeypatch.setattr(os, "replace", full)
+    if how == "flush":
+        writer.flush()
+    writer.append(rows([3]))
+    with pytest.raises(LedgerError, match=re.escape(f"3 rows could not be written to {tmp_path}, twice in a row: [Er")):
+        getattr(writer, how)()
+    monkeypatch.undo()
+    writer.close()
+    assert sorted(ids_of(tmp_path)) == [1, 2, 3]
+
+
+IDS = [(ids, "or all str") for ids in ([1, "a"], ["a", 1], [1.5, 2.0], [True], [1, True], [None], [b"a"], [[1]])]
+IDS += [(ids, "below 2^63") for ids in ([2**63], [1, 2**70], np.array([2**63], np.uint64))]
+
+
+@pytest.mark.parametrize(("ids", "message"), [*IDS, (["1"], "int64 and are now string")])
+def test_ids_are_all_int_below_2_to_the_63_or_all_str(ids, message, tmp_path):
+    _, writer = started(tmp_path)
+    if "now" in message:
+        writer.append(rows([1]))
+    with pytest.raises(LedgerError, match=re.escape(message)):
+        writer.append(rows(ids))
+
+
+def test_no_ledger_and_no_rows_are_said(tmp_path):
+    with pytest.raises(LedgerError, match=re.escape(f"{tmp_path} holds no ledger (no meta.json in it)")):
+        Ledger(tmp_path)
+    started(tmp_path)
+    with pytest.raises(LedgerError, match=re.escape(f"{tmp_path} holds no rows")):
+        Ledger(tmp_path).table()
+
+
+BROKEN = [(c, "is not a ledger's description: ") for c in (b"", b'{"schema_ver', b"[]", b"null", b"{}", b"\xff\xfe")]
+NEWER = (b'{"schema_version": 99, "new": {}}', "has schema version 99; this release reads version 1")
+
+
+@pytest.mark.parametrize(("content", "message"), [*BROKEN, NEWER])
+@pytest.mark.parametrize("reader", [Ledger, lambda d: open_run(d, CONFIG, 0, None, {})])
+def test_a_broken_or_newer_description_is_named(reader, content, message, tmp_path):
+    (tmp_path / "meta.json").write_bytes(content)
+    with pytest.raises(LedgerError, match=re.escape(f"{tmp_path / 'meta.json'} {message}")):
+        reader(tmp_path)
+
+
+def test_a_directory_that_cannot_be_or_has_lost_its_description_is_refused_before_training(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(LedgerError, match=re.escape(f"cannot write to {tmp_path / 'file'}")):
+        started(tmp_path / "file")
+    write(tmp_path / "run", rows([1]))
+    (tmp_path / "run" / "meta.json").unlink()
+    with pytest.raises(LedgerError, match=re.escape("part-a0-r0-000000-n1.parquet but no meta.json")):
+        started(tmp_path / "run")
