@@ -207,7 +207,8 @@ def test_a_write_that_fails_twice_in_a_row_raises_with_rows_and_path(how, tmp_pa
     assert sorted(ids_of(tmp_path)) == [1, 2, 3]
 
 
-IDS = [(ids, "or all str") for ids in ([1, "a"], ["a", 1], [1.5, 2.0], [True], [1, True], [None], [b"a"], [[1]])]
+IDS = [(ids, "or all str") for ids in ([1, "a"], ["a", 1], [1.5, 2.0], [True], [1, True], [b"a"], [[1]])]
+IDS += [([None], "ids are missing"), ([1, None], "1 of 2 ids are missing")]
 IDS += [(ids, "below 2^63") for ids in ([2**63], [1, 2**70], np.array([2**63], np.uint64))]
 
 

@@ -175,7 +175,7 @@ def test_directory_and_address_are_refused(tmp_path):
 
 @pytest.mark.parametrize("source", [5, None, [w(1)], w(1)])
 def test_other_types_are_named_and_refused(source):
-    with pytest.raises(ReferenceLoadError, match=f"`reference` is a {type(source).__name__}; expected a path"):
+    with pytest.raises(ReferenceLoadError, match=f"`reference` has type {type(source).__name__}; expected a path"):
         read_reference(source)
 
 
@@ -221,7 +221,7 @@ def test_a_malicious_pickle_never_runs(form, tmp_path):
     else:
         content = {"state_dict": {"w": w(1)}, "extra": Canary(canary)}
         saved(content, path, _use_new_zipfile_serialization=form == "zip")
-    says = "is not a complete" if form == "pickle 0" else "holds Python objects besides tensors"
+    says = "is not a complete" if form in ("pickle 0", "pickle 4", "pickle 5") else "holds Python objects besides tensors"
     with pytest.raises(ReferenceLoadError, match=re.escape(says)):
         read_reference(path)
     assert not canary.exists()

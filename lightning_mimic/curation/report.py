@@ -1,5 +1,6 @@
 """A picture of what the scores say."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,10 +29,12 @@ def plot_scores(
         title: Above all.
     """
     figure = Figure(figsize=(10, 5.6), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[2.5, 1])
+    upper, lower = figure.subfigures(2, 1, height_ratios=[2.5, 1], squeeze=False).flat
     axes = upper.subplots()
+    # Zero, where the decision falls, is the edge of a bin.
     low, high = float(scores.min()), float(scores.max())
-    edges = [low + (high - low) * k / 60 for k in range(61)]
+    width = max(high - low, 1e-12) / 60
+    edges = [width * k for k in range(math.floor(low / width), math.ceil(high / width) + 1)]
     for mask, colour, name in ((~wrong, _RIGHT, "right label"), (wrong, _WRONG, "wrong label")):
         axes.hist(
             scores[mask].tolist(), bins=edges, color=colour, alpha=0.7, label=f"{name} ({int(mask.sum())} images)"

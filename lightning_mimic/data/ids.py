@@ -1,6 +1,7 @@
 """Batches that carry their samples' ids, and are otherwise what they were."""
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class WithIds(Dataset[SampleWithId]):
 
     Raises:
         TypeError: An iterable-style dataset, which has no indices; put an id into its samples.
-        ValueError: The number of ids is not that of the samples, or ids repeat.
+        ValueError: The number of ids is not that of the samples, ids repeat, or are neither all int nor all str.
 
     Example:
         >>> pairs = [(torch.zeros(2), 0), (torch.ones(2), 1)]
@@ -90,17 +91,25 @@ class WithIds(Dataset[SampleWithId]):
         ['a', 'b']
     """
 
-    def __init__(self, dataset: Any, ids: Sequence[int] | Sequence[str] | None = None) -> None:
+    def __init__(self, dataset: Any, ids: Sequence[int] | Sequence[str] | Tensor | None = None) -> None:
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
             raise TypeError(
                 f"WithIds needs a map-style dataset, and {type(dataset).__name__} has no indices; put an id into each "
                 "sample (key 'id'), or use GradMimic's `id_from=`."
             )
+        if isinstance(ids, Tensor):
+            ids = ids.tolist()
         if ids is not None and len(ids) != len(dataset):
             raise ValueError(f"WithIds: {len(ids)} ids for {len(dataset)} samples.")
         if ids is not None and len(set(ids)) != len(ids):
             raise ValueError(
                 f"WithIds: {len(ids) - len(set(ids))} of {len(ids)} ids repeat; each sample needs its own."
+            )
+        # bool is a kind of its own, numpy's integers are not.
+        kinds = {bool if isinstance(i, bool) else int if isinstance(i, Integral) else type(i) for i in ids or ()}
+        if ids is not None and kinds not in ({int}, {str}, set()):
+            raise ValueError(
+                f"WithIds: ids have types {', '.join(sorted(k.__name__ for k in kinds))}; all int or all str."
             )
         self.dataset = dataset
         self.ids = ids

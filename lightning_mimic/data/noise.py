@@ -33,14 +33,18 @@ class SymmetricNoise:
 
         Args:
             labels: int64, shape ``(n,)``.
-            num_classes: At least 2 where the rate is above 0.
+            num_classes: At least 2.
 
         Returns:
             Labels, and boolean of the same shape, ``True`` where the label is now wrong.
+
+        Raises:
+            ValueError: Fewer than two classes, or labels outside them.
         """
+        _check_labels(labels, num_classes)
         generator = torch.Generator().manual_seed(self.seed)
         wrong = _drawn(len(labels), self.rate, generator)
-        shift = torch.randint(1, max(num_classes, 2), labels.shape, generator=generator)
+        shift = torch.randint(1, num_classes, labels.shape, generator=generator)
         return torch.where(wrong, (labels + shift) % num_classes, labels), wrong
 
 
@@ -70,8 +74,10 @@ class AsymmetricNoise:
 
     def __call__(self, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
         """Noisy labels and the mask of wrong ones; shapes as for :class:`SymmetricNoise`."""
+        _check_labels(labels, num_classes)
         generator = torch.Generator().manual_seed(self.seed)
-        confusions = self.confusions or {c: (c + 1) % num_classes for c in range(num_classes)}
+        cycle = {c: (c + 1) % num_classes for c in range(num_classes)}
+        confusions = cycle if self.confusions is None else self.confusions
         noisy, wrong = labels.clone(), torch.zeros_like(labels, dtype=torch.bool)
         for source, taken_for in sorted(confusions.items()):
             if not (0 <= source < num_classes and 0 <= taken_for < num_classes):
@@ -86,9 +92,19 @@ class AsymmetricNoise:
 LabelNoise = SymmetricNoise | AsymmetricNoise
 
 
+def _check_labels(labels: Tensor, num_classes: int) -> None:
+    if num_classes < 2:
+        raise ValueError(f"`num_classes` is {num_classes}; a wrong label needs at least 2 classes.")
+    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
+        raise ValueError(
+            f"labels run from {int(labels.min())} to {int(labels.max())}, outside the {num_classes} classes."
+        )
+
+
 def _drawn(count: int, rate: float, generator: torch.Generator) -> Tensor:
     chosen = torch.zeros(count, dtype=torch.bool)
-    chosen[torch.randperm(count, generator=generator)[: int(rate * count)]] = True
+    # 0.29 * 100 is 28.999...: rounded before it is cut.
+    chosen[torch.randperm(count, generator=generator)[: int(round(rate * count, 9))]] = True
     return chosen
 
 

@@ -1,5 +1,7 @@
 """Read a ledger back: whole parts only, each sample once per epoch."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lightning_mimic.ledger.schema import META_FILE, LedgerError, read_meta
+from lightning_mimic.ledger.schema import META_FILE, LedgerError, read_meta, schema
 from lightning_mimic.ledger.writer import PART_NAME, differences
 
 
@@ -53,18 +55,21 @@ class Ledger:
         paths = sorted(self.directory.glob("*.parquet"))
         named = [(path, match) for path in paths if (match := PART_NAME.fullmatch(path.name))]
         written = {int(match[1]) for _, match in named}
+        if written - set(range(len(attempts))):
+            raise LedgerError(
+                f"{self.directory}: parts of attempt {max(written)}, which its {META_FILE} does not know."
+            )
         if len({attempts[a]["config_hash"] for a in written}) > 1:
             differing = differences([attempts[a]["config"] for a in sorted(written)])
             raise LedgerError(
                 f"{self.directory}: its attempts differ in {differing}; their scores are not mixed. Record a run "
                 "with other settings in a directory of its own."
             )
-        tables, damaged = [], []
+        tables, damaged = [], _missing(named)
         for path, match in named:
             try:
-                with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                    tables.append(file.read())
-            except (OSError, pa.ArrowException) as error:
+                tables.append(_read(path, int(match[4])))
+            except (OSError, ValueError, KeyError) as error:  # pyarrow's errors among them
                 damaged.append(f"{path.name} ({match[4]} rows: {str(error).splitlines()[0]})")
         if damaged and not allow_partial:
             raise LedgerError(
@@ -73,6 +78,8 @@ class Ledger:
             )
         if not tables:
             raise LedgerError(f"{self.directory} holds no rows.")
+        if len({table.schema.field("id").type for table in tables}) > 1:
+            raise LedgerError(f"{self.directory} mixes int and str ids; its ranks were given different ones.")
         table = pa.concat_tables(tables)
         for number in written:
             superseded = pc.and_(
@@ -82,6 +89,27 @@ class Ledger:
         order = ["epoch", "step", "batch", "rank", "position"]
         table = table.sort_by([(name, "ascending") for name in order])
         return _first_per_epoch(table) if deduplicate else table
+
+
+def _read(path: Path, rows: int) -> pa.Table:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        table = file.read()
+    # Checksums do not cover a part's own description.
+    if not table.schema.equals(schema(table.schema.field("id").type)) or table.num_rows != rows:
+        raise ValueError(f"holds {table.num_rows} rows of columns {', '.join(table.schema.names)}")
+    return table
+
+
+def _missing(named: Sequence[tuple[Path, re.Match[str]]]) -> list[str]:
+    """Parts that were there once: each rank numbers its own without gaps."""
+    numbers: dict[tuple[str, str], set[int]] = {}
+    for _, match in named:
+        numbers.setdefault((match[1], match[2]), set()).add(int(match[3]))
+    return [
+        f"part-a{attempt}-r{rank}-{number:06d} (missing)"
+        for (attempt, rank), seen in numbers.items()
+        for number in sorted(set(range(max(seen))) - seen)
+    ]
 
 
 def _first_per_epoch(table: pa.Table) -> pa.Table:

@@ -66,7 +66,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         json.dump(content, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
+    commit(temporary, path)
+
+
+def commit(temporary: Path, path: Path) -> None:
+    """Gives a complete file its final name, and makes sure that the name outlives a power cut."""
     os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def read_meta(directory: Path) -> dict[str, Any] | None:
@@ -78,11 +88,16 @@ def read_meta(directory: Path) -> dict[str, Any] | None:
     path = directory / META_FILE
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        version = meta["schema_version"]
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, OSError) as error:
         raise LedgerError(f"{path} is not a ledger's description: {error}.") from error
-    if version != SCHEMA_VERSION:
-        raise LedgerError(f"{path} has schema version {version}; this release reads version {SCHEMA_VERSION}.")
-    return dict(meta)
+    if not isinstance(meta, dict) or "schema_version" not in meta:
+        raise LedgerError(f"{path} is not a ledger's description: it has no schema_version.")
+    if meta["schema_version"] != SCHEMA_VERSION:
+        raise LedgerError(
+            f"{path} has schema version {meta['schema_version']}; this release reads version {SCHEMA_VERSION}."
+        )
+    if not isinstance(meta.get("run"), str) or not meta.get("attempts"):
+        raise LedgerError(f"{path} is not a ledger's description: it names no run or no attempts.")
+    return meta

@@ -1,5 +1,6 @@
 """Append scores to a ledger: one file per rank and flush, complete or not there."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lightning_mimic.ledger.schema import META_FILE, SCHEMA_VERSION, LedgerError, read_meta, schema, write_json
+from lightning_mimic.ledger.schema import META_FILE, SCHEMA_VERSION, LedgerError, commit, read_meta, schema, write_json
 
 #: attempt, rank, number, rows: the count in the name tells what a damaged part has lost.
 PART_NAME = re.compile(r"part-a(\d+)-r(\d+)-(\d+)-n(\d+)\.parquet")
@@ -130,6 +131,8 @@ class LedgerWriter:
             LedgerError: Ids that are neither, or not of the run's type.
         """
         rows = len(columns["position"])
+        if rows == 0:
+            return
         ids = _ids(columns["id"])
         if self._id_type is not None and ids.type != self._id_type:
             raise LedgerError(f"ids were {self._id_type} and are now {ids.type}; a ledger holds one type of id.")
@@ -156,8 +159,10 @@ class LedgerWriter:
                 pq.write_table(table, file, compression="zstd", write_page_checksum=True)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, self._directory / name)
+            commit(temporary, self._directory / name)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)  # a full disk needs its space back
             if self._failed:
                 raise LedgerError(
                     f"`ledger`: {table.num_rows} rows could not be written to {self._directory}, twice in a row: "
@@ -180,6 +185,8 @@ def _ids(values: Any) -> pa.Array:
         ids = pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         raise LedgerError(f"ids must be all int (below 2^63) or all str: {error}.") from error
+    if ids.null_count:
+        raise LedgerError(f"{ids.null_count} of {len(ids)} ids are missing (None); each sample needs one.")
     if pa.types.is_integer(ids.type):
         try:
             return ids.cast(pa.int64())

@@ -36,8 +36,11 @@ def match_reference(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tens
     """
     cleaned: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        cleaned[".".join(part for part in name.split(".") if part not in _WRAPPERS)] = tensor
-    wanted = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in parameters}
+        plain = _unwrapped(name)
+        if plain in cleaned and cleaned[plain] is not tensor:
+            raise ReferenceLoadError(f"`reference` holds {plain!r} twice, once as {name!r}. Keep one of the two.")
+        cleaned[plain] = tensor
+    wanted = {name: _unwrapped(name) for name in parameters}
     found = _names(cleaned, list(wanted.values()))
     return {name: _checked(found[plain], cleaned[found[plain]], parameters[name]) for name, plain in wanted.items()}
 
@@ -57,6 +60,10 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def _names(tensors: Mapping[str, Tensor], wanted: list[str]) -> dict[str, str]:
     """The model's names to the reference's, by one common prefix."""
     if all(name in tensors for name in wanted):
@@ -70,6 +77,8 @@ def _names(tensors: Mapping[str, Tensor], wanted: list[str]) -> dict[str, str]:
         for prefix in sorted(shorter)
         if all(name.startswith(prefix) for name in wanted)
     ]
+    # The fit that finds most names is the one to speak of when something is missing.
+    best = max(fits, key=lambda fit: sum(key in tensors for key in fit.values()), default={first: first})
     fits = [fit for fit in fits if all(key in tensors for key in fit.values())]
     if len(fits) == 1:
         return fits[0]
@@ -79,7 +88,7 @@ def _names(tensors: Mapping[str, Tensor], wanted: list[str]) -> dict[str, str]:
             f"`reference`: {first!r} fits several of its tensors: {candidates}. Give a state dict that holds one of "
             "them under the model's name."
         )
-    missing = next((name for name in wanted if name not in tensors), first)
+    missing = next(key for key in best.values() if key not in tensors)
     raise ReferenceLoadError(f"`reference` has no tensor for {missing!r}; {nearest_names(missing, tensors)}.")
 
 
@@ -92,7 +101,10 @@ def _checked(name: str, tensor: Tensor, parameter: Tensor) -> Tensor:
     if tensor.is_meta or tensor.is_quantized or not tensor.is_floating_point():
         kind = "on the meta device, without data" if tensor.is_meta else f"of dtype {tensor.dtype}"
         raise ReferenceLoadError(f"`reference`: {name!r} is {kind}; expected a floating-point tensor.")
-    tensor = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    if tensor.layout != torch.strided:
+        raise ReferenceLoadError(f"`reference`: {name!r} has the layout {tensor.layout}; expected a dense tensor.")
+    # A copy: the reference must stay where it is when the module that it came from moves on.
+    tensor = tensor.detach().clone() if tensor.dtype == torch.float64 else tensor.detach().to(torch.float32, copy=True)
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise ReferenceLoadError(

@@ -1,6 +1,8 @@
 """Read the tensors of a reference checkpoint, of any format, without ever unpickling code."""
 
 import pickle
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,9 @@ ReferenceSource = str | Path | nn.Module | Mapping[str, Tensor]
 # Where training code puts a model's weights within a checkpoint, Lightning's own key first.
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
 _CONVERT = (
-    "Convert it once, where you trust the file: "
-    "`c = torch.load(path, weights_only=False); "
-    "torch.save(c['state_dict'] if isinstance(c, dict) else c.state_dict(), 'weights.pt')`."
+    "Convert it once, where you trust the file: `import torch; c = torch.load(path, weights_only=False); "
+    f"c = next((c[k] for k in {_CONTAINERS} if k in c), c) if isinstance(c, dict) else c.state_dict(); "
+    "torch.save(c, 'weights.pt')`."
 )
 
 
@@ -48,46 +50,43 @@ def read_reference(source: ReferenceSource) -> dict[str, Tensor]:
         return _tensors(source, "the given state dict")
     if not isinstance(source, str | Path):
         raise ReferenceLoadError(
-            f"`reference` is a {type(source).__name__}; expected a path (.ckpt, .pt, .safetensors), a module or a "
+            f"`reference` has type {type(source).__name__}; expected a path (.ckpt, .pt, .safetensors), a module or a "
             "state dict."
         )
     if "://" in str(source):
         raise ReferenceLoadError(f"`reference`: {source} is an address; download the file and give its path.")
-    path = Path(source)
+    path = Path(source).expanduser()
     if not path.exists():
         beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in {".ckpt", ".pt", ".pth", ".safetensors"})
         hint = f"; there are: {', '.join(beside[:5])}" if beside else ""
         raise ReferenceLoadError(f"`reference`: no file {path}{hint}.")
     if path.is_dir():
         raise ReferenceLoadError(f"`reference`: {path} is a directory; give one file (.ckpt, .pt, .safetensors).")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    content = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_torch(path)
     return _tensors(content, str(path))
 
 
 def _read_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if _is_torch_file(path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch asks to report pickle protocols that it then refuses
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise ReferenceLoadError(f"`reference`: {path} may not be read: {error}.") from error
+    except Exception as error:  # a damaged file ends in almost any type of error
+        # An intact file that is refused names what it would have to import; a broken one does not.
+        if isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL|[Uu]nsupported class", str(error)):
             raise ReferenceLoadError(
                 f"`reference`: {path} holds Python objects besides tensors, and reading those could run code, so it "
                 f"is refused. {_CONVERT}"
             ) from error
         raise _broken(path) from error
-    except (RuntimeError, EOFError, ValueError, OSError, AttributeError, LookupError) as error:
-        raise _broken(path) from error
-
-
-def _is_torch_file(path: Path) -> bool:
-    with path.open("rb") as file:
-        start = file.read(2)
-    return start in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")  # a zip archive, or a pickle
 
 
 def _broken(path: Path) -> ReferenceLoadError:
     return ReferenceLoadError(
-        f"`reference`: {path} ({path.stat().st_size} bytes) is not a complete torch checkpoint; it may be cut off, or "
-        "a web page saved in its place. Fetch it again."
+        f"`reference`: {path} ({path.stat().st_size} bytes) is not a complete torch checkpoint; it may be cut off, "
+        "a web page saved in its place, or a pickle that torch did not write. Fetch it again."
     )
 
 

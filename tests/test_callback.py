@@ -1,0 +1,198 @@
+"""The callback against the oracle: scores, weights and every optimizer step, on modules that know nothing of it."""
+
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from toys import Convolution, Tokens, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
+
+from lightning_mimic import GradMimic, Ledger
+
+
+def trained_by_oracle(
+    module: Toy,
+    batches: list[Any],
+    reference: dict[str, torch.Tensor],
+    *,
+    tau: float = 0.7,
+    scope: str = "loss",
+    accumulate: int = 1,
+    clip: float | None = None,
+    targets: tuple[str, ...] = ("head.weight", "head.bias"),
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """SGD on Σ wᵢ gᵢ by loops; returns scores and weights per micro-batch."""
+    seen, window = [], {}
+    for index, batch in enumerate(batches):
+        gradients = oracles.per_sample_gradients(module, losses_of, batch)
+        chosen = {name: module.get_parameter(name) for name in targets}
+        scores = oracles.mimic_scores(gradients, reference, chosen)
+        weights = oracles.softmax_weights(scores, tau)
+        seen.append((scores, weights))
+        uniform = torch.full_like(weights, 1 / len(weights))
+        step = oracles.weighted_gradient(gradients, weights if scope == "loss" else uniform)
+        if scope == "target":
+            step |= {n: g for n, g in oracles.weighted_gradient(gradients, weights).items() if n in targets}
+        window = {n: window.get(n, 0) + g / accumulate for n, g in step.items()}
+        if (index + 1) % accumulate == 0 or index + 1 == len(batches):
+            norm = torch.stack([g.norm() for g in window.values()]).norm()
+            shrink = 1.0 if clip is None else min(1.0, clip / (float(norm) + 1e-6))  # as torch clips
+            with torch.no_grad():
+                for name, g in window.items():
+                    module.get_parameter(name).sub_(module.lr * shrink * g)
+            window = {}
+    return seen
+
+
+@pytest.mark.parametrize("scope", ["loss", "target"])
+@pytest.mark.parametrize("kind", [Toy, WithLosses, Convolution, Tokens])
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.05}])
+def test_every_step_is_the_weighted_sum_of_sample_gradients(kind, scope, options, tmp_path):
+    reference, data = parameters_of(toy(kind, seed=1)), toy_data(14)  # a last batch of 2, a last window of 1
+    ours, oracle = toy(kind), toy(kind)
+    callback = GradMimic(reference, "head", temperature=0.7, min_ess=0, scope=scope, ledger=tmp_path / "s")
+    trainer(callback, epochs=2, **options).fit(ours, loader(data))
+    batches = [data[i : i + 4] for i in range(0, 14, 4)]
+    settings = {"scope": scope, "accumulate": options.get("accumulate_grad_batches", 1)}
+    settings["clip"] = options.get("gradient_clip_val")
+    seen = [row for _ in range(2) for row in trained_by_oracle(oracle, batches, reference, **settings)]
+    torch.testing.assert_close(parameters_of(ours), parameters_of(oracle), rtol=1e-9, atol=1e-9)
+    rows = Ledger(tmp_path / "s").table()
+    scores, weights = (torch.cat([pair[k] for pair in seen]) for k in (0, 1))
+    torch.testing.assert_close(torch.tensor(rows["score"].to_pylist()), scores.float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(rows["weight"].to_pylist()), weights.float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("targets", ["head.weight", "head.bias", "body"])
+def test_any_one_layer_can_be_the_target(targets, tmp_path):
+    reference, data, module, oracle = parameters_of(toy(seed=1)), toy_data(8), toy(), toy()
+    names = ("body.weight", "body.bias") if targets == "body" else (targets,)
+    callback = GradMimic(reference, targets, temperature=0.7, min_ess=0, scope="target", ledger=tmp_path / "s")
+    trainer(callback).fit(module, loader(data))
+    batches = [data[i : i + 4] for i in range(0, 8, 4)]
+    seen = trained_by_oracle(oracle, batches, reference, scope="target", targets=names)
+    torch.testing.assert_close(parameters_of(module), parameters_of(oracle), rtol=1e-9, atol=1e-9)
+    scores = torch.tensor(Ledger(tmp_path / "s").table()["score"].to_pylist())
+    torch.testing.assert_close(scores, torch.cat([s for s, _ in seen]).float(), rtol=1e-6, atol=1e-6)
+
+
+def test_only_scoring_leaves_training_bit_identical(tmp_path):
+    reference, data = parameters_of(toy(seed=1)), toy_data(14)
+    plain, scored = toy(dtype=torch.float32), toy(dtype=torch.float32)
+    data = toy_data(14, dtype=torch.float32)
+    trainer(epochs=3).fit(plain, loader(data))
+    trainer(GradMimic(reference, "head", reweight=False, ledger=tmp_path / "s"), epochs=3).fit(scored, loader(data))
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, scored.get_parameter(name)), name
+    assert Ledger(tmp_path / "s").table()["score"].null_count == 0
+
+
+@pytest.mark.parametrize("scope", ["loss", "target"])
+def test_an_infinite_temperature_is_plain_training(scope):
+    reference, data = parameters_of(toy(seed=1)), toy_data(14)
+    plain, ours = toy(), toy()
+    trainer(epochs=3).fit(plain, loader(data))
+    trainer(GradMimic(reference, "head", temperature=1e12, scope=scope), epochs=3).fit(ours, loader(data))
+    torch.testing.assert_close(parameters_of(ours), parameters_of(plain), rtol=1e-6, atol=1e-6)
+
+
+def test_a_finite_temperature_is_not():
+    reference, data = parameters_of(toy(seed=1)), toy_data(14)
+    plain, ours = toy(), toy()
+    trainer().fit(plain, loader(data))
+    trainer(GradMimic(reference, "head", temperature=0.3)).fit(ours, loader(data))
+    assert not torch.equal(ours.head.weight, plain.head.weight)
+
+
+def test_min_ess_holds_in_every_batch(tmp_path):
+    callback = GradMimic(parameters_of(toy(seed=1)), "head", temperature=1e-3, min_ess=0.6, ledger=tmp_path / "s")
+    trainer(callback).fit(toy(), loader(toy_data(12)))
+    rows = Ledger(tmp_path / "s").table()
+    weights = torch.tensor(rows["weight"].to_pylist()).view(3, 4)
+    torch.testing.assert_close(weights.sum(1), torch.ones(3))
+    ess = 1 / (weights**2).sum(1)
+    assert float(ess.min()) >= 0.6 * 4 * (1 - 1e-5)
+    assert float(ess.max()) < 4  # and the floor does not flatten them
+
+
+def test_each_sample_has_one_row_an_epoch_under_shuffling_workers(tmp_path):
+    data, ids = toy_data(14), [f"img-{k}" for k in range(14)]
+    order = torch.Generator().manual_seed(3)
+    batches = loader(data, ids=ids, shuffle=True, num_workers=2, generator=order)
+    trainer(GradMimic(parameters_of(toy(seed=1)), "head", ledger=tmp_path / "s"), epochs=2).fit(toy(), batches)
+    rows = Ledger(tmp_path / "s").table(deduplicate=False)
+    for epoch in (0, 1):
+        assert sorted(r["id"] for r in rows.to_pylist() if r["epoch"] == epoch) == sorted(ids)
+
+
+def test_scores_belong_to_their_ids(tmp_path):
+    module, data = toy(WithLosses), toy_data(12)
+    module.lr = 0.0  # nothing moves, so one score per sample
+    reference = parameters_of(toy(seed=1))
+    batches = loader(data, shuffle=True, generator=torch.Generator().manual_seed(3))
+    trainer(GradMimic(reference, "head", ledger=tmp_path / "s")).fit(module, batches)
+    whole = data[:]
+    gradients = oracles.per_sample_gradients(module, losses_of, whole)
+    expected = oracles.mimic_scores(gradients, reference, dict(module.head.named_parameters(prefix="head"))).float()
+    losses = losses_of(module, whole).float()
+    rows = Ledger(tmp_path / "s").table().to_pylist()
+    assert [r["id"] for r in rows] != sorted(r["id"] for r in rows)  # shuffled indeed
+    for row in rows:
+        assert row["score"] == pytest.approx(float(expected[row["id"]]), abs=1e-5)
+        assert row["loss"] == pytest.approx(float(losses[row["id"]]), abs=1e-5)
+        assert (row["label"], row["predicted"]) == (int(whole[1][row["id"]]), 0)
+        assert (row["flag"], row["batch_size"], row["rank"]) == ("ok", 4, 0)
+
+
+def test_rows_say_where_they_were_scored(tmp_path):
+    callback = GradMimic(parameters_of(toy(seed=1)), "head", ledger=tmp_path / "s")
+    trainer(callback, epochs=2, accumulate_grad_batches=2).fit(toy(), loader(toy_data(12)))
+    rows = Ledger(tmp_path / "s").table()
+    places = [(r["epoch"], r["step"], r["batch"]) for r in rows.to_pylist() if r["position"] == 0]
+    assert places == [(0, 0, 0), (0, 0, 1), (0, 1, 2), (1, 2, 0), (1, 2, 1), (1, 3, 2)]
+    attempt = Ledger(tmp_path / "s").meta["attempts"][0]
+    assert attempt["score_kind"] == "own_loss"
+    assert attempt["data"]["samples"] == 12
+    assert attempt["config"]["parameters"] == ["head.weight", "head.bias"]
+
+
+def test_ids_can_come_from_a_key_or_a_function(tmp_path):
+    class Keyed(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+    data = [{"x": x, "y": y, "id": k + 100} for k, (x, y) in enumerate(toy_data(8))]
+    reference = parameters_of(toy(seed=1))
+    plain_loader = torch.utils.data.DataLoader(data, 4)
+    trainer(GradMimic(reference, "head", ledger=tmp_path / "a")).fit(toy(Keyed), plain_loader)
+    by_function = GradMimic(reference, "head", ledger=tmp_path / "b", id_from=lambda b: [f"i{k}" for k in b["id"]])
+    trainer(by_function).fit(toy(Keyed), plain_loader)
+    assert Ledger(tmp_path / "a").table()["id"].to_pylist() == list(range(100, 108))
+    assert Ledger(tmp_path / "b").table()["id"].to_pylist()[0] == "i100"
+
+
+def test_figures_reach_the_logger_and_the_progress_bar():
+    names = {"mimic/score_mean", "mimic/ess", "mimic/direction_norm", "mimic/misaligned"}
+    fit = trainer(GradMimic(parameters_of(toy(seed=1)), "head"))
+    module, data = toy(), toy_data(4)
+    reference, before = parameters_of(toy(seed=1)), toy()
+    fit.fit(module, loader(data))
+    assert names <= fit.callback_metrics.keys()
+    assert names <= fit.progress_bar_metrics.keys()
+    assert names <= fit.logged_metrics.keys()
+    scores = trained_by_oracle(before, [data[:]], reference)[0][0]
+    assert float(fit.callback_metrics["mimic/score_mean"]) == pytest.approx(float(scores.mean()))
+    assert float(fit.callback_metrics["mimic/misaligned"]) == pytest.approx(float((scores < 0).double().mean()))
+
+
+def test_should_score_leaves_the_other_batches_plain(tmp_path):
+    class OddEpochs(GradMimic):
+        def should_score(self, trainer: Any) -> bool:
+            return trainer.current_epoch % 2 == 1
+
+    reference, plain, ours = parameters_of(toy(seed=1)), toy(), toy()
+    trainer(epochs=1).fit(plain, loader(toy_data(8)))
+    trainer(OddEpochs(reference, "head", ledger=tmp_path / "s"), epochs=1).fit(ours, loader(toy_data(8)))
+    torch.testing.assert_close(parameters_of(ours), parameters_of(plain), rtol=0, atol=0)
+    trainer(OddEpochs(reference, "head", ledger=tmp_path / "t"), epochs=4).fit(ours, loader(toy_data(8)))
+    assert set(Ledger(tmp_path / "t").table()["epoch"].to_pylist()) == {1, 3}

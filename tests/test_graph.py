@@ -1,0 +1,188 @@
+"""The graph tells which parameters the gate misses, which are tied, and which losses are no plain mean."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_mimic.gradients.graph import escaping_parameters, mixes_samples, not_a_plain_mean, reaches, uses
+
+BODY = ["body.bias", "body.weight"]
+OUTSIDE = torch.ones(3, requires_grad=True)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+        self.layer = nn.Linear(4, 4)
+        self.aux = nn.Linear(4, 2)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.gate = None
+        self.layer.register_forward_hook(self.take)
+
+    def take(self, layer, args, output):
+        self.gate = output.grad_fn
+
+
+def relu_in_place(net, h):
+    return net.layer(h).relu_().mul_(2.0).square().mean()
+
+
+LOSSES = {
+    "a head": (lambda n, h: n.layer(h).square().mean(), []),
+    "a head and what follows without parameters": (lambda n, h: F.layer_norm(n.layer(h).relu(), (4,)).mean(), []),
+    "changed in place afterwards": (relu_in_place, []),
+    "a residual branch around": (lambda n, h: (h + n.layer(h)).square().mean(), BODY),
+    "an auxiliary loss": (lambda n, h: n.layer(h).mean() + n.aux(h).mean(), ["aux.bias", "aux.weight", *BODY]),
+    "an auxiliary loss on detached features": (
+        lambda n, h: n.layer(h).mean() + n.aux(h.detach()).mean(),
+        ["aux.bias", "aux.weight"],
+    ),
+    "an L2 term": (lambda n, h: n.layer(h).mean() + 1e-4 * n.layer.weight.square().sum(), ["layer.weight"]),
+    "a scale after the head": (lambda n, h: (n.layer(h) * n.scale.exp()).mean(), ["scale"]),
+    "a layer after the head": (lambda n, h: n.aux(n.layer(h)).mean(), ["aux.bias", "aux.weight"]),
+    "a tensor of nobody": (lambda n, h: (n.layer(h).mean(0)[:3] * OUTSIDE).sum(), ["a tensor outside the module"]),
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_parameters_that_the_loss_reaches_around_the_gate_are_named(case):
+    net, (loss_of, names) = Net(), LOSSES[case]
+    loss = loss_of(net, net.body(torch.randn(3, 4)))
+    assert escaping_parameters(loss.grad_fn, net.gate, dict(net.named_parameters())) == names
+
+
+def test_a_frozen_backbone_does_not_escape():
+    net = Net()
+    net.body.requires_grad_(False)
+    h = net.body(torch.randn(3, 4))
+    loss = (h + net.layer(h)).mean()
+    assert escaping_parameters(loss.grad_fn, net.gate, dict(net.named_parameters())) == []
+
+
+def test_the_graph_is_walked_without_recursion():
+    net = Net()
+    y = net.layer(torch.randn(3, 4))
+    for _ in range(5000):
+        y = y + 1.0
+    assert reaches(y.grad_fn, net.gate)
+
+
+def test_reaches_follows_the_gradient_and_nothing_else():
+    net = Net()
+    h = net.body(torch.randn(3, 4))
+    loss, other = net.layer(h).mean(), net.aux(h).mean()
+    assert reaches(loss.grad_fn, net.gate)
+    assert reaches(loss.grad_fn, h.grad_fn)
+    assert reaches(net.gate, net.gate)
+    assert not reaches(other.grad_fn, net.gate)
+    assert not reaches(net.gate, loss.grad_fn)
+
+
+USES = {
+    "never": (lambda w, x: x.square(), 0),
+    "once": (lambda w, x: F.linear(x, w), 1),
+    "once, on tokens": (lambda w, x: F.linear(x[:, None].expand(-1, 3, -1), w), 1),
+    "once, with a bias of its own": (lambda w, x: F.linear(x, w, x[0]), 1),
+    "once, as a filter": (lambda w, x: F.conv2d(x[:, :, None, None], w[:, :, None, None]), 1),
+    "twice": (lambda w, x: F.linear(F.linear(x, w), w), 2),
+    "tied through a transpose": (lambda w, x: F.linear(F.linear(x, w), w.t()), 2),
+    "one transpose used twice": (lambda w, x: (x @ (t := w.t())) @ t, 2),
+    "times itself": (lambda w, x: x @ (w * w), 2),
+    "regularised": (lambda w, x: F.linear(x, w) + w.square().sum(), 2),
+    "three times": (lambda w, x: F.linear(F.linear(F.linear(x, w), w), w), 3),
+}
+
+
+@pytest.mark.parametrize("cache", [None, True, False])
+@pytest.mark.parametrize("case", USES)
+def test_every_use_of_a_parameter_is_counted_with_and_without_autocast(case, cache):
+    function, count = USES[case]
+    weight, x = nn.Parameter(torch.randn(4, 4)), torch.randn(3, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=cache is not None, cache_enabled=bool(cache)):
+        loss = function(weight, x).float().sum()
+    assert uses(loss.grad_fn, weight) == count
+    assert uses(loss.grad_fn, nn.Parameter(torch.zeros(1))) == 0
+
+
+def test_a_frozen_parameter_is_not_used():
+    net = Net()
+    net.layer.requires_grad_(False)
+    loss = net.layer(net.body(torch.randn(3, 4))).sum()
+    assert uses(loss.grad_fn, net.layer.weight) == 0
+    assert uses(loss.grad_fn, net.body.weight) == 1
+
+
+TARGETS = torch.tensor([0, 1, 3])
+CLASS_WEIGHTS = torch.tensor([1.0, 2.0, 1.0, 1.0])
+IGNORED = "the loss leaves out 1 of 3 targets (ignore_index)"
+PLAIN = {
+    "cross entropy": lambda y: F.cross_entropy(y, TARGETS),
+    "cross entropy, nothing ignored": lambda y: F.cross_entropy(y, TARGETS, ignore_index=2),
+    "label smoothing": lambda y: F.cross_entropy(y, TARGETS, label_smoothing=0.1),
+    "soft targets": lambda y: F.cross_entropy(y, torch.full((3, 4), 0.25)),
+    "pixels": lambda y: F.cross_entropy(
+        y[..., None, None].expand(-1, -1, 2, 2), TARGETS[:, None, None].expand(-1, 2, 2)
+    ),
+    "mse": lambda y: F.mse_loss(y, torch.zeros(3, 4)),
+    "bce": lambda y: F.binary_cross_entropy_with_logits(y, torch.ones(3, 4)),
+    "mean of unreduced": lambda y: F.cross_entropy(y, TARGETS, reduction="none").mean(),
+    "mean of unreduced with class weights": lambda y: F.cross_entropy(
+        y, TARGETS, weight=CLASS_WEIGHTS, reduction="none"
+    ).mean(),
+    "mean of unreduced with ignored": lambda y: F.cross_entropy(y, TARGETS, ignore_index=3, reduction="none").mean(),
+}
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_nothing_is_said_against_a_plain_mean(case):
+    net = Net()
+    loss = PLAIN[case](net.layer(torch.randn(3, 4)))
+    assert not_a_plain_mean(loss.grad_fn, net.gate) is None
+
+
+DIVIDED = "the loss divides by the sum of its class weights"
+SUMS = "sums over the batch (reduction='sum')"
+NOT_PLAIN = {
+    "class weights": (lambda y: F.cross_entropy(y, TARGETS, weight=CLASS_WEIGHTS), DIVIDED),
+    "equal class weights": (lambda y: F.cross_entropy(y, TARGETS, weight=torch.ones(4)), DIVIDED),
+    "class weights, smoothed": (
+        lambda y: F.cross_entropy(y, TARGETS, weight=CLASS_WEIGHTS, label_smoothing=0.1),
+        DIVIDED,
+    ),
+    "ignored": (lambda y: F.cross_entropy(y, TARGETS, ignore_index=3), IGNORED),
+    "ignored pixels": (lambda y: F.cross_entropy(y[..., None, None], TARGETS[:, None, None], ignore_index=3), IGNORED),
+    "summed": (lambda y: F.cross_entropy(y, TARGETS, reduction="sum"), f"NllLoss {SUMS}"),
+    "summed and divided": (lambda y: F.cross_entropy(y, TARGETS, reduction="sum") / 3, f"NllLoss {SUMS}"),
+    "summed mse": (lambda y: F.mse_loss(y, torch.zeros(3, 4), reduction="sum"), f"MseLoss {SUMS}"),
+    "before something else": (lambda y: 0.5 * F.cross_entropy(y, TARGETS, reduction="sum") + 1, f"NllLoss {SUMS}"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_PLAIN)
+def test_what_speaks_against_a_plain_mean_is_said(case):
+    net, (loss_of, reason) = Net(), NOT_PLAIN[case]
+    loss = loss_of(net.layer(torch.randn(3, 4)))
+    assert not_a_plain_mean(loss.grad_fn, net.gate) == reason
+
+
+def test_a_loss_before_the_gate_is_not_looked_at():
+    net = Net()
+    h = net.body(torch.randn(3, 4))
+    loss = net.layer(h * F.mse_loss(h, torch.zeros(3, 4), reduction="sum")).mean()
+    assert not_a_plain_mean(loss.grad_fn, net.gate) is None
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.BatchNorm1d(4), lambda: nn.BatchNorm1d(4, affine=False)])
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_after_the_gate_mixes_samples_in_training_only(training, norm):
+    net, norm = Net(), norm().train(training)
+    loss = norm(net.layer(torch.randn(3, 4))).relu().mean()
+    assert mixes_samples(loss.grad_fn, net.gate) is training
+
+
+def test_batch_norm_before_the_gate_leaves_the_head_to_itself():
+    net, norm = Net(), nn.BatchNorm1d(4).train()
+    loss = F.layer_norm(net.layer(norm(net.body(torch.randn(3, 4)))), (4,)).mean()
+    assert mixes_samples(loss.grad_fn, net.gate) is False
