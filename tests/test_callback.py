@@ -134,7 +134,7 @@ def test_scores_belong_to_their_ids(tmp_path):
     whole = data[:]
     gradients = oracles.per_sample_gradients(module, losses_of, whole)
     expected = oracles.mimic_scores(gradients, reference, dict(module.head.named_parameters(prefix="head"))).float()
-    losses = losses_of(module, whole).float()
+    losses = losses_of(module, whole).detach().float()
     rows = Ledger(tmp_path / "s").table().to_pylist()
     assert [r["id"] for r in rows] != sorted(r["id"] for r in rows)  # shuffled indeed
     for row in rows:

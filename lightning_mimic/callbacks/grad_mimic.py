@@ -103,7 +103,7 @@ class GradMimic(Callback):
         self._session: Session | None = None
         self._recorder: ScoreRecorder | None = None
         self._ids: Ids | None = None
-        self._place = (0, 0, 0)
+        self._place: tuple[int, int, int] | None = None
         self._config: dict[str, Any] = {}
         self._checked_epoch = -1
 
@@ -130,27 +130,26 @@ class GradMimic(Callback):
             raise error
         if failures:
             raise ReferenceLoadError(f"another rank could not start: {failures[0]}")
-        self._recorder = ScoreRecorder(self._open_ledger(trainer))
-        self._checked_epoch = -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._session is not None
-        assert self._recorder is not None
+        # Not before: a resumed fit learns its step after on_fit_start.
+        self._recorder = ScoreRecorder(self._open_ledger(trainer))
+        self._checked_epoch, self._place = -1, None
         if self._session.at_reference():
             self._recorder.warn({Flag.ZERO_DIRECTION: 0})
-        started = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if started and not hasattr(trainer.train_dataloader, "state_dict"):
-            warnings.warn(
-                f"resumed after {started} batches of epoch {trainer.current_epoch}, but the loader starts that epoch's "
-                "data again: some of its samples are scored twice and others not at all. A loader with `state_dict` "
-                "goes on where it stopped.",
-                stacklevel=2,
-            )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert self._session is not None
+        if self._place is None and batch_idx > 0 and not hasattr(trainer.train_dataloader, "state_dict"):
+            warnings.warn(
+                f"resumed after {batch_idx} batches of epoch {trainer.current_epoch}, but the loader starts that epoch's "
+                "data again: some of its samples are scored twice and others not at all. A loader with `state_dict` "
+                "goes on where it stopped.",
+                stacklevel=2,
+            )
         self._session.reset()
         self._place = (trainer.current_epoch, trainer.global_step, batch_idx)
         if self.should_score(trainer):
@@ -177,13 +176,12 @@ class GradMimic(Callback):
     ) -> None:
         assert self._session is not None
         assert self._recorder is not None
+        assert self._place is not None
         scored = self._session.finish()
         if scored is None:
             return
         columns, figures = scored
-        if self._checked_epoch != trainer.current_epoch:
-            self._session.check_losses()
-            self._checked_epoch = trainer.current_epoch
+        self._checked_epoch = trainer.current_epoch
         if isinstance(outputs, dict):
             columns |= {k: outputs[k].detach() for k in ("label", "predicted") if isinstance(outputs.get(k), Tensor)}
         self._recorder.add(*self._place, self._ids, columns)

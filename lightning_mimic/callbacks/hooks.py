@@ -135,37 +135,34 @@ class LossTap:
     def __init__(self, module: nn.Module) -> None:
         self.armed = False
         self.losses: Tensor | None = None
-        self.row_gradients: Tensor | None = None
+        self._expected: Tensor | None = None
         self._undo = wrap_method(module, "sample_losses", self._around)
 
     def reset(self) -> None:
         """Forgets the last step."""
         self.armed = False
-        self.losses = self.row_gradients = None
+        self.losses = self._expected = None
 
     def remove(self) -> None:
         """Gives the module its own method back."""
         self.reset()
         self._undo()
 
-    def check_plain_mean(self, expected: Tensor) -> None:
-        """Raises ``ValueError`` unless training_step averages the losses.
+    def expect_plain_mean(self, gradient: Tensor) -> None:
+        """Makes the coming backward pass raise ``ValueError`` unless training_step averaged the losses.
 
         Args:
-            expected: The gradient that each loss gets under a plain mean, a scalar. Costs a host sync.
+            gradient: What each loss gets under a plain mean, a scalar. Costs a host sync.
+
+        Raises:
+            ValueError: training_step did not call ``sample_losses``.
         """
         if self.losses is None:
             raise ValueError(
                 "the module has a method `sample_losses`, but training_step did not call it; training_step must "
                 "return the mean of `self.sample_losses(batch)`."
             )
-        if self.row_gradients is None or not torch.allclose(
-            self.row_gradients, expected.to(self.row_gradients.dtype), rtol=1e-2, atol=0.0
-        ):
-            raise ValueError(
-                "training_step does not return the plain mean of `self.sample_losses(batch)`; weights, ignored targets "
-                "and regularisers belong inside `sample_losses`, or in a term of their own."
-            )
+        self._expected = gradient
 
     def _around(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         losses = call(*args, **kwargs)
@@ -175,8 +172,14 @@ class LossTap:
             if losses.ndim != 1:
                 raise ValueError(f"`sample_losses` returned shape {tuple(losses.shape)}; expected (B,).")
             self.losses = losses.detach()
-            losses.register_hook(self._keep)
+            losses.register_hook(self._compare)
         return losses
 
-    def _keep(self, gradients: Tensor) -> None:
-        self.row_gradients = gradients
+    def _compare(self, gradients: Tensor) -> None:
+        if self._expected is not None and not torch.allclose(
+            gradients, self._expected.to(gradients.dtype), rtol=1e-2, atol=0.0
+        ):
+            raise ValueError(
+                "training_step does not return the plain mean of `self.sample_losses(batch)`; weights, ignored targets "
+                "and regularisers belong inside `sample_losses`, or in a term of their own."
+            )

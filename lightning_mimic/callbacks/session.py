@@ -134,7 +134,11 @@ class Session:
         self._tap.check_used()
         self._check_rows()
         self._factor, self._scaled = factor, scaled
-        return self._check_graph(loss) if check else None
+        if not check:
+            return None
+        if self._loss_tap is not None and self._rows is not None:
+            self._loss_tap.expect_plain_mean(factor / self._rows)
+        return self._check_graph(loss)
 
     def finish(self) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
         """The step's ledger columns of shape ``(B,)`` and its figures, scalars; ``None`` if none was scored."""
@@ -158,11 +162,6 @@ class Session:
             "mimic/misaligned": weights.misaligned,
         }
         return columns, figures
-
-    def check_losses(self) -> None:
-        """After a backward pass: raises ``ValueError`` unless training_step averaged ``sample_losses``."""
-        if self._loss_tap is not None and self._factor is not None and self._rows is not None:
-            self._loss_tap.check_plain_mean(self._factor / self._rows)
 
     def _around_training_step(self, call: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         if self.active and self._on_nonfinite == "mask" and self._rows:

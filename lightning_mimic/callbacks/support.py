@@ -28,9 +28,9 @@ def check_support(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         "The functions in lightning_mimic.gradients and lightning_mimic.scorers serve training loops of your own."
     )
     if not module.automatic_optimization:
-        raise ValueError(f"GradMimic needs automatic optimization; {type(module).__name__} steps by hand. {elsewhere}")
-    if len(trainer.optimizers) != 1:
-        raise ValueError(f"GradMimic needs one optimizer, and there are {len(trainer.optimizers)}. {elsewhere}")
+        raise ValueError(
+            f"GradMimic needs automatic optimization; {type(module).__name__} steps its optimizers by hand. {elsewhere}"
+        )
     if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
         raise ValueError(
             f"LBFGS evaluates a batch several times per step, which GradMimic does not follow. {elsewhere}"

@@ -66,8 +66,9 @@ def _unwrapped(name: str) -> str:
 
 def _names(tensors: Mapping[str, Tensor], wanted: list[str]) -> dict[str, str]:
     """The model's names to the reference's, by one common prefix."""
+    same = {name: name for name in wanted}
     if all(name in tensors for name in wanted):
-        return {name: name for name in wanted}
+        return same
     first = wanted[0]
     longer = {key[: -len(first)] for key in tensors if key.endswith(f".{first}")}
     shorter = {first[: -len(key)] for key in tensors if first.endswith(f".{key}")}
@@ -78,7 +79,7 @@ def _names(tensors: Mapping[str, Tensor], wanted: list[str]) -> dict[str, str]:
         if all(name.startswith(prefix) for name in wanted)
     ]
     # The fit that finds most names is the one to speak of when something is missing.
-    best = max(fits, key=lambda fit: sum(key in tensors for key in fit.values()), default={first: first})
+    best = max([same, *fits], key=lambda fit: sum(key in tensors for key in fit.values()))
     fits = [fit for fit in fits if all(key in tensors for key in fit.values())]
     if len(fits) == 1:
         return fits[0]

@@ -1,0 +1,276 @@
+"""What the callback cannot do exactly it refuses, before or at the first step, in a sentence that names the fix."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.strategies import FSDPStrategy
+from toys import FEATURES, HIDDEN, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
+
+from lightning_mimic import GradMimic, LedgerError, ReferenceLoadError
+
+
+class Residual(Toy):
+    def forward(self, x):
+        hidden = torch.tanh(self.body(x))
+        return self.head(hidden) + hidden[:, :3]
+
+
+class L2(Toy):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) + 0.1 * self.body.weight.square().sum()
+
+
+class Scaled(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+class InPlace(Toy):
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x))).relu_()
+
+
+class Tied(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Linear(FEATURES, FEATURES)
+        self.head = torch.nn.Linear(FEATURES, FEATURES)
+        self.head.weight = self.body.weight
+
+
+class TiedByHand(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Linear(FEATURES, HIDDEN)
+        self.head = torch.nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x):
+        return self.head(torch.tanh(F.linear(self.body(x), self.head.weight)))
+
+
+class ClassWeighted(Toy):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        return F.cross_entropy(self(x), y, weight=torch.tensor([1.0, 2.0, 3.0], dtype=x.dtype))
+
+
+class Ignoring(Toy):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        return F.cross_entropy(self(x), y, ignore_index=int(y[0]))
+
+
+class Summed(Toy):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch[0]), batch[1], reduction="sum")
+
+
+class SequenceFirst(Toy):
+    def forward(self, x):
+        steps = torch.stack([torch.tanh(self.body(x))] * 5)  # (T, B, D)
+        return self.head(steps).mean(0)
+
+
+class CalledTwice(Toy):
+    def forward(self, x):
+        hidden = torch.tanh(self.body(x))
+        return self.head(hidden) + self.head(2 * hidden)
+
+
+class ChangedInput(Toy):
+    def forward(self, x):
+        hidden = torch.tanh(self.body(x)).detach()  # nothing else needs it, so autograd would not object
+        out = F.linear(hidden, self.head.weight.detach() * 0) + self.head(hidden)
+        hidden.mul_(2)
+        return out
+
+
+class Bypassed(Toy):
+    def forward(self, x):
+        self.head(torch.tanh(self.body(x)))
+        return self.body(x)[:, :3]
+
+
+class NotAveraged(WithLosses):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        losses = self.sample_losses(batch)
+        return (losses * torch.arange(len(losses))).mean()
+
+
+class NotCalled(WithLosses):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return Toy.training_step(self, batch, batch_idx)
+
+
+class ByHand(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Quasi(Toy):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters())
+
+
+def refused(kind: type[Toy], parameters: Any = "head", error: type = ValueError, batches: Any = None, **options: Any):
+    """Fits and gives back the message; whatever happens, the module is left as it was."""
+    module, settings = toy(kind), {"reference": parameters_of(toy(kind, seed=1)), **options}
+    before = parameters_of(module)
+    with pytest.raises(error) as caught:
+        trainer(GradMimic(parameters=parameters, **settings)).fit(module, batches or loader(toy_data(8)))
+    torch.testing.assert_close(parameters_of(module), before, rtol=0, atol=0)
+    assert not {"training_step", "sample_losses"} & vars(module).keys()
+    assert not any(m._forward_hooks for m in module.modules())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameters", "names"),
+    [
+        (Residual, "head", "2 trainable parameters without passing 'head', .*: 'body.bias', 'body.weight'"),
+        (L2, "head", "1 trainable parameters without passing 'head', .*: 'body.weight'"),
+        (Scaled, "head", "1 trainable parameters without passing 'head', .*: 'scale'"),
+        (Toy, "body", "2 trainable parameters without passing 'body', .*: 'head.bias', 'head.weight'"),
+    ],
+)
+def test_what_escapes_the_gate_is_named(kind, parameters, names):
+    message = refused(kind, parameters)
+    assert re.search(names, message)
+    assert "escaping='plain'" in message
+
+
+def test_an_operation_in_place_after_the_layer_is_not_an_escape():
+    module, data = toy(InPlace), loader(toy_data(8))
+    trainer(GradMimic(parameters_of(toy(InPlace, seed=1)), "head")).fit(module, data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Tied, "'head.weight' is tied to 'body.weight'"),
+        (TiedByHand, "'head.weight' is used 2 times in the forward pass (tied)"),
+        (CalledTwice, "'head' is called more than once in a training step"),
+        (ClassWeighted, "the loss divides by the sum of its class weights"),
+        (Ignoring, "(ignore_index). Give the module a method `sample_losses(batch)`"),
+        (Summed, "sums over the batch (reduction='sum')"),
+        (SequenceFirst, "the output of 'head' has shape (5, 4, 3), but the batch has 4 samples"),
+        (Bypassed, "no path leads from the loss to the output of 'head'"),
+        (NotAveraged, "does not return the plain mean of `self.sample_losses(batch)`"),
+        (NotCalled, "training_step did not call it"),
+        (ByHand, "ByHand steps its optimizers by hand. The functions in lightning_mimic.gradients"),
+        (Quasi, "LBFGS evaluates a batch several times"),
+    ],
+)
+def test_what_would_be_inexact_is_refused(kind, message):
+    assert message in refused(kind)
+
+
+def test_an_input_changed_in_place_is_refused():
+    assert "the input of 'head' was changed in place" in refused(ChangedInput, scope="target", error=RuntimeError)
+
+
+def test_nothing_trained_before_or_in_the_layer():
+    class Detached(Toy):
+        def forward(self, x):
+            return self.head(torch.tanh(self.body(x)).detach()) + self.body(x)[:, :3] * 0
+
+        def configure_optimizers(self):
+            self.head.requires_grad_(False)
+            return super().configure_optimizers()
+
+    assert "no gradient passes through the output of 'head'" in refused(Detached)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"parameters": "haed"}, "`parameters`: 'haed' names no module and no parameter of Toy; nearest: 'head'"),
+        ({"parameters": ["head", "body"]}, "`parameters` selects 2 layers ('body', 'head')"),
+        ({"reference": {"head.weight": torch.zeros(3, 8)}}, "no tensor for 'head.bias'"),
+        ({"reference": {"head.weight": torch.zeros(4, 8), "head.bias": torch.zeros(3)}}, "(4, 8), the model's has (3"),
+        ({"reference": "nowhere.ckpt"}, "no file nowhere.ckpt"),
+    ],
+)
+def test_bad_arguments_stop_fit_before_training(options, message):
+    settings = {"parameters": "head", "reference": parameters_of(toy(seed=1))} | options
+    module = toy()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trainer(GradMimic(**settings)).fit(module, loader(toy_data(8)))
+    assert trainer().global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"scope": "los"}, "`scope` is 'los'; nearest: 'loss'."),
+        ({"escaping": "ignore"}, "`escaping` is 'ignore'"),
+        ({"on_nonfinite": "skip"}, "`on_nonfinite` is 'skip'; nearest: 'mask'."),
+        ({"temperature": 0}, "`temperature` must be a positive finite number, not 0."),
+        ({"min_ess": 2}, "`min_ess` is a fraction of the batch between 0 and 1, not 2."),
+    ],
+)
+def test_bad_options_are_refused_at_construction(option, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        GradMimic({}, "head", **option)
+
+
+def test_frozen_parameters_cannot_be_weighted_alone():
+    class FrozenHead(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head.requires_grad_(False)
+
+    assert "they are frozen" in refused(FrozenHead, scope="target")
+    trainer(GradMimic(parameters_of(toy(seed=1)), "head")).fit(toy(FrozenHead), loader(toy_data(8)))
+
+
+def test_a_ledger_without_ids_is_refused(tmp_path):
+    batches = torch.utils.data.DataLoader(toy_data(8), 4)
+    message = refused(Toy, batches=batches, ledger=tmp_path / "s")
+    assert "carries no ids" in message
+    assert "DataLoader(WithIds(dataset), collate_fn=collate_with_ids)" in message
+
+
+def test_two_runs_in_one_ledger_are_refused_and_both_named(tmp_path):
+    reference, data = parameters_of(toy(seed=1)), loader(toy_data(8))
+    trainer(GradMimic(reference, "head", ledger=tmp_path / "s")).fit(toy(), data)
+    with pytest.raises(LedgerError, match=r"already holds 1 parts of run [0-9a-f]{12} .* and this is a new run"):
+        trainer(GradMimic(reference, "head", ledger=tmp_path / "s")).fit(toy(), data)
+
+
+def test_two_callbacks_on_one_trainer_are_refused():
+    reference = parameters_of(toy(seed=1))
+    with pytest.raises(RuntimeError, match="GradMimic"):
+        trainer(GradMimic(reference, "head"), GradMimic(reference, "head"))
+
+
+def test_fsdp_is_refused():
+    callback, fit, module = GradMimic({}, "head"), trainer(), toy()
+    fit.strategy.__class__ = FSDPStrategy
+    fit.strategy._lightning_module = module
+    with pytest.raises(ValueError, match="FSDPStrategy splits or replaces parameters"):
+        callback.on_fit_start(fit, module)
+
+
+def test_the_other_lightning_package_is_named():
+    import pytorch_lightning
+
+    class Other(pytorch_lightning.LightningModule):
+        pass
+
+    with pytest.raises(TypeError, match="`pytorch_lightning` is another package"):
+        GradMimic({}, "head").setup(trainer(), Other(), "fit")
+
+
+def test_an_unreadable_reference_leaves_no_ledger(tmp_path):
+    with pytest.raises(ReferenceLoadError):
+        trainer(GradMimic("no.pt", "head", ledger=tmp_path / "s")).fit(toy(), loader(toy_data(8)))
+    assert not (tmp_path / "s").exists()
