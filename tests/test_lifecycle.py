@@ -145,10 +145,9 @@ def test_resuming_within_an_epoch_says_what_it_costs(tmp_path):
     callback = GradMimic(reference(), "head", ledger=tmp_path / "s")
     trainer(callback, saver, enable_checkpointing=True).fit(toy(), data)
     (checkpoint,) = tmp_path.glob("c/at-*.ckpt")
-    with pytest.warns(UserWarning, match="resumed after 2 batches of epoch 0, but the loader starts") as caught:
-        again = GradMimic(reference(), "head", ledger=tmp_path / "s")
+    again = GradMimic(reference(), "head", ledger=tmp_path / "s")
+    with pytest.warns(UserWarning, match="resumed after 2 batches of epoch 0, but the loader starts"):
         trainer(again).fit(toy(), data, ckpt_path=checkpoint, weights_only=True)
-    assert len(caught) >= 1
     ids = Ledger(tmp_path / "s").table()["id"].to_pylist()
     assert len(ids) == len(set(ids))  # each sample once per epoch, although the loader started again
 
@@ -159,7 +158,7 @@ def test_other_settings_on_resume_are_not_mixed_in_silence(tmp_path):
     callback = GradMimic(reference(), "head", ledger=tmp_path / "s")
     trainer(callback, saver, enable_checkpointing=True).fit(toy(), data)
     other = GradMimic(reference(), "head", temperature=0.5, ledger=tmp_path / "s")
-    with pytest.warns(UserWarning, match="goes on with other settings \\(temperature: 1.0, 0.5\\)"):
+    with pytest.warns(UserWarning, match=r"goes on with other settings \(temperature: 1\.0, 0\.5\)"):
         trainer(other, epochs=2).fit(toy(), data, ckpt_path=tmp_path / "c" / "at.ckpt", weights_only=True)
     with pytest.raises(ValueError, match="attempts differ in temperature: 1.0, 0.5"):
         Ledger(tmp_path / "s").table()

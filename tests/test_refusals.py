@@ -156,7 +156,7 @@ def test_an_operation_in_place_after_the_layer_is_not_an_escape():
     ("kind", "message"),
     [
         (Tied, "'head.weight' is tied to 'body.weight'"),
-        (TiedByHand, "'head.weight' is used 2 times in the forward pass (tied)"),
+        (TiedByHand, "'head.weight' is used more than once in the forward pass (tied)"),
         (CalledTwice, "'head' is called more than once in a training step"),
         (ClassWeighted, "the loss divides by the sum of its class weights"),
         (Ignoring, "(ignore_index). Give the module a method `sample_losses(batch)`"),

@@ -91,7 +91,7 @@ def loader(data: Dataset, batch_size: int = 4, ids: Any = None, **options: Any) 
 
 def trainer(*callbacks: pl.Callback, epochs: int = 1, **options: Any) -> pl.Trainer:
     """A quiet Trainer on one CPU."""
-    quiet = {name: False for name in ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")}
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     settings = quiet | {"max_epochs": epochs, "accelerator": "cpu", "devices": 1} | options
     return pl.Trainer(callbacks=list(callbacks), **settings)
 

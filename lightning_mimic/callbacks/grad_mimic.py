@@ -145,9 +145,9 @@ class GradMimic(Callback):
         assert self._session is not None
         if self._place is None and batch_idx > 0 and not hasattr(trainer.train_dataloader, "state_dict"):
             warnings.warn(
-                f"resumed after {batch_idx} batches of epoch {trainer.current_epoch}, but the loader starts that epoch's "
-                "data again: some of its samples are scored twice and others not at all. A loader with `state_dict` "
-                "goes on where it stopped.",
+                f"resumed after {batch_idx} batches of epoch {trainer.current_epoch}, but the loader starts that "
+                "epoch's data again: some of its samples are scored twice and others not at all. A loader with "
+                "`state_dict` goes on where it stopped.",
                 stacklevel=2,
             )
         self._session.reset()

@@ -106,17 +106,23 @@ def wrap_method(owner: nn.Module, name: str, around: Callable[..., Any]) -> Call
         A function that undoes it.
     """
     before: Callable[..., Any] | None = vars(owner).get(name)
-    function: Callable[..., Any] = getattr(type(owner), name)
+    function: Callable[..., Any] = before if before is not None else getattr(type(owner), name)
+    alive = True
 
     @functools.wraps(function)  # Lightning inspects the signature
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = before if before is not None else functools.partial(function, self)
-        return around(call, *args, **kwargs) if self is owner else call(*args, **kwargs)
+        return around(call, *args, **kwargs) if alive and self is owner else call(*args, **kwargs)
 
     # A bound method, not a closure: deepcopy binds it to the copy.
-    setattr(owner, name, types.MethodType(method, owner))
+    wrapper = types.MethodType(method, owner)
+    setattr(owner, name, wrapper)
 
     def undo() -> None:
+        nonlocal alive
+        alive = False
+        if vars(owner).get(name) is not wrapper:
+            return  # somebody wrapped it after us and still calls through
         if before is None:
             delattr(owner, name)
         else:

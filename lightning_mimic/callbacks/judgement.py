@@ -49,10 +49,14 @@ def judge(
     # At the reference every direction is as good: equal scores, equal weights.
     weights = weighting(torch.where(vanishes, torch.zeros_like(scores), scores), counts)
     flags = torch.full_like(scores, Flag.OK, dtype=torch.int8)
-    flags[weights.batch_size.expand_as(scores) == 1] = Flag.ALONE
-    flags[vanishes.expand_as(finite)] = Flag.ZERO_DIRECTION
-    flags[~finite] = Flag.OVERFLOW
-    flags[broken] = Flag.NONFINITE_LOSS
+    # The later, the weightier; by where, because an assignment through a mask waits for the device.
+    for flag, rows in (
+        (Flag.ALONE, weights.batch_size == 1),
+        (Flag.ZERO_DIRECTION, vanishes),
+        (Flag.OVERFLOW, ~finite),
+        (Flag.NONFINITE_LOSS, broken),
+    ):
+        flags = torch.where(rows, torch.full_like(flags, flag), flags)
     return Judgement(
         scores=torch.where(counts & ~vanishes, scores, torch.full_like(scores, torch.nan)),
         weights=weights,

@@ -10,7 +10,14 @@ from lightning_mimic.callbacks.batch import sample_count, zero_nonfinite_samples
 from lightning_mimic.callbacks.hooks import LayerTap, LossTap, wrap_method
 from lightning_mimic.callbacks.judgement import Judgement, judge
 from lightning_mimic.gradients import Direction, LayerGradients, gate_rows
-from lightning_mimic.gradients.graph import escaping_parameters, mixes_samples, not_a_plain_mean, reaches, uses
+from lightning_mimic.gradients.graph import (
+    escaping_parameters,
+    mixes_samples,
+    not_a_plain_mean,
+    reaches,
+    used_beyond,
+    uses,
+)
 from lightning_mimic.scorers import SoftmaxWeighting, mimic_score
 
 Scope = Literal["loss", "target"]
@@ -230,11 +237,10 @@ class Session:
         if root is None or not reaches(root, gate):
             raise ValueError(f"`parameters`: no path leads from the loss to the output of {name!r}.")
         for target, parameter in self._targets.items():
-            count = uses(gate, parameter)
-            if count > 1:
+            if uses(gate, parameter) > 1 or used_beyond(root, gate, parameter):
                 raise ValueError(
-                    f"`parameters`: {target!r} is used {count} times in the forward pass (tied); one layer's input and "
-                    "output gradient do not hold its whole gradient. Name a parameter that is used once."
+                    f"`parameters`: {target!r} is used more than once in the forward pass (tied); one layer's input "
+                    "and output gradient do not hold its whole gradient. Name a parameter that is used once."
                 )
         if self._loss_tap is None:
             reason = not_a_plain_mean(root, gate)

@@ -1,9 +1,10 @@
 """Scikit-learn's handwritten digits: 1,797 real images that come with a package, for runs without a network."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -24,7 +25,8 @@ class DigitsDataModule(pl.LightningDataModule):
     Args:
         train: What trains: ``"trusted"`` (200), ``"trusted_fit"`` (150) or ``"noisy"`` (1,097).
         noise: Spoils the labels of the noisy part.
-        seed: Of the split and of the order in training.
+        augment: Shift every training batch by up to one pixel.
+        seed: Of the split, of the order in training and of the shifts.
         batch_size: Images per batch and process.
         num_workers: Loader processes.
 
@@ -44,6 +46,7 @@ class DigitsDataModule(pl.LightningDataModule):
         self,
         train: Part = "noisy",
         noise: LabelNoise | None = None,
+        augment: bool = False,
         seed: int = 0,
         batch_size: int = 32,
         num_workers: int = 0,
@@ -53,7 +56,9 @@ class DigitsDataModule(pl.LightningDataModule):
             raise ValueError(f"`train` is {train!r}; expected one of {', '.join(map(repr, get_args(Part)))}.")
         self.train = train
         self.noise = noise if noise is not None else SymmetricNoise()
+        self.augment = augment
         self.seed = seed
+        self._shifts = torch.Generator().manual_seed(seed)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self._images: Tensor | None = None
@@ -87,6 +92,12 @@ class DigitsDataModule(pl.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         return self._loader(self._test, self._labels[self._test])
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if self.augment and self.trainer is not None and self.trainer.training:
+            down, right = torch.randint(0, 3, (2,), generator=self._shifts).tolist()
+            batch[0] = F.pad(batch[0], (1, 1, 1, 1))[..., down : down + 8, right : right + 8]
+        return batch
 
     def images(self, ids: Tensor) -> Tensor:
         """Images by id, shape ``(n, 1, 8, 8)``, 0 (paper) to 1 (ink)."""

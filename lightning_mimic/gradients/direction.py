@@ -27,10 +27,12 @@ class Direction:
         self._parameters = dict(parameters)
         # Half precision would round v away long before the weights meet; float64 models keep float64.
         self._reference = {
-            name: reference[name].detach().to(p.device, torch.promote_types(p.dtype, torch.float32))
+            name: reference[name].detach().to(p.device, torch.promote_types(p.dtype, torch.float32), copy=True)
             for name, p in self._parameters.items()
         }
-        self._zero = RELATIVE_ZERO * _norm(self._reference) + torch.finfo(torch.float32).tiny
+        # Parameters in half precision cannot come closer to the reference than their own rounding.
+        rounding = max(torch.finfo(p.dtype).eps / 2 for p in self._parameters.values())
+        self._zero = max(RELATIVE_ZERO, rounding) * _norm(self._reference) + torch.finfo(torch.float32).tiny
 
     @torch.no_grad()
     def __call__(self) -> tuple[dict[str, Tensor], Tensor]:

@@ -39,4 +39,5 @@ def finite_rows(tensor: Tensor) -> Tensor:
         >>> finite_rows(torch.tensor([[1.0, 2.0], [float("inf"), 0.0]]))
         tensor([ True, False])
     """
-    return torch.isfinite(tensor).view(tensor.shape[0], -1).all(1)
+    finite = torch.isfinite(tensor)
+    return finite.flatten(1).all(1) if finite.ndim > 1 else finite

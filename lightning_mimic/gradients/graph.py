@@ -71,10 +71,33 @@ def uses(root: Node, parameter: nn.Parameter) -> int:
     return len(parents[leaf])
 
 
+def used_beyond(root: Node, gate: Node, parameter: nn.Parameter) -> bool:
+    """Whether ``parameter`` also meets data on a way that does not pass the gate.
+
+    A regulariser, which sees the parameter alone, does not count.
+    """
+
+    def is_parameter(node: Node) -> bool:
+        while node.name().startswith(_PASSED_ON) and node.next_functions[0][0] is not None:
+            node = node.next_functions[0][0]
+        return getattr(node, "variable", None) is parameter
+
+    for node in walk(root, stop=gate):
+        children = [child for child, _ in node.next_functions if child is not None and node is not gate]
+        others = [child for child in children if not is_parameter(child)]
+        if len(others) < len(children) and any(
+            n is gate or getattr(n, "variable", None) is not None for child in others for n in walk(child)
+        ):
+            return True
+    return False
+
+
 def mixes_samples(root: Node, gate: Node) -> bool:
     """Whether a batch normalisation in training mode lies between the loss and the gate."""
     return any(
-        any(norm in node.name() for norm in _NORMS) and getattr(node, "_saved_training", True)
+        any(norm in node.name() for norm in _NORMS)
+        and getattr(node, "_saved_training", True)
+        and len(node._saved_input) > 1  # type: ignore[attr-defined]  # instance normalisation runs as one batch row
         for node in walk(root, stop=gate)
     )
 
@@ -87,6 +110,8 @@ def not_a_plain_mean(root: Node, gate: Node) -> str | None:
     """
     for node in walk(root, stop=gate):
         reduction = getattr(node, "_saved_reduction", None)
+        if reduction is None or not reaches(node, gate):
+            continue  # a regulariser may be reduced as it likes
         if reduction == _SUM:
             return f"{node.name().removesuffix('Backward0')} sums over the batch (reduction='sum')"
         if reduction == _MEAN and node.name().startswith("NllLoss"):

@@ -105,4 +105,5 @@ class LayerGradients:
         rows = (self._output_gradients * weights.view(-1, *[1] * (self._output_gradients.ndim - 1))).to(dtype)
         with torch.enable_grad(), torch.autocast(rows.device.type, enabled=False):
             output = self._apply(self._layer, self._inputs.to(dtype), parameters["weight"], parameters.get("bias"))
-        return dict(zip(parameters, torch.autograd.grad(output, list(parameters.values()), rows), strict=True))
+            sums = torch.autograd.grad(output, list(parameters.values()), rows)
+        return dict(zip(parameters, sums, strict=True))

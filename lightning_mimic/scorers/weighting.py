@@ -44,8 +44,8 @@ class SoftmaxWeighting:
 
     Args:
         temperature: τ, in the unit of the score; smaller trusts the scores more.
-        min_ess: Floor on the effective sample size, as a fraction of the batch, 0 to 1; τ is raised for a
-            batch that would fall below it (in steps of 9 %). 0: no floor.
+        min_ess: Floor on the effective sample size, as a fraction of the rows that count, 0 to 1; τ is raised
+            for a batch that would fall below it (in steps of 9 %). 0: no floor; 1: uniform weights.
 
     Raises:
         ValueError: τ not a positive finite number, or ``min_ess`` outside 0 to 1.
@@ -75,22 +75,33 @@ class SoftmaxWeighting:
         counts = torch.ones_like(scores, dtype=torch.bool) if counts is None else counts
         known = torch.where(counts, scores, torch.zeros_like(scores))
         ladder = self._temperatures(scores)
-        logits = torch.where(counts, known / ladder[:, None], -torch.inf)  # (ladder, B)
+        # Relative to the rank's highest score, then to that of all ranks: large scores lose no digits.
+        peak = torch.where(counts, scores, -torch.inf).amax() if len(scores) else scores.new_full((), -torch.inf)
+        peak = torch.where(counts.any(), peak, torch.zeros_like(peak))
+        logits = torch.where(counts, (known - peak) / ladder[:, None], -torch.inf)  # (ladder, B)
         sums = [torch.ones_like(scores), counts, known, counts & (known < 0)]
-        totals = torch.stack([s.sum(dtype=scores.dtype) for s in sums])
+        totals = torch.stack([peak, *[s.sum(dtype=scores.dtype) for s in sums]])
         ranks = _gather(torch.cat([torch.logsumexp(logits, 1), torch.logsumexp(2 * logits, 1), totals]))
-        first, second, totals = ranks.split([len(ladder), len(ladder), 4], 1)
-        normaliser = torch.logsumexp(first, 0)  # (ladder,)
-        ess = torch.exp(2 * normaliser - torch.logsumexp(second, 0))
-        batch_size, counted, score_sum, misaligned = totals.sum(0)
+        first, second, totals = ranks.split([len(ladder), len(ladder), 5], 1)
+        holds = totals[:, 2] > 0  # ranks with rows that count
+        top = torch.where(holds, totals[:, 0], -torch.inf).amax()
+        shift = torch.where(holds, totals[:, 0] - top, torch.zeros_like(top))[:, None] / ladder
+        normaliser = torch.logsumexp(first + shift, 0)  # (ladder,)
+        ess = torch.exp(2 * normaliser - torch.logsumexp(second + 2 * shift, 0))
+        batch_size, counted, score_sum, misaligned = totals[:, 1:].sum(0)
         # argmax finds the first True; a hair of tolerance keeps equal scores from climbing for rounding.
-        rung = (ess >= self.min_ess * counted * (1 - 1e-6)).to(torch.int8).argmax()
-        weights = torch.where(counts, torch.exp(logits[rung] - normaliser[rung]), torch.zeros_like(scores))
+        rung = (ess >= self.min_ess * counted * (1 - 1e-6)).to(torch.int8).argmax(0, keepdim=True)
+
+        def chosen(values: Tensor) -> Tensor:
+            return values.index_select(0, rung)[0]  # values[rung] would wait for the device
+
+        own = torch.where(counts.any(), (peak - top) / chosen(ladder), torch.zeros_like(peak))
+        weights = torch.where(counts, torch.exp(chosen(logits) + own - chosen(normaliser)), torch.zeros_like(scores))
         return BatchWeights(
             weights=weights,
             scale=torch.where(counts, weights * (len(scores) * len(ranks)), torch.ones_like(scores)),
-            ess=ess[rung],
-            temperature=ladder[rung],
+            ess=chosen(ess),
+            temperature=chosen(ladder),
             batch_size=batch_size.to(torch.int64),
             counted=counted.to(torch.int64),
             score_mean=score_sum / counted,
@@ -99,10 +110,13 @@ class SoftmaxWeighting:
 
     def _temperatures(self, scores: Tensor) -> Tensor:
         """τ, and above it what may be needed for the floor; made on the device, which costs no host sync."""
+        lowest = max(self.temperature, torch.finfo(scores.dtype).tiny)
         if self.min_ess == 0:
-            return scores.new_full((1,), self.temperature)
+            return scores.new_full((1,), lowest)
+        if self.min_ess == 1:
+            return scores.new_full((1,), torch.inf)
         rungs = torch.arange(_STEPS_PER_DOUBLING * _DOUBLINGS, device=scores.device, dtype=scores.dtype)
-        rising = self.temperature * torch.exp2(rungs / _STEPS_PER_DOUBLING)
+        rising = lowest * torch.exp2(rungs / _STEPS_PER_DOUBLING)
         return torch.cat([rising, scores.new_full((1,), torch.inf)])
 
 

@@ -1,0 +1,130 @@
+"""Two gloo processes against one with the same global micro-batches; every case runs inside one spawned pair."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from toys import Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
+
+from lightning_mimic import GradMimic, Ledger, WithIds, collate_with_ids
+
+EVEN, UNEVEN = (2, 2), (3, 1)
+
+
+class Unused(Toy):
+    """Has parameters that no loss reaches, for find_unused_parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = torch.nn.Linear(2, 2)
+
+
+# name: module, rows per rank, DDP's options, the callback's, the Trainer's
+CASES: dict[str, tuple[type[Toy], tuple[int, int], dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "plain": (Toy, EVEN, {}, {}, {}),
+    "with sample_losses": (WithLosses, EVEN, {}, {}, {}),
+    "find_unused_parameters": (Unused, EVEN, {"find_unused_parameters": True}, {}, {}),
+    "static_graph": (Toy, EVEN, {"static_graph": True}, {}, {}),
+    "static_graph, target": (Toy, EVEN, {"static_graph": True}, {"scope": "target"}, {}),
+    "uneven ranks": (Toy, UNEVEN, {}, {}, {}),
+    "uneven ranks, static_graph": (WithLosses, UNEVEN, {"static_graph": True}, {}, {}),
+    "target": (Toy, EVEN, {}, {"scope": "target"}, {}),
+    "floor": (Toy, UNEVEN, {}, {"temperature": 0.01, "min_ess": 0.6}, {}),
+    "accumulated": (Toy, EVEN, {}, {}, {"accumulate_grad_batches": 2}),
+    "clipped": (Toy, UNEVEN, {}, {}, {"gradient_clip_val": 0.05}),
+    "broken samples on one rank": (Toy, UNEVEN, {}, {}, {}),
+    "only scored": (Toy, EVEN, {}, {"reweight": False}, {}),
+}
+WORLD = 2
+
+
+def data_of(case: str) -> torch.utils.data.TensorDataset:
+    data = toy_data(16)
+    if case.startswith("broken"):
+        data.tensors[0][[3, 7, 9]] = float("nan")  # 3 and 7 are all that the second rank has of their batches
+    return data
+
+
+def callback_of(case: str, ledger: Path) -> GradMimic:
+    kind, _, _, options, _ = CASES[case]
+    settings = {"temperature": 0.7, "min_ess": 0.0} | options
+    return GradMimic(parameters_of(toy(kind, seed=1)), "head", ledger=ledger, **settings)
+
+
+def one_process(case: str, folder: Path) -> Toy:
+    kind, _, _, _, options = CASES[case]
+    module = toy(kind)
+    trainer(callback_of(case, folder / "one" / case), epochs=2, **options).fit(module, loader(data_of(case)))
+    return module
+
+
+def on_rank(rank: int, folder: Path) -> None:
+    """All cases on one of the two ranks; what comes out is saved."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
+    os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
+    fit_on_two = {"devices": 2, "use_distributed_sampler": False, "plugins": [TorchElasticEnvironment()]}
+    for case, (kind, rows, ddp, _, options) in CASES.items():
+        module, first = toy(kind), sum(rows[:rank])
+        batches = [list(range(start + first, start + first + rows[rank])) for start in range(0, 16, 4)]
+        mine = torch.utils.data.DataLoader(WithIds(data_of(case)), batch_sampler=batches, collate_fn=collate_with_ids)
+        strategy = DDPStrategy(process_group_backend="gloo", **ddp)
+        callback = callback_of(case, folder / "two" / case)
+        trainer(callback, epochs=2, strategy=strategy, **fit_on_two, **options).fit(module, mine)
+        torch.save(module.state_dict(), folder / f"{case}-{rank}.pt")
+    # Only the second rank's reference is bad, and both stop.
+    bad = {"head.weight": torch.zeros(1), "head.bias": torch.zeros(1)} if rank else parameters_of(toy(seed=1))
+    try:
+        trainer(GradMimic(bad, "head"), strategy=DDPStrategy(process_group_backend="gloo"), **fit_on_two).fit(
+            toy(), loader(toy_data(4))
+        )
+    except ValueError as error:
+        (folder / f"error-{rank}").write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ddp")
+    torch.multiprocessing.spawn(on_rank, (folder,), nprocs=WORLD)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.*samples had a loss that is not finite")
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(case, folder):
+    expected = parameters_of(one_process(case, folder))
+    for rank in range(WORLD):
+        state = torch.load(folder / f"{case}-{rank}.pt", weights_only=True)
+        torch.testing.assert_close(state, expected, rtol=1e-6, atol=1e-6)
+    one, two = (
+        Ledger(folder / n / case).table().sort_by([("epoch", "ascending"), ("id", "ascending")]) for n in ("one", "two")
+    )
+    for column in ("id", "epoch", "step", "batch", "batch_size", "flag"):
+        assert one[column].to_pylist() == two[column].to_pylist(), column
+    for column in ("score", "weight", "loss"):
+        pair = [torch.tensor([float("nan") if v is None else v for v in t[column].to_pylist()]) for t in (one, two)]
+        torch.testing.assert_close(*pair, rtol=1e-6, atol=1e-6, equal_nan=True)
+    rows = CASES[case][1]
+    assert two["rank"].to_pylist().count(0) == 2 * 4 * rows[0]
+
+
+def test_the_weights_matter_in_what_is_compared(folder):
+    weighted = parameters_of(one_process("plain", folder / "again"))
+    plain = toy()
+    trainer(epochs=2).fit(plain, loader(toy_data(16)))
+    assert not torch.equal(weighted["head.weight"], plain.head.weight)
+
+
+def test_a_fault_on_one_rank_stops_all_of_them(folder):
+    assert "'head.weight' has shape (1,)" in (folder / "error-1").read_text()
+    assert (
+        "another rank could not start: rank 1: `reference`: 'head.weight' has shape (1,)"
+        in (folder / "error-0").read_text()
+    )
