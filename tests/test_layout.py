@@ -1,0 +1,93 @@
+"""The rules of the house, enforced: who may import whom, what is installed, what the core needs."""
+
+import ast
+import configparser
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = ["gradients", "scorers", "reference", "ledger", "callbacks", "models", "data", "curation", "cli"]
+STRANGERS = {"callbacks", "models", "data"}  # do not know each other
+FILES = sorted((ROOT / "lightning_mimic").rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+def rooms(path: Path) -> tuple[str, set[str]]:
+    own = path.relative_to(ROOT / "lightning_mimic").parts[0]
+    used = {name.split(".")[1] for name in imports(path) if name.startswith("lightning_mimic.")}
+    return own, used & set(ORDER) - {own}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_room_imports_only_from_those_above_it(path):
+    own, used = rooms(path)
+    if own not in ORDER:  # the package's own front, which shows everything
+        return
+    assert all(ORDER.index(room) < ORDER.index(own) for room in used), used
+    if own in STRANGERS:
+        assert not used & STRANGERS
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_package_stays_where_it_belongs(path):
+    own = path.relative_to(ROOT / "lightning_mimic").parts[0]
+    tops = {name.split(".")[0] for name in imports(path)}
+    if own in ("ledger", "curation", "gradients", "scorers", "reference"):
+        assert not tops & {"lightning", "pytorch_lightning", "lightning_utilities"}
+    if own == "ledger":
+        assert "torch" not in tops
+    if own in ("gradients", "scorers"):
+        assert tops <= {"torch", "lightning_mimic"} | set(sys.stdlib_module_names)
+    if own != "cli":
+        assert not tops & {"hydra", "omegaconf"}
+    assert "pickle" not in tops or path.name == "read.py"
+
+
+def test_the_oracles_import_torch_only():
+    tops = {name.split(".")[0] for name in imports(ROOT / "tests" / "oracles.py")}
+    assert tops <= {"torch"} | set(sys.stdlib_module_names)
+
+
+def test_every_room_is_installed():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    listed = set(setup["options"]["packages"].split())
+    there = {"lightning_mimic"} | {
+        f"lightning_mimic.{p.parent.name}" for p in ROOT.glob("lightning_mimic/*/__init__.py")
+    }
+    assert listed == there | {"lightning_mimic.conf"}
+
+
+def test_files_stay_readable():
+    lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in [*FILES, *ROOT.glob("tests/*.py")]}
+    assert {name: n for name, n in lengths.items() if n > 310} == {}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_importing_needs_the_core_only(path):
+    # Optional packages are imported within the one function or file that owns them.
+    owners = {"curation/report.py": {"matplotlib"}}
+    allowed = {"lightning", "lightning_utilities", "torch", "torchmetrics", "hydra", "omegaconf", "pyarrow"}
+    allowed |= owners.get(path.relative_to(ROOT / "lightning_mimic").as_posix(), set()) | {"lightning_mimic"}
+    tops = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            tops |= {name.split(".")[0] for name in names}
+    assert tops <= allowed | set(sys.stdlib_module_names)
+
+
+def test_the_front_does_not_open_the_picture_room():
+    assert not any("report" in name for name in imports(ROOT / "lightning_mimic" / "curation" / "__init__.py"))
