@@ -72,6 +72,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def commit(temporary: Path, path: Path) -> None:
     """Gives a complete file its final name, and makes sure that the name outlives a power cut."""
     os.replace(temporary, path)
+    if os.name != "posix":
+        return  # elsewhere a directory cannot be opened
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
