@@ -5,9 +5,11 @@ from typing import Any
 import oracles
 import pytest
 import torch
+import torch.utils.checkpoint
 from toys import Convolution, Tokens, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
 
 from lightning_mimic import GradMimic, Ledger
+from lightning_mimic.gradients import Direction
 
 
 def trained_by_oracle(
@@ -196,3 +198,56 @@ def test_should_score_leaves_the_other_batches_plain(tmp_path):
     torch.testing.assert_close(parameters_of(ours), parameters_of(plain), rtol=0, atol=0)
     trainer(OddEpochs(reference, "head", ledger=tmp_path / "t"), epochs=4).fit(ours, loader(toy_data(8)))
     assert set(Ledger(tmp_path / "t").table()["epoch"].to_pylist()) == {1, 3}
+
+
+def test_a_flipped_direction_does_not_pass(monkeypatch, tmp_path):
+    forward = Direction.__call__
+
+    def flipped(self: Direction) -> Any:
+        vectors, norm = forward(self)
+        return {name: -v for name, v in vectors.items()}, norm
+
+    monkeypatch.setattr(Direction, "__call__", flipped)
+    with pytest.raises(AssertionError, match="not close"):
+        test_every_step_is_the_weighted_sum_of_sample_gradients(Toy, "loss", {}, tmp_path)
+
+
+@pytest.mark.parametrize("scope", ["loss", "target"])
+def test_a_regulariser_keeps_its_own_weight(scope):
+    class Regularised(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            penalty = sum(p.square().sum() for p in self.parameters())
+            return super().training_step(batch, batch_idx) + 0.1 * penalty
+
+    reference, data, ours, oracle = parameters_of(toy(seed=1)), toy_data(4), toy(Regularised), toy()
+    before = parameters_of(oracle)
+    callback = GradMimic(reference, "head", temperature=0.7, min_ess=0, scope=scope, escaping="plain")
+    trainer(callback).fit(ours, loader(data))
+    trained_by_oracle(oracle, [data[:]], reference, scope=scope)
+    expected = {name: p - oracle.lr * 0.2 * before[name] for name, p in parameters_of(oracle).items()}
+    torch.testing.assert_close(parameters_of(ours), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path):
+    class Recomputed(Toy):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+    reference, data = parameters_of(toy(seed=1)), toy_data(8)
+    plain, recomputed = toy(), toy(Recomputed)
+    for module in (plain, recomputed):
+        trainer(GradMimic(reference, "head"), epochs=2).fit(module, loader(data))
+    torch.testing.assert_close(parameters_of(recomputed), parameters_of(plain), rtol=1e-12, atol=1e-12)
+
+
+def test_a_pass_without_gradient_of_the_same_layer_is_not_a_use(tmp_path):
+    class Watches(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            with torch.no_grad():
+                self(batch[0] * 2)
+            return super().training_step(batch, batch_idx)
+
+    reference, plain, ours = parameters_of(toy(seed=1)), toy(), toy(Watches)
+    for module in (plain, ours):
+        trainer(GradMimic(reference, "head")).fit(module, loader(toy_data(8)))
+    torch.testing.assert_close(parameters_of(ours), parameters_of(plain), rtol=0, atol=0)

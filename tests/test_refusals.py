@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from lightning.pytorch.strategies import FSDPStrategy
 from toys import FEATURES, HIDDEN, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
@@ -84,6 +85,16 @@ class CalledTwice(Toy):
         return self.head(hidden) + self.head(2 * hidden)
 
 
+class Reentrant(Toy):
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(super().forward, x.requires_grad_(), use_reentrant=True)
+
+
+class TiedBeyond(Toy):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.linear(torch.tanh(self(batch[0])), self.head.weight.t()).square().mean()
+
+
 class ChangedInput(Toy):
     def forward(self, x):
         hidden = torch.tanh(self.body(x)).detach()  # nothing else needs it, so autograd would not object
@@ -158,6 +169,8 @@ def test_an_operation_in_place_after_the_layer_is_not_an_escape():
         (Tied, "'head.weight' is tied to 'body.weight'"),
         (TiedByHand, "'head.weight' is used more than once in the forward pass (tied)"),
         (CalledTwice, "'head' is called more than once in a training step"),
+        (TiedBeyond, "'head.weight' is used more than once in the forward pass (tied)"),
+        (Reentrant, "it runs under reentrant activation checkpointing"),
         (ClassWeighted, "the loss divides by the sum of its class weights"),
         (Ignoring, "(ignore_index). Give the module a method `sample_losses(batch)`"),
         (Summed, "sums over the batch (reduction='sum')"),

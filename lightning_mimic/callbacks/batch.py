@@ -1,6 +1,6 @@
 """What the callback must know of a batch: how many samples, and which."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -13,12 +13,16 @@ from lightning_mimic.gradients import finite_rows
 Ids = Tensor | Sequence[int] | Sequence[str]
 
 
-def sample_ids(batch: Any, id_from: Callable[[Any], Ids] | None = None) -> Ids | None:
-    """The ids of a batch's samples, or ``None`` where it carries none.
+def sample_ids(batch: Any, id_from: Callable[[Any], Ids] | None, *, needed: bool) -> Ids | None:
+    """The ids of a batch's samples.
 
     Args:
         batch: What the loader gave, after its transfer.
         id_from: The user's own way to them; else ``batch.ids`` and then ``batch["id"]`` are looked for.
+        needed: A ledger waits for them; without one a batch may have none.
+
+    Raises:
+        ValueError: They are needed and not there, or are not one per sample.
     """
     ids: Ids | None
     if id_from is not None:
@@ -27,6 +31,12 @@ def sample_ids(batch: Any, id_from: Callable[[Any], Ids] | None = None) -> Ids |
         ids = batch.get("id")
     if isinstance(ids, Tensor) and ids.ndim != 1:
         raise ValueError(f"ids have shape {tuple(ids.shape)}; expected one id per sample, shape (B,).")
+    if ids is None and needed:
+        raise ValueError(
+            f"`ledger`: the batch (a {type(batch).__name__}) carries no ids, and row numbers would name other samples "
+            "after a shuffle. Use DataLoader(WithIds(dataset), collate_fn=collate_with_ids), a key 'id' in the batch, "
+            "or `id_from=`."
+        )
     return ids
 
 
@@ -63,6 +73,22 @@ def zero_nonfinite_samples(batch: Any, rows: int) -> tuple[Any, Tensor | None]:
     if hasattr(batch, "ids"):
         copy.ids = batch.ids
     return copy, clean
+
+
+def class_columns(outputs: Any, rows: int) -> dict[str, Tensor]:
+    """The ledger columns ``label`` and ``predicted``, where training_step returned them, one class index per row."""
+    if not isinstance(outputs, Mapping):
+        return {}
+    given = {name: outputs[name] for name in ("label", "predicted") if isinstance(outputs.get(name), Tensor)}
+    return {n: t.detach() for n, t in given.items() if t.shape == (rows,) and not t.is_floating_point()}
+
+
+def describe(loader: Any) -> dict[str, Any]:
+    """What data a run is scored on, as far as its loader tells."""
+    dataset = getattr(loader, "dataset", None)
+    inner = getattr(dataset, "dataset", dataset)  # below WithIds or a Subset
+    samples = len(dataset) if isinstance(dataset, Sized) else None
+    return {"dataset": f"{type(inner).__module__}.{type(inner).__qualname__}", "samples": samples}
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

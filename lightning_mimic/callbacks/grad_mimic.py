@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_mimic.callbacks.batch import Ids, sample_ids
+from lightning_mimic.callbacks.batch import Ids, class_columns, describe, sample_ids
 from lightning_mimic.callbacks.recorder import ScoreRecorder
 from lightning_mimic.callbacks.session import Escaping, OnNonfinite, Scope, Session
 from lightning_mimic.callbacks.support import check_packages, check_support, gather_errors
@@ -50,7 +50,8 @@ class GradMimic(Callback):
             error, ``"plain"`` lets them have the plain mean.
         reweight: ``False``: only score; training stays what it is without the callback, to the bit.
         ledger: Directory for the scores, one row per sample and scoring; needs ids in the batch (``WithIds``,
-            a key ``"id"``, or ``id_from``).
+            a key ``"id"``, or ``id_from``). A training_step that returns a dict with class indices ``label`` and
+            ``predicted``, shape ``(B,)``, has them recorded too.
         id_from: From a batch to its ids.
         on_nonfinite: A sample whose loss is not finite: ``"mask"`` gives it weight 0, ``"raise"`` stops (at one
             host sync per step).
@@ -123,7 +124,7 @@ class GradMimic(Callback):
         error = None
         try:
             self._attach(trainer, pl_module)
-        except ValueError as caught:
+        except Exception as caught:  # whatever it is, the other ranks must hear of it before it is raised
             error = caught
         failures = gather_errors(error)
         if error is not None:
@@ -153,7 +154,7 @@ class GradMimic(Callback):
         self._session.reset()
         self._place = (trainer.current_epoch, trainer.global_step, batch_idx)
         if self.should_score(trainer):
-            self._ids = self._read_ids(batch)
+            self._ids = sample_ids(batch, self.id_from, needed=self.ledger is not None)
             self._session.arm(batch, self._ids)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -169,7 +170,7 @@ class GradMimic(Callback):
         kind = self._session.before_backward(loss, factor, scaled=scaler is not None, check=check)
         if kind is not None and self._checked_epoch < 0 and self._writes(trainer) and trainer.is_global_zero:
             assert self.ledger is not None
-            note_run(self.ledger, self._attempt, {"score_kind": kind, "data": _describe(trainer.train_dataloader)})
+            note_run(self.ledger, self._attempt, {"score_kind": kind, "data": describe(trainer.train_dataloader)})
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -182,8 +183,7 @@ class GradMimic(Callback):
             return
         columns, figures = scored
         self._checked_epoch = trainer.current_epoch
-        if isinstance(outputs, dict):
-            columns |= {k: outputs[k].detach() for k in ("label", "predicted") if isinstance(outputs.get(k), Tensor)}
+        columns |= class_columns(outputs, len(columns["flag"]))
         self._recorder.add(*self._place, self._ids, columns)
         self._session.reset()
         pl_module.log_dict(figures, prog_bar=True, on_step=True, on_epoch=False, batch_size=len(columns["flag"]))
@@ -277,26 +277,3 @@ class GradMimic(Callback):
             raise LedgerError(opened)
         self._run, self._attempt = opened
         return LedgerWriter(self.ledger, self._attempt, trainer.global_rank)
-
-    def _read_ids(self, batch: Any) -> Ids | None:
-        if self.ledger is None and self.id_from is None:
-            return None
-        ids = sample_ids(batch, self.id_from)
-        if ids is None and self.ledger is not None:
-            raise ValueError(
-                f"`ledger`: the batch (a {type(batch).__name__}) carries no ids, and row numbers would name other "
-                "samples after a shuffle. Use DataLoader(WithIds(dataset), collate_fn=collate_with_ids), a key 'id' in "
-                "the batch, or `id_from=`."
-            )
-        return ids
-
-
-def _describe(loader: Any) -> dict[str, Any]:
-    """What data a run was scored on, as far as a loader tells."""
-    dataset = getattr(loader, "dataset", None)
-    dataset = getattr(dataset, "dataset", dataset)  # below WithIds or a Subset
-    try:
-        samples = len(loader.dataset)
-    except (AttributeError, TypeError):
-        samples = None
-    return {"dataset": f"{type(dataset).__module__}.{type(dataset).__qualname__}", "samples": samples}
