@@ -159,7 +159,7 @@ def show(console: Console, results: list[dict[str, Any]], rate: float, epochs: i
     """The table: mean and standard deviation over seeds."""
     names = {"grad_mimic": "Grad-Mimic", "reference_loss": "its loss"}
     title = f"{noise_rate:.0%} wrong labels; learning rate {rate:g} and {epochs} epochs"
-    table = Table(title=title, padding=(0, 0, 0, 1))
+    table = Table(title=title)
     table.add_column("method", no_wrap=True)
     for head in ("test\nlast", "test\nbest", "\nAUROC", "\nkept", "truly\nright", "preci-\nsion", "\nrecall", "\nF1"):
         table.add_column(head, justify="right", no_wrap=True)
@@ -167,15 +167,15 @@ def show(console: Console, results: list[dict[str, Any]], rate: float, epochs: i
         cells = []
         for figure in FIGURES:
             values = [row[figure] for row in results if row["method"] == method]
-            spread = f"\n±{statistics.stdev(values):.3f}" if None not in values and len(values) > 1 else ""
-            cells.append("–" if None in values else f"{statistics.fmean(values):.3f}{spread}")
+            spread = f"\n±{100 * statistics.stdev(values):.1f}" if None not in values and len(values) > 1 else ""
+            cells.append("–" if None in values else f"{100 * statistics.fmean(values):.1f}{spread}")
         table.add_row(names.get(method, method), *cells)
     console.print(table)
     console.print(
-        "Mean and standard deviation over seeds. Learning rate and epochs were chosen for plain training, on trusted "
-        "images; Grad-Mimic has its defaults. kept: share judged right, beside the share that is. AUROC, precision, "
-        "recall, F1: finding the wrong labels; Grad-Mimic judges wrong what has a negative mean score, its rival, the "
-        "loss of the reference, what the reference does not predict.",
+        "In %, mean and standard deviation over seeds. Learning rate and epochs were chosen for plain training, on "
+        "trusted images; Grad-Mimic has its defaults. kept: share judged right, beside the share that is. AUROC, "
+        "precision, recall, F1: finding the wrong labels; Grad-Mimic judges wrong what has a negative mean score, its "
+        "rival, the loss of the reference, what the reference does not predict.",
         style="dim",
     )
 
