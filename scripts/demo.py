@@ -190,6 +190,8 @@ def main() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     console, out, seeds, started = Console(), arguments.out, arguments.seeds, time.monotonic()
+    if out.exists() and any(out.iterdir()) and not (out / "seed0").exists():
+        parser.error(f"--out {out} holds something else than an earlier demo; name a new directory")
     shutil.rmtree(out, ignore_errors=True)
     bar = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeElapsedColumn()
     with Progress(*bar, console=console) as progress:

@@ -251,3 +251,29 @@ def test_a_pass_without_gradient_of_the_same_layer_is_not_a_use(tmp_path):
     for module in (plain, ours):
         trainer(GradMimic(reference, "head")).fit(module, loader(toy_data(8)))
     torch.testing.assert_close(parameters_of(ours), parameters_of(plain), rtol=0, atol=0)
+
+
+def test_another_hook_on_the_layer_does_not_change_the_scores(tmp_path):
+    class Tripled(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head.register_forward_hook(lambda module, args, output: output * 3)
+
+    class TripledInForward(Toy):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 3
+
+    for kind in (Tripled, TripledInForward):
+        callback = GradMimic(parameters_of(toy(seed=1)), "head", ledger=tmp_path / kind.__name__)
+        trainer(callback).fit(toy(kind), loader(toy_data(8)))
+    scores = [Ledger(tmp_path / kind.__name__).table()["score"].to_pylist() for kind in (Tripled, TripledInForward)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
+def test_an_id_of_the_users_own_is_none_of_ours():
+    class Keyed(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+    data = [{"x": x, "y": y, "id": [7, 8]} for x, y in toy_data(8)]
+    trainer(GradMimic(parameters_of(toy(seed=1)), "head")).fit(toy(Keyed), torch.utils.data.DataLoader(data, 4))

@@ -5,6 +5,7 @@ import functools
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -248,3 +249,12 @@ def test_an_unknown_or_unfit_backbone_is_refused():
         torchvision_backbone("resnet81")
     with pytest.raises(ValueError, match="'squeezenet1_0' ends in a AdaptiveAvgPool2d, not in a linear layer"):
         torchvision_backbone("squeezenet1_0")
+
+
+def test_ids_from_arrays_are_plain(tmp_path):
+    pairs = [(torch.zeros(2), 0)] * 3
+    assert WithIds(pairs, np.arange(3)).ids == [0, 1, 2]
+    assert WithIds(pairs, np.array(["a", "b", "c"])).ids == ["a", "b", "c"]
+    assert [type(i) for i in WithIds(pairs, torch.arange(3)).ids] == [int] * 3
+    with pytest.raises(ValueError, match="2 of 3 ids repeat"):
+        WithIds(pairs, torch.ones(3))

@@ -96,7 +96,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.filterwarnings("ignore:.*samples had a loss that is not finite")
+@pytest.mark.filterwarnings("ignore:.*samples held NaN")
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(case, folder):
     expected = parameters_of(one_process(case, folder))

@@ -116,7 +116,7 @@ def test_a_frozen_parameter_is_not_used():
 
 TARGETS = torch.tensor([0, 1, 3])
 CLASS_WEIGHTS = torch.tensor([1.0, 2.0, 1.0, 1.0])
-IGNORED = "the loss leaves out 1 of 3 targets (ignore_index)"
+IGNORED = "it left out 1 targets (ignore_index)"
 PLAIN = {
     "cross entropy": lambda y: F.cross_entropy(y, TARGETS),
     "cross entropy, nothing ignored": lambda y: F.cross_entropy(y, TARGETS, ignore_index=2),
@@ -142,7 +142,7 @@ def test_nothing_is_said_against_a_plain_mean(case):
     assert not_a_plain_mean(loss.grad_fn, net.gate) is None
 
 
-DIVIDED = "the loss divides by the sum of its class weights"
+DIVIDED = "it divides by the sum of its class weights"
 SUMS = "sums over the batch (reduction='sum')"
 NOT_PLAIN = {
     "class weights": (lambda y: F.cross_entropy(y, TARGETS, weight=CLASS_WEIGHTS), DIVIDED),

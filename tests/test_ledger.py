@@ -24,7 +24,7 @@ def rows(ids, **columns):
 
 def started(directory, start_step=0, run=None, config=CONFIG):
     run, attempt = open_run(directory, config, start_step, run, {})
-    return run, LedgerWriter(directory, attempt, rank=0)
+    return run, LedgerWriter(directory, run, attempt, rank=0)
 
 
 def write(directory, *parts, **how):
@@ -36,7 +36,8 @@ def write(directory, *parts, **how):
 
 
 def parts_in(directory):
-    return sorted(p.name for p in directory.glob("*.parquet"))
+    """Their names without the run's id."""
+    return sorted(re.sub(r"^part-[0-9a-z]+-a", "part-a", p.name) for p in directory.glob("*.parquet"))
 
 
 def ids_of(directory, **how):
@@ -60,8 +61,8 @@ def test_every_column_comes_back_with_its_type_and_nulls(ids, kind, tmp_path):
 
 
 def test_ranks_are_read_together_in_order_of_epoch_step_batch_rank_position(tmp_path):
-    write(tmp_path, rows(["e"], epoch=[1]), rows(["d"], step=[1], batch=[2]), rows(["a", "b"]))
-    other = LedgerWriter(tmp_path, attempt=0, rank=1)
+    run = write(tmp_path, rows(["e"], epoch=[1]), rows(["d"], step=[1], batch=[2]), rows(["a", "b"]))
+    other = LedgerWriter(tmp_path, run, attempt=0, rank=1)
     other.append(rows(["c", "f", "g"], epoch=[0, 1, 1], batch=[0, 0, 1]))
     other.close()
     assert ids_of(tmp_path) == ["a", "b", "c", "d", "e", "f", "g"]
@@ -85,7 +86,7 @@ def test_a_later_attempt_supersedes_what_it_went_over_again_and_deletes_nothing(
     write(tmp_path, rows([23], step=[3]), start_step=3, run=run)
     assert ids_of(tmp_path, deduplicate=False) == [0, 1, 12, 23]
     assert Ledger(tmp_path).table()["attempt"].to_pylist() == [0, 0, 2, 3]
-    assert sum(pq.read_metadata(tmp_path / name).num_rows for name in parts_in(tmp_path)) == 8
+    assert sum(pq.read_metadata(part).num_rows for part in tmp_path.glob("*.parquet")) == 8
 
 
 def test_attempts_with_other_settings_are_warned_about_and_not_mixed(tmp_path):
@@ -109,12 +110,19 @@ def test_two_runs_in_one_directory_are_refused_naming_both(run, name, tmp_path):
     assert Ledger(tmp_path).meta == before
 
 
-def test_a_ledger_without_parts_may_be_taken_over_by_another_run(tmp_path):
+def test_a_run_that_has_written_nothing_yet_keeps_its_directory(tmp_path):
     first, _ = started(tmp_path)
-    (tmp_path / ".part-a0-r0-000000-n1.parquet.tmp").touch()
-    second, _ = started(tmp_path, config={"scope": "target"})
-    assert first != second
-    assert [a["config"] for a in Ledger(tmp_path).meta["attempts"]] == [{"scope": "target"}]
+    with pytest.raises(LedgerError, match=f"already holds 0 parts of run {first} .* delete the directory"):
+        started(tmp_path)
+    assert Ledger(tmp_path).meta["run"] == first
+
+
+def test_of_two_runs_that_start_at_once_one_is_refused(tmp_path, monkeypatch):
+    started(tmp_path)
+    monkeypatch.setattr("lightning_mimic.ledger.writer.read_meta", lambda directory: None)  # it looked too early
+    with pytest.raises(LedgerError, match=r"another run started in .* just now"):
+        started(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1  # nothing is left lying about
 
 
 def test_notes_are_added_to_their_attempt(tmp_path):
@@ -131,7 +139,7 @@ def test_notes_are_added_to_their_attempt(tmp_path):
 def test_a_truncated_part_is_named_and_refused_and_the_rest_can_be_read(share, tmp_path):
     write(tmp_path, rows([1, 2, 3]), rows([4, 5]))
     assert parts_in(tmp_path) == ["part-a0-r0-000000-n3.parquet", "part-a0-r0-000001-n2.parquet"]
-    part = tmp_path / "part-a0-r0-000000-n3.parquet"
+    (part,) = tmp_path.glob("part-*-a0-r0-000000-n3.parquet")
     part.write_bytes(part.read_bytes()[: int(share * part.stat().st_size)])
     with pytest.raises(LedgerError, match=re.escape(f"1 of 2 parts are damaged: {part.name} (3 rows: ")):
         Ledger(tmp_path).table()
@@ -141,7 +149,7 @@ def test_a_truncated_part_is_named_and_refused_and_the_rest_can_be_read(share, t
 def test_one_flipped_byte_in_the_data_is_never_read_as_a_number(tmp_path):
     values = np.arange(400, dtype=np.float32) / 7
     write(tmp_path, rows(list(range(400)), score=values, weight=values, loss=values))
-    part = tmp_path / parts_in(tmp_path)[0]
+    (part,) = tmp_path.glob("*.parquet")
     content, good, group = part.read_bytes(), Ledger(tmp_path).table(), pq.read_metadata(part).row_group(0)
     ends = [c["dictionary_page_offset"] + c["total_compressed_size"] for c in group.to_dict()["columns"]]
     bodies = [end - back for end in ends for back in (1, 5)]  # of the last page of each column
@@ -168,8 +176,8 @@ def test_a_crash_while_writing_leaves_no_file_under_the_final_name(torn, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         writer.flush()
     assert parts_in(tmp_path) == ["part-a0-r0-000000-n1.parquet"]
-    assert (tmp_path / ".part-a0-r0-000001-n2.parquet.tmp").exists(), "the crash came before the write"
-    shutil.copy(tmp_path / "part-a0-r0-000000-n1.parquet", tmp_path / ".part-a0-r0-000001-n2.parquet.tmp")
+    (left_over,) = tmp_path.glob(".part-*-a0-r0-000001-n2.parquet.tmp")  # the crash came after the write
+    shutil.copy(*tmp_path.glob("part-*.parquet"), left_over)
     assert ids_of(tmp_path, deduplicate=False) == [1], "a left-over is no part, not even a whole one"
 
 
@@ -247,5 +255,32 @@ def test_a_directory_that_cannot_be_or_has_lost_its_description_is_refused_befor
         started(tmp_path / "file")
     write(tmp_path / "run", rows([1]))
     (tmp_path / "run" / "meta.json").unlink()
-    with pytest.raises(LedgerError, match=re.escape("part-a0-r0-000000-n1.parquet but no meta.json")):
+    with pytest.raises(LedgerError, match=r"-a0-r0-000000-n1\.parquet but no meta\.json"):
         started(tmp_path / "run")
+
+
+def test_other_settings_do_not_matter_once_all_their_rows_are_superseded(tmp_path):
+    run = write(tmp_path, rows([1], step=[0]))
+    with pytest.warns(UserWarning, match="goes on with other settings"):
+        write(tmp_path, rows([2], step=[0]), run=run, config=CONFIG | {"temperature": 0.1})
+    assert ids_of(tmp_path) == [2]
+
+
+def test_a_damaged_description_of_a_part_is_seen(tmp_path):
+    write(tmp_path, rows([1, 2]))
+    (part,) = tmp_path.glob("*.parquet")
+    content = bytearray(part.read_bytes())
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    content[content.find(b"score", footer)] ^= 1  # a column by another name
+    part.write_bytes(content)
+    with pytest.raises(LedgerError, match=re.escape("1 of 1 parts are damaged")):
+        Ledger(tmp_path).table()
+
+
+def test_a_part_that_is_gone_is_missed(tmp_path):
+    write(tmp_path, rows([1]), rows([2]))
+    (first,) = tmp_path.glob("*-000000-*.parquet")
+    first.unlink()
+    with pytest.raises(LedgerError, match=re.escape("attempt 0, rank 0, part 0 (missing)")):
+        Ledger(tmp_path).table()
+    assert ids_of(tmp_path, allow_partial=True) == [2]

@@ -90,7 +90,7 @@ def test_one_callback_serves_two_fits(tmp_path):
     ledger = Ledger(tmp_path / "s")
     assert [a["attempt"] for a in ledger.meta["attempts"]] == [0, 1]
     assert set(ledger.table()["attempt"].to_pylist()) == {1}  # the second went over all of the first again
-    assert len(list((tmp_path / "s").glob("part-a0-*.parquet"))) == 1
+    assert len(list((tmp_path / "s").glob("part-*-a0-*.parquet"))) == 1
 
 
 # A run resumed without the checkpoint callback that saved it is warned of it by Lightning.
@@ -122,6 +122,15 @@ def test_a_resumed_run_equals_the_uninterrupted_one(scope, tmp_path):
     assert two.table().select(columns).equals(one.table().select(columns))
     raw = sum(int(p.stem.rpartition("-n")[2]) for p in (tmp_path / "parts").glob("*.parquet"))
     assert raw == 36 + 24
+
+
+def test_a_checkpoint_saved_after_fit_resumes_its_ledger(tmp_path):
+    first = trainer(GradMimic(reference(), "head", ledger=tmp_path / "s"))
+    first.fit(toy(), loader(toy_data(8)))
+    first.save_checkpoint(tmp_path / "end.ckpt")
+    again = GradMimic(reference(), "head", ledger=tmp_path / "s")
+    trainer(again, epochs=2).fit(toy(), loader(toy_data(8)), ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+    assert set(Ledger(tmp_path / "s").table()["epoch"].to_pylist()) == {0, 1}
 
 
 def test_what_a_checkpoint_has_seen_is_in_the_ledger(tmp_path):

@@ -104,7 +104,7 @@ def without(row: int) -> torch.utils.data.Dataset:
     return torch.utils.data.Subset(toy_data(4), [k for k in range(4) if k != row])
 
 
-@pytest.mark.filterwarnings("ignore:.*samples had a loss that is not finite")
+@pytest.mark.filterwarnings("ignore:.*samples held NaN")
 @pytest.mark.parametrize("kind", [Broken, BrokenWithLosses])
 @pytest.mark.parametrize("scope", ["loss", "target"])
 def test_a_sample_with_a_loss_that_is_not_finite_is_left_out(kind, scope, tmp_path):
@@ -122,7 +122,7 @@ def test_a_sample_with_a_loss_that_is_not_finite_is_left_out(kind, scope, tmp_pa
     torch.testing.assert_close(parameters_of(ours), parameters_of(expected), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore:.*samples had a loss that is not finite")
+@pytest.mark.filterwarnings("ignore:.*samples held NaN")
 @pytest.mark.parametrize("kind", [Toy, WithLosses])
 def test_a_sample_that_holds_nan_does_not_reach_any_weight(kind, tmp_path):
     data, reference = toy_data(4), parameters_of(toy(seed=1))
@@ -139,11 +139,11 @@ def test_a_sample_that_holds_nan_does_not_reach_any_weight(kind, tmp_path):
 def test_left_out_samples_are_said():
     data = toy_data(4)
     data.tensors[0][1, 0] = NAN
-    with pytest.warns(UserWarning, match="1 samples had a loss that is not finite"):
+    with pytest.warns(UserWarning, match="1 samples held NaN or had a loss that is not finite"):
         trainer(GradMimic(parameters_of(toy(seed=1)), "head")).fit(toy(), loader(data))
 
 
-@pytest.mark.filterwarnings("ignore:.*samples had a loss that is not finite")
+@pytest.mark.filterwarnings("ignore:.*samples held NaN")
 def test_when_no_sample_is_finite_the_loss_goes_through(tmp_path):
     class AllBroken(Broken):
         bad = (0, 1, 2, 3)
@@ -154,13 +154,48 @@ def test_when_no_sample_is_finite_the_loss_goes_through(tmp_path):
     assert set(Ledger(tmp_path / "s").table()["flag"].to_pylist()) == {"nonfinite_loss"}
 
 
+@pytest.mark.filterwarnings("ignore:.*samples held NaN")
+def test_when_every_sample_holds_nan_it_goes_through(tmp_path):
+    data = toy_data(4)
+    data.tensors[0][:, 0] = NAN
+    module = toy()
+    trainer(GradMimic(parameters_of(toy(seed=1)), "head")).fit(module, loader(data))
+    assert not bool(module.head.weight.isfinite().any())
+
+
+class FillsGaps(Toy):
+    """NaN stands for a value that was not measured, and infinity for a place to leave out."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.nan_to_num(x, nan=0.5, posinf=1.0))
+
+
+def test_nan_that_is_meant_can_be_kept(tmp_path):
+    gaps, filled = toy_data(4), toy_data(4)
+    gaps.tensors[0][1, 0], gaps.tensors[0][2, 0] = NAN, INF
+    filled.tensors[0][1, 0], filled.tensors[0][2, 0] = 0.5, 1.0
+    modules = toy(FillsGaps), toy(FillsGaps)
+    for module, data in zip(modules, (gaps, filled), strict=True):
+        trainer(GradMimic(parameters_of(toy(seed=1)), "head", on_nonfinite="mask_loss")).fit(module, loader(data))
+    torch.testing.assert_close(*map(parameters_of, modules), rtol=0, atol=0)
+
+
+def test_infinity_in_a_batch_is_not_touched():
+    data = toy_data(4)
+    data.tensors[0][2, 0] = INF
+    modules = toy(FillsGaps), toy(FillsGaps)
+    for module, how in zip(modules, ("mask", "mask_loss"), strict=True):
+        trainer(GradMimic(parameters_of(toy(seed=1)), "head", on_nonfinite=how)).fit(module, loader(data))
+    torch.testing.assert_close(*map(parameters_of, modules), rtol=0, atol=0)
+
+
 def test_on_request_such_a_sample_stops_training():
     callback = GradMimic(parameters_of(toy(seed=1)), "head", on_nonfinite="raise")
     with pytest.raises(FloatingPointError, match=r"positions \[1\] of the batch"):
         trainer(callback).fit(toy(Broken), loader(toy_data(4)))
 
 
-@pytest.mark.filterwarnings("ignore:.*samples had a loss that is not finite")
+@pytest.mark.filterwarnings("ignore:.*samples held NaN")
 def test_only_scoring_leaves_a_broken_sample_alone():
     plain, ours = toy(Broken), toy(Broken)
     trainer().fit(plain, loader(toy_data(4)))

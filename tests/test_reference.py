@@ -248,3 +248,9 @@ def test_fingerprint_depends_on_content_and_not_on_order():
     named = [{"a": a, "c": b}, {"a": a}, {"a": a.view(3, 2), "b": b}]
     others = [*named, {"a": a, "b": w(1.0000001)}, {"a": a, "b": b.view(torch.int32)}]
     assert len({same, *map(fingerprint, others)}) == 6
+
+
+def test_another_branch_that_ends_alike_is_not_taken():
+    tensors = {"decoder.aux.head.weight": w(1), "encoder.weight": w(2), "encoder.bias": w(3)}
+    with pytest.raises(ReferenceLoadError, match=re.escape("no tensor for 'head.weight'")):
+        match_reference(tensors, {"head.weight": w(0)})

@@ -5,130 +5,39 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-import torch.utils.checkpoint
+from inexact import (
+    L2,
+    ByHand,
+    Bypassed,
+    BypassesLater,
+    CalledTwice,
+    ChangedInput,
+    ClassWeighted,
+    Ignoring,
+    InPlace,
+    LeavesOutLater,
+    NotAveraged,
+    NotCalled,
+    Penalised,
+    Quasi,
+    Reentrant,
+    Residual,
+    Scaled,
+    SequenceFirst,
+    Summed,
+    TakesIterator,
+    Tied,
+    TiedBeyond,
+    TiedByHand,
+    WeightNorm,
+)
 from lightning.pytorch.strategies import FSDPStrategy
-from toys import FEATURES, HIDDEN, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
+from toys import Toy, loader, parameters_of, toy, toy_data, trainer
 
 from lightning_mimic import GradMimic, LedgerError, ReferenceLoadError
 
-
-class Residual(Toy):
-    def forward(self, x):
-        hidden = torch.tanh(self.body(x))
-        return self.head(hidden) + hidden[:, :3]
-
-
-class L2(Toy):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return super().training_step(batch, batch_idx) + 0.1 * self.body.weight.square().sum()
-
-
-class Scaled(Toy):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(()))
-
-    def forward(self, x):
-        return super().forward(x) * self.scale
-
-
-class InPlace(Toy):
-    def forward(self, x):
-        return self.head(torch.tanh(self.body(x))).relu_()
-
-
-class Tied(Toy):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = torch.nn.Linear(FEATURES, FEATURES)
-        self.head = torch.nn.Linear(FEATURES, FEATURES)
-        self.head.weight = self.body.weight
-
-
-class TiedByHand(Toy):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = torch.nn.Linear(FEATURES, HIDDEN)
-        self.head = torch.nn.Linear(HIDDEN, HIDDEN)
-
-    def forward(self, x):
-        return self.head(torch.tanh(F.linear(self.body(x), self.head.weight)))
-
-
-class ClassWeighted(Toy):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        x, y = batch
-        return F.cross_entropy(self(x), y, weight=torch.tensor([1.0, 2.0, 3.0], dtype=x.dtype))
-
-
-class Ignoring(Toy):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        x, y = batch
-        return F.cross_entropy(self(x), y, ignore_index=int(y[0]))
-
-
-class Summed(Toy):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return F.cross_entropy(self(batch[0]), batch[1], reduction="sum")
-
-
-class SequenceFirst(Toy):
-    def forward(self, x):
-        steps = torch.stack([torch.tanh(self.body(x))] * 5)  # (T, B, D)
-        return self.head(steps).mean(0)
-
-
-class CalledTwice(Toy):
-    def forward(self, x):
-        hidden = torch.tanh(self.body(x))
-        return self.head(hidden) + self.head(2 * hidden)
-
-
-class Reentrant(Toy):
-    def forward(self, x):
-        return torch.utils.checkpoint.checkpoint(super().forward, x.requires_grad_(), use_reentrant=True)
-
-
-class TiedBeyond(Toy):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return F.linear(torch.tanh(self(batch[0])), self.head.weight.t()).square().mean()
-
-
-class ChangedInput(Toy):
-    def forward(self, x):
-        hidden = torch.tanh(self.body(x)).detach()  # nothing else needs it, so autograd would not object
-        out = F.linear(hidden, self.head.weight.detach() * 0) + self.head(hidden)
-        hidden.mul_(2)
-        return out
-
-
-class Bypassed(Toy):
-    def forward(self, x):
-        self.head(torch.tanh(self.body(x)))
-        return self.body(x)[:, :3]
-
-
-class NotAveraged(WithLosses):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        losses = self.sample_losses(batch)
-        return (losses * torch.arange(len(losses))).mean()
-
-
-class NotCalled(WithLosses):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return Toy.training_step(self, batch, batch_idx)
-
-
-class ByHand(Toy):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-
-class Quasi(Toy):
-    def configure_optimizers(self):
-        return torch.optim.LBFGS(self.parameters())
+# Lightning's advice on a signature that is refused here all the same.
+pytestmark = pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
 
 
 def refused(kind: type[Toy], parameters: Any = "head", error: type = ValueError, batches: Any = None, **options: Any):
@@ -171,7 +80,9 @@ def test_an_operation_in_place_after_the_layer_is_not_an_escape():
         (CalledTwice, "'head' is called more than once in a training step"),
         (TiedBeyond, "'head.weight' is used more than once in the forward pass (tied)"),
         (Reentrant, "it runs under reentrant activation checkpointing"),
-        (ClassWeighted, "the loss divides by the sum of its class weights"),
+        (WeightNorm, "'head' makes its weight of bias, weight_orig (weight_norm, pruning ...)"),
+        (TakesIterator, "take `batch` instead of `dataloader_iter`"),
+        (ClassWeighted, "it divides by the sum of its class weights"),
         (Ignoring, "(ignore_index). Give the module a method `sample_losses(batch)`"),
         (Summed, "sums over the batch (reduction='sum')"),
         (SequenceFirst, "the output of 'head' has shape (5, 4, 3), but the batch has 4 samples"),
@@ -184,6 +95,19 @@ def test_an_operation_in_place_after_the_layer_is_not_an_escape():
 )
 def test_what_would_be_inexact_is_refused(kind, message):
     assert message in refused(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        (LeavesOutLater, ValueError, r"it left out \d targets \(ignore_index\)"),
+        (BypassesLater, RuntimeError, "no gradient reached 'head' in this batch"),
+        (Penalised, (ValueError, RuntimeError), "called more than once|differentiates through 'head' itself"),
+    ],
+)
+def test_what_turns_inexact_later_stops_training(kind, error, message):
+    with pytest.raises(error, match=message):
+        trainer(GradMimic(parameters_of(toy(seed=1)), "head")).fit(toy(kind), loader(toy_data(8)))
 
 
 def test_an_input_changed_in_place_is_refused():

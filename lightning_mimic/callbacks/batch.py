@@ -7,8 +7,6 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_mimic.gradients import finite_rows
-
 #: One id per sample, in the batch's order.
 Ids = Tensor | Sequence[int] | Sequence[str]
 
@@ -24,20 +22,24 @@ def sample_ids(batch: Any, id_from: Callable[[Any], Ids] | None, *, needed: bool
     Raises:
         ValueError: They are needed and not there, or are not one per sample.
     """
-    ids: Ids | None
-    if id_from is not None:
-        ids = id_from(batch)
-    elif (ids := getattr(batch, "ids", None)) is None and isinstance(batch, Mapping):
+    ids = id_from(batch) if id_from is not None else getattr(batch, "ids", None)
+    if ids is None and needed and isinstance(batch, Mapping):
         ids = batch.get("id")
-    if isinstance(ids, Tensor) and ids.ndim != 1:
-        raise ValueError(f"ids have shape {tuple(ids.shape)}; expected one id per sample, shape (B,).")
+    one_per_sample = (
+        ids.ndim == 1 if isinstance(ids, Tensor) else isinstance(ids, Sequence) and not isinstance(ids, str)
+    )
+    if ids is not None and not one_per_sample:
+        if not needed and id_from is None:
+            return None  # an attribute of the user's own
+        shape = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"type {type(ids).__name__}"
+        raise ValueError(f"ids have {shape}; expected a tensor of shape (B,) or a list, one id per sample.")
     if ids is None and needed:
         raise ValueError(
             f"`ledger`: the batch (a {type(batch).__name__}) carries no ids, and row numbers would name other samples "
             "after a shuffle. Use DataLoader(WithIds(dataset), collate_fn=collate_with_ids), a key 'id' in the batch, "
             "or `id_from=`."
         )
-    return ids
+    return ids.clone() if isinstance(ids, Tensor) else ids
 
 
 def sample_count(batch: Any) -> int | None:
@@ -46,10 +48,11 @@ def sample_count(batch: Any) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def zero_nonfinite_samples(batch: Any, rows: int) -> tuple[Any, Tensor | None]:
-    """A copy of the batch in which samples that hold NaN or infinity are zero throughout.
+def blank_nan_samples(batch: Any, rows: int) -> tuple[Any, Tensor | None]:
+    """A copy of the batch in which samples that hold NaN are zero throughout.
 
-    A weight of 0 cannot take such a sample out of the gradient, because 0 · NaN is NaN.
+    A weight of 0 cannot take such a sample out of the gradient, because 0 · NaN is NaN. Infinity may be meant
+    (an attention mask) and is left to the loss to judge.
 
     Args:
         batch: Tensors in tuples, lists, dicts or dataclasses; left as it is.
@@ -62,15 +65,15 @@ def zero_nonfinite_samples(batch: Any, rows: int) -> tuple[Any, Tensor | None]:
     watched = [t for t in _tensors(batch) if t.ndim and t.shape[0] == rows and t.is_floating_point()]
     if not watched:
         return batch, None
-    clean = torch.stack([finite_rows(tensor) for tensor in watched]).all(0)
+    clean = torch.stack([~torch.isnan(tensor).reshape(rows, -1).any(1) for tensor in watched]).all(0)
 
-    def zeroed(tensor: Tensor) -> Tensor:
+    def blanked(tensor: Tensor) -> Tensor:
         if not any(tensor is other for other in watched):
             return tensor
         return torch.where(clean.view(-1, *[1] * (tensor.ndim - 1)), tensor, torch.zeros_like(tensor))
 
-    copy = apply_to_collection(batch, Tensor, zeroed)
-    if hasattr(batch, "ids"):
+    copy = apply_to_collection(batch, Tensor, blanked, allow_frozen=True)
+    if hasattr(batch, "ids") and not hasattr(copy, "ids"):
         copy.ids = batch.ids
     return copy, clean
 
@@ -80,7 +83,8 @@ def class_columns(outputs: Any, rows: int) -> dict[str, Tensor]:
     if not isinstance(outputs, Mapping):
         return {}
     given = {name: outputs[name] for name in ("label", "predicted") if isinstance(outputs.get(name), Tensor)}
-    return {n: t.detach() for n, t in given.items() if t.shape == (rows,) and not t.is_floating_point()}
+    # Copies: what is kept until the next flush must not change with the user's buffers.
+    return {n: t.detach().clone() for n, t in given.items() if t.shape == (rows,) and not t.is_floating_point()}
 
 
 def describe(loader: Any) -> dict[str, Any]:
@@ -93,5 +97,5 @@ def describe(loader: Any) -> dict[str, Any]:
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
     found: list[Tensor] = []
-    apply_to_collection(batch, Tensor, found.append)
+    apply_to_collection(batch, Tensor, found.append, allow_frozen=True)
     yield from found

@@ -16,13 +16,7 @@ from lightning_mimic.callbacks.session import Escaping, OnNonfinite, Scope, Sess
 from lightning_mimic.callbacks.support import check_packages, check_support, gather_errors
 from lightning_mimic.gradients import Direction, LayerGradients, nearest_names, owning_layer, select_parameters
 from lightning_mimic.ledger import Flag, LedgerError, LedgerWriter, note_run, open_run
-from lightning_mimic.reference import (
-    ReferenceLoadError,
-    ReferenceSource,
-    fingerprint,
-    match_reference,
-    read_reference,
-)
+from lightning_mimic.reference import ReferenceSource, fingerprint, match_reference, read_reference
 from lightning_mimic.scorers import SoftmaxWeighting
 from lightning_mimic.version import __version__
 
@@ -53,8 +47,9 @@ class GradMimic(Callback):
             a key ``"id"``, or ``id_from``). A training_step that returns a dict with class indices ``label`` and
             ``predicted``, shape ``(B,)``, has them recorded too.
         id_from: From a batch to its ids.
-        on_nonfinite: A sample whose loss is not finite: ``"mask"`` gives it weight 0, ``"raise"`` stops (at one
-            host sync per step).
+        on_nonfinite: A sample that holds NaN or whose loss is not finite: ``"mask"`` gives it weight 0 and takes it
+            out of the batch that training_step sees, ``"mask_loss"`` goes by the loss alone (where NaN in a batch is
+            meant), ``"raise"`` stops, at one host sync per step.
 
     Raises:
         ValueError: An argument, or at the start of ``fit`` the reference, the parameters, the trainer or the
@@ -96,7 +91,7 @@ class GradMimic(Callback):
         self.scope = scope
         self.escaping = escaping
         self.reweight = reweight
-        self.ledger = None if ledger is None else Path(ledger)
+        self.ledger = None if ledger is None else Path(ledger).expanduser()
         self.id_from = id_from
         self.on_nonfinite = on_nonfinite
         self._run: str | None = None
@@ -130,7 +125,7 @@ class GradMimic(Callback):
         if error is not None:
             raise error
         if failures:
-            raise ReferenceLoadError(f"another rank could not start: {failures[0]}")
+            raise ValueError(f"another rank could not start: {failures[0]}")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._session is not None
@@ -180,6 +175,7 @@ class GradMimic(Callback):
         assert self._place is not None
         scored = self._session.finish()
         if scored is None:
+            self._session.reset()
             return
         columns, figures = scored
         self._checked_epoch = trainer.current_epoch
@@ -190,6 +186,8 @@ class GradMimic(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._recorder is not None
+        assert self._session is not None
+        self._session.check_targets()
         self._recorder.flush()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -200,9 +198,8 @@ class GradMimic(Callback):
         try:
             if self._recorder is not None:
                 self._recorder.close()
-        except LedgerError as error:
-            # The exception under way is the one to raise.
-            warnings.warn(str(error), stacklevel=2)
+        except Exception as error:  # the exception under way is the one to raise
+            warnings.warn(f"the last scores could not be recorded: {error}", stacklevel=2)
         finally:
             self._detach()
 
@@ -210,10 +207,11 @@ class GradMimic(Callback):
         self._detach()
 
     def state_dict(self) -> dict[str, Any]:
-        if self._recorder is None or self._run is None:
+        if self._recorder is not None:
+            # What a checkpoint has trained on, the ledger holds.
+            self._recorder.flush()
+        if self._run is None:
             return {}
-        # What a checkpoint has trained on, the ledger holds.
-        self._recorder.flush()
         return {"run": self._run, "attempt": self._attempt}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -276,4 +274,4 @@ class GradMimic(Callback):
         if isinstance(opened, str):
             raise LedgerError(opened)
         self._run, self._attempt = opened
-        return LedgerWriter(self.ledger, self._attempt, trainer.global_rank)
+        return LedgerWriter(self.ledger, self._run, self._attempt, trainer.global_rank)

@@ -31,7 +31,8 @@ class LayerTap:
             if self.armed and module is layer:
                 self._catch(args[0] if args else kwargs["input"], output)
 
-        self._handle = layer.register_forward_hook(forward_hook, with_kwargs=True)
+        # First of all hooks: another one may put something else in the output's place.
+        self._handle = layer.register_forward_hook(forward_hook, prepend=True, with_kwargs=True)
         self.reset()
 
     def reset(self) -> None:
@@ -177,7 +178,7 @@ class LossTap:
                 raise ValueError("`sample_losses` is called more than once in a training step; call it once.")
             if losses.ndim != 1:
                 raise ValueError(f"`sample_losses` returned shape {tuple(losses.shape)}; expected (B,).")
-            self.losses = losses.detach()
+            self.losses = losses.detach().clone()
             losses.register_hook(self._compare)
         return losses
 

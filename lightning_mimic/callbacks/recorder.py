@@ -11,7 +11,8 @@ from lightning_mimic.callbacks.batch import Ids
 from lightning_mimic.ledger import Flag, LedgerWriter
 
 _WARNINGS = {
-    Flag.NONFINITE_LOSS: "{n} samples had a loss that is not finite; they got weight 0 and no score.",
+    Flag.NONFINITE_LOSS: "{n} samples held NaN or had a loss that is not finite; they got weight 0 and no score. Where "
+    "NaN in a batch is meant, on_nonfinite='mask_loss' leaves it to the loss.",
     Flag.ZERO_DIRECTION: "the model stands at its reference, so there is no direction: uniform weights, no scores. "
     "If it started there, start from other weights or choose another reference.",
     Flag.ALONE: "a micro-batch held a single sample; its weight is 1 and no reweighting is possible.",
@@ -44,33 +45,37 @@ class ScoreRecorder:
             columns: Ledger columns of shape ``(B,)`` on the device, ``flag`` as the codes of ``Flag``.
         """
         self._places.append((epoch, step, batch, ids))
-        self._columns.append(dict(columns) if self._writer else {"flag": columns["flag"]})
+        kept = dict(columns) if self._writer else {"flag": columns["flag"]}
+        if self._writer and isinstance(ids, Tensor):
+            kept["id"] = ids
+        self._columns.append(kept)
         if len(self._columns) >= self._flush_every:
             self.flush()
 
     def flush(self) -> None:
         """Brings everything to the host, commits it and warns of what was flagged, once per kind."""
-        places, columns = self._places, self._columns
-        self._places, self._columns = [], []
-        host = _to_host(columns)
-        for (epoch, step, batch, ids), rows in zip(places, host, strict=True):
+        host = _to_host(self._columns)
+        while host:
+            epoch, step, batch, ids = self._places[0]
+            rows = host[0]
             count = len(rows["flag"])
             flags = [Flag(code) for code in rows["flag"].tolist()]
+            if self._writer is not None:
+                arrays = {name: rows[name].numpy() if name in rows else None for name in _OPTIONAL}
+                self._writer.append(
+                    arrays
+                    | {
+                        "id": rows["id"].numpy() if "id" in rows else list(ids or ()),
+                        "epoch": [epoch] * count,
+                        "step": [step] * count,
+                        "batch": [batch] * count,
+                        "position": range(count),
+                        "flag": [flag.name.lower() for flag in flags],
+                    }
+                )
+            # Only now: what could not be appended is still here.
+            del self._places[0], self._columns[0], host[0]
             self.warn(Counter(flags))
-            if self._writer is None:
-                continue
-            arrays = {name: rows[name].numpy() if name in rows else None for name in _OPTIONAL}
-            self._writer.append(
-                arrays
-                | {
-                    "id": ids.tolist() if isinstance(ids, Tensor) else list(ids or ()),
-                    "epoch": [epoch] * count,
-                    "step": [step] * count,
-                    "batch": [batch] * count,
-                    "position": range(count),
-                    "flag": [flag.name.lower() for flag in flags],
-                }
-            )
         if self._writer is not None:
             self._writer.flush()
 

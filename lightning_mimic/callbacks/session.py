@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_mimic.callbacks.batch import sample_count, zero_nonfinite_samples
+from lightning_mimic.callbacks.batch import blank_nan_samples, sample_count
 from lightning_mimic.callbacks.hooks import LayerTap, LossTap, wrap_method
 from lightning_mimic.callbacks.judgement import Judgement, judge
 from lightning_mimic.gradients import Direction, LayerGradients, gate_rows
@@ -15,6 +15,7 @@ from lightning_mimic.gradients.graph import (
     mixes_samples,
     not_a_plain_mean,
     reaches,
+    targets_left_out,
     used_beyond,
     uses,
 )
@@ -22,7 +23,13 @@ from lightning_mimic.scorers import SoftmaxWeighting, mimic_score
 
 Scope = Literal["loss", "target"]
 Escaping = Literal["refuse", "plain"]
-OnNonfinite = Literal["mask", "raise"]
+OnNonfinite = Literal["mask", "mask_loss", "raise"]
+
+
+_NOT_PLAIN = (
+    "the loss cannot be taken for a plain mean over samples: {}. Give the module a method `sample_losses(batch)` that "
+    "returns one loss per sample, and average it in training_step."
+)
 
 
 class Session:
@@ -68,6 +75,7 @@ class Session:
         self._on_nonfinite = on_nonfinite
         self._tap = LayerTap(name, self._layer, self._on_gradient)
         self._loss_tap = LossTap(module) if callable(getattr(module, "sample_losses", None)) else None
+        self._left_out: Tensor | None = None
         self._undo = []
         if reweight:
             self._undo.append(wrap_method(module, "training_step", self._around_training_step))
@@ -99,6 +107,12 @@ class Session:
             self._loss_tap.remove()
         while self._undo:
             self._undo.pop()()
+
+    def check_targets(self) -> None:
+        """Raises ``ValueError`` if a loss has left out targets since the last look (a host sync)."""
+        left_out, self._left_out = self._left_out, None
+        if left_out is not None and bool(left_out > 0):
+            raise ValueError(_NOT_PLAIN.format(f"it left out {int(left_out)} targets (ignore_index)"))
 
     def at_reference(self) -> bool:
         """Whether the model stands at its reference now (a host sync)."""
@@ -141,6 +155,9 @@ class Session:
         self._tap.check_used()
         self._check_rows()
         self._factor, self._scaled = factor, scaled
+        if self._loss_tap is None and self._tap.node is not None and loss.grad_fn is not None:
+            left_out = targets_left_out(loss.grad_fn, self._tap.node)
+            self._left_out = left_out if self._left_out is None else self._left_out + left_out
         if not check:
             return None
         if self._loss_tap is not None and self._rows is not None:
@@ -150,6 +167,10 @@ class Session:
     def finish(self) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
         """The step's ledger columns of shape ``(B,)`` and its figures, scalars; ``None`` if none was scored."""
         judgement, norm = self._judgement, self._norm
+        if self._backwards and judgement is None:
+            raise RuntimeError(
+                f"no gradient reached {self._tap.name!r} in this batch, so it was neither scored nor weighted."
+            )
         if judgement is None or norm is None:
             return None
         weights = judgement.weights
@@ -172,11 +193,15 @@ class Session:
 
     def _around_training_step(self, call: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         if self.active and self._on_nonfinite == "mask" and self._rows:
-            batch, self._clean = zero_nonfinite_samples(batch, self._rows)
+            batch, self._clean = blank_nan_samples(batch, self._rows)
         return call(batch, *args, **kwargs)
 
     def _on_gradient(self, gradients: Tensor) -> Tensor | None:
-        assert self._factor is not None
+        if self._factor is None:
+            raise RuntimeError(
+                f"training_step differentiates through {self._tap.name!r} itself (autograd.grad, a gradient penalty); "
+                "GradMimic scores the one backward pass that Lightning runs. Name a layer outside of that."
+            )
         vectors, norm = self._direction()
         vanishes = self._direction.vanishes(norm)
         rows = len(gradients)
@@ -192,9 +217,13 @@ class Session:
             raise FloatingPointError(f"samples at positions {bad} of the batch have a loss that is not finite.")
         if not self._reweight:
             return None
+        passing = torch.ones_like(scores)
+        if self._clean is not None:
+            # When no sample of any rank counts, what was blanked goes through as the NaN that it was.
+            passing = torch.where((judged.weights.counted == 0) & ~self._clean, torch.nan, passing)
         if self._scope == "loss":
-            return gate_rows(gradients, judged.weights.scale, judged.masked)
-        kept = gate_rows(gradients, torch.ones_like(scores), judged.masked)
+            return gate_rows(gradients, judged.weights.scale * passing, judged.masked)
+        kept = gate_rows(gradients, passing, judged.masked)
         correction = LayerGradients(self._layer, self._tap.inputs, kept).weighted_sum(judged.weights.scale - 1)
         self._corrections = {name: correction[name.rpartition(".")[2]] for name in self._targets}
         return kept
@@ -245,10 +274,7 @@ class Session:
         if self._loss_tap is None:
             reason = not_a_plain_mean(root, gate)
             if reason:
-                raise ValueError(
-                    f"the loss is not a plain mean over samples: {reason}. Give the module a method "
-                    "`sample_losses(batch)` that returns one loss per sample, and average it in training_step."
-                )
+                raise ValueError(_NOT_PLAIN.format(reason))
         if self._reweight and self._scope == "loss" and self._escaping == "refuse":
             self._refuse_escaping(escaping_parameters(root, gate, dict(self._module.named_parameters())))
         return "contribution" if mixes_samples(root, gate) else "own_loss"

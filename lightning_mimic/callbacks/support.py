@@ -3,6 +3,7 @@
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 
 def check_packages(trainer: object, module: object) -> None:
@@ -31,7 +32,11 @@ def check_support(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         raise ValueError(
             f"GradMimic needs automatic optimization; {type(module).__name__} steps its optimizers by hand. {elsewhere}"
         )
-    if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise ValueError(
+            "GradMimic must see each batch before training_step does; take `batch` instead of `dataloader_iter`."
+        )
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
         raise ValueError(
             f"LBFGS evaluates a batch several times per step, which GradMimic does not follow. {elsewhere}"
         )

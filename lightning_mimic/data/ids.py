@@ -77,7 +77,7 @@ class WithIds(Dataset[SampleWithId]):
 
     Args:
         dataset: A map-style dataset of tuples or dicts.
-        ids: One int or str per sample; the dataset's own indices, if left out.
+        ids: One int or str per sample; indices into ``dataset``, if left out (a Subset counts its own).
 
     Raises:
         TypeError: An iterable-style dataset, which has no indices; put an id into its samples.
@@ -91,14 +91,14 @@ class WithIds(Dataset[SampleWithId]):
         ['a', 'b']
     """
 
-    def __init__(self, dataset: Any, ids: Sequence[int] | Sequence[str] | Tensor | None = None) -> None:
+    def __init__(self, dataset: Any, ids: Any = None) -> None:
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
             raise TypeError(
                 f"WithIds needs a map-style dataset, and {type(dataset).__name__} has no indices; put an id into each "
                 "sample (key 'id'), or use GradMimic's `id_from=`."
             )
-        if isinstance(ids, Tensor):
-            ids = ids.tolist()
+        if ids is not None and not isinstance(ids, list | tuple):
+            ids = list(ids.tolist() if hasattr(ids, "tolist") else ids)  # a tensor, an array, a column of a table
         if ids is not None and len(ids) != len(dataset):
             raise ValueError(f"WithIds: {len(ids)} ids for {len(dataset)} samples.")
         if ids is not None and len(set(ids)) != len(ids):
@@ -106,7 +106,10 @@ class WithIds(Dataset[SampleWithId]):
                 f"WithIds: {len(ids) - len(set(ids))} of {len(ids)} ids repeat; each sample needs its own."
             )
         # bool is a kind of its own, numpy's integers are not.
-        kinds = {bool if isinstance(i, bool) else int if isinstance(i, Integral) else type(i) for i in ids or ()}
+        kinds = {
+            bool if isinstance(i, bool) else int if isinstance(i, Integral) else str if isinstance(i, str) else type(i)
+            for i in ids or ()
+        }
         if ids is not None and kinds not in ({int}, {str}, set()):
             raise ValueError(
                 f"WithIds: ids have types {', '.join(sorted(k.__name__ for k in kinds))}; all int or all str."

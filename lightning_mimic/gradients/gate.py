@@ -24,20 +24,3 @@ def gate_rows(gradients: Tensor, scale: Tensor, masked: Tensor) -> Tensor:
     # Multiplied in the wider dtype: B·w can leave half precision's range before the product does.
     product = (gradients * scale.view(per_row)).to(gradients.dtype)
     return torch.where(masked.view(per_row), torch.zeros_like(product), product)
-
-
-def finite_rows(tensor: Tensor) -> Tensor:
-    """Which rows are finite throughout.
-
-    Args:
-        tensor: Shape ``(B, ...)``.
-
-    Returns:
-        Boolean, shape ``(B,)``, on the tensor's device; no host sync.
-
-    Example:
-        >>> finite_rows(torch.tensor([[1.0, 2.0], [float("inf"), 0.0]]))
-        tensor([ True, False])
-    """
-    finite = torch.isfinite(tensor)
-    return finite.flatten(1).all(1) if finite.ndim > 1 else finite

@@ -6,7 +6,8 @@ All of them are asked once per epoch, before the backward pass, and never touch 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 # Nodes that hand a parameter on unchanged, to which autocast or a transpose may lead.
@@ -105,19 +106,35 @@ def mixes_samples(root: Node, gate: Node) -> bool:
 def not_a_plain_mean(root: Node, gate: Node) -> str | None:
     """Says why the loss is not a plain mean of per-sample losses, where torch's loss nodes show it.
 
+    A sum that was written by hand does not show.
+
     Returns:
         The reason as a phrase, or ``None`` where nothing speaks against it.
     """
-    for node in walk(root, stop=gate):
-        reduction = getattr(node, "_saved_reduction", None)
-        if reduction is None or not reaches(node, gate):
-            continue  # a regulariser may be reduced as it likes
+    for node, reduction in _reductions(root, gate):
         if reduction == _SUM:
             return f"{node.name().removesuffix('Backward0')} sums over the batch (reduction='sum')"
-        if reduction == _MEAN and node.name().startswith("NllLoss"):
-            if node._saved_weight is not None:  # type: ignore[attr-defined]
-                return "the loss divides by the sum of its class weights"
-            counted, given = node._saved_total_weight, node._saved_target  # type: ignore[attr-defined]
-            if int(counted) != given.numel():
-                return f"the loss leaves out {given.numel() - int(counted)} of {given.numel()} targets (ignore_index)"
-    return None
+        if reduction == _MEAN and node.name().startswith("NllLoss") and node._saved_weight is not None:  # type: ignore[attr-defined]
+            return "it divides by the sum of its class weights"
+    left_out = int(targets_left_out(root, gate))
+    return f"it left out {left_out} targets (ignore_index)" if left_out else None
+
+
+def targets_left_out(root: Node, gate: Node) -> Tensor:
+    """How many targets an averaging cross-entropy between the loss and the gate did not count, a scalar.
+
+    Stays on the device, so that it can be asked at every step and looked at later.
+    """
+    left_out = torch.zeros(())
+    for node, reduction in _reductions(root, gate):
+        if reduction == _MEAN and node.name().startswith("NllLoss") and node._saved_weight is None:  # type: ignore[attr-defined]
+            left_out = node._saved_target.numel() - node._saved_total_weight  # type: ignore[attr-defined]
+    return left_out
+
+
+def _reductions(root: Node, gate: Node) -> Iterator[tuple[Node, int]]:
+    """The loss nodes of torch on the way to the gate; a regulariser beside it may be reduced as it likes."""
+    for node in walk(root, stop=gate):
+        reduction = getattr(node, "_saved_reduction", None)
+        if reduction is not None and reaches(node, gate):
+            yield node, reduction

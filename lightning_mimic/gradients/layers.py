@@ -42,9 +42,6 @@ class LayerGradients:
         tensor([ 3., 10.])
     """
 
-    #: The products with G that this class can form; a scorer declares those it needs.
-    products = frozenset({"dot"})
-
     def __init__(self, layer: nn.Module, inputs: Tensor, output_gradients: Tensor) -> None:
         self._layer = layer
         self._apply = _LAYERS[type(layer)][0]
@@ -60,6 +57,12 @@ class LayerGradients:
             raise ValueError(
                 f"`parameters`: {name!r} is a {type(layer).__name__}; per-sample gradients are known for {known} "
                 "layers. Name such a layer."
+            )
+        own = {n for n, _ in layer.named_parameters(recurse=False)}
+        if "weight" not in own or not own <= {"weight", "bias"}:
+            raise ValueError(
+                f"`parameters`: {name!r} makes its weight of {', '.join(sorted(own))} (weight_norm, pruning ...), in "
+                "which it is not linear. Name another layer, or remove the reparametrisation."
             )
 
     @staticmethod

@@ -54,23 +54,20 @@ class Ledger:
         attempts = self.meta["attempts"]
         paths = sorted(self.directory.glob("*.parquet"))
         named = [(path, match) for path in paths if (match := PART_NAME.fullmatch(path.name))]
-        written = {int(match[1]) for _, match in named}
+        foreign = sorted(path.name for path, match in named if match[1] != self.meta["run"])
+        if foreign:
+            raise LedgerError(f"{self.directory}: {foreign[0]} is of another run than its {META_FILE} describes.")
+        written = {int(match[2]) for _, match in named}
         if written - set(range(len(attempts))):
             raise LedgerError(
                 f"{self.directory}: parts of attempt {max(written)}, which its {META_FILE} does not know."
             )
-        if len({attempts[a]["config_hash"] for a in written}) > 1:
-            differing = differences([attempts[a]["config"] for a in sorted(written)])
-            raise LedgerError(
-                f"{self.directory}: its attempts differ in {differing}; their scores are not mixed. Record a run "
-                "with other settings in a directory of its own."
-            )
         tables, damaged = [], _missing(named)
         for path, match in named:
             try:
-                tables.append(_read(path, int(match[4])))
+                tables.append(_read(path, int(match[5])))
             except (OSError, ValueError, KeyError) as error:  # pyarrow's errors among them
-                damaged.append(f"{path.name} ({match[4]} rows: {str(error).splitlines()[0]})")
+                damaged.append(f"{path.name} ({match[5]} rows: {str(error).splitlines()[0]})")
         if damaged and not allow_partial:
             raise LedgerError(
                 f"{self.directory}: {len(damaged)} of {len(named)} parts are damaged: {'; '.join(damaged[:3])}. "
@@ -86,6 +83,13 @@ class Ledger:
                 pc.less(table["attempt"], number), pc.greater_equal(table["step"], attempts[number]["start_step"])
             )
             table = table.filter(pc.invert(superseded))
+        left = sorted(table["attempt"].unique().to_pylist())
+        if len({attempts[number]["config_hash"] for number in left}) > 1:
+            differing = differences([attempts[number]["config"] for number in left])
+            raise LedgerError(
+                f"{self.directory}: its attempts differ in {differing}; their scores are not mixed. Record a run "
+                "with other settings in a directory of its own."
+            )
         order = ["epoch", "step", "batch", "rank", "position"]
         table = table.sort_by([(name, "ascending") for name in order])
         return _first_per_epoch(table) if deduplicate else table
@@ -104,9 +108,9 @@ def _missing(named: Sequence[tuple[Path, re.Match[str]]]) -> list[str]:
     """Parts that were there once: each rank numbers its own without gaps."""
     numbers: dict[tuple[str, str], set[int]] = {}
     for _, match in named:
-        numbers.setdefault((match[1], match[2]), set()).add(int(match[3]))
+        numbers.setdefault((match[2], match[3]), set()).add(int(match[4]))
     return [
-        f"part-a{attempt}-r{rank}-{number:06d} (missing)"
+        f"attempt {attempt}, rank {rank}, part {number} (missing)"
         for (attempt, rank), seen in numbers.items()
         for number in sorted(set(range(max(seen))) - seen)
     ]

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from lightning_mimic.ledger.schema import META_FILE, SCHEMA_VERSION, LedgerError, commit, read_meta, schema, write_json
 
-#: attempt, rank, number, rows: the count in the name tells what a damaged part has lost.
-PART_NAME = re.compile(r"part-a(\d+)-r(\d+)-(\d+)-n(\d+)\.parquet")
+#: run, attempt, rank, number, rows: the count in the name tells what a damaged part has lost.
+PART_NAME = re.compile(r"part-(\w+)-a(\d+)-r(\d+)-(\d+)-n(\d+)\.parquet")
 
 
 def open_run(
@@ -50,14 +50,15 @@ def open_run(
         parts = sorted(p.name for p in directory.glob("*.parquet"))
         if meta is None and parts:
             raise LedgerError(f"`ledger`: {directory} holds {parts[0]} but no {META_FILE}; give another directory.")
-        if meta is not None and parts and meta["run"] != run:
+        if meta is not None and meta["run"] != run:
             ours = f"run {run}" if run else "a new run"
             raise LedgerError(
                 f"`ledger`: {directory} already holds {len(parts)} parts of run {meta['run']} (started "
                 f"{meta['attempts'][0]['started']}), and this is {ours}. Give another directory, or resume that run "
-                "from one of its checkpoints (`ckpt_path=`)."
+                "from one of its checkpoints (`ckpt_path=`); if it is over and not needed, delete the directory."
             )
-        if meta is None or meta["run"] != run:
+        fresh = meta is None
+        if meta is None:
             meta = {"schema_version": SCHEMA_VERSION, "run": run or uuid.uuid4().hex[:12], "attempts": []}
         if meta["attempts"] and meta["attempts"][-1]["config_hash"] != digest:
             changed = differences([meta["attempts"][-1]["config"], config])
@@ -69,7 +70,10 @@ def open_run(
         started = datetime.now(UTC).isoformat(timespec="seconds")
         facts = {"start_step": start_step, "config": dict(config), "config_hash": digest, **notes}
         meta["attempts"].append({"attempt": attempt, "started": started, **facts})
-        write_json(directory / META_FILE, meta)
+        try:
+            write_json(directory / META_FILE, meta, exclusive=fresh)
+        except FileExistsError as error:
+            raise LedgerError(f"`ledger`: another run started in {directory} just now. Give each its own.") from error
     except OSError as error:
         raise LedgerError(f"`ledger`: cannot write to {directory}: {error}.") from error
     return str(meta["run"]), attempt
@@ -107,12 +111,14 @@ class LedgerWriter:
 
     Args:
         directory: The ledger that :func:`open_run` made.
+        run: The run's id.
         attempt: The attempt's number.
         rank: This process's rank.
     """
 
-    def __init__(self, directory: str | Path, attempt: int, rank: int) -> None:
+    def __init__(self, directory: str | Path, run: str, attempt: int, rank: int) -> None:
         self._directory = Path(directory)
+        self._run = run
         self._attempt = attempt
         self._rank = rank
         self._id_type: pa.DataType | None = None
@@ -152,7 +158,7 @@ class LedgerWriter:
         if not self._pending:
             return
         table = pa.concat_tables(self._pending)
-        name = f"part-a{self._attempt}-r{self._rank}-{self._parts:06d}-n{table.num_rows}.parquet"
+        name = f"part-{self._run}-a{self._attempt}-r{self._rank}-{self._parts:06d}-n{table.num_rows}.parquet"
         temporary = self._directory / f".{name}.tmp"
         try:
             with temporary.open("wb") as file:

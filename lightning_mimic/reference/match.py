@@ -70,7 +70,9 @@ def _names(tensors: Mapping[str, Tensor], wanted: list[str]) -> dict[str, str]:
     if all(name in tensors for name in wanted):
         return same
     first = wanted[0]
+    # A wrapper's prefix stands before most names; another branch that ends alike is not meant.
     longer = {key[: -len(first)] for key in tensors if key.endswith(f".{first}")}
+    longer = {prefix for prefix in longer if 2 * sum(key.startswith(prefix) for key in tensors) >= len(tensors)}
     shorter = {first[: -len(key)] for key in tensors if first.endswith(f".{key}")}
     fits = [{name: prefix + name for name in wanted} for prefix in sorted(longer)]
     fits += [

@@ -13,10 +13,6 @@ class HasDot(Protocol):
         """``⟨gᵢ, v⟩`` per sample, shape ``(B,)``."""
 
 
-#: The products with the per-sample gradients that the score is made of.
-NEEDS = frozenset({"dot"})
-
-
 def mimic_score(gradients: HasDot, vectors: Mapping[str, Tensor], norm: Tensor) -> Tensor:
     """``mᵢ = −⟨gᵢ, v⟩ / ‖v‖``: how much a descent step on sample *i* moves the weights to the reference.
 
