@@ -79,5 +79,5 @@ def test_a_good_reference_finds_the_wrong_labels_and_helps(results):
 
 def test_a_reference_from_shuffled_labels_does_not_help(results):
     accuracy, auroc = results["shuffled"]
-    assert 0.35 < auroc < 0.65
-    assert accuracy < results["plain"][0] + 0.01
+    assert auroc < 0.6
+    assert accuracy < results["plain"][0]
