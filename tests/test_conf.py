@@ -1,5 +1,6 @@
 """Every file of conf/ composes and builds what it names; every experiment trains a batch; the command line works."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -107,7 +108,13 @@ def test_two_processes_by_the_command_line(tmp_path):
 
 
 def test_the_wheel_carries_code_and_configuration(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(ROOT)]
+    # From a copy: a build leaves its folder behind, and the next wheel would carry what was removed since.
+    source = tmp_path / "source"
+    for name in ("lightning_mimic", "conf"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(source)]
     subprocess.run(command, check=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
