@@ -145,9 +145,6 @@ def test_left_out_samples_are_said():
 
 @pytest.mark.filterwarnings("ignore:.*samples held NaN")
 def test_when_no_sample_is_finite_the_loss_goes_through(tmp_path):
-    class AllBroken(Broken):
-        bad = (0, 1, 2, 3)
-
     module = toy(AllBroken)
     trainer(GradMimic(parameters_of(toy(seed=1)), "head", ledger=tmp_path / "s")).fit(module, loader(toy_data(4)))
     assert not bool(module.head.weight.isfinite().any())
@@ -189,10 +186,18 @@ def test_infinity_in_a_batch_is_not_touched():
     torch.testing.assert_close(*map(parameters_of, modules), rtol=0, atol=0)
 
 
-def test_on_request_such_a_sample_stops_training():
+class AllBroken(Broken):
+    bad = (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(("kind", "positions"), [(Broken, r"\[1\]"), (AllBroken, r"\[0, 1, 2, 3\]")])
+def test_on_request_such_a_sample_stops_training(kind, positions):
+    module = toy(kind)
+    before = parameters_of(module)
     callback = GradMimic(parameters_of(toy(seed=1)), "head", on_nonfinite="raise")
-    with pytest.raises(FloatingPointError, match=r"positions \[1\] of the batch"):
-        trainer(callback).fit(toy(Broken), loader(toy_data(4)))
+    with pytest.raises(FloatingPointError, match=rf"positions {positions} of the batch"):
+        trainer(callback).fit(module, loader(toy_data(4)))
+    torch.testing.assert_close(parameters_of(module), before, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:.*samples held NaN")

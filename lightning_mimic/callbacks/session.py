@@ -19,6 +19,7 @@ from lightning_mimic.gradients.graph import (
     used_beyond,
     uses,
 )
+from lightning_mimic.ledger import Flag
 from lightning_mimic.scorers import SoftmaxWeighting, mimic_score
 
 Scope = Literal["loss", "target"]
@@ -212,8 +213,10 @@ class Session:
         scores = mimic_score(own, local, torch.where(vanishes, torch.ones_like(norm), norm))
         judged = judge(scores, self._known_clean(), vanishes, self._weighting, scaled=self._scaled)
         self._judgement, self._norm = judged, norm
-        if self._on_nonfinite == "raise" and bool(judged.masked.any()):
-            bad = judged.masked.nonzero().flatten().tolist()
+        # By the flag, not by the mask: when no sample is finite nothing is masked, and it must stop all the same.
+        if self._on_nonfinite == "raise" and (
+            bad := (judged.flags == Flag.NONFINITE_LOSS).nonzero().flatten().tolist()
+        ):
             raise FloatingPointError(f"samples at positions {bad} of the batch have a loss that is not finite.")
         if not self._reweight:
             return None

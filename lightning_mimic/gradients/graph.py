@@ -1,6 +1,7 @@
 """Questions to the autograd graph: is a tensor a cut, and is the loss a plain mean over samples?
 
-All of them are asked once per epoch, before the backward pass, and never touch a gradient.
+They are asked before the backward pass and never touch a gradient: :func:`targets_left_out` at every step, the
+others once per epoch.
 """
 
 from collections import defaultdict
