@@ -9,37 +9,14 @@ import torch.utils.checkpoint
 from toys import FEATURES, HIDDEN, Toy, WithLosses
 
 
-class Residual(Toy):
-    def forward(self, x):
-        hidden = torch.tanh(self.body(x))
-        return self.head(hidden) + hidden[:, :3]
-
-
 class L2(Toy):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return super().training_step(batch, batch_idx) + 0.1 * self.body.weight.square().sum()
 
 
-class Scaled(Toy):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(()))
-
-    def forward(self, x):
-        return super().forward(x) * self.scale
-
-
 class InPlace(Toy):
     def forward(self, x):
         return self.head(torch.tanh(self.body(x))).relu_()
-
-
-class Tied(Toy):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = torch.nn.Linear(FEATURES, FEATURES)
-        self.head = torch.nn.Linear(FEATURES, FEATURES)
-        self.head.weight = self.body.weight
 
 
 class TiedByHand(Toy):
@@ -75,12 +52,6 @@ class SequenceFirst(Toy):
         return self.head(steps).mean(0)
 
 
-class CalledTwice(Toy):
-    def forward(self, x):
-        hidden = torch.tanh(self.body(x))
-        return self.head(hidden) + self.head(2 * hidden)
-
-
 class Reentrant(Toy):
     def forward(self, x):
         return torch.utils.checkpoint.checkpoint(super().forward, x.requires_grad_(), use_reentrant=True)
@@ -105,7 +76,10 @@ class TakesIterator(Toy):
 class Penalised(Toy):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         x = batch[0].clone().requires_grad_()
-        return F.cross_entropy(self(x), batch[1]) + torch.autograd.grad(self(x).sum(), x)[0].square().mean()
+        return (
+            F.cross_entropy(self(x), batch[1])
+            + torch.autograd.grad(self(x).sum(), x, create_graph=True)[0].square().mean()
+        )
 
 
 class LeavesOutLater(Toy):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Losses = Callable[[nn.Module, Any], Tensor]  # (module, batch) -> the unreduced losses, shape (B,)
@@ -20,12 +21,46 @@ def per_sample_gradients(module: nn.Module, losses_of: Losses, batch: Any) -> di
     return {name: torch.stack(parts) for name, parts in zip(named, zip(*rows, strict=True), strict=True)}
 
 
+def contributions(net: nn.Sequential, losses_of: Callable[[Any, Any], Tensor], batch: Any) -> dict[str, Tensor]:
+    """Sample i's part in the gradient of ``Σℓ``: row i goes through its own copy i of all parameters.
+
+    Layer by layer and row by row; only a batch normalisation in training mode sees the other rows, and it too
+    scales and shifts row i by copy i. ``losses_of`` gets a function of the inputs in the module's place.
+    """
+    names = {id(p): name for name, p in net.named_parameters()}
+    copies: list[dict[str, Tensor]] = []
+
+    def row_by_row(rows: Tensor) -> Tensor:
+        copies.extend({n: p.detach().clone().requires_grad_() for n, p in net.named_parameters()} for _ in rows)
+        for layer in net:
+            normalises = isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training
+            if normalises:
+                rows = F.batch_norm(rows, None, None, training=True, eps=layer.eps)
+            done = []
+            for row, copy in zip(rows, copies, strict=True):
+                own = {part: copy[names[id(p)]] for part, p in layer.named_parameters()}
+                if normalises:
+                    weight, bias = (own[part].view(-1, *[1] * (row.ndim - 1)) for part in ("weight", "bias"))
+                    done.append(weight * row + bias)
+                else:
+                    done.append(torch.func.functional_call(layer, own, (row[None],))[0])
+            rows = torch.stack(done)
+        return rows
+
+    total = losses_of(row_by_row, batch).sum()
+    rows = [
+        torch.autograd.grad(total, list(copy.values()), retain_graph=True, allow_unused=True, materialize_grads=True)
+        for copy in copies
+    ]
+    return {name: torch.stack(parts) for name, parts in zip(names.values(), zip(*rows, strict=True), strict=True)}
+
+
 def mimic_scores(gradients: Named, reference: Named, parameters: Named) -> Tensor:
     """``−⟨gᵢ, v⟩ / ‖v‖`` in float64, ``v = reference − parameters`` over the names of ``parameters``."""
     dot, square = 0.0, 0.0
     for name, parameter in parameters.items():
         v = reference[name].detach().double() - parameter.detach().double()
-        dot = dot + (gradients[name].double() * v).flatten(1).sum(1)
+        dot = dot + (gradients[name].double() * v).reshape(len(gradients[name]), -1).sum(1)
         square = square + (v * v).sum()
     return -dot / square**0.5
 

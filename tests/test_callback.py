@@ -7,43 +7,10 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from toys import Convolution, Tokens, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
+from trained import trained_by_oracle
 
 from lightning_mimic import GradMimic, Ledger
 from lightning_mimic.gradients import Direction
-
-
-def trained_by_oracle(
-    module: Toy,
-    batches: list[Any],
-    reference: dict[str, torch.Tensor],
-    *,
-    tau: float = 0.7,
-    scope: str = "loss",
-    accumulate: int = 1,
-    clip: float | None = None,
-    targets: tuple[str, ...] = ("head.weight", "head.bias"),
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """SGD on Σ wᵢ gᵢ by loops; returns scores and weights per micro-batch."""
-    seen, window = [], {}
-    for index, batch in enumerate(batches):
-        gradients = oracles.per_sample_gradients(module, losses_of, batch)
-        chosen = {name: module.get_parameter(name) for name in targets}
-        scores = oracles.mimic_scores(gradients, reference, chosen)
-        weights = oracles.softmax_weights(scores, tau)
-        seen.append((scores, weights))
-        uniform = torch.full_like(weights, 1 / len(weights))
-        step = oracles.weighted_gradient(gradients, weights if scope == "loss" else uniform)
-        if scope == "target":
-            step |= {n: g for n, g in oracles.weighted_gradient(gradients, weights).items() if n in targets}
-        window = {n: window.get(n, 0) + g / accumulate for n, g in step.items()}
-        if (index + 1) % accumulate == 0 or index + 1 == len(batches):
-            norm = torch.stack([g.norm() for g in window.values()]).norm()
-            shrink = 1.0 if clip is None else min(1.0, clip / (float(norm) + 1e-6))  # as torch clips
-            with torch.no_grad():
-                for name, g in window.items():
-                    module.get_parameter(name).sub_(module.lr * shrink * g)
-            window = {}
-    return seen
 
 
 @pytest.mark.parametrize("scope", ["loss", "target"])
@@ -201,13 +168,8 @@ def test_should_score_leaves_the_other_batches_plain(tmp_path):
 
 
 def test_a_flipped_direction_does_not_pass(monkeypatch, tmp_path):
-    forward = Direction.__call__
-
-    def flipped(self: Direction) -> Any:
-        vectors, norm = forward(self)
-        return {name: -v for name, v in vectors.items()}, norm
-
-    monkeypatch.setattr(Direction, "__call__", flipped)
+    look_up = Direction.__getitem__
+    monkeypatch.setattr(Direction, "__getitem__", lambda self, name: -look_up(self, name))
     with pytest.raises(AssertionError, match="not close"):
         test_every_step_is_the_weighted_sum_of_sample_gradients(Toy, "loss", {}, tmp_path)
 

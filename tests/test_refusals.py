@@ -10,7 +10,6 @@ from inexact import (
     ByHand,
     Bypassed,
     BypassesLater,
-    CalledTwice,
     ChangedInput,
     ClassWeighted,
     Ignoring,
@@ -21,12 +20,9 @@ from inexact import (
     Penalised,
     Quasi,
     Reentrant,
-    Residual,
-    Scaled,
     SequenceFirst,
     Summed,
     TakesIterator,
-    Tied,
     TiedBeyond,
     TiedByHand,
     WeightNorm,
@@ -52,18 +48,10 @@ def refused(kind: type[Toy], parameters: Any = "head", error: type = ValueError,
     return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("kind", "parameters", "names"),
-    [
-        (Residual, "head", "2 trainable parameters without passing 'head', .*: 'body.bias', 'body.weight'"),
-        (L2, "head", "1 trainable parameters without passing 'head', .*: 'body.weight'"),
-        (Scaled, "head", "1 trainable parameters without passing 'head', .*: 'scale'"),
-        (Toy, "body", "2 trainable parameters without passing 'body', .*: 'head.bias', 'head.weight'"),
-    ],
-)
-def test_what_escapes_the_gate_is_named(kind, parameters, names):
-    message = refused(kind, parameters)
-    assert re.search(names, message)
+def test_what_escapes_the_gate_is_named():
+    message = refused(L2)
+    assert "the loss reaches 1 trainable parameters around the tensor that is weighted" in message
+    assert "would not reach them: 'body.weight'." in message
     assert "escaping='plain'" in message
 
 
@@ -75,18 +63,16 @@ def test_an_operation_in_place_after_the_layer_is_not_an_escape():
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Tied, "'head.weight' is tied to 'body.weight'"),
-        (TiedByHand, "'head.weight' is used more than once in the forward pass (tied)"),
-        (CalledTwice, "'head' is called more than once in a training step"),
-        (TiedBeyond, "'head.weight' is used more than once in the forward pass (tied)"),
-        (Reentrant, "it runs under reentrant activation checkpointing"),
-        (WeightNorm, "'head' makes its weight of bias, weight_orig (weight_norm, pruning ...)"),
+        (TiedByHand, "88.9% of their elements: 'head.weight' (used in 2 places, 1 of them a call of its layer). Leave"),
+        (TiedBeyond, "'head.weight' (used in 2 places, 1 of them a call of its layer)"),
+        (Reentrant, "'head.weight' (its layer ran without gradient: it and all before it are frozen, or it ran under"),
+        (WeightNorm, "'head.weight_orig' (used by Mul with shape (3, 8) in (3, 8), not spread over 4 samples)"),
         (TakesIterator, "take `batch` instead of `dataloader_iter`"),
         (ClassWeighted, "it divides by the sum of its class weights"),
         (Ignoring, "(ignore_index). Give the module a method `sample_losses(batch)`"),
         (Summed, "sums over the batch (reduction='sum')"),
-        (SequenceFirst, "the output of 'head' has shape (5, 4, 3), but the batch has 4 samples"),
-        (Bypassed, "no path leads from the loss to the output of 'head'"),
+        (SequenceFirst, "'head.weight' (its layer's output has shape (5, 4, 3), not one row for each of 4 samples)"),
+        (Bypassed, "'head.weight' (no path leads from the loss to it)"),
         (NotAveraged, "does not return the plain mean of `self.sample_losses(batch)`"),
         (NotCalled, "training_step did not call it"),
         (ByHand, "ByHand steps its optimizers by hand. The functions in lightning_mimic.gradients"),
@@ -101,8 +87,8 @@ def test_what_would_be_inexact_is_refused(kind, message):
     ("kind", "error", "message"),
     [
         (LeavesOutLater, ValueError, r"it left out \d targets \(ignore_index\)"),
-        (BypassesLater, RuntimeError, "no gradient reached 'head' in this batch"),
-        (Penalised, (ValueError, RuntimeError), "called more than once|differentiates through 'head' itself"),
+        (BypassesLater, RuntimeError, "no gradient reached the output of the scored layer in this batch"),
+        (Penalised, ValueError, "the loss reaches 4 trainable parameters around the tensor that is weighted"),
     ],
 )
 def test_what_turns_inexact_later_stops_training(kind, error, message):
@@ -123,14 +109,13 @@ def test_nothing_trained_before_or_in_the_layer():
             self.head.requires_grad_(False)
             return super().configure_optimizers()
 
-    assert "no gradient passes through the output of 'head'" in refused(Detached)
+    assert "'head.weight' (its layer ran without gradient: it and all before it are frozen" in refused(Detached)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"parameters": "haed"}, "`parameters`: 'haed' names no module and no parameter of Toy; nearest: 'head'"),
-        ({"parameters": ["head", "body"]}, "`parameters` selects 2 layers ('body', 'head')"),
         ({"reference": {"head.weight": torch.zeros(3, 8)}}, "no tensor for 'head.bias'"),
         ({"reference": {"head.weight": torch.zeros(4, 8), "head.bias": torch.zeros(3)}}, "(4, 8), the model's has (3"),
         ({"reference": "nowhere.ckpt"}, "no file nowhere.ckpt"),

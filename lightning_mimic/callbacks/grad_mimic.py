@@ -16,8 +16,15 @@ from lightning_mimic.callbacks.session import Escaping, OnNonfinite, Scope, Sess
 from lightning_mimic.callbacks.support import check_packages, check_support, gather_errors
 from lightning_mimic.gradients import Direction, LayerGradients, nearest_names, owning_layer, select_parameters
 from lightning_mimic.ledger import Flag, LedgerError, LedgerWriter, note_run, open_run
-from lightning_mimic.reference import ReferenceSource, fingerprint, match_reference, read_reference
-from lightning_mimic.scorers import SoftmaxWeighting
+from lightning_mimic.reference import (
+    ReferenceSource,
+    aliases_of,
+    fingerprint,
+    match_reference,
+    read_reference,
+    reference_model,
+)
+from lightning_mimic.scorers import MimicScore, Scorer, SoftmaxWeighting
 from lightning_mimic.version import __version__
 
 
@@ -25,16 +32,21 @@ class GradMimic(Callback):
     """Weights every sample by how far a descent step on it moves the model towards a reference.
 
     Per sample *i* of a micro-batch, over all ranks: ``mᵢ = −⟨∇ℓᵢ, v⟩/‖v‖`` with ``v = θ_ref − θ``, then
-    ``wᵢ = softmax(m/τ)ᵢ``, then the step ``θ ← θ − η Σ wᵢ ∇ℓᵢ``. Scoring and weighting happen in a hook inside
-    the one backward pass; clipping, accumulation, mixed precision and DDP go on as they were. Logs
-    ``mimic/score_mean``, ``mimic/ess`` (effective sample size), ``mimic/direction_norm`` and
-    ``mimic/misaligned`` (share of negative scores).
+    ``wᵢ = softmax(m/τ)ᵢ``, then the step ``θ ← θ − η Σ wᵢ ∇ℓᵢ``. One layer is scored in a hook inside the one
+    backward pass, several in a reverse pass of their own before it; the weights enter the backward pass in a hook, so
+    that clipping, accumulation, mixed precision and DDP go on as they were. Where the loss itself mixes samples
+    (contrastive losses), ``sample_losses`` gives the samples' own gradients. Logs
+    ``mimic/score_mean``, ``mimic/ess`` (effective sample size), ``mimic/direction_norm`` and ``mimic/misaligned``
+    (share of negative scores).
 
     Args:
         reference: A checkpoint's path (``.ckpt``, ``.pt``, ``.safetensors``), a module or a state dict. Samples
             that trained it get flattering scores: do not score them.
-        parameters: Whose direction counts: a module path (``"head"``), a parameter name (``"head.weight"``), a
-            glob, or a list; all of one ``nn.Linear`` or ``nn.Conv2d``.
+        parameters: Whose direction counts: ``"all"`` trainable ones, a module path (``"head"``), a parameter name
+            (``"head.weight"``), a glob, ``"!"`` in front of any of these to leave them out, or a list. The fewer and
+            the later, the cheaper: one last layer costs next to nothing, all about two thirds of a step.
+        scorer: What makes scores of the gradients, see :mod:`lightning_mimic.scorers`. One that needs no gradient
+            takes no ``parameters``, one that needs no reference no ``reference``.
         temperature: τ of the softmax, in the score's unit, loss per unit of weight distance.
         min_ess: Floor on the effective sample size as a fraction of the batch; raises τ for a batch that would
             fall below. 0: none.
@@ -50,6 +62,8 @@ class GradMimic(Callback):
         on_nonfinite: A sample that holds NaN or whose loss is not finite: ``"mask"`` gives it weight 0 and takes it
             out of the batch that training_step sees, ``"mask_loss"`` goes by the loss alone (where NaN in a batch is
             meant), ``"raise"`` stops, at one host sync per step.
+        math_attention: Run attention within ``sample_losses`` by the slower kernel that can be differentiated
+            twice, so that parameters below it can be scored from the losses alone.
 
     Raises:
         ValueError: An argument, or at the start of ``fit`` the reference, the parameters, the trainer or the
@@ -66,9 +80,10 @@ class GradMimic(Callback):
 
     def __init__(
         self,
-        reference: ReferenceSource,
-        parameters: str | Sequence[str],
+        reference: ReferenceSource | None = None,
+        parameters: str | Sequence[str] | None = None,
         *,
+        scorer: Scorer | None = None,
         temperature: float = 1.0,
         min_ess: float = 0.25,
         scope: Scope = "loss",
@@ -77,6 +92,7 @@ class GradMimic(Callback):
         ledger: str | Path | None = None,
         id_from: Callable[[Any], Ids] | None = None,
         on_nonfinite: OnNonfinite = "mask",
+        math_attention: bool = False,
     ) -> None:
         for name, value, kind in (
             ("scope", scope, Scope),
@@ -85,6 +101,19 @@ class GradMimic(Callback):
         ):
             if value not in get_args(kind):
                 raise ValueError(f"`{name}` is {value!r}; {nearest_names(str(value), get_args(kind))}.")
+        self.scorer: Scorer = MimicScore() if scorer is None else scorer
+        name = type(self.scorer).__name__
+        for argument, given, needed, example in (
+            ("reference", reference is not None, {"dot", "reference_losses"}, "a checkpoint's path"),
+            ("parameters", parameters is not None, {"dot", "norms"}, "a layer's path or 'all'"),
+        ):
+            if given != bool(self.scorer.needs & needed):
+                raise ValueError(
+                    f"`{argument}` is {'given' if given else 'missing'}, but {name} needs "
+                    + ("none; leave it out." if given else f"one: {example}.")
+                )
+        if scope == "target" and parameters is None:
+            raise ValueError(f"`scope='target'` weights the target parameters, but {name} has none.")
         self.reference = reference
         self.parameters = parameters
         self.weighting = SoftmaxWeighting(temperature, min_ess)
@@ -94,6 +123,7 @@ class GradMimic(Callback):
         self.ledger = None if ledger is None else Path(ledger).expanduser()
         self.id_from = id_from
         self.on_nonfinite = on_nonfinite
+        self.math_attention = math_attention
         self._run: str | None = None
         self._attempt = 0
         self._session: Session | None = None
@@ -150,19 +180,18 @@ class GradMimic(Callback):
         self._place = (trainer.current_epoch, trainer.global_step, batch_idx)
         if self.should_score(trainer):
             self._ids = sample_ids(batch, self.id_from, needed=self.ledger is not None)
-            self._session.arm(batch, self._ids)
+            # Once per epoch, because a schedule may have unfrozen parameters.
+            check = self._checked_epoch != trainer.current_epoch
+            self._session.arm(batch, self._ids, self._scale(trainer, pl_module), check=check)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         # Inert outside our own training batches (a learning-rate finder runs others).
         if self._session is None or not self._session.active:
             return
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        factor = torch.ones((), device=loss.device) / trainer.accumulate_grad_batches
-        if scaler is not None:
-            factor = scaler.scale(factor)
-        # Once per epoch, because a schedule may have unfrozen parameters.
-        check = self._checked_epoch != trainer.current_epoch
-        kind = self._session.before_backward(loss, factor, scaled=scaler is not None, check=check)
+        scale = self._scale(trainer, pl_module)
+        one = torch.ones((), device=loss.device) if scale is None else scale
+        self._session.before_backward(one / trainer.accumulate_grad_batches)
+        kind = self._session.kind
         if kind is not None and self._checked_epoch < 0 and self._writes(trainer) and trainer.is_global_zero:
             assert self.ledger is not None
             note_run(self.ledger, self._attempt, {"score_kind": kind, "data": describe(trainer.train_dataloader)})
@@ -222,14 +251,33 @@ class GradMimic(Callback):
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks everything that can be checked before training, and hooks the layer."""
         check_support(trainer, pl_module)
-        targets = select_parameters(pl_module, self.parameters)
-        name, layer = owning_layer(pl_module, targets)
-        LayerGradients.check(name, layer)
-        if self.scope == "target" and not all(p.requires_grad for p in targets.values()):
-            raise ValueError(f"`scope='target'` weights the gradients of {name!r}, but they are frozen.")
-        reference = match_reference(read_reference(self.reference), targets)
+        needs, name = self.scorer.needs, type(self.scorer).__name__
+        if needs & {"losses", "reference_losses"} and not callable(getattr(pl_module, "sample_losses", None)):
+            raise ValueError(
+                f"{name} needs the loss of every sample: give {type(pl_module).__name__} a method "
+                "`sample_losses(batch)` that returns one loss per sample, and average it in training_step."
+            )
+        targets = {} if self.parameters is None else select_parameters(pl_module, self.parameters)
+        if "norms" in needs:
+            path, layer = owning_layer(pl_module, targets)
+            if "norms" not in LayerGradients.products(layer):
+                raise ValueError(
+                    f"{name} needs the norms of per-sample gradients, which are known for nn.Linear; {path!r} is a "
+                    f"{type(layer).__name__}."
+                )
+        frozen = [n for n, p in targets.items() if not p.requires_grad]
+        if self.scope == "target" and frozen:
+            raise ValueError(f"`scope='target'` weights the gradients of {frozen[0]!r}, but they are frozen.")
+        reference: dict[str, Tensor] = {}
+        model = None
+        if self.reference is not None and targets:
+            reference = match_reference(read_reference(self.reference), targets, aliases_of(pl_module))
+        if self.reference is not None and "reference_losses" in needs:
+            model = reference_model(self.reference, pl_module)
+            reference = reference or dict(model.state_dict())
         self._config = {
-            "reference": fingerprint(reference),
+            "scorer": name,
+            "reference": fingerprint(reference) if reference else None,
             "parameters": list(targets),
             "temperature": self.weighting.temperature,
             "min_ess": self.weighting.min_ess,
@@ -239,15 +287,23 @@ class GradMimic(Callback):
         }
         self._session = Session(
             pl_module,
-            name,
-            targets,
-            Direction(reference, targets),
+            self.scorer,
             self.weighting,
+            targets,
+            Direction(reference, targets) if "dot" in needs else None,
+            model,
             scope=self.scope,
             escaping=self.escaping,
             reweight=self.reweight,
             on_nonfinite=self.on_nonfinite,
+            math_attention=self.math_attention,
         )
+
+    @staticmethod
+    def _scale(trainer: pl.Trainer, module: pl.LightningModule) -> Tensor | None:
+        """The gradient scaler's factor, read without waiting for the device."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        return None if scaler is None else scaler.scale(torch.ones((), device=module.device))
 
     def _detach(self) -> None:
         if self._session is not None:

@@ -1,101 +1,99 @@
-"""One fit's scoring: from the hooked layer to gated gradients, step by step."""
+"""One fit's scoring: from the forward pass to gated gradients, step by step."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from lightning_mimic.callbacks.batch import blank_nan_samples, sample_count
-from lightning_mimic.callbacks.hooks import LayerTap, LossTap, wrap_method
+from lightning_mimic.callbacks.hooks import LossTap, wrap_method
 from lightning_mimic.callbacks.judgement import Judgement, judge
-from lightning_mimic.gradients import Direction, LayerGradients, gate_rows
-from lightning_mimic.gradients.graph import (
-    escaping_parameters,
-    mixes_samples,
-    not_a_plain_mean,
-    reaches,
-    targets_left_out,
-    used_beyond,
-    uses,
-)
+from lightning_mimic.callbacks.plan import NOT_PLAIN, Plan, Step, Way
+from lightning_mimic.callbacks.support import gather_rows, world_size
+from lightning_mimic.gradients import Direction, gate_rows, hook_gradient
+from lightning_mimic.gradients.graph import made_by, targets_left_out
 from lightning_mimic.ledger import Flag
-from lightning_mimic.scorers import SoftmaxWeighting, mimic_score
+from lightning_mimic.scorers import Products, Scorer, SoftmaxWeighting
 
 Scope = Literal["loss", "target"]
 Escaping = Literal["refuse", "plain"]
 OnNonfinite = Literal["mask", "mask_loss", "raise"]
 
 
-_NOT_PLAIN = (
-    "the loss cannot be taken for a plain mean over samples: {}. Give the module a method `sample_losses(batch)` that "
-    "returns one loss per sample, and average it in training_step."
-)
-
-
 class Session:
     """Scores and gates the micro-batches of one fit.
 
-    The order within a step: :meth:`arm`, the module's training_step, :meth:`before_backward`, the backward
-    pass (in which the layer's hook scores, weighs and gates), :meth:`finish`.
+    The order within a step: :meth:`arm`, the module's training_step (after which :class:`Plan` says how the
+    samples are scored, and most are), :meth:`before_backward`, the backward pass (in which the weights enter, and a
+    single layer is scored), :meth:`finish`.
 
     Args:
         module: The module that is trained.
-        name: The target layer's path.
-        targets: The target parameters, by their full names.
-        direction: From the trained weights to the reference, by the same names.
+        scorer: Makes scores of products.
         weighting: Makes weights of scores.
+        targets: The target parameters, by their full names; empty for a scorer that needs no gradient.
+        direction: From the trained weights to the reference, by the same names; ``None`` if it is not needed.
+        reference_model: Has a method ``sample_losses``; ``None`` if it is not needed.
         scope: ``"loss"``: the weights reach all that a sample's gradient reaches; ``"target"``: the target
             parameters only.
         escaping: What to do about trainable parameters that the gate does not reach.
         reweight: Apply the weights, or only score.
         on_nonfinite: What to do about samples whose loss is not finite.
+        math_attention: Run attention within ``sample_losses`` by the kernel that can be differentiated twice.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        name: str,
-        targets: Mapping[str, nn.Parameter],
-        direction: Direction,
+        scorer: Scorer,
         weighting: SoftmaxWeighting,
+        targets: Mapping[str, nn.Parameter],
+        direction: Direction | None,
+        reference_model: nn.Module | None,
         *,
         scope: Scope,
         escaping: Escaping,
         reweight: bool,
         on_nonfinite: OnNonfinite,
+        math_attention: bool,
     ) -> None:
-        self._module = module
-        self._layer = module.get_submodule(name)
+        self._scorer = scorer
+        self._weighting = weighting
         self._targets = dict(targets)
         self._direction = direction
-        self._weighting = weighting
+        self._reference_model = reference_model
         self._scope = scope
-        self._escaping = escaping
         self._reweight = reweight
         self._on_nonfinite = on_nonfinite
-        self._tap = LayerTap(name, self._layer, self._on_gradient)
-        self._loss_tap = LossTap(module) if callable(getattr(module, "sample_losses", None)) else None
+        everywhere = reweight and scope == "loss" and escaping == "refuse"
+        self._plan = Plan(module, targets, scorer.needs, everywhere=everywhere)
+        has_losses = callable(getattr(module, "sample_losses", None))
+        self._loss_tap = LossTap(module, math_attention=math_attention) if has_losses else None
         self._left_out: Tensor | None = None
-        self._undo = []
-        if reweight:
-            self._undo.append(wrap_method(module, "training_step", self._around_training_step))
-            if scope == "target":
-                self._undo += [p.register_hook(self._corrector(n)).remove for n, p in self._targets.items()]
+        self._undo = [wrap_method(module, "training_step", self._around_training_step)]
+        if reweight and scope == "target":
+            self._undo += [p.register_hook(self._corrector(n)).remove for n, p in targets.items()]
         self.reset()
 
     def reset(self) -> None:
         """Forgets the last step, and lets go of its tensors."""
-        self._tap.reset()
+        self._plan.tap.reset()
         if self._loss_tap is not None:
             self._loss_tap.reset()
         #: The step under way is scored.
         self.active = False
+        #: Whose gradient was scored, where this step looked.
+        self.kind: str | None = None
+        self._check = False
         self._backwards = 0
         self._rows: int | None = None
+        self._step: Step | None = None
         self._clean: Tensor | None = None
+        self._scale: Tensor | None = None
         self._factor: Tensor | None = None
-        self._scaled = False
+        self._reference_losses: Tensor | None = None
         self._corrections: dict[str, Tensor] = {}
         self._judgement: Judgement | None = None
         self._norm: Tensor | None = None
@@ -103,7 +101,7 @@ class Session:
     def remove(self) -> None:
         """Takes every hook and wrapper off the module."""
         self.reset()
-        self._tap.remove()
+        self._plan.tap.remove()
         if self._loss_tap is not None:
             self._loss_tap.remove()
         while self._undo:
@@ -113,37 +111,36 @@ class Session:
         """Raises ``ValueError`` if a loss has left out targets since the last look (a host sync)."""
         left_out, self._left_out = self._left_out, None
         if left_out is not None and bool(left_out > 0):
-            raise ValueError(_NOT_PLAIN.format(f"it left out {int(left_out)} targets (ignore_index)"))
+            raise ValueError(NOT_PLAIN.format(f"it left out {int(left_out)} targets (ignore_index)"))
 
     def at_reference(self) -> bool:
         """Whether the model stands at its reference now (a host sync)."""
-        return bool(self._direction.vanishes(self._direction()[1]))
+        return self._direction is not None and bool(self._direction.vanishes(self._direction.norm()))
 
-    def arm(self, batch: Any, ids: Any) -> None:
-        """Gets ready for the training_step of one micro-batch."""
+    def arm(self, batch: Any, ids: Any, scale: Tensor | None, *, check: bool) -> None:
+        """Gets ready for the training_step of one micro-batch.
+
+        Args:
+            batch: What training_step will get.
+            ids: Of its samples, where they are known.
+            scale: Of the gradient scaler, a scalar; ``None`` without one.
+            check: Look at the graph. For the first step and whenever it may have changed.
+        """
         self.reset()
         self.active = True
+        self._check = check
+        self._scale = scale
         self._rows = sample_count(batch) if ids is None else len(ids)
-        self._tap.armed = True
+        self._plan.tap.armed = True
         if self._loss_tap is not None:
             self._loss_tap.armed = True
 
-    def before_backward(self, loss: Tensor, factor: Tensor, *, scaled: bool, check: bool) -> str | None:
-        """Takes leave of the forward pass, and asks the graph whether the scores will be what they are called.
+    def before_backward(self, factor: Tensor) -> None:
+        """Takes leave of the forward pass.
 
         Args:
-            loss: The scalar that is about to be differentiated.
-            factor: That loss over the one that training_step returned (accumulation, AMP scale); a scalar.
-            scaled: A gradient scaler made part of the factor.
-            check: Look at the graph. For the first step and whenever it may have changed.
-
-        Returns:
-            With ``check``, whose gradient it is: ``"own_loss"`` or, under batch normalisation after the
-            layer, the sample's ``"contribution"`` to the total.
-
-        Raises:
-            ValueError: The scores would not be those of the samples, or the weights would not reach all
-                parameters; says which and what to do.
+            factor: The loss that is about to be differentiated over the one that training_step returned
+                (accumulation, AMP scale); a scalar.
         """
         self._backwards += 1
         if self._backwards > 1:
@@ -151,28 +148,18 @@ class Session:
                 "the optimizer runs its closure more than once per batch (LBFGS, SAM); the weights of a batch hold for "
                 "one pass. Use an optimizer with one pass."
             )
-        # A recomputation (activation checkpointing) calls the layer again; that is not another use of it.
-        self._tap.armed = False
-        self._tap.check_used()
-        self._check_rows()
-        self._factor, self._scaled = factor, scaled
-        if self._loss_tap is None and self._tap.node is not None and loss.grad_fn is not None:
-            left_out = targets_left_out(loss.grad_fn, self._tap.node)
-            self._left_out = left_out if self._left_out is None else self._left_out + left_out
-        if not check:
-            return None
-        if self._loss_tap is not None and self._rows is not None:
-            self._loss_tap.expect_plain_mean(factor / self._rows)
-        return self._check_graph(loss)
+        self._factor = factor
+        self._corrections = {name: change * factor for name, change in self._corrections.items()}
 
     def finish(self) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
         """The step's ledger columns of shape ``(B,)`` and its figures, scalars; ``None`` if none was scored."""
-        judgement, norm = self._judgement, self._norm
+        judgement = self._judgement
         if self._backwards and judgement is None:
             raise RuntimeError(
-                f"no gradient reached {self._tap.name!r} in this batch, so it was neither scored nor weighted."
+                "no gradient reached the output of the scored layer in this batch, so it was neither scored nor "
+                "weighted."
             )
-        if judgement is None or norm is None:
+        if judgement is None or self._step is None:
             return None
         weights = judgement.weights
         columns = {
@@ -182,57 +169,160 @@ class Session:
             "flag": judgement.flags,
             "batch_size": weights.batch_size.expand_as(judgement.flags),
         }
-        if self._loss_tap is not None and self._loss_tap.losses is not None:
-            columns["loss"] = self._loss_tap.losses.float()
+        losses = self._own_losses()
+        if losses is not None:
+            columns["loss"] = losses.float()
         figures = {
             "mimic/score_mean": weights.score_mean,
             "mimic/ess": weights.ess,
-            "mimic/direction_norm": norm,
             "mimic/misaligned": weights.misaligned,
         }
+        if self._norm is not None:
+            figures["mimic/direction_norm"] = self._norm
         return columns, figures
 
     def _around_training_step(self, call: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.active and self._on_nonfinite == "mask" and self._rows:
+        if not self.active:
+            return call(batch, *args, **kwargs)
+        if self._reweight and self._on_nonfinite == "mask" and self._rows:
             batch, self._clean = blank_nan_samples(batch, self._rows)
-        return call(batch, *args, **kwargs)
+        outputs = call(batch, *args, **kwargs)
+        # A recomputation (activation checkpointing) calls layers again; that is not another use of them.
+        self._plan.tap.armed = False
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and loss.grad_fn is not None:
+            if self._reference_model is not None:
+                with torch.no_grad():
+                    self._reference_losses = self._reference_model.sample_losses(batch)  # type: ignore[operator]
+            # Here, within DDP's forward, and not later: beyond it lies a node that must be passed once.
+            with torch.autocast(loss.device.type, enabled=False):
+                self._after_forward(loss)
+        return outputs
+
+    def _after_forward(self, loss: Tensor) -> None:
+        step = self._step = self._taken(loss)
+        if self._check:
+            self.kind = self._plan.decide(step)
+            if self._loss_tap is not None:  # before the gate, which changes what is compared
+                rows = step.rows
+                self._loss_tap.expect_plain_mean(lambda: None if self._factor is None else self._factor / rows)
+        gate = self._plan.gate(step)
+        if step.losses is None:
+            left_out = targets_left_out(made_by(loss), gate.node)
+            self._left_out = left_out if self._left_out is None else self._left_out + left_out
+        if self._plan.way is Way.IN_PASS:
+            hook_gradient(gate, self._on_gradient)
+            return
+        dot = norms = None
+        if self._plan.way is not Way.NONE:
+            scale = torch.ones((), device=loss.device) if self._scale is None else self._scale
+            dot, norms = self._plan.dot_and_norms(step, gate, self._direction or {}, scale)
+        judged = self._judge(dot, norms)
+        if self._reweight:
+            self._weigh(step, gate, judged)
+
+    def _taken(self, loss: Tensor) -> Step:
+        """The step as it stands after the forward pass; raises ``ValueError`` if its samples cannot be told apart."""
+        rows, world = self._rows, world_size()
+        if rows is None:
+            raise ValueError(
+                "the batch's tensors do not share one leading size, so the number of samples is unknown; give ids with "
+                "WithIds, a key 'id', or `id_from=`."
+            )
+        if self._loss_tap is None:
+            return Step(loss, None, None, rows, world)
+        if self._loss_tap.values is None:
+            raise ValueError(
+                "the module has a method `sample_losses`, but training_step did not call it; training_step must "
+                "return the mean of `self.sample_losses(batch)`."
+            )
+        losses = self._loss_tap.live
+        if len(losses) not in (rows, rows * world):
+            raise ValueError(f"`sample_losses` returned {len(losses)} losses for {rows} samples.")
+        return Step(loss, losses, self._loss_tap.edge, rows, world)
 
     def _on_gradient(self, gradients: Tensor) -> Tensor | None:
-        if self._factor is None:
-            raise RuntimeError(
-                f"training_step differentiates through {self._tap.name!r} itself (autograd.grad, a gradient penalty); "
-                "GradMimic scores the one backward pass that Lightning runs. Name a layer outside of that."
-            )
-        vectors, norm = self._direction()
-        vanishes = self._direction.vanishes(norm)
-        rows = len(gradients)
+        """Scores, weighs and gates within the backward pass, at the output of the one target layer."""
+        assert self._factor is not None
+        call, rows = self._plan.call, len(gradients)
         # From the mean loss's gradient, scaled and divided, back to that of each unreduced loss.
-        unreduced = gradients.to(torch.promote_types(gradients.dtype, norm.dtype)) * (rows / self._factor)
-        own = LayerGradients(self._layer, self._tap.inputs, unreduced)
-        local = {name.rpartition(".")[2]: vector for name, vector in vectors.items()}
-        scores = mimic_score(own, local, torch.where(vanishes, torch.ones_like(norm), norm))
-        judged = judge(scores, self._known_clean(), vanishes, self._weighting, scaled=self._scaled)
-        self._judgement, self._norm = judged, norm
+        unreduced = gradients.to(torch.promote_types(gradients.dtype, torch.float32)) * (rows / self._factor)
+        dot = call.dot(unreduced, self._direction) if self._direction is not None else None
+        norms = call.gradients(unreduced).norms() if "norms" in self._scorer.needs else None
+        judged = self._judge(dot, norms)
+        if not self._reweight:
+            return None
+        passing = self._passing(judged)
+        if self._scope == "loss":
+            return gate_rows(gradients, judged.weights.scale * passing, judged.masked)
+        kept = gate_rows(gradients, passing, judged.masked)
+        correction = call.gradients(kept).weighted_sum(judged.weights.scale - 1)
+        self._corrections = {name: correction[part] for part, name in call.parts.items()}
+        return kept
+
+    def _judge(self, dot: Tensor | None, norms: Tensor | None) -> Judgement:
+        assert self._step is not None
+        step, device = self._step, self._step.loss.device
+        vanishes = torch.zeros((), dtype=torch.bool, device=device)
+        direction_norm = None
+        if self._direction is not None:
+            norm = self._norm = self._direction.norm()
+            vanishes = self._direction.vanishes(norm)
+            direction_norm = torch.where(vanishes, torch.ones_like(norm), norm)
+        reference_losses = self._reference_losses
+        scores = self._scorer(
+            Products(
+                samples=torch.zeros(step.rows, device=device),
+                dot=dot,
+                direction_norm=direction_norm,
+                norms=norms,
+                losses=self._own_losses(),
+                reference_losses=None if reference_losses is None else reference_losses[step.own].float(),
+            )
+        )
+        judged = judge(scores, self._known_clean(), vanishes, self._weighting, scaled=self._scale is not None)
+        self._judgement = judged
         # By the flag, not by the mask: when no sample is finite nothing is masked, and it must stop all the same.
         if self._on_nonfinite == "raise" and (
             bad := (judged.flags == Flag.NONFINITE_LOSS).nonzero().flatten().tolist()
         ):
             raise FloatingPointError(f"samples at positions {bad} of the batch have a loss that is not finite.")
-        if not self._reweight:
-            return None
-        passing = torch.ones_like(scores)
-        if self._clean is not None:
-            # When no sample of any rank counts, what was blanked goes through as the NaN that it was.
-            passing = torch.where((judged.weights.counted == 0) & ~self._clean, torch.nan, passing)
+        return judged
+
+    def _weigh(self, step: Step, gate: GradientEdge, judged: Judgement) -> None:
+        """Lets the weights enter the backward pass that comes."""
+        scale, passing, masked = judged.weights.scale, self._passing(judged), judged.masked
+        if step.of_all_ranks:  # the gate holds the rows of all of them
+            scale, passing, masked = (gather_rows(rows) for rows in (scale, passing, masked))
         if self._scope == "loss":
-            return gate_rows(gradients, judged.weights.scale * passing, judged.masked)
-        kept = gate_rows(gradients, passing, judged.masked)
-        correction = LayerGradients(self._layer, self._tap.inputs, kept).weighted_sum(judged.weights.scale - 1)
-        self._corrections = {name: correction[name.rpartition(".")[2]] for name in self._targets}
-        return kept
+            hook_gradient(gate, lambda gradients: gate_rows(gradients, scale * passing, masked))
+            return
+        # The targets' share of the change, once; the backward pass itself stays as it is.
+        targets = {name: p for name, p in self._targets.items() if p.requires_grad}
+        amplified = torch.ones((), device=scale.device) if self._scale is None else self._scale
+        handle = hook_gradient(gate, lambda gradients: gate_rows(gradients, scale - 1, masked))
+        seed = step.seed * amplified / step.rows
+        changes = torch.autograd.grad(step.root, list(targets.values()), seed, retain_graph=True, allow_unused=True)
+        handle.remove()
+        self._corrections = {n: c / amplified for n, c in zip(targets, changes, strict=True) if c is not None}
+        hook_gradient(gate, lambda gradients: gate_rows(gradients, passing, masked))
+
+    def _passing(self, judged: Judgement) -> Tensor:
+        """Factors under which, when no sample of any rank counts, what was blanked goes through as the NaN it was."""
+        passing = torch.ones_like(judged.scores)
+        if self._clean is None:
+            return passing
+        return torch.where((judged.weights.counted == 0) & ~self._clean, torch.nan, passing)
+
+    def _own_losses(self) -> Tensor | None:
+        values = self._loss_tap.values if self._loss_tap is not None else None
+        if values is None or self._step is None:
+            return None
+        own = values[self._step.own]
+        return own.to(torch.promote_types(own.dtype, torch.float32))
 
     def _known_clean(self) -> Tensor | None:
-        losses = self._loss_tap.losses if self._loss_tap is not None else None
+        losses = self._own_losses()
         if losses is None:
             return self._clean
         finite = torch.isfinite(losses)
@@ -245,48 +335,3 @@ class Session:
             return None if correction is None else gradient + correction.to(gradient.dtype)
 
         return correct
-
-    def _check_rows(self) -> None:
-        shape, expected = self._tap.output_shape, self._rows
-        if expected is None:
-            raise ValueError(
-                "the batch's tensors do not share one leading size, so the number of samples is unknown; give ids with "
-                "WithIds, a key 'id', or `id_from=`."
-            )
-        batch_first = LayerGradients.batch_first(self._layer, torch.empty(shape, device="meta"))
-        if not batch_first or shape[0] != expected:
-            raise ValueError(
-                f"the output of {self._tap.name!r} has shape {shape}, but the batch has {expected} samples; the batch "
-                "axis must come first and hold one row per sample. Name another layer."
-            )
-        losses = self._loss_tap.losses if self._loss_tap is not None else None
-        if losses is not None and len(losses) != expected:
-            raise ValueError(f"`sample_losses` returned {len(losses)} losses for {expected} samples.")
-
-    def _check_graph(self, loss: Tensor) -> str:
-        name, gate, root = self._tap.name, self._tap.node, loss.grad_fn
-        assert gate is not None
-        if root is None or not reaches(root, gate):
-            raise ValueError(f"`parameters`: no path leads from the loss to the output of {name!r}.")
-        for target, parameter in self._targets.items():
-            if uses(gate, parameter) > 1 or used_beyond(root, gate, parameter):
-                raise ValueError(
-                    f"`parameters`: {target!r} is used more than once in the forward pass (tied); one layer's input "
-                    "and output gradient do not hold its whole gradient. Name a parameter that is used once."
-                )
-        if self._loss_tap is None:
-            reason = not_a_plain_mean(root, gate)
-            if reason:
-                raise ValueError(_NOT_PLAIN.format(reason))
-        if self._reweight and self._scope == "loss" and self._escaping == "refuse":
-            self._refuse_escaping(escaping_parameters(root, gate, dict(self._module.named_parameters())))
-        return "contribution" if mixes_samples(root, gate) else "own_loss"
-
-    def _refuse_escaping(self, names: list[str]) -> None:
-        if names:
-            shown = ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-            raise ValueError(
-                f"the loss reaches {len(names)} trainable parameters without passing {self._tap.name!r}, so the "
-                f"weights would not reach them: {shown}. Name a later layer, weight the target alone with "
-                "`scope='target'`, or let these have the plain mean with `escaping='plain'`."
-            )

@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
 
 
 def check_packages(trainer: object, module: object) -> None:
@@ -50,3 +51,25 @@ def gather_errors(error: Exception | None) -> list[str]:
     messages: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(messages, message)
     return [f"rank {rank}: {text}" for rank, text in enumerate(messages) if text is not None]
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank (a host sync)."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return flag
+    flags = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return bool(flags)
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all ranks, which must have as many each, in the ranks' order."""
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    torch.distributed.all_gather(parts, rows)
+    return torch.cat(parts)
+
+
+def world_size() -> int:
+    """The number of ranks; 1 without a process group."""
+    initialised = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if initialised else 1

@@ -1,6 +1,6 @@
 """The direction from the trained weights to the reference."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -9,17 +9,19 @@ from torch import Tensor, nn
 RELATIVE_ZERO = 1e-6
 
 
-class Direction:
-    """``v = θ_ref − θ`` over the chosen parameters, fresh at every call.
+class Direction(Mapping[str, Tensor]):
+    """``v = θ_ref − θ`` over the chosen parameters, by name; fresh whenever it is looked up.
+
+    Only the reference is kept: the direction of a whole model would be another copy of it.
 
     Args:
         reference: Name to reference tensor; the shapes of ``parameters``.
-        parameters: Name to live parameter.
+        parameters: Name to live parameter, each parameter once.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(2))
-        >>> vectors, norm = Direction({"w": torch.tensor([3.0, 4.0])}, {"w": weight})()
-        >>> vectors["w"], norm
+        >>> direction = Direction({"w": torch.tensor([3.0, 4.0])}, {"w": weight})
+        >>> direction["w"], direction.norm()
         (tensor([3., 4.]), tensor(5.))
     """
 
@@ -35,18 +37,19 @@ class Direction:
         self._zero = max(RELATIVE_ZERO, rounding) * _norm(self._reference) + torch.finfo(torch.float32).tiny
 
     @torch.no_grad()
-    def __call__(self) -> tuple[dict[str, Tensor], Tensor]:
-        """The direction now.
+    def __getitem__(self, name: str) -> Tensor:
+        reference = self._reference[name]
+        return reference - self._parameters[name].detach().to(reference.dtype)
 
-        Returns:
-            Name to ``v`` in float32 (float64 for float64 parameters), and its Euclidean norm over all of
-            them, a scalar on the parameters' device in the parameters' own unit.
-        """
-        vectors = {
-            name: reference - self._parameters[name].detach().to(reference.dtype)
-            for name, reference in self._reference.items()
-        }
-        return vectors, _norm(vectors)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reference)
+
+    def __len__(self) -> int:
+        return len(self._reference)
+
+    def norm(self) -> Tensor:
+        """``‖v‖`` over all parameters, in their own unit: a scalar on their device, float32 or higher."""
+        return _norm(self)
 
     def vanishes(self, norm: Tensor) -> Tensor:
         """Whether ``norm`` is so small that the model has met its reference (a boolean scalar, no host sync)."""
@@ -54,5 +57,7 @@ class Direction:
 
 
 def _norm(tensors: Mapping[str, Tensor]) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors.values()]))
+    norms = [torch.linalg.vector_norm(tensor) for tensor in tensors.values()]
+    dtype = max((norm.dtype for norm in norms), key=lambda d: torch.finfo(d).bits)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(dtype) for norm in norms]))
     return norm

@@ -1,20 +1,164 @@
-"""Questions to the autograd graph: is a tensor a cut, and is the loss a plain mean over samples?
+"""Questions to the autograd graph: what lies between the loss and the parameters, and where is a cut?
 
-They are asked before the backward pass and never touch a gradient: :func:`targets_left_out` at every step, the
-others once per epoch.
+They are asked before the backward pass and never touch a gradient.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
-# Nodes that hand a parameter on unchanged, to which autocast or a transpose may lead.
-_PASSED_ON = ("TBackward", "ToCopyBackward", "TransposeBackward", "PermuteBackward", "ViewBackward", "AliasBackward")
-_NORMS = ("BatchNormBackward", "BatchNormalizationBackward")
+# Nodes that hand on the same numbers in the same order, and those that only exchange axes.
+SAME_ORDER = ("View", "UnsafeView", "Reshape", "Unsqueeze", "Squeeze", "Alias", "ToCopy")
+EXCHANGED = ("T", "Transpose", "Permute")
+_NORMS = ("BatchNorm", "BatchNormalization")
 _MEAN, _SUM = 1, 2  # torch's codes for a loss's reduction
+
+
+def made_by(tensor: Tensor) -> Node:
+    """The node that made a tensor which has a gradient."""
+    assert tensor.grad_fn is not None
+    return tensor.grad_fn
+
+
+def kind_of(node: Node) -> str:
+    """The operation that made the node: ``"Addmm"`` for ``AddmmBackward0``."""
+    return node.name().rpartition("::")[2].partition("Backward")[0]
+
+
+def shape_of(node: Node, output_nr: int = 0) -> tuple[int, ...]:
+    """The shape of the tensor that the node made in the forward pass."""
+    return tuple(node._input_metadata[output_nr].shape)
+
+
+def is_leaf(node: Node) -> bool:
+    """Whether a gradient ends here, in a parameter or another leaf."""
+    return getattr(node, "variable", None) is not None
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """Where a parameter, after views and casts, enters an operation.
+
+    Attributes:
+        chain: The views and casts on the way, from the parameter on.
+        node: The operation.
+        argument: Which of its arguments it is.
+    """
+
+    chain: tuple[Node, ...]
+    node: Node
+    argument: int
+
+
+class Graph:
+    """The autograd graph below one node, walked once; lives as long as a step.
+
+    Args:
+        root: ``grad_fn`` of a loss or of any tensor above the parameters.
+
+    Example:
+        >>> weight = nn.Parameter(torch.ones(2, 2))
+        >>> losses = (torch.ones(3, 2) @ weight).square().sum(1)
+        >>> graph = Graph(losses.grad_fn)
+        >>> [kind_of(end.node) for end in graph.terminals(weight)]
+        ['Mm']
+        >>> kind_of(graph.lowest_cut(graph.leaves, samples=3).node)
+        'Mm'
+    """
+
+    def __init__(self, root: Node) -> None:
+        self.root = root
+        self.parents: dict[Node, list[tuple[Node, int]]] = {root: []}
+        finished: list[Node] = []
+        stack: list[tuple[Node, bool]] = [(root, False)]
+        opened: set[Node] = set()
+        while stack:
+            node, done = stack.pop()
+            if done:
+                finished.append(node)
+                continue
+            if node in opened:
+                continue
+            opened.add(node)
+            stack.append((node, True))
+            for argument, (child, _) in enumerate(node.next_functions):
+                if child is not None:
+                    self.parents.setdefault(child, []).append((node, argument))
+                    if child not in opened:
+                        stack.append((child, False))
+        #: Every node, those nearer to the root first.
+        self.order = finished[::-1]
+        self.leaves = {node for node in finished if is_leaf(node)}
+        self._leaf_of = {id(node.variable): node for node in self.leaves}  # type: ignore[attr-defined]
+
+    def __contains__(self, node: Node) -> bool:
+        return node in self.parents
+
+    def terminals(self, parameter: nn.Parameter) -> list[Terminal]:
+        """Every operation that uses the parameter; none for a frozen or unused one."""
+        leaf = self._leaf_of.get(id(parameter))
+        found: list[Terminal] = []
+        stack: list[tuple[Node, tuple[Node, ...]]] = [] if leaf is None else [(leaf, ())]
+        while stack:
+            node, chain = stack.pop()
+            for parent, argument in self.parents[node]:
+                if kind_of(parent) in SAME_ORDER + EXCHANGED:
+                    stack.append((parent, (*chain, parent)))
+                else:
+                    found.append(Terminal(chain, parent, argument))
+        return found
+
+    def leading_to(self, marks: Collection[Node]) -> set[Node]:
+        """The nodes from which a mark is reached, the marks included."""
+        leading = set(marks)
+        for node in reversed(self.order):
+            if any(child in leading for child, _ in node.next_functions):
+                leading.add(node)
+        return leading
+
+    def deepest(self, marks: Collection[Node]) -> list[Node]:
+        """The marks from which no other mark is reached: with their gradients, all marks' are computed."""
+        marks, leading = set(marks), set[Node]()
+        for node in reversed(self.order):
+            if any(child in marks or child in leading for child, _ in node.next_functions):
+                leading.add(node)
+        return [mark for mark in marks if mark not in leading]
+
+    def lowest_cut(self, wanted: Collection[Node], samples: int) -> GradientEdge | None:
+        """The tensor furthest from the root through which every path to ``wanted`` leads, one row per sample.
+
+        Args:
+            wanted: Nodes of this graph.
+            samples: Leading size that the tensor must have.
+
+        Returns:
+            Its node, or ``None`` if there is no such tensor above the first normalisation over the batch.
+        """
+        leading = self.leading_to(wanted)
+        lowest, ahead = None, {self.root}
+        for node in self.order:
+            if node not in leading:
+                continue
+            ahead.discard(node)
+            # All other paths have come together in this node.
+            one_output = not is_leaf(node) and len(node._input_metadata) == 1
+            if not ahead and one_output and shape_of(node)[:1] == (samples,):
+                lowest = GradientEdge(node, 0)
+            # No further than the first parameter: below it the axes may mean something else.
+            if node in wanted or normalises_batch(node) or any(leaf_below(child) for child, _ in node.next_functions):
+                break
+            ahead |= {child for child, _ in node.next_functions if child in leading}
+        return lowest
+
+
+def leaf_below(node: Node | None) -> Node | None:
+    """The leaf that the node is, or is a view or cast of; ``None`` if it is not."""
+    while node is not None and kind_of(node) in SAME_ORDER + EXCHANGED:
+        node = node.next_functions[0][0]
+    return node if node is not None and is_leaf(node) else None
 
 
 def walk(root: Node, stop: Node | None = None) -> Iterator[Node]:
@@ -56,23 +200,6 @@ def escaping_parameters(root: Node, gate: Node, parameters: Mapping[str, nn.Para
     return sorted(names.get(i, "a tensor outside the module") for i in reached)
 
 
-def uses(root: Node, parameter: nn.Parameter) -> int:
-    """How often ``parameter`` is used in the graph below ``root``; 0 for a frozen or unused one."""
-    parents: dict[Node, list[Node]] = defaultdict(list)
-    leaf: Node | None = None
-    for node in walk(root):
-        if getattr(node, "variable", None) is parameter:
-            leaf = node
-        for child, _ in node.next_functions:
-            if child is not None:
-                parents[child].append(node)
-    if leaf is None:
-        return 0
-    while len(parents[leaf]) == 1 and parents[leaf][0].name().startswith(_PASSED_ON):
-        leaf = parents[leaf][0]
-    return len(parents[leaf])
-
-
 def used_beyond(root: Node, gate: Node, parameter: nn.Parameter) -> bool:
     """Whether ``parameter`` also meets data on a way that does not pass the gate.
 
@@ -80,9 +207,8 @@ def used_beyond(root: Node, gate: Node, parameter: nn.Parameter) -> bool:
     """
 
     def is_parameter(node: Node) -> bool:
-        while node.name().startswith(_PASSED_ON) and node.next_functions[0][0] is not None:
-            node = node.next_functions[0][0]
-        return getattr(node, "variable", None) is parameter
+        leaf = leaf_below(node)
+        return leaf is not None and leaf.variable is parameter  # type: ignore[attr-defined]
 
     for node in walk(root, stop=gate):
         children = [child for child, _ in node.next_functions if child is not None and node is not gate]
@@ -94,14 +220,18 @@ def used_beyond(root: Node, gate: Node, parameter: nn.Parameter) -> bool:
     return False
 
 
-def mixes_samples(root: Node, gate: Node) -> bool:
-    """Whether a batch normalisation in training mode lies between the loss and the gate."""
-    return any(
+def normalises_batch(node: Node) -> bool:
+    """Whether the node is a batch normalisation in training mode, which makes samples depend on each other."""
+    return (
         any(norm in node.name() for norm in _NORMS)
         and getattr(node, "_saved_training", True)
         and len(node._saved_input) > 1  # type: ignore[attr-defined]  # instance normalisation runs as one batch row
-        for node in walk(root, stop=gate)
     )
+
+
+def mixes_samples(root: Node, gate: Node) -> bool:
+    """Whether a batch normalisation in training mode lies between the loss and the gate."""
+    return any(normalises_batch(node) for node in walk(root, stop=gate) if node is not gate)
 
 
 def not_a_plain_mean(root: Node, gate: Node) -> str | None:

@@ -2,7 +2,7 @@
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -27,15 +27,15 @@ def select_parameters(module: nn.Module, patterns: str | Sequence[str]) -> dict[
 
     Args:
         module: The module that is trained.
-        patterns: A module path (``"head"``: every parameter below it), a parameter name
-            (``"head.weight"``), a glob with ``*``, ``?`` or ``[...]`` (``"blocks.*.weight"``),
-            or a list of these.
+        patterns: ``"all"`` (every trainable parameter), a module path (``"head"``: every parameter below it), a
+            parameter name (``"head.weight"``), a glob with ``*``, ``?`` or ``[...]`` (``"blocks.*.weight"``), any of
+            these with ``!`` in front to leave them out (``"!*.pos_embed"``; alone, from all), or a list of these.
 
     Returns:
-        Name to parameter, in the module's order, without repeats.
+        Name to parameter, in the module's order; a tied parameter once, under the first of its names.
 
     Raises:
-        ValueError: A pattern that matches nothing; the message has the nearest names.
+        ValueError: A pattern that matches nothing, or nothing is left; the message has the nearest names.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -43,25 +43,43 @@ def select_parameters(module: nn.Module, patterns: str | Sequence[str]) -> dict[
         ['2.weight', '2.bias']
         >>> list(select_parameters(net, ["*.bias"]))
         ['0.bias', '2.bias']
+        >>> list(select_parameters(net, ["all", "!0"]))
+        ['2.weight', '2.bias']
     """
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-    if not wanted:
-        raise ValueError("`parameters` is empty; name a module ('head') or a parameter ('head.weight').")
+    given = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not given:
+        raise ValueError("`parameters` is empty; name a module ('head'), a parameter ('head.weight') or 'all'.")
+    wanted = [pattern for pattern in given if not pattern.startswith("!")] or ["all"]
+    excluded = [pattern.removeprefix("!") for pattern in given if pattern.startswith("!")]
     # remove_duplicate=False: a tied parameter must answer to each of its names.
     named = dict(module.named_parameters(remove_duplicate=False))
+    chosen = set().union(*(_matches(module, named, pattern) for pattern in wanted))
+    left_out = {id(named[n]) for pattern in excluded for n in _matches(module, named, pattern)}
+    parameters: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, parameter in named.items():
+        if name in chosen and id(parameter) not in left_out | seen:
+            parameters[name] = parameter
+            seen.add(id(parameter))
+    if not parameters:
+        raise ValueError(f"`parameters`: nothing is left of {', '.join(map(repr, given))}.")
+    return parameters
+
+
+def _matches(module: nn.Module, named: Mapping[str, nn.Parameter], pattern: str) -> set[str]:
+    if pattern == "all":
+        trainable = {name for name, parameter in named.items() if parameter.requires_grad}
+        if not trainable:
+            raise ValueError(f"`parameters`: no parameter of {type(module).__name__} is trainable.")
+        return trainable
+    matches = {n for n in named if n == pattern or n.startswith(f"{pattern}.") or fnmatch.fnmatchcase(n, pattern)}
+    if matches:
+        return matches
     modules = {name for name, _ in module.named_modules(remove_duplicate=False) if name}
-    chosen: set[str] = set()
-    for pattern in wanted:
-        matches = {n for n in named if n == pattern or n.startswith(f"{pattern}.") or fnmatch.fnmatchcase(n, pattern)}
-        if not matches:
-            if pattern in modules:
-                raise ValueError(f"`parameters`: the module {pattern!r} has no parameters of its own or below it.")
-            hint = nearest_names(pattern, modules | named.keys())
-            raise ValueError(
-                f"`parameters`: {pattern!r} names no module and no parameter of {type(module).__name__}; {hint}."
-            )
-        chosen |= matches
-    return {name: parameter for name, parameter in named.items() if name in chosen}
+    if pattern in modules:
+        raise ValueError(f"`parameters`: the module {pattern!r} has no parameters of its own or below it.")
+    hint = nearest_names(pattern, modules | named.keys())
+    raise ValueError(f"`parameters`: {pattern!r} names no module and no parameter of {type(module).__name__}; {hint}.")
 
 
 def owning_layer(module: nn.Module, names: Iterable[str]) -> tuple[str, nn.Module]:
@@ -75,29 +93,15 @@ def owning_layer(module: nn.Module, names: Iterable[str]) -> tuple[str, nn.Modul
         The layer's path within ``module`` and the layer.
 
     Raises:
-        ValueError: The names belong to several layers, or a parameter is tied, so that the inputs and
-            output gradients of one layer do not hold its whole gradient.
+        ValueError: The names belong to several layers.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> owning_layer(net, ["2.weight", "2.bias"])
         ('2', Linear(in_features=3, out_features=2, bias=True))
     """
-    names = list(names)
     paths = sorted({name.rpartition(".")[0] for name in names})
     if len(paths) > 1:
         shown = ", ".join(repr(p) for p in paths[:6]) + (" ..." if len(paths) > 6 else "")
-        raise ValueError(
-            f"`parameters` selects {len(paths)} layers ({shown}); the scores are taken from one layer's input and "
-            "output gradient, so name one layer, usually the last one."
-        )
-    every = list(module.named_parameters(remove_duplicate=False))
-    for name in names:
-        parameter = module.get_parameter(name)
-        aliases = [other for other, p in every if p is parameter and other != name]
-        if aliases:
-            raise ValueError(
-                f"`parameters`: {name!r} is tied to {', '.join(map(repr, aliases))}; one layer's input and output "
-                "gradient do not hold the whole gradient of a tied parameter. Name a layer that is not tied."
-            )
+        raise ValueError(f"`parameters` selects {len(paths)} layers ({shown}), but the scorer needs one nn.Linear.")
     return paths[0], module.get_submodule(paths[0])

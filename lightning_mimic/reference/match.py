@@ -1,10 +1,11 @@
 """Match a reference's tensors to a model's parameters."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mimic.gradients import nearest_names
 from lightning_mimic.reference.read import ReferenceLoadError
@@ -13,7 +14,26 @@ from lightning_mimic.reference.read import ReferenceLoadError
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
-def match_reference(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def aliases_of(module: nn.Module) -> dict[str, list[str]]:
+    """The other names of every tied parameter.
+
+    Example:
+        >>> first, second = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+        >>> second.weight = first.weight
+        >>> aliases_of(nn.Sequential(first, second))
+        {'0.weight': ['1.weight'], '1.weight': ['0.weight']}
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: [n for n in tied if n != name] for tied in names.values() if len(tied) > 1 for name in tied}
+
+
+def match_reference(
+    tensors: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    aliases: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> dict[str, Tensor]:
     """Finds the reference's tensor for each parameter, whatever prefix the names were saved under.
 
     A prefix (``model.``, ``module.`` ...) is dropped or added only if exactly one makes every name fit.
@@ -21,13 +41,14 @@ def match_reference(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tens
     Args:
         tensors: The reference, as :func:`~lightning_mimic.reference.read_reference` returns it.
         parameters: Name to parameter of the model; the reference may hold more.
+        aliases: Other names of tied parameters (:func:`aliases_of`); some formats keep only one of them.
 
     Returns:
         The model's names to the reference's tensors; float16 and bfloat16 become float32.
 
     Raises:
         ReferenceLoadError: A name that is missing or fits twice, a shape that differs, a tensor that is not
-            floating-point, has no data or is not finite.
+            floating-point, has no data or is not finite, a parameter that is tied in the model but not there.
 
     Example:
         >>> saved = {"model.head.weight": torch.ones(1, 2, dtype=torch.float16)}
@@ -40,8 +61,16 @@ def match_reference(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tens
         if plain in cleaned and cleaned[plain] is not tensor:
             raise ReferenceLoadError(f"`reference` holds {plain!r} twice, once as {name!r}. Keep one of the two.")
         cleaned[plain] = tensor
-    wanted = {name: _unwrapped(name) for name in parameters}
+    wanted = {name: _unwrapped(_stored(name, aliases.get(name, ()), cleaned)) for name in parameters}
     found = _names(cleaned, list(wanted.values()))
+    for name, plain in wanted.items():
+        for alias in map(_unwrapped, aliases.get(name, ())):
+            other = found[plain].removesuffix(plain) + alias
+            if other in cleaned and not torch.equal(cleaned[other], cleaned[found[plain]]):
+                raise ReferenceLoadError(
+                    f"`reference`: {found[plain]!r} and {other!r} differ, but the model holds them as one tied "
+                    "parameter. Both must come from the same architecture."
+                )
     return {name: _checked(found[plain], cleaned[found[plain]], parameters[name]) for name, plain in wanted.items()}
 
 
@@ -58,6 +87,15 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _stored(name: str, aliases: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
+    """The one of a tied parameter's names under which it was saved."""
+    for candidate in (name, *aliases):
+        plain = _unwrapped(candidate)
+        if any(key == plain or key.endswith(f".{plain}") for key in tensors):
+            return candidate
+    return name
 
 
 def _unwrapped(name: str) -> str:

@@ -1,38 +1,27 @@
 """The mimic score (Huang et al., arXiv 2501.06708, section 3)."""
 
-from collections.abc import Mapping
-from typing import Protocol
-
 from torch import Tensor
 
-
-class HasDot(Protocol):
-    """Per-sample gradients that can be multiplied with a vector."""
-
-    def dot(self, vectors: Mapping[str, Tensor]) -> Tensor:
-        """``⟨gᵢ, v⟩`` per sample, shape ``(B,)``."""
+from lightning_mimic.scorers.products import Need, Products
 
 
-def mimic_score(gradients: HasDot, vectors: Mapping[str, Tensor], norm: Tensor) -> Tensor:
+class MimicScore:
     """``mᵢ = −⟨gᵢ, v⟩ / ‖v‖``: how much a descent step on sample *i* moves the weights to the reference.
 
-    It is the directional derivative ``−d/dε ℓᵢ(θ + ε v/‖v‖)`` at 0.
-
-    Args:
-        gradients: Per-sample gradients of the *unreduced* losses, with the product ``dot``.
-        vectors: The direction ``v = θ_ref − θ``, by parameter name.
-        norm: ``‖v‖`` over all of them.
-
-    Returns:
-        Shape ``(B,)``, loss per unit of weight distance; positive: towards the reference. NaN where
-        ``norm`` is 0.
+    It is the directional derivative ``−d/dε ℓᵢ(θ + ε v/‖v‖)`` at 0. Unit: loss per unit of weight distance;
+    positive: towards the reference.
 
     Example:
         >>> import torch
-        >>> from lightning_mimic.gradients import LayerGradients
-        >>> layer = torch.nn.Linear(1, 1, bias=False)
-        >>> rows = LayerGradients(layer, torch.tensor([[1.0], [1.0]]), torch.tensor([[-2.0], [2.0]]))
-        >>> mimic_score(rows, {"weight": torch.tensor([[4.0]])}, torch.tensor(4.0))
+        >>> dot = torch.tensor([-8.0, 8.0])
+        >>> MimicScore()(Products(dot, dot=dot, direction_norm=torch.tensor(4.0)))
         tensor([ 2., -2.])
     """
-    return -gradients.dot(vectors) / norm
+
+    needs: frozenset[Need] = frozenset({"dot"})
+
+    def __call__(self, products: Products) -> Tensor:
+        """The scores, shape ``(B,)``; not finite where ``‖v‖`` is 0."""
+        assert products.dot is not None
+        assert products.direction_norm is not None
+        return -products.dot / products.direction_norm

@@ -1,0 +1,299 @@
+"""How a module's samples are scored: decided by looking at its first step, and looked at again every epoch."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_mimic.callbacks.support import any_rank
+from lightning_mimic.gradients import Graph, LossGradients, ModelTap, WholeModelGradients
+from lightning_mimic.gradients.graph import (
+    escaping_parameters,
+    kind_of,
+    made_by,
+    mixes_samples,
+    not_a_plain_mean,
+    reaches,
+    used_beyond,
+)
+from lightning_mimic.gradients.tap import LayerCall
+from lightning_mimic.scorers import Need
+
+NOT_PLAIN = (
+    "the loss cannot be taken for a plain mean over samples: {}. Give the module a method `sample_losses(batch)` that "
+    "returns one loss per sample, and average it in training_step."
+)
+
+
+class Way(Enum):
+    """Where the products with the per-sample gradients come from."""
+
+    IN_PASS = "one layer's output gradient, inside the one backward pass"
+    REVERSE = "a reverse pass over the layers, before the backward pass"
+    DOUBLE = "the losses, differentiated twice"
+    NONE = "no gradient is needed"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A micro-batch after its forward pass.
+
+    Attributes:
+        loss: The scalar that training_step returned.
+        losses: What ``sample_losses`` returned, ``None`` without that method.
+        losses_edge: Where their gradient arrives.
+        rows: Samples of this rank.
+        world: Ranks.
+    """
+
+    loss: Tensor
+    losses: Tensor | None
+    losses_edge: GradientEdge | None
+    rows: int
+    world: int
+
+    @property
+    def of_all_ranks(self) -> bool:
+        """The losses are those of all ranks' samples, in their order, with only this rank's part attached."""
+        return self.losses is not None and self.world > 1 and len(self.losses) == self.rows * self.world
+
+    @property
+    def own(self) -> slice:
+        """This rank's samples within ``losses``."""
+        first = self.rows * torch.distributed.get_rank() if self.of_all_ranks else 0
+        return slice(first, first + self.rows)
+
+    @property
+    def root(self) -> Tensor:
+        """What is differentiated for the scores."""
+        return self.loss if self.losses is None else self.losses
+
+    @property
+    def seed(self) -> Tensor:
+        """The gradient of the root under which row *i* below it is that of the unreduced loss ``ℓᵢ``."""
+        return torch.full_like(self.root, self.rows if self.losses is None else 1)
+
+
+class Plan:
+    """Which way the scores are taken and where the weights enter.
+
+    Args:
+        module: The module that is trained.
+        targets: The target parameters by name; empty for a scorer that needs no gradient.
+        needs: What the scorer needs.
+        everywhere: The weights must reach every trainable parameter, or else the targets only.
+    """
+
+    def __init__(
+        self, module: nn.Module, targets: Mapping[str, nn.Parameter], needs: Collection[Need], *, everywhere: bool
+    ) -> None:
+        self.tap = ModelTap(module, targets)
+        self.way = Way.NONE
+        self._module = module
+        self._targets = dict(targets)
+        self._needs = needs
+        self._everywhere = everywhere
+        self._decided = False
+
+    def decide(self, step: Step) -> str:
+        """Looks at the graph of a step.
+
+        Returns:
+            Whose gradient is scored: ``"own_loss"``, the ``"contribution"`` of a sample to a total that mixes
+            samples, or ``"no_gradient"``.
+
+        Raises:
+            ValueError: The scores would not be those of the samples, or the weights would not reach all
+                parameters; says which and what to do.
+        """
+        before = self.way
+        way, mixed = self._way(step) if self._targets else (Way.NONE, False)
+        if self._decided and way != before:
+            raise ValueError(
+                f"the samples can no longer be scored as in the first step ({before.value}), only otherwise "
+                f"({way.value}), and scores of the two kinds do not mix. Start another run."
+            )
+        self.way = way
+        gate = self.gate(step)
+        if step.losses is None:
+            reason = not_a_plain_mean(made_by(step.loss), gate.node)
+            if reason:
+                raise ValueError(NOT_PLAIN.format(reason))
+        self._refuse_escaping(step, gate)
+        self._decided = True
+        return "no_gradient" if way is Way.NONE else "contribution" if mixed else "own_loss"
+
+    @property
+    def call(self) -> LayerCall:
+        """The one call of the one target layer in this step.
+
+        Raises:
+            ValueError: There was none, or more than one.
+        """
+        calls = self._calls()
+        if len(calls) != 1:
+            raise ValueError(
+                f"`parameters`: {self.tap.layers[0].name!r} was called {len(calls)} times in this training step, and "
+                "once in the first. A layer that is scored in the backward pass must be called once in every step."
+            )
+        return calls[0]
+
+    def gate(self, step: Step) -> GradientEdge:
+        """The tensor at which the weights enter, one row per sample.
+
+        Raises:
+            ValueError: No such tensor lies between the loss and the parameters.
+        """
+        if self.way is Way.IN_PASS:
+            return GradientEdge(self.call.node, 0)
+        if step.losses_edge is not None and (self.way is Way.DOUBLE or step.of_all_ranks):
+            return step.losses_edge
+        graph = Graph(made_by(step.root))
+        wanted = graph.leaves if self._everywhere or not self._targets else self._target_nodes(graph)
+        edge = graph.lowest_cut(wanted, step.rows)
+        if edge is None:
+            # The first tensor with a row per sample shows what goes around it.
+            self._refuse_escaping(step, graph.lowest_cut(self._target_nodes(graph), step.rows))
+            raise ValueError(
+                f"no tensor with one row for each of {step.rows} samples lies between the loss and the parameters. "
+                "Give the module a method `sample_losses(batch)` that returns one loss per sample, and average it in "
+                "training_step."
+            )
+        return edge
+
+    def dot_and_norms(
+        self, step: Step, gate: GradientEdge, direction: Mapping[str, Tensor], scale: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The products that the scorer needs, from a pass before the backward pass.
+
+        Args:
+            step: After its forward pass.
+            gate: Where the weights will enter.
+            direction: v by parameter name.
+            scale: Against underflow in half precision; divided out.
+
+        Returns:
+            ``⟨gᵢ, v⟩`` and ``‖gᵢ‖`` of this rank's samples, shape ``(B,)``; ``None`` for what is not needed.
+        """
+        if self.way is Way.DOUBLE:
+            assert step.losses is not None
+            dots = LossGradients(step.losses, self._targets).dot(direction)
+            if step.of_all_ranks:
+                # Every rank holds its own part of each sample's gradient.
+                torch.distributed.all_reduce(dots)
+                dots = dots[step.own]
+            return dots, None
+        rows = self._rows(step, gate, step.seed * scale)
+        if "norms" not in self._needs:
+            return rows.dot(direction) / scale, None
+        layer, call = rows.only_layer(), self.call
+        local = {part: direction[name] for part, name in call.parts.items()} if "dot" in self._needs else {}
+        return layer.dot(local) / scale if local else None, layer.norms() / scale
+
+    def _way(self, step: Step) -> tuple[Way, bool]:
+        """The way for this step's graph, and whether a normalisation mixes samples above a target."""
+        refusal = None
+        call = self._only_call(step)
+        if call is not None and not step.of_all_ranks:
+            way, mixed = Way.IN_PASS, mixes_samples(made_by(step.loss), call.node)
+        elif not step.of_all_ranks:
+            way, mixed = Way.REVERSE, False
+            self.way = way
+            try:
+                mixed = self._rows(step, self.gate(step), step.seed).normalised()
+            except ValueError as error:
+                refusal = error
+                if step.losses is None:
+                    raise
+        if step.losses is None:
+            return way, mixed
+        coupled = step.of_all_ranks or refusal is not None
+        if not coupled and not mixed:
+            graph = Graph(made_by(step.losses))
+            uses, _ = self.tap.uses(graph, step.rows)
+            coupled = WholeModelGradients(step.losses, uses, graph, step.rows).coupled()
+        if not any_rank(coupled, step.loss.device):
+            return way, mixed
+        self._check_double(step.losses, refusal)
+        return Way.DOUBLE, False
+
+    def _rows(self, step: Step, gate: GradientEdge, seed: Tensor) -> WholeModelGradients:
+        """The per-sample gradients of this step, to be taken in a reverse pass."""
+        below, graph = Graph(gate.node), Graph(made_by(step.root))
+        _check_not_compiled(graph)
+        uses, unseen = self.tap.uses(below, step.rows)
+        beyond = [n for n, p in self._targets.items() if used_beyond(graph.root, gate.node, p)]
+        unseen |= dict.fromkeys(beyond, "used again between the loss and the tensor that is weighted")
+        if self._decided:
+            # A parameter that a later batch does not use has a gradient of zero.
+            unseen = {n: why for n, why in unseen.items() if below.terminals(self._targets[n])}
+        if unseen:
+            self._refuse_unseen(unseen)
+        return WholeModelGradients(step.root, uses, graph, step.rows, seed)
+
+    def _calls(self) -> list[LayerCall]:
+        return [call for tap in self.tap.layers for call in tap.calls]
+
+    def _only_call(self, step: Step) -> LayerCall | None:
+        """The call of the one target layer, if scores and weights both belong at its output."""
+        root, calls = made_by(step.loss), self._calls()
+        if len(calls) != 1 or not reaches(root, calls[0].node):
+            return None
+        uses, unseen = self.tap.uses(Graph(calls[0].node), step.rows)
+        beyond = any(used_beyond(root, calls[0].node, p) for p in self._targets.values())
+        if unseen or uses != calls or beyond or (self._everywhere and escaping_parameters(root, calls[0].node, {})):
+            return None
+        return calls[0]
+
+    def _target_nodes(self, graph: Graph) -> set[Node]:
+        called = {name for tap in self.tap.layers if tap.calls for name in tap.parts.values()}
+        bare = {end.node for n, p in self._targets.items() if n not in called for end in graph.terminals(p)}
+        return bare | {call.node for call in self._calls() if call.node in graph}
+
+    def _check_double(self, losses: Tensor, refusal: ValueError | None) -> None:
+        graph = Graph(made_by(losses))
+        _check_not_compiled(graph)
+        if "norms" in self._needs:
+            raise ValueError(
+                "the scorer needs the norms of per-sample gradients, which are known for one nn.Linear under a loss of "
+                "independent samples, and this is not such a case."
+            )
+        try:
+            LossGradients(losses, self._targets).check(graph)
+        except ValueError as error:
+            # What stood in the way of the cheaper way is what most users will want to change.
+            raise error if refusal is None else ValueError(f"{refusal} Nor from the losses alone: {error}") from refusal
+
+    def _refuse_unseen(self, unseen: Mapping[str, str]) -> None:
+        size = sum(p.numel() for p in self._targets.values())
+        share = sum(self._targets[name].numel() for name in unseen) / size
+        shown = "; ".join(f"{name!r} ({why})" for name, why in list(unseen.items())[:6])
+        shown += f"; and {len(unseen) - 6} more" if len(unseen) > 6 else ""
+        raise ValueError(
+            f"`parameters`: the scores do not see {len(unseen)} of {len(self._targets)} parameters, {share:.1%} of "
+            f"their elements: {shown}. Leave them out (`'!{next(iter(unseen))}'`), or give the module a method "
+            "`sample_losses(batch)` that returns one loss per sample, from which any parameter can be scored."
+        )
+
+    def _refuse_escaping(self, step: Step, gate: GradientEdge | None) -> None:
+        if gate is None or not self._everywhere:
+            return
+        names = escaping_parameters(made_by(step.loss), gate.node, dict(self._module.named_parameters()))
+        if names:
+            shown = ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            raise ValueError(
+                f"the loss reaches {len(names)} trainable parameters around the tensor that is weighted (the output of "
+                f"{kind_of(gate.node)}), so the weights would not reach them: {shown}. Weight the target alone with "
+                "`scope='target'`, or let these have the plain mean with `escaping='plain'`."
+            )
+
+
+def _check_not_compiled(graph: Graph) -> None:
+    if any(kind_of(node).startswith("CompiledFunction") for node in graph.order):
+        raise ValueError(
+            "`parameters`: scoring these takes a second reverse pass, which torch.compile leaves no room for. Name the "
+            "last layer alone, which is scored in the one backward pass, or do not compile the module."
+        )

@@ -1,0 +1,116 @@
+"""Per-sample gradients of parameters that no layer's call shows: class tokens, projections, fused attention.
+
+They are found in the autograd graph, by the operation that brings the parameter and the batch together. The
+known ones are linear in the parameter, so that ``⟨gᵢ, v⟩`` is the operation's output gradient times the operation
+applied to v.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from lightning_mimic.gradients.graph import EXCHANGED, SAME_ORDER, Graph, Terminal, kind_of, shape_of
+
+# What the gradient of Add, Expand or Mul is summed over before it reaches the parameter is the batch; Mm and Addmm
+# contract it.
+_SPREAD = ("Expand", "Add", "Mul")
+_MATRIX = {("Mm", 1), ("Addmm", 0), ("Addmm", 2)}
+_NORM = {("NativeLayerNorm", 1), ("NativeLayerNorm", 2)}
+
+
+@dataclass(frozen=True)
+class BareUse:
+    """A parameter's meeting with the batch, outside of any known layer.
+
+    Attributes:
+        name: The parameter's.
+        terminal: The operation.
+        shape: The operation's output with its axes apart, as flattened tokens are seen above it.
+        axis: The batch's axis in ``shape``; 1 inside ``nn.MultiheadAttention``.
+    """
+
+    name: str
+    terminal: Terminal
+    shape: tuple[int, ...]
+    axis: int
+
+    @property
+    def node(self) -> Node:
+        """Where the output's gradient arrives."""
+        return self.terminal.node
+
+    @torch.no_grad()
+    def dot(self, output_gradients: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
+        """This use's share in ``⟨gᵢ, v⟩``, shape ``(B,)``."""
+        moved = vectors[self.name]
+        for node in self.terminal.chain:
+            moved = moved.mT if kind_of(node) in EXCHANGED else moved.reshape(shape_of(node))
+        other = _other_operand(self.terminal)
+        if other is not None:
+            other = other.to(moved.dtype)
+            moved = other @ moved if (kind_of(self.node), self.terminal.argument) in _MATRIX else other * moved
+        product = output_gradients.to(moved.dtype) * moved
+        return product.reshape(self.shape).movedim(self.axis, 0).flatten(1).sum(1)
+
+
+def bare_use(name: str, terminal: Terminal, graph: Graph, samples: int, axis: int) -> BareUse | str:
+    """The rule for a use, or a phrase that says why there is none.
+
+    Args:
+        name: The parameter's.
+        terminal: Where it is used.
+        graph: The graph that it was found in.
+        samples: B.
+        axis: Where the batch's axis is: 0, or 1 inside ``nn.MultiheadAttention``.
+    """
+    node, kind = terminal.node, kind_of(terminal.node)
+    shape = shape_of(node)
+    for view in terminal.chain:
+        if kind_of(view) in EXCHANGED and len(shape_of(view)) != 2:
+            return f"used after {kind_of(view)} of more than two axes"
+    if any(getattr(node, f"_saved_{factor}", 1) != 1 for factor in ("alpha", "beta")):
+        return f"used by {kind} with a factor"
+    if (kind, terminal.argument) in _MATRIX:
+        # Tokens are flattened before a matrix product; a view above it has their axes apart.
+        above = [shape_of(parent) for parent, _ in graph.parents[node] if kind_of(parent) in SAME_ORDER]
+        for apart in [shape, *above]:
+            if apart[-1] == shape[-1] and len(apart) > axis + 1 and apart[axis] == samples:
+                return BareUse(name, terminal, apart, axis)
+        return f"a matrix product of shape {shape} without an axis of {samples} samples"
+    if (kind, terminal.argument) in _NORM and len(shape) > len(_own_shape(terminal)) and shape[0] == samples:
+        return BareUse(name, terminal, shape, 0)
+    if kind not in _SPREAD:
+        return f"used by {kind}, for which no rule is known"
+    own = _own_shape(terminal)
+    place = axis - len(shape) + len(own)  # the batch's axis in the parameter's own shape
+    if len(shape) <= axis or shape[axis] != samples or (place >= 0 and own[place] != 1):
+        return f"used by {kind} with shape {own} in {shape}, not spread over {samples} samples"
+    return BareUse(name, terminal, shape, axis)
+
+
+def _other_operand(terminal: Terminal) -> Tensor | None:
+    """What the operation multiplies the parameter with, as autograd keeps it; ``None`` for a sum."""
+    node: Any = terminal.node
+    other: Tensor | None = None
+    match kind_of(node), terminal.argument:
+        case ("Mm", 1) | ("Mul", 1):
+            other = node._saved_self
+        case ("Mul", 0):
+            other = node._saved_other
+        case ("Addmm", 2):
+            other = node._saved_mat1
+        case ("NativeLayerNorm", 1):
+            other = (node._saved_input - node._saved_result1) * node._saved_result2  # normalised
+    return other
+
+
+def _own_shape(terminal: Terminal) -> tuple[int, ...]:
+    """The parameter's shape as it enters the operation."""
+    if terminal.chain:
+        return shape_of(terminal.chain[-1])
+    leaf: Any = terminal.node.next_functions[terminal.argument][0]
+    return tuple(leaf.variable.shape)

@@ -1,0 +1,230 @@
+"""Per-sample gradients of many parameters at once, from one reverse pass over what they did to the batch."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_mimic.gradients.bare import BareUse, bare_use
+from lightning_mimic.gradients.graph import Graph, normalises_batch
+from lightning_mimic.gradients.layers import LayerGradients
+from lightning_mimic.gradients.tap import LayerCall, LayerTap
+
+#: A place where a parameter and the batch meet: a known layer's call, or an operation in the graph.
+Use = LayerCall | BareUse
+
+
+class ModelTap:
+    """Sees every use of the named parameters in a forward pass.
+
+    Layers of a known kind are seen by their calls; what is left (a class token, a projection, the inside of
+    ``nn.MultiheadAttention``) is looked up in the autograd graph.
+
+    Args:
+        module: The module that is trained.
+        parameters: Full name to parameter, each parameter once.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+        >>> tap = ModelTap(net, dict(net.named_parameters()))
+        >>> tap.armed = True
+        >>> losses = net(torch.ones(4, 2)).squeeze(1)
+        >>> uses, unseen = tap.uses(Graph(losses.grad_fn), samples=4)
+        >>> WholeModelGradients(losses, uses, Graph(losses.grad_fn), 4).dot(dict(net.named_parameters())).shape
+        torch.Size([4])
+        >>> tap.remove()
+    """
+
+    def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = dict(parameters)
+        self._batch_axis: dict[str, int] = {}
+        self.layers: list[LayerTap] = []
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        for path, layer in module.named_modules():
+            own = {part: names[id(p)] for part, p in layer.named_parameters(recurse=False) if id(p) in names}
+            if isinstance(layer, nn.MultiheadAttention):
+                # It computes with the time axis first, whatever it is given, and never calls its out_proj.
+                inside = [*layer.parameters(recurse=False), *layer.out_proj.parameters()]
+                self._batch_axis |= {names[id(p)]: 1 for p in inside if id(p) in names}
+            if not own:
+                continue
+            try:
+                LayerGradients.check(path, layer)
+            except ValueError:
+                continue  # the graph may know more
+            self.layers.append(LayerTap(path, layer, own))
+
+    @property
+    def armed(self) -> bool:
+        """Whether calls are recorded."""
+        return any(tap.armed for tap in self.layers)
+
+    @armed.setter
+    def armed(self, value: bool) -> None:
+        for tap in self.layers:
+            tap.armed = value
+
+    def reset(self) -> None:
+        """Forgets the last step; holds no tensor of the graph afterwards."""
+        for tap in self.layers:
+            tap.reset()
+
+    def remove(self) -> None:
+        """Takes every hook off the module."""
+        for tap in self.layers:
+            tap.remove()
+
+    def uses(self, graph: Graph, samples: int) -> tuple[list[Use], dict[str, str]]:
+        """Where the parameters met the batch.
+
+        Args:
+            graph: Below the losses, or any cut.
+            samples: B.
+
+        Returns:
+            The uses, and for every parameter whose uses are not all known its name and the reason.
+        """
+        uses: list[Use] = [call for tap in self.layers for call in tap.calls if call.node in graph]
+        unseen: dict[str, str] = {}
+        for name, parameter in self._parameters.items():
+            ends = graph.terminals(parameter)
+            calls = [use for use in uses if isinstance(use, LayerCall) and name in use.parts.values()]
+            found = [bare_use(name, end, graph, samples, self._batch_axis.get(name, 0)) for end in ends]
+            problems = [found for found in found if isinstance(found, str)]
+            if calls:
+                problems = [problem for call in calls if (problem := _problem(call, samples)) is not None]
+                if parameter.requires_grad and len(ends) != len(calls):
+                    problems.append(f"used in {len(ends)} places, {len(calls)} of them a call of its layer")
+            elif not ends:
+                problems = [self._why_unused(name)]
+            if problems:
+                unseen[name] = problems[0]
+            elif not calls:
+                uses += [use for use in found if isinstance(use, BareUse)]
+        return uses, unseen
+
+    def _why_unused(self, name: str) -> str:
+        taps = [tap for tap in self.layers if name in tap.parts.values()]
+        if any(tap.calls_without_gradient for tap in taps):
+            return (
+                "its layer ran without gradient: it and all before it are frozen, or it ran under no_grad or reentrant "
+                "activation checkpointing (use_reentrant=False works)"
+            )
+        return "no path leads from the loss to it"
+
+
+class WholeModelGradients:
+    """The matrix G of per-sample gradients over many parameters, never built.
+
+    One reverse pass from the losses to the deepest use computes the activations' gradients and no weight's;
+    at every use a product with them is taken and nothing kept. Exact where the samples' losses are
+    independent; above a batch normalisation in training mode row *i* is sample *i*'s contribution to the
+    total: the same sum over samples.
+
+    Args:
+        losses: Unreduced losses of shape ``(B,)``, or a scalar of which they are summed.
+        uses: From :meth:`ModelTap.uses`.
+        graph: The graph below ``losses``.
+        samples: B.
+        seed: What the reverse pass starts with, of the shape of ``losses``: ones, if left out. Row *i* is the
+            gradient of ``seedᵢ ℓᵢ``.
+
+    Example:
+        See :class:`ModelTap`.
+    """
+
+    #: The products that this class has.
+    products = frozenset({"dot"})
+
+    def __init__(
+        self, losses: Tensor, uses: Sequence[Use], graph: Graph, samples: int, seed: Tensor | None = None
+    ) -> None:
+        self._losses = losses
+        self._graph = graph
+        self._samples = samples
+        self._seed = torch.ones_like(losses) if seed is None else seed
+        self._at: dict[Node, list[Use]] = {}
+        for use in uses:
+            self._at.setdefault(use.node, []).append(use)
+        self._deepest = graph.deepest(self._at)
+
+    def dot(self, vectors: Mapping[str, Tensor]) -> Tensor:
+        """``⟨gᵢ, v⟩`` for every sample.
+
+        Args:
+            vectors: Parameter name to a tensor of its shape.
+
+        Returns:
+            Shape ``(B,)``, in the dtype of ``vectors`` or higher.
+        """
+        shares: list[Tensor] = []
+
+        def take(uses: Sequence[Use], gradient: Tensor | None) -> None:
+            if gradient is not None:  # autograd's way to say zero
+                shares.extend(use.dot(gradient, vectors) for use in uses)
+
+        hooks = [
+            node.register_prehook(lambda gradients, uses=uses: take(uses, gradients[0]))
+            for node, uses in self._at.items()
+            if node not in self._deepest
+        ]
+        try:
+            with torch.autocast(self._losses.device.type, enabled=False):
+                for node, gradient in zip(self._deepest, self._reverse(self._seed), strict=True):
+                    take(self._at[node], gradient)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not shares:
+            return torch.zeros(self._samples, device=self._losses.device)
+        return torch.stack(shares).sum(0)
+
+    def coupled(self) -> bool:
+        """Whether the first sample's loss depends on other samples, so that rows are contributions (a host sync)."""
+        first = torch.zeros_like(self._losses)
+        first[0] = 1
+        for node, gradient in zip(self._deepest, self._reverse(first), strict=True):
+            use = self._at[node][0]
+            if gradient is not None and bool((gradient.reshape(use.shape).movedim(use.axis, 0)[1:].abs() > 0).any()):
+                return True
+        return False
+
+    def normalised(self) -> bool:
+        """Whether a batch normalisation in training mode lies above a use, so that rows are contributions."""
+        leading = self._graph.leading_to(self._at)
+        return any(
+            normalises_batch(node) and any(child in leading for child, _ in node.next_functions)
+            for node in self._graph.order
+        )
+
+    def only_layer(self) -> LayerGradients:
+        """The same rows with all of a layer's products, where the parameters belong to one call of one layer.
+
+        Raises:
+            ValueError: They do not.
+        """
+        uses = [use for here in self._at.values() for use in here]
+        if len(uses) != 1 or not isinstance(uses[0], LayerCall):
+            raise ValueError(f"the parameters were used {len(uses)} times, not by one call of one layer.")
+        (gradient,) = self._reverse(self._seed)
+        if gradient is None:
+            raise ValueError(f"no gradient reaches the output of {uses[0].name!r}.")
+        return uses[0].gradients(gradient)
+
+    def _reverse(self, seed: Tensor) -> tuple[Tensor | None, ...]:
+        # What lies above the deepest uses is computed on the way to them; weights' gradients are not.
+        edges = [GradientEdge(node, 0) for node in self._deepest]
+        if not edges:
+            return ()
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+            self._losses, edges, seed, retain_graph=True, allow_unused=True
+        )
+        return gradients
+
+
+def _problem(call: LayerCall, samples: int) -> str | None:
+    """Why a call's per-sample gradients cannot be told, as a phrase."""
+    if call.shape[0] != samples or not LayerGradients.batch_first(call.layer, call.shape):
+        return f"its layer's output has shape {call.shape}, not one row for each of {samples} samples"
+    return None

@@ -1,0 +1,115 @@
+"""What is attached to a layer to see its calls: a forward hook that only looks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from lightning_mimic.gradients.layers import LayerGradients
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer: what its per-sample gradients are made of.
+
+    Attributes:
+        name: The layer's path.
+        layer: The layer.
+        parts: ``"weight"`` and/or ``"bias"`` to the full name of the parameter that is looked at.
+        node: Where the output's gradient arrives, taken before an in-place operation could replace it.
+        shape: The output's.
+    """
+
+    name: str
+    layer: nn.Module
+    parts: Mapping[str, str]
+    node: Node
+    shape: tuple[int, ...]
+    _inputs: Tensor = field(repr=False)
+    _version: int
+
+    #: The batch's axis in ``shape``.
+    axis: ClassVar[int] = 0
+
+    @property
+    def inputs(self) -> Tensor:
+        """The layer's input.
+
+        Raises:
+            RuntimeError: It was changed in place after the layer had used it.
+        """
+        if self._inputs._version != self._version:
+            raise RuntimeError(
+                f"the input of {self.name!r} was changed in place after the layer had used it, so the scores cannot be "
+                "taken from it. Use the out-of-place operation."
+            )
+        return self._inputs
+
+    def gradients(self, output_gradients: Tensor) -> LayerGradients:
+        """The per-sample gradients of this call, given the gradient of its output."""
+        return LayerGradients(self.layer, self.inputs, output_gradients, list(self.parts))
+
+    def dot(self, output_gradients: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
+        """This call's share in ``⟨gᵢ, v⟩``, shape ``(B,)``; ``vectors`` by full name."""
+        local = {part: vectors[name] for part, name in self.parts.items()}
+        return self.gradients(output_gradients).dot(local)
+
+
+class LayerTap:
+    """Records a layer's calls while it is armed; a subclass's only if it computes what is known of its kind.
+
+    Args:
+        name: The layer's path, for messages.
+        layer: A layer that :meth:`LayerGradients.check` accepts.
+        parts: ``"weight"`` and/or ``"bias"`` to the full name of the parameter.
+    """
+
+    def __init__(self, name: str, layer: nn.Module, parts: Mapping[str, str]) -> None:
+        self.name, self.layer, self.parts = name, layer, dict(parts)
+        self.armed = False
+        self.calls: list[LayerCall] = []
+        self.calls_without_gradient = 0
+        self._faithful: bool | None = None
+
+        # A plain function: deepcopy of the module (SWA, EMA) takes it along as it is, and the copy's calls
+        # are told apart by their module. Outside of compiled graphs, in which it could not look.
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def forward_hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            if self.armed and module is layer:
+                self._record(args[0] if args else kwargs["input"], output)
+
+        # First of all hooks: another one may put something else in the output's place.
+        self._handle = layer.register_forward_hook(forward_hook, prepend=True, with_kwargs=True)
+
+    def reset(self) -> None:
+        """Forgets the last step; holds no tensor of the graph afterwards."""
+        self.armed = False
+        self.calls = []
+        self.calls_without_gradient = 0
+
+    def remove(self) -> None:
+        """Takes the hook off the layer."""
+        self.reset()
+        self._handle.remove()
+
+    def _record(self, inputs: Tensor, output: Tensor) -> None:
+        if not output.requires_grad or output.grad_fn is None:
+            self.calls_without_gradient += 1
+            return
+        if self._faithful is None:  # once, because it waits for the device
+            self._faithful = LayerGradients.reproduces(self.layer, inputs.detach(), output)
+        if not self._faithful:
+            return  # the graph may know more
+        call = LayerCall(
+            name=self.name,
+            layer=self.layer,
+            parts=self.parts,
+            node=output.grad_fn,
+            shape=tuple(output.shape),
+            _inputs=inputs.detach(),
+            _version=inputs._version,
+        )
+        self.calls.append(call)

@@ -1,0 +1,37 @@
+"""The reference as a model that can be asked for its losses."""
+
+import copy
+
+from torch import nn
+
+from lightning_mimic.reference.match import aliases_of, match_reference
+from lightning_mimic.reference.read import ReferenceSource, read_reference
+
+
+def reference_model(source: ReferenceSource, module: nn.Module) -> nn.Module:
+    """The reference with a method ``sample_losses``, frozen and in evaluation mode.
+
+    Args:
+        source: A module that has this method, of whatever architecture, or weights for ``module``'s own.
+        module: The module that is trained; has the method.
+
+    Returns:
+        A copy, on the module's device: another full set of weights.
+
+    Raises:
+        ReferenceLoadError: Weights that cannot be read, are missing or do not fit.
+
+    Example:
+        >>> import torch
+        >>> reference_model({"weight": torch.ones(1, 1)}, nn.Linear(1, 1, bias=False)).weight.requires_grad
+        False
+    """
+    if isinstance(source, nn.Module) and callable(getattr(source, "sample_losses", None)):
+        model = copy.deepcopy(source).to(next(module.parameters()).device)
+    else:
+        model = copy.deepcopy(module)
+        stored = set(module.state_dict())
+        named = [*module.named_parameters(), *module.named_buffers()]
+        wanted = {name: t for name, t in named if name in stored and t.is_floating_point()}
+        model.load_state_dict(match_reference(read_reference(source), wanted, aliases_of(module)), strict=False)
+    return model.eval().requires_grad_(False)

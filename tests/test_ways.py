@@ -1,0 +1,197 @@
+"""Every way to the scores against the oracle: several layers, deep ones, bare and tied parameters, mixed losses."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import oracles
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from toys import CLASSES, FEATURES, HIDDEN, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
+from trained import trained_by_oracle
+
+from lightning_mimic import GradMimic, Ledger
+from lightning_mimic.callbacks.plan import Way
+
+
+class Residual(Toy):
+    def forward(self, x):
+        hidden = torch.tanh(self.body(x))
+        return self.head(hidden) + hidden[:, :CLASSES]
+
+
+class Scaled(Toy):
+    """A bare scalar after the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(1 + torch.rand(()))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+class Tied(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(FEATURES, FEATURES)
+        self.head = nn.Linear(FEATURES, FEATURES)
+        self.head.weight = self.body.weight
+
+
+class CalledTwice(Toy):
+    def forward(self, x):
+        hidden = torch.tanh(self.body(x))
+        return self.head(hidden) + self.head(2 * hidden)
+
+
+class Bare(Toy):
+    """A class token, a position embedding and a projection, as vision transformers have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.head
+        self.token = nn.Parameter(torch.randn(1, 1, HIDDEN))
+        self.position = nn.Parameter(torch.randn(1, 3, HIDDEN))
+        self.projection = nn.Parameter(torch.randn(HIDDEN, CLASSES))
+
+    def forward(self, x):
+        hidden = torch.tanh(self.body(x))
+        tokens = torch.cat([self.token.expand(len(x), -1, -1), hidden[:, None], 2 * hidden[:, None]], 1)
+        return torch.tanh(tokens + self.position).mean(1) @ self.projection
+
+
+class Attention(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(FEATURES, 4 * HIDDEN)
+        self.attention = nn.MultiheadAttention(HIDDEN, 2, batch_first=True)
+
+    def forward(self, x):
+        tokens = torch.tanh(self.body(x)).view(len(x), 4, HIDDEN)
+        return self.head((tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]).mean(1))
+
+
+class BodyOnlyBySum(Toy):
+    """The loss branches before any layer: two terms on the same logits."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self(batch[0])
+        return 0.5 * F.cross_entropy(logits, batch[1]) + 0.5 * F.cross_entropy(logits, batch[1])
+
+
+class Recomputed(Toy):
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+
+class Mixed(WithLosses):
+    """A contrastive loss, bare temperature included: every loss depends on every sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(2 + torch.rand(()))
+
+    def sample_losses(self, batch: Any) -> Tensor:
+        left, right = F.normalize(self.head(torch.tanh(self.body(batch[0])))), F.normalize(self.body(batch[0])[:, :3])
+        logits = self.scale * left @ right.T
+        here = torch.arange(len(logits))
+        return (F.cross_entropy(logits, here, reduction="none") + F.cross_entropy(logits.T, here, reduction="none")) / 2
+
+
+class ByHand(WithLosses):
+    """Tied by hand; the losses alone can tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(FEATURES, HIDDEN)
+        self.head = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x):
+        return self.head(torch.tanh(F.linear(self.body(x), self.head.weight)))
+
+
+class Normalised(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(HIDDEN)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.norm(self.body(x))))
+
+
+class NormalisedLosses(WithLosses, Normalised):
+    pass
+
+
+def own_losses(module: Any, batch: Any) -> Tensor:
+    return module.sample_losses(batch)
+
+
+# name: module, parameters, the way that must be found
+CASES: dict[str, tuple[type[Toy], Any, Way]] = {
+    "all": (Toy, "all", Way.REVERSE),
+    "all, with sample_losses": (WithLosses, "all", Way.REVERSE),
+    "deep": (Toy, "body", Way.REVERSE),
+    "deep, with sample_losses": (WithLosses, "body", Way.REVERSE),
+    "weights only": (Toy, ["*.weight"], Way.REVERSE),
+    "residual around the layer": (Residual, "head", Way.REVERSE),
+    "residual, all": (Residual, "all", Way.REVERSE),
+    "bare parameter behind the layer": (Scaled, "head", Way.REVERSE),
+    "bare scalar": (Scaled, "all", Way.REVERSE),
+    "tied": (Tied, "all", Way.REVERSE),
+    "called twice": (CalledTwice, "head", Way.REVERSE),
+    "bare": (Bare, "all", Way.REVERSE),
+    "without the bare": (Bare, ["all", "!token", "!position"], Way.REVERSE),
+    "attention": (Attention, "all", Way.REVERSE),
+    "attention alone": (Attention, "attention", Way.REVERSE),
+    "two terms": (BodyOnlyBySum, "all", Way.REVERSE),
+    "two terms, one layer": (BodyOnlyBySum, "head", Way.IN_PASS),
+    "recomputed": (Recomputed, "all", Way.REVERSE),
+    "contrastive": (Mixed, "head", Way.DOUBLE),
+    "contrastive, all": (Mixed, "all", Way.DOUBLE),
+    "contrastive, bare": (Mixed, "scale", Way.DOUBLE),
+    "tied by hand": (ByHand, "head", Way.DOUBLE),
+}
+
+
+@pytest.fixture
+def way(monkeypatch: pytest.MonkeyPatch) -> list[Way]:
+    """The way that the callback found."""
+    from lightning_mimic.callbacks.plan import Plan
+
+    found: list[Way] = []
+    decide = Plan.decide
+
+    def spied(self: Plan, step: Any) -> str:
+        kind = decide(self, step)
+        found.append(self.way)
+        return kind
+
+    monkeypatch.setattr(Plan, "decide", spied)
+    return found
+
+
+@pytest.mark.parametrize("scope", ["loss", "target"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_way_is_the_weighted_sum_of_sample_gradients(case, scope, way, tmp_path):
+    kind, parameters, expected_way = CASES[case]
+    data, ours, oracle, other = toy_data(14), toy(kind), toy(kind), toy(kind, seed=1)
+    callback = GradMimic(
+        parameters_of(other), parameters, temperature=0.7, min_ess=0, scope=scope, ledger=tmp_path / "s"
+    )
+    trainer(callback, accumulate_grad_batches=2).fit(ours, loader(data))
+    targets = callback._config["parameters"]
+    losses = own_losses if issubclass(kind, WithLosses) else losses_of
+    batches = [data[i : i + 4] for i in range(0, 14, 4)]
+    seen = trained_by_oracle(
+        oracle, batches, parameters_of(other), scope=scope, accumulate=2, targets=targets, losses=losses
+    )
+    assert set(way) == {expected_way} or scope == "target" and set(way) <= {expected_way, Way.IN_PASS}
+    torch.testing.assert_close(parameters_of(ours), parameters_of(oracle), rtol=1e-9, atol=1e-9)
+    rows = Ledger(tmp_path / "s").table()
+    scores, weights = (torch.cat([pair[k] for pair in seen]) for k in (0, 1))
+    torch.testing.assert_close(torch.tensor(rows["score"].to_pylist()), scores.float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(rows["weight"].to_pylist()), weights.float(), rtol=1e-6, atol=1e-6)
