@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import lightning.pytorch as pl
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -189,7 +187,7 @@ def test_every_way_is_the_weighted_sum_of_sample_gradients(case, scope, way, tmp
     seen = trained_by_oracle(
         oracle, batches, parameters_of(other), scope=scope, accumulate=2, targets=targets, losses=losses
     )
-    assert set(way) == {expected_way} or scope == "target" and set(way) <= {expected_way, Way.IN_PASS}
+    assert set(way) == {expected_way} or (scope == "target" and set(way) <= {expected_way, Way.IN_PASS})
     torch.testing.assert_close(parameters_of(ours), parameters_of(oracle), rtol=1e-9, atol=1e-9)
     rows = Ledger(tmp_path / "s").table()
     scores, weights = (torch.cat([pair[k] for pair in seen]) for k in (0, 1))

@@ -11,11 +11,12 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_mimic.callbacks.batch import Ids, class_columns, describe, sample_ids
-from lightning_mimic.callbacks.recorder import ScoreRecorder
-from lightning_mimic.callbacks.session import Escaping, OnNonfinite, Scope, Session
-from lightning_mimic.callbacks.support import check_packages, check_support, gather_errors
-from lightning_mimic.gradients import Direction, LayerGradients, nearest_names, owning_layer, select_parameters
-from lightning_mimic.ledger import Flag, LedgerError, LedgerWriter, note_run, open_run
+from lightning_mimic.callbacks.gating import Scope
+from lightning_mimic.callbacks.recorder import ScoreRecorder, open_on_all_ranks
+from lightning_mimic.callbacks.session import Escaping, OnNonfinite, Session
+from lightning_mimic.callbacks.support import check_needs, check_packages, check_scorer, check_support, gather_errors
+from lightning_mimic.gradients import Direction, nearest_names, select_parameters
+from lightning_mimic.ledger import Flag, LedgerWriter, note_run
 from lightning_mimic.reference import (
     ReferenceSource,
     aliases_of,
@@ -25,7 +26,6 @@ from lightning_mimic.reference import (
     reference_model,
 )
 from lightning_mimic.scorers import MimicScore, Scorer, SoftmaxWeighting
-from lightning_mimic.version import __version__
 
 
 class GradMimic(Callback):
@@ -102,18 +102,9 @@ class GradMimic(Callback):
             if value not in get_args(kind):
                 raise ValueError(f"`{name}` is {value!r}; {nearest_names(str(value), get_args(kind))}.")
         self.scorer: Scorer = MimicScore() if scorer is None else scorer
-        name = type(self.scorer).__name__
-        for argument, given, needed, example in (
-            ("reference", reference is not None, {"dot", "reference_losses"}, "a checkpoint's path"),
-            ("parameters", parameters is not None, {"dot", "norms"}, "a layer's path or 'all'"),
-        ):
-            if given != bool(self.scorer.needs & needed):
-                raise ValueError(
-                    f"`{argument}` is {'given' if given else 'missing'}, but {name} needs "
-                    + ("none; leave it out." if given else f"one: {example}.")
-                )
+        check_scorer(self.scorer, reference=reference is not None, parameters=parameters is not None)
         if scope == "target" and parameters is None:
-            raise ValueError(f"`scope='target'` weights the target parameters, but {name} has none.")
+            raise ValueError("`scope='target'` weights the target parameters, and this scorer has none.")
         self.reference = reference
         self.parameters = parameters
         self.weighting = SoftmaxWeighting(temperature, min_ess)
@@ -252,19 +243,8 @@ class GradMimic(Callback):
         """Checks everything that can be checked before training, and hooks the layer."""
         check_support(trainer, pl_module)
         needs, name = self.scorer.needs, type(self.scorer).__name__
-        if needs & {"losses", "reference_losses"} and not callable(getattr(pl_module, "sample_losses", None)):
-            raise ValueError(
-                f"{name} needs the loss of every sample: give {type(pl_module).__name__} a method "
-                "`sample_losses(batch)` that returns one loss per sample, and average it in training_step."
-            )
         targets = {} if self.parameters is None else select_parameters(pl_module, self.parameters)
-        if "norms" in needs:
-            path, layer = owning_layer(pl_module, targets)
-            if "norms" not in LayerGradients.products(layer):
-                raise ValueError(
-                    f"{name} needs the norms of per-sample gradients, which are known for nn.Linear; {path!r} is a "
-                    f"{type(layer).__name__}."
-                )
+        check_needs(self.scorer, pl_module, targets)
         frozen = [n for n, p in targets.items() if not p.requires_grad]
         if self.scope == "target" and frozen:
             raise ValueError(f"`scope='target'` weights the gradients of {frozen[0]!r}, but they are frozen.")
@@ -318,16 +298,5 @@ class GradMimic(Callback):
         if not self._writes(trainer):
             return None
         assert self.ledger is not None
-        opened: tuple[str, int] | str = ""
-        if trainer.is_global_zero:
-            try:
-                opened = open_run(
-                    self.ledger, self._config, trainer.global_step, self._run, {"package_version": __version__}
-                )
-            except LedgerError as error:
-                opened = str(error)
-        opened = trainer.strategy.broadcast(opened)
-        if isinstance(opened, str):
-            raise LedgerError(opened)
-        self._run, self._attempt = opened
+        self._run, self._attempt = open_on_all_ranks(trainer, self.ledger, self._config, self._run)
         return LedgerWriter(self.ledger, self._run, self._attempt, trainer.global_rank)

@@ -3,12 +3,16 @@
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lightning_mimic.callbacks.batch import Ids
-from lightning_mimic.ledger import Flag, LedgerWriter
+from lightning_mimic.ledger import Flag, LedgerError, LedgerWriter, open_run
+from lightning_mimic.version import __version__
 
 _WARNINGS = {
     Flag.NONFINITE_LOSS: "{n} samples held NaN or had a loss that is not finite; they got weight 0 and no score. Where "
@@ -91,6 +95,32 @@ class ScoreRecorder:
             if flag in _WARNINGS and flag not in self._warned:
                 self._warned.add(flag)
                 warnings.warn(_WARNINGS[flag].format(n=count), stacklevel=2)
+
+
+def open_on_all_ranks(
+    trainer: pl.Trainer, directory: Path, config: Mapping[str, Any], run: str | None
+) -> tuple[str, int]:
+    """Opens the ledger on the first rank and tells the others; raises ``LedgerError`` on all of them together.
+
+    Args:
+        trainer: Knows the ranks and the step at which a resumed run goes on.
+        directory: The ledger's.
+        config: What attempts of one run are compared by.
+        run: The run that goes on, ``None`` for a new one.
+
+    Returns:
+        The run and the attempt.
+    """
+    opened: tuple[str, int] | str = ""
+    if trainer.is_global_zero:
+        try:
+            opened = open_run(directory, dict(config), trainer.global_step, run, {"package_version": __version__})
+        except LedgerError as error:
+            opened = str(error)
+    opened = trainer.strategy.broadcast(opened)
+    if isinstance(opened, str):
+        raise LedgerError(opened)
+    return opened
 
 
 _OPTIONAL = ("score", "weight", "loss", "batch_size", "label", "predicted")

@@ -5,19 +5,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
 from lightning_mimic.callbacks.batch import blank_nan_samples, sample_count
+from lightning_mimic.callbacks.gating import Gate, Scope
 from lightning_mimic.callbacks.hooks import LossTap, wrap_method
 from lightning_mimic.callbacks.judgement import Judgement, judge
 from lightning_mimic.callbacks.plan import NOT_PLAIN, Plan, Step, Way
-from lightning_mimic.callbacks.support import gather_rows, world_size
-from lightning_mimic.gradients import Direction, gate_rows, hook_gradient
+from lightning_mimic.callbacks.support import world_size
+from lightning_mimic.gradients import Direction, hook_gradient
 from lightning_mimic.gradients.graph import made_by, targets_left_out
 from lightning_mimic.ledger import Flag
 from lightning_mimic.scorers import Products, Scorer, SoftmaxWeighting
 
-Scope = Literal["loss", "target"]
 Escaping = Literal["refuse", "plain"]
 OnNonfinite = Literal["mask", "mask_loss", "raise"]
 
@@ -61,25 +60,23 @@ class Session:
     ) -> None:
         self._scorer = scorer
         self._weighting = weighting
-        self._targets = dict(targets)
         self._direction = direction
         self._reference_model = reference_model
-        self._scope = scope
-        self._reweight = reweight
         self._on_nonfinite = on_nonfinite
         everywhere = reweight and scope == "loss" and escaping == "refuse"
         self._plan = Plan(module, targets, scorer.needs, everywhere=everywhere)
         has_losses = callable(getattr(module, "sample_losses", None))
         self._loss_tap = LossTap(module, math_attention=math_attention) if has_losses else None
         self._left_out: Tensor | None = None
-        self._undo = [wrap_method(module, "training_step", self._around_training_step)]
-        if reweight and scope == "target":
-            self._undo += [p.register_hook(self._corrector(n)).remove for n, p in targets.items()]
+        self._undo = wrap_method(module, "training_step", self._around_training_step)
+        self._gate = Gate(targets, scope) if reweight else None
         self.reset()
 
     def reset(self) -> None:
         """Forgets the last step, and lets go of its tensors."""
         self._plan.tap.reset()
+        if self._gate is not None:
+            self._gate.reset()
         if self._loss_tap is not None:
             self._loss_tap.reset()
         #: The step under way is scored.
@@ -94,7 +91,6 @@ class Session:
         self._scale: Tensor | None = None
         self._factor: Tensor | None = None
         self._reference_losses: Tensor | None = None
-        self._corrections: dict[str, Tensor] = {}
         self._judgement: Judgement | None = None
         self._norm: Tensor | None = None
 
@@ -102,10 +98,11 @@ class Session:
         """Takes every hook and wrapper off the module."""
         self.reset()
         self._plan.tap.remove()
+        if self._gate is not None:
+            self._gate.remove()
         if self._loss_tap is not None:
             self._loss_tap.remove()
-        while self._undo:
-            self._undo.pop()()
+        self._undo()
 
     def check_targets(self) -> None:
         """Raises ``ValueError`` if a loss has left out targets since the last look (a host sync)."""
@@ -149,7 +146,8 @@ class Session:
                 "one pass. Use an optimizer with one pass."
             )
         self._factor = factor
-        self._corrections = {name: change * factor for name, change in self._corrections.items()}
+        if self._gate is not None:
+            self._gate.before_backward(factor)
 
     def finish(self) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
         """The step's ledger columns of shape ``(B,)`` and its figures, scalars; ``None`` if none was scored."""
@@ -184,7 +182,7 @@ class Session:
     def _around_training_step(self, call: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.active:
             return call(batch, *args, **kwargs)
-        if self._reweight and self._on_nonfinite == "mask" and self._rows:
+        if self._gate is not None and self._on_nonfinite == "mask" and self._rows:
             batch, self._clean = blank_nan_samples(batch, self._rows)
         outputs = call(batch, *args, **kwargs)
         # A recomputation (activation checkpointing) calls layers again; that is not another use of them.
@@ -214,12 +212,12 @@ class Session:
             hook_gradient(gate, self._on_gradient)
             return
         dot = norms = None
+        scale = torch.ones((), device=loss.device) if self._scale is None else self._scale
         if self._plan.way is not Way.NONE:
-            scale = torch.ones((), device=loss.device) if self._scale is None else self._scale
             dot, norms = self._plan.dot_and_norms(step, gate, self._direction or {}, scale)
         judged = self._judge(dot, norms)
-        if self._reweight:
-            self._weigh(step, gate, judged)
+        if self._gate is not None:
+            self._gate.ahead(step, gate, judged, self._clean, scale)
 
     def _taken(self, loss: Tensor) -> Step:
         """The step as it stands after the forward pass; raises ``ValueError`` if its samples cannot be told apart."""
@@ -250,15 +248,7 @@ class Session:
         dot = call.dot(unreduced, self._direction) if self._direction is not None else None
         norms = call.gradients(unreduced).norms() if "norms" in self._scorer.needs else None
         judged = self._judge(dot, norms)
-        if not self._reweight:
-            return None
-        passing = self._passing(judged)
-        if self._scope == "loss":
-            return gate_rows(gradients, judged.weights.scale * passing, judged.masked)
-        kept = gate_rows(gradients, passing, judged.masked)
-        correction = call.gradients(kept).weighted_sum(judged.weights.scale - 1)
-        self._corrections = {name: correction[part] for part, name in call.parts.items()}
-        return kept
+        return None if self._gate is None else self._gate.in_pass(gradients, call, judged, self._clean)
 
     def _judge(self, dot: Tensor | None, norms: Tensor | None) -> Judgement:
         assert self._step is not None
@@ -289,31 +279,6 @@ class Session:
             raise FloatingPointError(f"samples at positions {bad} of the batch have a loss that is not finite.")
         return judged
 
-    def _weigh(self, step: Step, gate: GradientEdge, judged: Judgement) -> None:
-        """Lets the weights enter the backward pass that comes."""
-        scale, passing, masked = judged.weights.scale, self._passing(judged), judged.masked
-        if step.of_all_ranks:  # the gate holds the rows of all of them
-            scale, passing, masked = (gather_rows(rows) for rows in (scale, passing, masked))
-        if self._scope == "loss":
-            hook_gradient(gate, lambda gradients: gate_rows(gradients, scale * passing, masked))
-            return
-        # The targets' share of the change, once; the backward pass itself stays as it is.
-        targets = {name: p for name, p in self._targets.items() if p.requires_grad}
-        amplified = torch.ones((), device=scale.device) if self._scale is None else self._scale
-        handle = hook_gradient(gate, lambda gradients: gate_rows(gradients, scale - 1, masked))
-        seed = step.seed * amplified / step.rows
-        changes = torch.autograd.grad(step.root, list(targets.values()), seed, retain_graph=True, allow_unused=True)
-        handle.remove()
-        self._corrections = {n: c / amplified for n, c in zip(targets, changes, strict=True) if c is not None}
-        hook_gradient(gate, lambda gradients: gate_rows(gradients, passing, masked))
-
-    def _passing(self, judged: Judgement) -> Tensor:
-        """Factors under which, when no sample of any rank counts, what was blanked goes through as the NaN it was."""
-        passing = torch.ones_like(judged.scores)
-        if self._clean is None:
-            return passing
-        return torch.where((judged.weights.counted == 0) & ~self._clean, torch.nan, passing)
-
     def _own_losses(self) -> Tensor | None:
         values = self._loss_tap.values if self._loss_tap is not None else None
         if values is None or self._step is None:
@@ -327,11 +292,3 @@ class Session:
             return self._clean
         finite = torch.isfinite(losses)
         return finite if self._clean is None else finite & self._clean
-
-    def _corrector(self, name: str) -> Any:
-        def correct(gradient: Tensor) -> Tensor | None:
-            # What else the gradient holds (a regulariser, another term) stays as it is.
-            correction = self._corrections.pop(name, None)
-            return None if correction is None else gradient + correction.to(gradient.dtype)
-
-        return correct

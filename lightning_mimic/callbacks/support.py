@@ -1,10 +1,15 @@
 """Which trainers and modules the callback can serve; the others are refused in a sentence."""
 
+from collections.abc import Mapping
+
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from torch import Tensor, nn
+
+from lightning_mimic.gradients import LayerGradients, owning_layer
+from lightning_mimic.scorers import Scorer
 
 
 def check_packages(trainer: object, module: object) -> None:
@@ -41,6 +46,46 @@ def check_support(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         raise ValueError(
             f"LBFGS evaluates a batch several times per step, which GradMimic does not follow. {elsewhere}"
         )
+
+
+def check_scorer(scorer: Scorer, *, reference: bool, parameters: bool) -> None:
+    """Raises ``ValueError`` unless exactly what the scorer needs is given; nothing is ignored in silence.
+
+    Args:
+        scorer: The scorer.
+        reference: A reference is given.
+        parameters: Parameters are named.
+    """
+    if isinstance(scorer, type) or not isinstance(getattr(scorer, "needs", None), frozenset) or not callable(scorer):
+        raise ValueError(
+            f"`scorer` is {scorer!r}; expected an object of lightning_mimic.scorers, such as MimicScore()."
+        )
+    name = type(scorer).__name__
+    for argument, given, needed, example in (
+        ("reference", reference, {"dot", "reference_losses"}, "a checkpoint's path"),
+        ("parameters", parameters, {"dot", "norms"}, "a layer's path or 'all'"),
+    ):
+        if given and not scorer.needs & needed:
+            raise ValueError(f"`{argument}` is given, but {name} takes none; leave it out.")
+        if not given and scorer.needs & needed:
+            raise ValueError(f"`{argument}` is missing; {name} needs one: {example}.")
+
+
+def check_needs(scorer: Scorer, module: pl.LightningModule, targets: Mapping[str, nn.Parameter]) -> None:
+    """Raises ``ValueError`` if the scorer needs what neither the module nor its parameters can give."""
+    name = type(scorer).__name__
+    if scorer.needs & {"losses", "reference_losses"} and not callable(getattr(module, "sample_losses", None)):
+        raise ValueError(
+            f"{name} needs the loss of every sample: give {type(module).__name__} a method `sample_losses(batch)` that "
+            "returns one loss per sample, and average it in training_step."
+        )
+    if "norms" in scorer.needs:
+        path, layer = owning_layer(module, targets)
+        if "norms" not in LayerGradients.products(layer):
+            raise ValueError(
+                f"{name} needs the norms of per-sample gradients, which are known for nn.Linear; {path!r} is a "
+                f"{type(layer).__name__}."
+            )
 
 
 def gather_errors(error: Exception | None) -> list[str]:
