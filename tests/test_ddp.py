@@ -7,13 +7,17 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
+import torch.nn.functional as F
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
 from toys import Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
 from lightning_mimic import GradMimic, Ledger, WithIds, collate_with_ids
+from lightning_mimic.scorers import CosineSimilarity, GradNorm, ReferenceLoss, RhoLoss, Uniform
 
 EVEN, UNEVEN = (2, 2), (3, 1)
+USED = ["all", "!spare"]
 
 
 class Unused(Toy):
@@ -22,6 +26,35 @@ class Unused(Toy):
     def __init__(self) -> None:
         super().__init__()
         self.spare = torch.nn.Linear(2, 2)
+
+
+class Contrastive(WithLosses):
+    """Losses of all ranks' pairs; attached are this rank's embeddings, and the temperature of its own losses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(2 + torch.rand(()))
+
+    def sample_losses(self, batch: Any) -> Tensor:
+        x, _ = batch
+        left, right = (gathered(F.normalize(e)) for e in (self(x), self.body(x)[:, :3]))
+        here = torch.arange(len(left))
+        own = here // len(x) == self.global_rank
+        scale = torch.where(own, self.scale, self.scale.detach())[:, None]
+        return sum(F.cross_entropy(scale * s, here, reduction="none") for s in (left @ right.T, right @ left.T))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        # DDP averages over ranks; each holds its part of every sample's gradient.
+        return self.sample_losses(batch).mean() * self.trainer.world_size
+
+
+def gathered(embeddings: Tensor) -> Tensor:
+    if not torch.distributed.is_initialized():
+        return embeddings
+    parts = [torch.empty_like(embeddings) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, embeddings.detach().contiguous())
+    parts[torch.distributed.get_rank()] = embeddings
+    return torch.cat(parts)
 
 
 # name: module, rows per rank, DDP's options, the callback's, the Trainer's
@@ -39,6 +72,20 @@ CASES: dict[str, tuple[type[Toy], tuple[int, int], dict[str, Any], dict[str, Any
     "clipped": (Toy, UNEVEN, {}, {}, {"gradient_clip_val": 0.05}),
     "broken samples on one rank": (Toy, UNEVEN, {}, {}, {}),
     "only scored": (Toy, EVEN, {}, {"reweight": False}, {}),
+    "all": (Toy, UNEVEN, {}, {"parameters": "all"}, {}),
+    "all, accumulated": (Toy, EVEN, {}, {"parameters": "all"}, {"accumulate_grad_batches": 2}),
+    "all, find_unused_parameters": (Unused, EVEN, {"find_unused_parameters": True}, {"parameters": USED}, {}),
+    "all, static_graph": (WithLosses, EVEN, {"static_graph": True}, {"parameters": "all"}, {}),
+    "all, target": (Toy, EVEN, {}, {"parameters": ["all", "!head.bias"], "scope": "target"}, {}),
+    "contrastive": (Contrastive, EVEN, {}, {"parameters": "all"}, {}),
+    "contrastive, static_graph": (Contrastive, EVEN, {"static_graph": True}, {}, {}),
+    "contrastive, target": (Contrastive, EVEN, {}, {"scope": "target"}, {"accumulate_grad_batches": 2}),
+    "uniform": (Toy, UNEVEN, {}, {"scorer": Uniform(), "reference": None, "parameters": None}, {}),
+    "grad_norm": (Toy, UNEVEN, {}, {"scorer": GradNorm(), "reference": None}, {}),
+    "cosine": (WithLosses, UNEVEN, {}, {"scorer": CosineSimilarity()}, {}),
+    "rho_loss": (WithLosses, UNEVEN, {}, {"scorer": RhoLoss(), "parameters": None}, {}),
+    "rho_loss, static_graph": (WithLosses, EVEN, {"static_graph": True}, {"scorer": RhoLoss(), "parameters": None}, {}),
+    "reference_loss": (WithLosses, UNEVEN, {}, {"scorer": ReferenceLoss(), "parameters": None}, {}),
 }
 WORLD = 2
 
@@ -52,8 +99,8 @@ def data_of(case: str) -> torch.utils.data.TensorDataset:
 
 def callback_of(case: str, ledger: Path) -> GradMimic:
     kind, _, _, options, _ = CASES[case]
-    settings = {"temperature": 0.7, "min_ess": 0.0} | options
-    return GradMimic(parameters_of(toy(kind, seed=1)), "head", ledger=ledger, **settings)
+    settings = {"temperature": 0.7, "min_ess": 0.0, "parameters": "head"} | options
+    return GradMimic(ledger=ledger, **({"reference": parameters_of(toy(kind, seed=1))} | settings))
 
 
 def one_process(case: str, folder: Path) -> Toy:

@@ -58,7 +58,7 @@ def check_scorer(scorer: Scorer, *, reference: bool, parameters: bool) -> None:
     """
     if isinstance(scorer, type) or not isinstance(getattr(scorer, "needs", None), frozenset) or not callable(scorer):
         raise ValueError(
-            f"`scorer` is {scorer!r}; expected an object of lightning_mimic.scorers, such as MimicScore()."
+            f"`scorer` is {scorer!r}; expected an object such as lightning_mimic.scorers.MimicScore()."
         )
     name = type(scorer).__name__
     for argument, given, needed, example in (
