@@ -23,17 +23,19 @@ def scaled(growth_interval: int = 2000, scale: float = 2.0**16) -> dict[str, Any
     return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
 
 
+@pytest.mark.parametrize("parameters", ["head", "all"])
 @pytest.mark.parametrize("scope", ["loss", "target"])
 @pytest.mark.parametrize(("options", "tolerance"), [(scaled, 5e-3), (lambda: {"precision": "bf16-mixed"}, 5e-2)])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_mixed_precision_scores_the_same_within_its_digits(options, tolerance, scope, accumulate, tmp_path):
+def test_mixed_precision_scores_the_same_within_its_digits(parameters, options, tolerance, scope, accumulate, tmp_path):
     module, data = half(WithLosses), toy_data(8, dtype=torch.float32)
     module.lr = 0.0
     reference = parameters_of(toy(seed=1))
-    callback = GradMimic(reference, "head", scope=scope, ledger=tmp_path / "s")
+    callback = GradMimic(reference, parameters, scope=scope, ledger=tmp_path / "s")
     trainer(callback, accumulate_grad_batches=accumulate, **options()).fit(module, loader(data))
     gradients = oracles.per_sample_gradients(module, losses_of, data[:])
-    expected = oracles.mimic_scores(gradients, reference, dict(module.head.named_parameters(prefix="head")))
+    chosen = {n: p for n, p in module.named_parameters() if parameters == "all" or n.startswith(parameters)}
+    expected = oracles.mimic_scores(gradients, reference, chosen)
     rows = Ledger(tmp_path / "s").table().sort_by("id")
     scores = torch.tensor(rows["score"].to_pylist())
     torch.testing.assert_close(scores, expected.float(), rtol=tolerance, atol=tolerance)
@@ -41,12 +43,13 @@ def test_mixed_precision_scores_the_same_within_its_digits(options, tolerance, s
     torch.testing.assert_close(torch.tensor(rows["weight"].to_pylist()), weights, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("parameters", ["head", "all"])
 @pytest.mark.parametrize("scope", ["loss", "target"])
-def test_a_step_under_a_scaler_is_the_step_without(scope):
+def test_a_step_under_a_scaler_is_the_step_without(parameters, scope):
     reference, data = parameters_of(toy(seed=1)), loader(toy_data(8, dtype=torch.float32))
     plain, ours = half(), half()
-    trainer(GradMimic(reference, "head", scope=scope), epochs=2).fit(plain, data)
-    trainer(GradMimic(reference, "head", scope=scope), epochs=2, **scaled()).fit(ours, data)
+    trainer(GradMimic(reference, parameters, scope=scope), epochs=2).fit(plain, data)
+    trainer(GradMimic(reference, parameters, scope=scope), epochs=2, **scaled()).fit(ours, data)
     torch.testing.assert_close(parameters_of(ours), parameters_of(plain), rtol=1e-2, atol=1e-2)
 
 
@@ -59,12 +62,13 @@ class Overflows(WithLosses):
         return losses * torch.where(torch.arange(len(y)) == 2, 1e3, 1.0)
 
 
+@pytest.mark.parametrize("parameters", ["head", "all"])
 @pytest.mark.parametrize("kind", [Overflows, WithLosses])
 @pytest.mark.parametrize("scope", ["loss", "target"])
-def test_an_overflow_reaches_the_scaler_which_lowers_its_scale(kind, scope, tmp_path):
+def test_an_overflow_reaches_the_scaler_which_lowers_its_scale(parameters, kind, scope, tmp_path):
     module, options = half(kind), scaled()
     before = parameters_of(module)
-    callback = GradMimic(parameters_of(toy(seed=1)), "head", scope=scope, ledger=tmp_path / "s")
+    callback = GradMimic(parameters_of(toy(seed=1)), parameters, scope=scope, ledger=tmp_path / "s")
     trainer(callback, **options).fit(module, loader(toy_data(4, dtype=torch.float32)))
     rows, scaler = Ledger(tmp_path / "s").table().to_pylist(), options["plugins"][0].scaler
     if kind is Overflows:
@@ -104,32 +108,34 @@ def without(row: int) -> torch.utils.data.Dataset:
     return torch.utils.data.Subset(toy_data(4), [k for k in range(4) if k != row])
 
 
+@pytest.mark.parametrize("parameters", ["head", "all"])
 @pytest.mark.filterwarnings("ignore:.*samples held NaN")
 @pytest.mark.parametrize("kind", [Broken, BrokenWithLosses])
 @pytest.mark.parametrize("scope", ["loss", "target"])
-def test_a_sample_with_a_loss_that_is_not_finite_is_left_out(kind, scope, tmp_path):
+def test_a_sample_with_a_loss_that_is_not_finite_is_left_out(parameters, kind, scope, tmp_path):
     reference = parameters_of(toy(seed=1))
     ours, expected = toy(kind), toy()
-    callback = GradMimic(reference, "head", scope=scope, min_ess=0, ledger=tmp_path / "s")
+    callback = GradMimic(reference, parameters, scope=scope, min_ess=0, ledger=tmp_path / "s")
     trainer(callback).fit(ours, loader(toy_data(4)))
-    trainer(GradMimic(reference, "head", scope=scope, min_ess=0)).fit(expected, loader(without(1), 3))
+    trainer(GradMimic(reference, parameters, scope=scope, min_ess=0)).fit(expected, loader(without(1), 3))
     rows = Ledger(tmp_path / "s").table().to_pylist()
     assert [r["flag"] for r in rows] == ["ok", "nonfinite_loss", "ok", "ok"]
     assert (rows[1]["score"], rows[1]["weight"]) == (None, 0.0)
-    if scope == "target":  # all else gets the plain mean over 4, of which one counts nothing
+    if scope == "target" and parameters == "head":  # all else gets the plain mean over 4, of which one counts nothing
         expected.body.weight.data = toy().body.weight + 0.75 * (expected.body.weight - toy().body.weight)
         expected.body.bias.data = toy().body.bias + 0.75 * (expected.body.bias - toy().body.bias)
     torch.testing.assert_close(parameters_of(ours), parameters_of(expected), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("parameters", ["head", "all"])
 @pytest.mark.filterwarnings("ignore:.*samples held NaN")
 @pytest.mark.parametrize("kind", [Toy, WithLosses])
-def test_a_sample_that_holds_nan_does_not_reach_any_weight(kind, tmp_path):
+def test_a_sample_that_holds_nan_does_not_reach_any_weight(parameters, kind, tmp_path):
     data, reference = toy_data(4), parameters_of(toy(seed=1))
     data.tensors[0][1, 0] = NAN
     ours, expected = toy(kind), toy(kind)
-    trainer(GradMimic(reference, "head", min_ess=0, ledger=tmp_path / "s")).fit(ours, loader(data))
-    trainer(GradMimic(reference, "head", min_ess=0)).fit(expected, loader(without(1), 3))
+    trainer(GradMimic(reference, parameters, min_ess=0, ledger=tmp_path / "s")).fit(ours, loader(data))
+    trainer(GradMimic(reference, parameters, min_ess=0)).fit(expected, loader(without(1), 3))
     torch.testing.assert_close(parameters_of(ours), parameters_of(expected), rtol=1e-9, atol=1e-9)
     flags = Ledger(tmp_path / "s").table()["flag"].to_pylist()
     assert flags == ["ok", "nonfinite_loss", "ok", "ok"]
@@ -143,20 +149,22 @@ def test_left_out_samples_are_said():
         trainer(GradMimic(parameters_of(toy(seed=1)), "head")).fit(toy(), loader(data))
 
 
+@pytest.mark.parametrize("parameters", ["head", "all"])
 @pytest.mark.filterwarnings("ignore:.*samples held NaN")
-def test_when_no_sample_is_finite_the_loss_goes_through(tmp_path):
+def test_when_no_sample_is_finite_the_loss_goes_through(parameters, tmp_path):
     module = toy(AllBroken)
-    trainer(GradMimic(parameters_of(toy(seed=1)), "head", ledger=tmp_path / "s")).fit(module, loader(toy_data(4)))
+    trainer(GradMimic(parameters_of(toy(seed=1)), parameters, ledger=tmp_path / "s")).fit(module, loader(toy_data(4)))
     assert not bool(module.head.weight.isfinite().any())
     assert set(Ledger(tmp_path / "s").table()["flag"].to_pylist()) == {"nonfinite_loss"}
 
 
+@pytest.mark.parametrize("parameters", ["head", "all"])
 @pytest.mark.filterwarnings("ignore:.*samples held NaN")
-def test_when_every_sample_holds_nan_it_goes_through(tmp_path):
+def test_when_every_sample_holds_nan_it_goes_through(parameters, tmp_path):
     data = toy_data(4)
     data.tensors[0][:, 0] = NAN
     module = toy()
-    trainer(GradMimic(parameters_of(toy(seed=1)), "head")).fit(module, loader(data))
+    trainer(GradMimic(parameters_of(toy(seed=1)), parameters)).fit(module, loader(data))
     assert not bool(module.head.weight.isfinite().any())
 
 
@@ -190,21 +198,23 @@ class AllBroken(Broken):
     bad = (0, 1, 2, 3)
 
 
+@pytest.mark.parametrize("parameters", ["head", "all"])
 @pytest.mark.parametrize(("kind", "positions"), [(Broken, r"\[1\]"), (AllBroken, r"\[0, 1, 2, 3\]")])
-def test_on_request_such_a_sample_stops_training(kind, positions):
+def test_on_request_such_a_sample_stops_training(parameters, kind, positions):
     module = toy(kind)
     before = parameters_of(module)
-    callback = GradMimic(parameters_of(toy(seed=1)), "head", on_nonfinite="raise")
+    callback = GradMimic(parameters_of(toy(seed=1)), parameters, on_nonfinite="raise")
     with pytest.raises(FloatingPointError, match=rf"positions {positions} of the batch"):
         trainer(callback).fit(module, loader(toy_data(4)))
     torch.testing.assert_close(parameters_of(module), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("parameters", ["head", "all"])
 @pytest.mark.filterwarnings("ignore:.*samples held NaN")
-def test_only_scoring_leaves_a_broken_sample_alone():
+def test_only_scoring_leaves_a_broken_sample_alone(parameters):
     plain, ours = toy(Broken), toy(Broken)
     trainer().fit(plain, loader(toy_data(4)))
-    trainer(GradMimic(parameters_of(toy(seed=1)), "head", reweight=False)).fit(ours, loader(toy_data(4)))
+    trainer(GradMimic(parameters_of(toy(seed=1)), parameters, reweight=False)).fit(ours, loader(toy_data(4)))
     torch.testing.assert_close(parameters_of(ours), parameters_of(plain), rtol=0, atol=0, equal_nan=True)
 
 

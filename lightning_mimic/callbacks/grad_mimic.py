@@ -62,8 +62,8 @@ class GradMimic(Callback):
         on_nonfinite: A sample that holds NaN or whose loss is not finite: ``"mask"`` gives it weight 0 and takes it
             out of the batch that training_step sees, ``"mask_loss"`` goes by the loss alone (where NaN in a batch is
             meant), ``"raise"`` stops, at one host sync per step.
-        math_attention: Run attention within ``sample_losses`` by the slower kernel that can be differentiated
-            twice, so that parameters below it can be scored from the losses alone.
+        math_attention: Run attention in scored steps by the slower kernel that can be differentiated twice, so that
+            parameters below it can be scored from the losses alone.
 
     Raises:
         ValueError: An argument, or at the start of ``fit`` the reference, the parameters, the trainer or the

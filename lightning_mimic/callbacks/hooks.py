@@ -1,6 +1,5 @@
 """What is attached to a user's module while it trains, and taken off without a trace."""
 
-import contextlib
 import functools
 import types
 from collections.abc import Callable
@@ -9,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_mimic.gradients.gate import hook_gradient
 
@@ -56,12 +54,10 @@ class LossTap:
 
     Args:
         module: A module with that method.
-        math_attention: Run attention within it by the kernel that can be differentiated twice.
     """
 
-    def __init__(self, module: nn.Module, *, math_attention: bool = False) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.armed = False
-        self._math_attention = math_attention
         self._undo = wrap_method(module, "sample_losses", self._around)
         self.reset()
 
@@ -120,9 +116,7 @@ class LossTap:
         return self._edge
 
     def _around(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        by_math = self.armed and self._math_attention
-        with sdpa_kernel(SDPBackend.MATH) if by_math else contextlib.nullcontext():
-            losses = call(*args, **kwargs)
+        losses = call(*args, **kwargs)
         if self.armed and losses.requires_grad:
             if self._live is not None:
                 raise ValueError("`sample_losses` is called more than once in a training step; call it once.")

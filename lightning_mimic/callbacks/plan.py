@@ -1,5 +1,6 @@
 """How a module's samples are scored: decided by looking at its first step, and looked at again every epoch."""
 
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -12,6 +13,7 @@ from lightning_mimic.callbacks.support import any_rank
 from lightning_mimic.gradients import Graph, LossGradients, ModelTap, WholeModelGradients
 from lightning_mimic.gradients.graph import (
     escaping_parameters,
+    is_compiled,
     kind_of,
     made_by,
     mixes_samples,
@@ -214,7 +216,15 @@ class Plan:
         if not coupled and not mixed:
             graph = Graph(made_by(step.losses))
             uses, _ = self.tap.uses(graph, step.rows)
-            coupled = WholeModelGradients(step.losses, uses, graph, step.rows).coupled()
+            rows = WholeModelGradients(step.losses, uses, graph, step.rows)
+            if rows.compiled():
+                warnings.warn(
+                    "a part of the module is compiled, so it cannot be seen whether the samples' losses depend on each "
+                    "other; they are taken for independent.",
+                    stacklevel=2,
+                )
+            else:
+                coupled = rows.coupled()
         if not any_rank(coupled, step.loss.device):
             return way, mixed
         self._check_double(step.losses, refusal)
@@ -223,7 +233,6 @@ class Plan:
     def _rows(self, step: Step, gate: GradientEdge, seed: Tensor) -> WholeModelGradients:
         """The per-sample gradients of this step, to be taken in a reverse pass."""
         below, graph = Graph(gate.node), Graph(made_by(step.root))
-        _check_not_compiled(graph)
         uses, unseen = self.tap.uses(below, step.rows)
         beyond = [n for n, p in self._targets.items() if used_beyond(graph.root, gate.node, p)]
         unseen |= dict.fromkeys(beyond, "used again between the loss and the tensor that is weighted")
@@ -232,7 +241,9 @@ class Plan:
             unseen = {n: why for n, why in unseen.items() if below.terminals(self._targets[n])}
         if unseen:
             self._refuse_unseen(unseen)
-        return WholeModelGradients(step.root, uses, graph, step.rows, seed)
+        rows = WholeModelGradients(step.root, uses, graph, step.rows, seed)
+        _refuse_compiled(rows.compiled())
+        return rows
 
     def _calls(self) -> list[LayerCall]:
         return [call for tap in self.tap.layers for call in tap.calls]
@@ -255,7 +266,7 @@ class Plan:
 
     def _check_double(self, losses: Tensor, refusal: ValueError | None) -> None:
         graph = Graph(made_by(losses))
-        _check_not_compiled(graph)
+        _refuse_compiled(any(map(is_compiled, graph.order)))
         if "norms" in self._needs:
             raise ValueError(
                 "the scorer needs the norms of per-sample gradients, which are known for one nn.Linear under a loss of "
@@ -291,8 +302,8 @@ class Plan:
             )
 
 
-def _check_not_compiled(graph: Graph) -> None:
-    if any(kind_of(node).startswith("CompiledFunction") for node in graph.order):
+def _refuse_compiled(compiled: bool) -> None:
+    if compiled:
         raise ValueError(
             "`parameters`: scoring these takes a second reverse pass, which torch.compile leaves no room for. Name the "
             "last layer alone, which is scored in the one backward pass, or do not compile the module."

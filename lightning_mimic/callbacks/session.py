@@ -1,10 +1,12 @@
 """One fit's scoring: from the forward pass to gated gradients, step by step."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_mimic.callbacks.batch import blank_nan_samples, sample_count
 from lightning_mimic.callbacks.gating import Gate, Scope
@@ -40,7 +42,7 @@ class Session:
         escaping: What to do about trainable parameters that the gate does not reach.
         reweight: Apply the weights, or only score.
         on_nonfinite: What to do about samples whose loss is not finite.
-        math_attention: Run attention within ``sample_losses`` by the kernel that can be differentiated twice.
+        math_attention: Run attention in scored steps by the kernel that can be differentiated twice.
     """
 
     def __init__(
@@ -66,7 +68,9 @@ class Session:
         everywhere = reweight and scope == "loss" and escaping == "refuse"
         self._plan = Plan(module, targets, scorer.needs, everywhere=everywhere)
         has_losses = callable(getattr(module, "sample_losses", None))
-        self._loss_tap = LossTap(module, math_attention=math_attention) if has_losses else None
+        self._loss_tap = LossTap(module) if has_losses else None
+        self._math_attention = math_attention
+        self._attention = contextlib.ExitStack()
         self._left_out: Tensor | None = None
         self._undo = wrap_method(module, "training_step", self._around_training_step)
         self._gate = Gate(targets, scope) if reweight else None
@@ -74,6 +78,7 @@ class Session:
 
     def reset(self) -> None:
         """Forgets the last step, and lets go of its tensors."""
+        self._attention.close()
         self._plan.tap.reset()
         if self._gate is not None:
             self._gate.reset()
@@ -125,6 +130,8 @@ class Session:
         """
         self.reset()
         self.active = True
+        if self._math_attention:  # until the step is over, because checkpointed blocks run again in reverse passes
+            self._attention.enter_context(sdpa_kernel(SDPBackend.MATH))
         self._check = check
         self._scale = scale
         self._rows = sample_count(batch) if ids is None else len(ids)
@@ -259,7 +266,6 @@ class Session:
             norm = self._norm = self._direction.norm()
             vanishes = self._direction.vanishes(norm)
             direction_norm = torch.where(vanishes, torch.ones_like(norm), norm)
-        reference_losses = self._reference_losses
         scores = self._scorer(
             Products(
                 samples=torch.zeros(step.rows, device=device),
@@ -267,7 +273,7 @@ class Session:
                 direction_norm=direction_norm,
                 norms=norms,
                 losses=self._own_losses(),
-                reference_losses=None if reference_losses is None else reference_losses[step.own].float(),
+                reference_losses=self._own(self._reference_losses),
             )
         )
         judged = judge(scores, self._known_clean(), vanishes, self._weighting, scaled=self._scale is not None)
@@ -280,11 +286,13 @@ class Session:
         return judged
 
     def _own_losses(self) -> Tensor | None:
-        values = self._loss_tap.values if self._loss_tap is not None else None
-        if values is None or self._step is None:
+        return self._own(self._loss_tap.values) if self._loss_tap is not None else None
+
+    def _own(self, losses: Tensor | None) -> Tensor | None:
+        """This rank's part, in float32 or higher."""
+        if losses is None or self._step is None:
             return None
-        own = values[self._step.own]
-        return own.to(torch.promote_types(own.dtype, torch.float32))
+        return losses[self._step.own].to(torch.promote_types(losses.dtype, torch.float32))
 
     def _known_clean(self) -> Tensor | None:
         losses = self._own_losses()

@@ -57,9 +57,7 @@ def check_scorer(scorer: Scorer, *, reference: bool, parameters: bool) -> None:
         parameters: Parameters are named.
     """
     if isinstance(scorer, type) or not isinstance(getattr(scorer, "needs", None), frozenset) or not callable(scorer):
-        raise ValueError(
-            f"`scorer` is {scorer!r}; expected an object such as lightning_mimic.scorers.MimicScore()."
-        )
+        raise ValueError(f"`scorer` is {scorer!r}; expected an object such as lightning_mimic.scorers.MimicScore().")
     name = type(scorer).__name__
     for argument, given, needed, example in (
         ("reference", reference, {"dot", "reference_losses"}, "a checkpoint's path"),

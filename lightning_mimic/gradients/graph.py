@@ -220,6 +220,11 @@ def used_beyond(root: Node, gate: Node, parameter: nn.Parameter) -> bool:
     return False
 
 
+def is_compiled(node: Node) -> bool:
+    """Whether torch.compile made the node, which can then be gone through only once."""
+    return kind_of(node).startswith("CompiledFunction")
+
+
 def normalises_batch(node: Node) -> bool:
     """Whether the node is a batch normalisation in training mode, which makes samples depend on each other."""
     return (

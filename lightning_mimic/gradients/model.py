@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_mimic.gradients.bare import BareUse, bare_use
-from lightning_mimic.gradients.graph import Graph, normalises_batch
+from lightning_mimic.gradients.graph import Graph, is_compiled, normalises_batch
 from lightning_mimic.gradients.layers import LayerGradients
 from lightning_mimic.gradients.tap import LayerCall, LayerTap
 
@@ -192,11 +192,11 @@ class WholeModelGradients:
 
     def normalised(self) -> bool:
         """Whether a batch normalisation in training mode lies above a use, so that rows are contributions."""
-        leading = self._graph.leading_to(self._at)
-        return any(
-            normalises_batch(node) and any(child in leading for child, _ in node.next_functions)
-            for node in self._graph.order
-        )
+        return any(normalises_batch(node) for node in self._above())
+
+    def compiled(self) -> bool:
+        """Whether torch.compile made a part of what lies above a use, which can then be gone through only once."""
+        return any(is_compiled(node) for node in self._above())
 
     def only_layer(self) -> LayerGradients:
         """The same rows with all of a layer's products, where the parameters belong to one call of one layer.
@@ -211,6 +211,11 @@ class WholeModelGradients:
         if gradient is None:
             raise ValueError(f"no gradient reaches the output of {uses[0].name!r}.")
         return uses[0].gradients(gradient)
+
+    def _above(self) -> list[Node]:
+        """The nodes that the reverse pass goes through."""
+        leading = self._graph.leading_to(self._at)
+        return [n for n in self._graph.order if any(child in leading for child, _ in n.next_functions)]
 
     def _reverse(self, seed: Tensor) -> tuple[Tensor | None, ...]:
         # What lies above the deepest uses is computed on the way to them; weights' gradients are not.
