@@ -68,9 +68,11 @@ class LossGradients:
             # Any u does, because J v does not depend on it.
             u = torch.ones_like(self._losses, requires_grad=True)
             sums = torch.autograd.grad(self._losses, list(self._parameters.values()), u, create_graph=True)
-            along = torch.stack(
-                [(g.to(vectors[name].dtype) * vectors[name]).sum() for name, g in zip(names, sums, strict=True)]
-            ).sum()
+            shares = []
+            for name, gradient in zip(names, sums, strict=True):
+                vector = vectors[name]
+                shares.append((gradient.to(vector.dtype) * vector).sum())
+            along = torch.stack(shares).sum()
             (dots,) = torch.autograd.grad(along, u)
         return dots.to(along.dtype)
 
