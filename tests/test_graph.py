@@ -5,7 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_mimic.gradients.graph import escaping_parameters, mixes_samples, not_a_plain_mean, reaches, uses
+from lightning_mimic.gradients.graph import (
+    escaping_parameters,
+    mixes_samples,
+    normalises_batch,
+    not_a_plain_mean,
+    reaches,
+    targets_left_out,
+    used_beyond,
+    walk,
+)
 
 BODY = ["body.bias", "body.weight"]
 OUTSIDE = torch.ones(3, requires_grad=True)
@@ -80,38 +89,23 @@ def test_reaches_follows_the_gradient_and_nothing_else():
     assert not reaches(net.gate, loss.grad_fn)
 
 
-USES = {
-    "never": (lambda w, x: x.square(), 0),
-    "once": (lambda w, x: F.linear(x, w), 1),
-    "once, on tokens": (lambda w, x: F.linear(x[:, None].expand(-1, 3, -1), w), 1),
-    "once, with a bias of its own": (lambda w, x: F.linear(x, w, x[0]), 1),
-    "once, as a filter": (lambda w, x: F.conv2d(x[:, :, None, None], w[:, :, None, None]), 1),
-    "twice": (lambda w, x: F.linear(F.linear(x, w), w), 2),
-    "tied through a transpose": (lambda w, x: F.linear(F.linear(x, w), w.t()), 2),
-    "one transpose used twice": (lambda w, x: (x @ (t := w.t())) @ t, 2),
-    "times itself": (lambda w, x: x @ (w * w), 2),
-    "regularised": (lambda w, x: F.linear(x, w) + w.square().sum(), 2),
-    "three times": (lambda w, x: F.linear(F.linear(F.linear(x, w), w), w), 3),
+WAYS = {  # around a call of the layer: what is after it, and whether its weight meets data beyond it
+    "a head": (lambda n, h: n.layer(h).mean(), False),
+    "an L2 term": (lambda n, h: n.layer(h).mean() + n.layer.weight.square().sum(), False),
+    "an L2 term of both": (lambda n, h: n.layer(h).mean() + n.layer.weight.square().sum() * n.layer.bias.sum(), False),
+    "an L2 term through a transpose": (lambda n, h: n.layer(h).mean() + n.layer.weight.t().square().sum(), False),
+    "tied before": (lambda n, h: n.layer(F.linear(h, n.layer.weight)).mean(), False),
+    "tied beside": (lambda n, h: n.layer(h).mean() + F.linear(h, n.layer.weight).mean(), True),
+    "tied after": (lambda n, h: F.linear(n.layer(h), n.layer.weight).mean(), True),
+    "tied after, through a transpose": (lambda n, h: F.linear(n.layer(h), n.layer.weight.t()).mean(), True),
 }
 
 
-@pytest.mark.parametrize("cache", [None, True, False])
-@pytest.mark.parametrize("case", USES)
-def test_every_use_of_a_parameter_is_counted_with_and_without_autocast(case, cache):
-    function, count = USES[case]
-    weight, x = nn.Parameter(torch.randn(4, 4)), torch.randn(3, 4, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=cache is not None, cache_enabled=bool(cache)):
-        loss = function(weight, x).float().sum()
-    assert uses(loss.grad_fn, weight) == count
-    assert uses(loss.grad_fn, nn.Parameter(torch.zeros(1))) == 0
-
-
-def test_a_frozen_parameter_is_not_used():
-    net = Net()
-    net.layer.requires_grad_(False)
-    loss = net.layer(net.body(torch.randn(3, 4))).sum()
-    assert uses(loss.grad_fn, net.layer.weight) == 0
-    assert uses(loss.grad_fn, net.body.weight) == 1
+@pytest.mark.parametrize("case", WAYS)
+def test_a_parameter_that_meets_data_beyond_the_gate_is_told_from_a_regularised_one(case):
+    net, (loss_of, beyond) = Net(), WAYS[case]
+    loss = loss_of(net, net.body(torch.randn(3, 4)))
+    assert used_beyond(loss.grad_fn, net.gate, net.layer.weight) is beyond
 
 
 TARGETS = torch.tensor([0, 1, 3])
@@ -167,6 +161,15 @@ def test_what_speaks_against_a_plain_mean_is_said(case):
     assert not_a_plain_mean(loss.grad_fn, net.gate) == reason
 
 
+@pytest.mark.parametrize(("ignored", "count"), [(-100, 0), (3, 1), (1, 1)])
+def test_targets_left_out_are_counted_without_waiting_for_the_device(ignored, count):
+    net = Net()
+    loss = F.cross_entropy(net.layer(torch.randn(3, 4)), TARGETS, ignore_index=ignored)
+    torch.testing.assert_close(targets_left_out(loss.grad_fn, net.gate), torch.tensor(float(count)))
+    summed = F.cross_entropy(net.layer(torch.randn(3, 4)), TARGETS, ignore_index=ignored, reduction="sum")
+    torch.testing.assert_close(targets_left_out(summed.grad_fn, net.gate), torch.tensor(0.0))
+
+
 def test_a_loss_before_the_gate_is_not_looked_at():
     net = Net()
     h = net.body(torch.randn(3, 4))
@@ -186,3 +189,21 @@ def test_batch_norm_before_the_gate_leaves_the_head_to_itself():
     net, norm = Net(), nn.BatchNorm1d(4).train()
     loss = F.layer_norm(net.layer(norm(net.body(torch.randn(3, 4)))), (4,)).mean()
     assert mixes_samples(loss.grad_fn, net.gate) is False
+
+
+SEQUENCE = torch.randn(3, 4, 5, requires_grad=True)
+NORMS = {
+    "batch norm": (nn.BatchNorm1d(4), SEQUENCE, True),
+    "batch norm, not training": (nn.BatchNorm1d(4).eval(), SEQUENCE, False),
+    "batch norm without statistics": (nn.BatchNorm1d(4, track_running_stats=False).eval(), SEQUENCE, True),
+    "batch norm of one sample": (nn.BatchNorm1d(4), SEQUENCE[:1], False),
+    "instance norm": (nn.InstanceNorm1d(4, affine=True), SEQUENCE, False),
+    "layer norm": (nn.LayerNorm(5), SEQUENCE, False),
+    "group norm": (nn.GroupNorm(2, 4), SEQUENCE, False),
+}
+
+
+@pytest.mark.parametrize("case", NORMS)
+def test_a_norm_over_the_batch_is_told_from_others(case):
+    norm, x, over_batch = NORMS[case]
+    assert any(normalises_batch(node) for node in walk(norm(x).grad_fn)) is over_batch

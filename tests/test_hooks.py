@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mimic.callbacks.hooks import LayerTap, wrap_method
+from lightning_mimic.callbacks.hooks import LossTap, wrap_method
 
 
 class Module(nn.Module):
@@ -92,124 +92,73 @@ def test_a_copy_of_a_wrapped_module_has_the_plain_method_of_its_own():
     assert twin.step(2) == ("copy", 2, 1.0)
 
 
-def tapped(on_gradient=lambda gradients: None, armed=True):
-    module = Module()
-    tap = LayerTap("body.layer", module.layer, on_gradient)
-    tap.armed = armed
-    return module, tap
+class Losses(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def sample_losses(self, batch):
+        return self.layer(batch).square().sum(1)
 
 
-def untouched(tap):
-    return tap.node is None and tap.output_shape == () and tap._inputs is None
-
-
-def test_a_tap_catches_input_node_and_shape_and_sees_the_gradient():
-    seen = []
-    module, tap = tapped(seen.append)
-    x = torch.randn(5, 2, requires_grad=True)
-    y = module.layer(x)
-    node = y.grad_fn
-    y.relu_().square().sum().backward()
-    assert tap.node is node
-    assert tap.output_shape == (5, 3)
-    torch.testing.assert_close(tap.inputs, x.detach(), rtol=0, atol=0)
-    assert not tap.inputs.requires_grad
-    assert tap.inputs.data_ptr() == x.data_ptr()
-    torch.testing.assert_close(seen, [2 * y.detach()])
-    tap.check_used()
-
-
-def test_what_the_hook_returns_takes_the_gradients_place():
-    module, _ = tapped(lambda gradients: 3 * gradients)
-    x = torch.ones(4, 2)
-    module.layer(x).sum().backward()
-    torch.testing.assert_close(module.layer.weight.grad, torch.full((3, 2), 12.0))
-
-
-def test_an_input_given_by_keyword_is_caught():
-    module, tap = tapped()
-    x = torch.randn(5, 2)
-    module.layer(input=x)
-    torch.testing.assert_close(tap.inputs, x, rtol=0, atol=0)
-
-
-def test_calls_are_ignored_while_not_armed():
-    seen = []
-    module, tap = tapped(seen.append, armed=False)
-    module.layer(torch.randn(5, 2)).sum().backward()
-    assert untouched(tap)
-    assert not seen
-    with pytest.raises(ValueError, match=r"^`parameters`: 'body\.layer' was not called in training_step"):
-        tap.check_used()
-
-
-def test_calls_without_gradient_are_ignored_and_named_if_there_is_no_other():
-    module, tap = tapped()
-    with torch.no_grad():
-        module.layer(torch.randn(5, 2))
-    assert untouched(tap)
-    with pytest.raises(ValueError, match=r"no gradient passes through the output of 'body\.layer'"):
-        tap.check_used()
-    x = torch.randn(4, 2)
-    module.layer(x)
-    with torch.no_grad():
-        module.layer(torch.randn(5, 2))
-    tap.check_used()
-    torch.testing.assert_close(tap.inputs, x, rtol=0, atol=0)
-
-
-def test_calls_of_a_copy_are_ignored():
-    seen = []
-    module, tap = tapped(seen.append)
-    twin = copy.deepcopy(module)
-    twin.layer(torch.randn(5, 2)).sum().backward()
-    assert untouched(tap)
-    assert not seen
-    module.layer(torch.randn(4, 2)).sum().backward()
-    assert tap.output_shape == (4, 3)
-    assert len(seen) == 1
-
-
-def test_a_second_call_is_refused():
-    module, tap = tapped()
-    module.layer(torch.randn(5, 2))
-    with pytest.raises(ValueError, match=r"^`parameters`: 'body\.layer' is called more than once in a training step"):
-        module.layer(torch.randn(5, 2))
-    tap.reset()
+def test_losses_are_caught_with_their_graph_and_as_they_were():
+    module = Losses()
+    tap = LossTap(module)
+    module.sample_losses(torch.ones(3, 2))
+    assert tap.values is None
     tap.armed = True
-    module.layer(torch.randn(6, 2))
-    assert tap.output_shape == (6, 3)
-
-
-def test_an_input_changed_in_place_afterwards_is_refused_when_asked_for():
-    module, tap = tapped()
-    x = torch.randn(5, 2).relu_()
-    module.layer(x)
-    assert tap.inputs.shape == (5, 2)
-    x.mul_(2.0)
-    with pytest.raises(RuntimeError, match=r"the input of 'body\.layer' was changed in place after.*out-of-place"):
-        _ = tap.inputs
-
-
-def test_reset_forgets_the_step_and_disarms():
-    module, tap = tapped()
-    module.layer(torch.randn(5, 2))
-    with torch.no_grad():
-        module.layer(torch.randn(5, 2))
-    tap.reset()
-    assert untouched(tap)
-    assert not tap.armed
-    with pytest.raises(ValueError, match="was not called"):
-        tap.check_used()
-
-
-def test_remove_takes_the_hook_off():
-    module, tap = tapped()
-    module.layer(torch.randn(5, 2))
-    assert len(module.layer._forward_hooks) == 1
+    losses = module.sample_losses(torch.ones(3, 2))
+    assert tap.live is losses
+    assert tap.edge.node is losses.grad_fn
+    torch.testing.assert_close(tap.values, losses.detach(), rtol=0, atol=0)
+    assert not tap.values.requires_grad
+    with pytest.raises(ValueError, match="`sample_losses` is called more than once in a training step"):
+        module.sample_losses(torch.ones(3, 2))
     tap.remove()
-    assert not module.layer._forward_hooks
-    assert not module.layer._forward_hooks_with_kwargs
-    assert untouched(tap)
-    module.layer(torch.randn(5, 2))
-    assert untouched(tap)
+    assert tap.values is None
+    assert "sample_losses" not in vars(module)
+
+
+def test_losses_without_gradient_are_not_the_steps():
+    module = Losses()
+    tap = LossTap(module)
+    tap.armed = True
+    with torch.no_grad():
+        module.sample_losses(torch.ones(3, 2))
+    assert tap.values is None
+
+
+def test_losses_changed_in_place_are_refused():
+    module = Losses()
+    tap = LossTap(module)
+    tap.armed = True
+    module.sample_losses(torch.ones(3, 2)).mul_(2)
+    with pytest.raises(ValueError, match="the losses that `sample_losses` returned were changed in place"):
+        _ = tap.live
+
+
+def test_losses_must_be_a_vector():
+    module = Losses()
+    module.sample_losses = lambda batch: module.layer(batch)
+    tap = LossTap(module)
+    tap.armed = True
+    with pytest.raises(ValueError, match=r"`sample_losses` returned shape \(3, 1\); expected \(B,\)."):
+        module.sample_losses(torch.ones(3, 2))
+    tap.remove()
+
+
+@pytest.mark.parametrize(("averaged", "expected", "refused"), [(True, 1 / 3, False), (False, 1 / 3, True)])
+def test_a_loss_that_is_not_the_mean_stops_the_backward_pass(averaged, expected, refused):
+    module, given = Losses(), []
+    tap = LossTap(module)
+    tap.armed = True
+    losses = module.sample_losses(torch.ones(3, 2))
+    tap.expect_plain_mean(lambda: given[0] if given else None)
+    torch.autograd.grad(losses.sum(), module.layer.weight, retain_graph=True)  # not the backward pass yet
+    given.append(torch.tensor(expected))
+    loss = losses.mean() if averaged else losses.sum()
+    if refused:
+        with pytest.raises(ValueError, match=r"does not return the plain mean of `self.sample_losses"):
+            loss.backward()
+    else:
+        loss.backward()

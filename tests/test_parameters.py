@@ -1,4 +1,4 @@
-"""Target parameters are chosen by name; a name that fits nothing, or no one layer, is refused with the way out."""
+"""Target parameters are chosen and left out by name; a name that fits nothing is refused with the way out."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mimic.gradients import owning_layer, select_parameters
+from lightning_mimic.gradients import select_parameters
 
 
 class Net(nn.Module):
@@ -38,7 +38,12 @@ class Net(nn.Module):
         (("norm", "scale"), ["scale", "norm.weight", "norm.bias"]),
         ("tied", ["tied.weight"]),
         ("embed.weight", ["embed.weight"]),
-        (["tied", "embed"], ["embed.weight", "tied.weight"]),
+        (["tied", "embed"], ["embed.weight"]),
+        (["*.weight", "!blocks", "!h*"], ["embed.weight", "norm.weight"]),
+        (["head", "!head.bias"], ["head.weight"]),
+        (["!head.bias", "head"], ["head.weight"]),
+        (["blocks", "!*.bias", "!blocks.2"], ["blocks.0.weight"]),
+        (["blocks", "!norm"], ["blocks.0.weight", "blocks.0.bias", "blocks.2.weight"]),
     ],
 )
 def test_parameters_are_chosen_by_module_name_and_glob_in_the_modules_order(patterns, names):
@@ -78,41 +83,86 @@ def test_a_module_without_parameters_is_refused_as_such():
         select_parameters(Net(), ["head", "blocks.1"])
 
 
-@pytest.mark.parametrize("patterns", ["head", "blocks.2", "blocks.0.bias", "norm"])
-def test_the_one_layer_that_owns_the_parameters_is_found(patterns):
-    net = Net()
-    path, layer = owning_layer(net, select_parameters(net, patterns))
-    assert path == patterns.removesuffix(".bias")
-    assert layer is net.get_submodule(path)
+EVERY = ["scale", "embed.weight", "blocks.0.weight", "blocks.0.bias", "blocks.2.weight"]
+EVERY += ["norm.weight", "norm.bias", "head.weight", "head.bias", "header.weight", "header.bias"]
 
 
-def test_a_bare_parameter_belongs_to_the_module_itself():
+def test_all_are_the_trainable_ones_each_once_under_its_first_name():
     net = Net()
-    path, layer = owning_layer(net, ["scale"])
-    assert path == ""
-    assert layer is net
+    chosen = select_parameters(net, "all")
+    assert list(chosen) == EVERY
+    assert chosen["embed.weight"] is net.tied.weight
+    net.blocks.requires_grad_(False)
+    net.head.bias.requires_grad_(False)
+    trainable = [name for name in EVERY if not name.startswith("blocks") and name != "head.bias"]
+    assert list(select_parameters(net, "all")) == trainable
+    assert list(select_parameters(net, ["head", "all"])) == [n for n in EVERY if n in trainable or n == "head.bias"]
+
+
+def test_a_frozen_parameter_is_chosen_when_it_is_named():
+    net = Net().requires_grad_(False)
+    assert list(select_parameters(net, "head")) == ["head.weight", "head.bias"]
+    assert list(select_parameters(net, "head.*")) == ["head.weight", "head.bias"]
+
+
+@pytest.mark.parametrize("patterns", ["all", ["all", "head"], "!head"])
+def test_all_of_a_frozen_module_is_refused_as_such(patterns):
+    with pytest.raises(ValueError, match=re.escape("`parameters`: no parameter of Net is trainable.")):
+        select_parameters(Net().requires_grad_(False), patterns)
 
 
 @pytest.mark.parametrize(
-    ("names", "shown"),
+    ("patterns", "left_out"),
     [
-        (["head.weight", "blocks.0.weight", "head.bias"], "2 layers ('blocks.0', 'head')"),
-        (["scale", "norm.bias"], "2 layers ('', 'norm')"),
-        ([f"{n}.w" for n in "abcdefg"], "7 layers ('a', 'b', 'c', 'd', 'e', 'f' ...)"),
+        ("!head", {"head.weight", "head.bias"}),
+        (["!head.bias", "!scale"], {"head.bias", "scale"}),
+        ("!*.weight", {name for name in EVERY if name.endswith("weight")}),
+        ("!tied", {"embed.weight"}),
+        ("!embed.weight", {"embed.weight"}),
+        (["all", "!blocks", "!blocks.0"], {name for name in EVERY if name.startswith("blocks")}),
     ],
 )
-def test_several_layers_are_counted_named_and_refused(names, shown):
-    with pytest.raises(ValueError, match=re.escape(f"`parameters` selects {shown}; the scores are taken from one")):
-        owning_layer(Net(), names)
+def test_an_exclusion_alone_leaves_all_the_others(patterns, left_out):
+    assert list(select_parameters(Net(), patterns)) == [name for name in EVERY if name not in left_out]
 
 
-@pytest.mark.parametrize(("name", "other"), [("tied.weight", "embed.weight"), ("embed.weight", "tied.weight")])
-def test_a_tied_parameter_is_refused_with_its_other_name(name, other):
-    with pytest.raises(ValueError, match=re.escape(f"{name!r} is tied to {other!r}; ")):
-        owning_layer(Net(), [name])
+def test_an_exclusion_alone_leaves_the_trainable_others():
+    net = Net()
+    net.norm.requires_grad_(False)
+    without = {"head.weight", "head.bias", "norm.weight", "norm.bias"}
+    assert list(select_parameters(net, "!head")) == [name for name in EVERY if name not in without]
 
 
-def test_a_layer_that_stands_twice_in_the_module_is_tied():
-    layer = nn.Linear(2, 2, bias=False)
-    with pytest.raises(ValueError, match=re.escape("'0.weight' is tied to '2.weight'; ")):
-        owning_layer(nn.Sequential(layer, nn.ReLU(), layer), ["0.weight"])
+@pytest.mark.parametrize("name", ["embed", "tied", "tied.weight"])
+def test_a_tied_parameter_is_left_out_under_any_of_its_names(name):
+    assert list(select_parameters(Net(), ["embed", "tied", "scale", f"!{name}"])) == ["scale"]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "wrong", "hint"),
+    [
+        ("!haed", "haed", "nearest: 'head', 'header'"),
+        (["head", "!head.baes"], "head.baes", "nearest: 'head.bias'"),
+        (["all", "!*.pos_embed"], "*.pos_embed", ""),
+        (["head", "!"], "", "there are: 'blocks'"),
+        (["head", "!!head"], "!head", "nearest: 'head'"),
+    ],
+)
+def test_an_exclusion_that_fits_nothing_is_refused_with_the_nearest(patterns, wrong, hint):
+    message = f"`parameters`: {wrong!r} names no module and no parameter of Net; {hint}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        select_parameters(Net(), patterns)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "shown"),
+    [
+        ("!*", "'!*'"),
+        (["head", "!head"], "'head', '!head'"),
+        (["all", "!all"], "'all', '!all'"),
+        (("embed", "!tied"), "'embed', '!tied'"),
+    ],
+)
+def test_nothing_left_is_refused_with_what_was_given(patterns, shown):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'`parameters`: nothing is left of {shown}.')}$"):
+        select_parameters(Net(), patterns)

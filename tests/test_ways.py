@@ -11,7 +11,7 @@ from toys import CLASSES, FEATURES, HIDDEN, Toy, WithLosses, loader, losses_of, 
 from trained import trained_by_oracle
 
 from lightning_mimic import GradMimic, Ledger
-from lightning_mimic.callbacks.plan import Way
+from lightning_mimic.callbacks.step import Way
 
 
 class Residual(Toy):

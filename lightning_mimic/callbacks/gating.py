@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from lightning_mimic.callbacks.judgement import Judgement
-from lightning_mimic.callbacks.plan import Step
+from lightning_mimic.callbacks.step import Step
 from lightning_mimic.callbacks.support import gather_rows
 from lightning_mimic.gradients import gate_rows, hook_gradient
 from lightning_mimic.gradients.tap import LayerCall

@@ -2,13 +2,12 @@
 
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from lightning_mimic.callbacks.step import Step, Way
 from lightning_mimic.callbacks.support import any_rank
 from lightning_mimic.gradients import Graph, LossGradients, ModelTap, WholeModelGradients
 from lightning_mimic.gradients.graph import (
@@ -21,6 +20,7 @@ from lightning_mimic.gradients.graph import (
     reaches,
     used_beyond,
 )
+from lightning_mimic.gradients.model import rows_of_samples
 from lightning_mimic.gradients.tap import LayerCall
 from lightning_mimic.scorers import Need
 
@@ -28,55 +28,6 @@ NOT_PLAIN = (
     "the loss cannot be taken for a plain mean over samples: {}. Give the module a method `sample_losses(batch)` that "
     "returns one loss per sample, and average it in training_step."
 )
-
-
-class Way(Enum):
-    """Where the products with the per-sample gradients come from."""
-
-    IN_PASS = "one layer's output gradient, inside the one backward pass"
-    REVERSE = "a reverse pass over the layers, before the backward pass"
-    DOUBLE = "the losses, differentiated twice"
-    NONE = "no gradient is needed"
-
-
-@dataclass(frozen=True)
-class Step:
-    """A micro-batch after its forward pass.
-
-    Attributes:
-        loss: The scalar that training_step returned.
-        losses: What ``sample_losses`` returned, ``None`` without that method.
-        losses_edge: Where their gradient arrives.
-        rows: Samples of this rank.
-        world: Ranks.
-    """
-
-    loss: Tensor
-    losses: Tensor | None
-    losses_edge: GradientEdge | None
-    rows: int
-    world: int
-
-    @property
-    def of_all_ranks(self) -> bool:
-        """The losses are those of all ranks' samples, in their order, with only this rank's part attached."""
-        return self.losses is not None and self.world > 1 and len(self.losses) == self.rows * self.world
-
-    @property
-    def own(self) -> slice:
-        """This rank's samples within ``losses``."""
-        first = self.rows * torch.distributed.get_rank() if self.of_all_ranks else 0
-        return slice(first, first + self.rows)
-
-    @property
-    def root(self) -> Tensor:
-        """What is differentiated for the scores."""
-        return self.loss if self.losses is None else self.losses
-
-    @property
-    def seed(self) -> Tensor:
-        """The gradient of the root under which row *i* below it is that of the unreduced loss ``ℓᵢ``."""
-        return torch.full_like(self.root, self.rows if self.losses is None else 1)
 
 
 class Plan:
@@ -98,7 +49,8 @@ class Plan:
         self._targets = dict(targets)
         self._needs = needs
         self._everywhere = everywhere
-        self._decided = False
+        self._decided = self._looking = False
+        self._cuts = 0
 
     def decide(self, step: Step) -> str:
         """Looks at the graph of a step.
@@ -111,7 +63,7 @@ class Plan:
             ValueError: The scores would not be those of the samples, or the weights would not reach all
                 parameters; says which and what to do.
         """
-        before = self.way
+        before, self._looking = self.way, True
         way, mixed = self._way(step) if self._targets else (Way.NONE, False)
         if self._decided and way != before:
             raise ValueError(
@@ -125,7 +77,7 @@ class Plan:
             if reason:
                 raise ValueError(NOT_PLAIN.format(reason))
         self._refuse_escaping(step, gate)
-        self._decided = True
+        self._decided, self._looking = True, False
         return "no_gradient" if way is Way.NONE else "contribution" if mixed else "own_loss"
 
     @property
@@ -155,16 +107,21 @@ class Plan:
             return step.losses_edge
         graph = Graph(made_by(step.root))
         wanted = graph.leaves if self._everywhere or not self._targets else self._target_nodes(graph)
-        edge = graph.lowest_cut(wanted, step.rows)
-        if edge is None:
-            # The first tensor with a row per sample shows what goes around it.
-            self._refuse_escaping(step, graph.lowest_cut(self._target_nodes(graph), step.rows))
+        cuts = graph.cuts(wanted, step.rows)
+        if not cuts:
+            # A tensor with a row per sample that all targets lie below shows what goes around it.
+            for edge in graph.cuts(self._target_nodes(graph), step.rows)[-1:]:
+                self._refuse_escaping(step, edge)
             raise ValueError(
                 f"no tensor with one row for each of {step.rows} samples lies between the loss and the parameters. "
                 "Give the module a method `sample_losses(batch)` that returns one loss per sample, and average it in "
                 "training_step."
             )
-        return edge
+        if self._looking:
+            # The lowest one at which the axis is the batch's: there, what is not finite is masked best.
+            compiled = any(map(is_compiled, graph.order))
+            self._cuts = 1 if compiled else rows_of_samples(step.root, cuts, step.rows)
+        return cuts[: self._cuts][-1]
 
     def dot_and_norms(
         self, step: Step, gate: GradientEdge, direction: Mapping[str, Tensor], scale: Tensor
@@ -197,35 +154,28 @@ class Plan:
 
     def _way(self, step: Step) -> tuple[Way, bool]:
         """The way for this step's graph, and whether a normalisation mixes samples above a target."""
-        refusal = None
+        if step.of_all_ranks:
+            assert step.losses is not None
+            self._check_double(step.losses, None)
+            return Way.DOUBLE, False
+        refusal, mixed = None, False
         call = self._only_call(step)
-        if call is not None and not step.of_all_ranks:
-            way, mixed = Way.IN_PASS, mixes_samples(made_by(step.loss), call.node)
-        elif not step.of_all_ranks:
-            way, mixed = Way.REVERSE, False
-            self.way = way
-            try:
-                mixed = self._rows(step, self.gate(step), step.seed).normalised()
-            except ValueError as error:
-                refusal = error
-                if step.losses is None:
-                    raise
-        if step.losses is None:
-            return way, mixed
-        coupled = step.of_all_ranks or refusal is not None
-        if not coupled and not mixed:
-            graph = Graph(made_by(step.losses))
-            uses, _ = self.tap.uses(graph, step.rows)
-            rows = WholeModelGradients(step.losses, uses, graph, step.rows)
-            if rows.compiled():
-                warnings.warn(
-                    "a part of the module is compiled, so it cannot be seen whether the samples' losses depend on each "
-                    "other; they are taken for independent.",
-                    stacklevel=2,
-                )
+        way = Way.REVERSE if call is None else Way.IN_PASS
+        try:
+            if call is None:
+                self.way = way
+                rows = self._rows(step, self.gate(step), step.seed)
+                mixed = rows.normalised()
             else:
-                coupled = rows.coupled()
-        if not any_rank(coupled, step.loss.device):
+                rows = WholeModelGradients(step.root, [call], Graph(made_by(step.root)), step.rows)
+                mixed = mixes_samples(made_by(step.loss), call.node)
+            if not mixed:
+                self._refuse_strangers(step, rows)
+        except ValueError as error:
+            refusal = error
+            if step.losses is None:
+                raise
+        if step.losses is None or not any_rank(refusal is not None, step.loss.device):
             return way, mixed
         self._check_double(step.losses, refusal)
         return Way.DOUBLE, False
@@ -278,6 +228,28 @@ class Plan:
             # What stood in the way of the cheaper way is what most users will want to change.
             raise error if refusal is None else ValueError(f"{refusal} Nor from the losses alone: {error}") from refusal
 
+    def _refuse_strangers(self, step: Step, rows: WholeModelGradients) -> None:
+        """Raises ``ValueError`` unless the rows that are scored are the samples."""
+        if rows.compiled():
+            warnings.warn(
+                "a part of the module is compiled, so it cannot be seen whether the samples' losses depend on each "
+                "other; they are taken for independent.",
+                stacklevel=2,
+            )
+            return
+        cuts: list[GradientEdge | None] = [None]
+        if step.losses is None:
+            graph = Graph(made_by(step.root))
+            cuts = [*graph.cuts(self._target_nodes(graph), step.rows)]
+        strangers = rows.strangers(cuts[0]) if cuts else []
+        if strangers:
+            shown = ", ".join(map(repr, strangers[:6])) + (f" and {len(strangers) - 6} more" if strangers[6:] else "")
+            raise ValueError(
+                f"`parameters`: where {shown} is used, the loss of one sample shows in the rows of others: the first "
+                "axis is not the batch's, or the loss makes the samples depend on each other. Name a later layer, or "
+                "give the module a method `sample_losses(batch)` that returns one loss per sample."
+            )
+
     def _refuse_unseen(self, unseen: Mapping[str, str]) -> None:
         size = sum(p.numel() for p in self._targets.values())
         share = sum(self._targets[name].numel() for name in unseen) / size
@@ -289,8 +261,8 @@ class Plan:
             "`sample_losses(batch)` that returns one loss per sample, from which any parameter can be scored."
         )
 
-    def _refuse_escaping(self, step: Step, gate: GradientEdge | None) -> None:
-        if gate is None or not self._everywhere:
+    def _refuse_escaping(self, step: Step, gate: GradientEdge) -> None:
+        if not self._everywhere:
             return
         names = escaping_parameters(made_by(step.loss), gate.node, dict(self._module.named_parameters()))
         if names:

@@ -12,7 +12,8 @@ from lightning_mimic.callbacks.batch import blank_nan_samples, sample_count
 from lightning_mimic.callbacks.gating import Gate, Scope
 from lightning_mimic.callbacks.hooks import LossTap, wrap_method
 from lightning_mimic.callbacks.judgement import Judgement, judge
-from lightning_mimic.callbacks.plan import NOT_PLAIN, Plan, Step, Way
+from lightning_mimic.callbacks.plan import NOT_PLAIN, Plan
+from lightning_mimic.callbacks.step import Step, Way
 from lightning_mimic.callbacks.support import world_size
 from lightning_mimic.gradients import Direction, hook_gradient
 from lightning_mimic.gradients.graph import made_by, targets_left_out

@@ -70,8 +70,8 @@ def bare_use(name: str, terminal: Terminal, graph: Graph, samples: int, axis: in
     node, kind = terminal.node, kind_of(terminal.node)
     shape = shape_of(node)
     for view in terminal.chain:
-        if kind_of(view) in EXCHANGED and len(shape_of(view)) != 2:
-            return f"used after {kind_of(view)} of more than two axes"
+        if kind_of(view) in EXCHANGED and not _swaps_two_axes(view):
+            return f"used after {kind_of(view)} that does more than swap two axes"
     if any(getattr(node, f"_saved_{factor}", 1) != 1 for factor in ("alpha", "beta")):
         return f"used by {kind} with a factor"
     if (kind, terminal.argument) in _MATRIX:
@@ -106,6 +106,17 @@ def _other_operand(terminal: Terminal) -> Tensor | None:
         case ("NativeLayerNorm", 1):
             other = (node._saved_input - node._saved_result1) * node._saved_result2  # normalised
     return other
+
+
+def _swaps_two_axes(node: Any) -> bool:
+    if len(shape_of(node)) != 2:
+        return False
+    match kind_of(node):
+        case "Transpose":  # axes counted from the end are kept as huge numbers, of the same parity
+            return bool(node._saved_dim0 % 2 != node._saved_dim1 % 2)
+        case "Permute":
+            return bool(node._saved_dims[0] % 2 == 1)
+    return True
 
 
 def _own_shape(terminal: Terminal) -> tuple[int, ...]:

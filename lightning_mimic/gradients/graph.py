@@ -65,7 +65,7 @@ class Graph:
         >>> graph = Graph(losses.grad_fn)
         >>> [kind_of(end.node) for end in graph.terminals(weight)]
         ['Mm']
-        >>> kind_of(graph.lowest_cut(graph.leaves, samples=3).node)
+        >>> kind_of(graph.cuts(graph.leaves, samples=3)[-1].node)
         'Mm'
     """
 
@@ -127,31 +127,33 @@ class Graph:
                 leading.add(node)
         return [mark for mark in marks if mark not in leading]
 
-    def lowest_cut(self, wanted: Collection[Node], samples: int) -> GradientEdge | None:
-        """The tensor furthest from the root through which every path to ``wanted`` leads, one row per sample.
+    def cuts(self, wanted: Collection[Node], samples: int) -> list[GradientEdge]:
+        """The tensors with one row per sample through which every path from the root to ``wanted`` leads.
+
+        None below the first parameter or normalisation over the batch: there the axes may mean something else.
 
         Args:
             wanted: Nodes of this graph.
-            samples: Leading size that the tensor must have.
+            samples: Leading size that the tensors must have.
 
         Returns:
-            Its node, or ``None`` if there is no such tensor above the first normalisation over the batch.
+            Where their gradients arrive, from the root on.
         """
         leading = self.leading_to(wanted)
-        lowest, ahead = None, {self.root}
+        found: list[GradientEdge] = []
+        ahead = {self.root}
         for node in self.order:
             if node not in leading:
                 continue
             ahead.discard(node)
-            # All other paths have come together in this node.
             one_output = not is_leaf(node) and len(node._input_metadata) == 1
+            # All other paths have come together in this node.
             if not ahead and one_output and shape_of(node)[:1] == (samples,):
-                lowest = GradientEdge(node, 0)
-            # No further than the first parameter: below it the axes may mean something else.
+                found.append(GradientEdge(node, 0))
             if node in wanted or normalises_batch(node) or any(leaf_below(child) for child, _ in node.next_functions):
                 break
             ahead |= {child for child, _ in node.next_functions if child in leading}
-        return lowest
+        return found
 
 
 def leaf_below(node: Node | None) -> Node | None:

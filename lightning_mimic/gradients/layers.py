@@ -28,8 +28,10 @@ def _group_norm(layer: nn.GroupNorm, inputs: Tensor, weight: Tensor, bias: Tenso
 
 def _batch_norm(layer: nn.BatchNorm2d, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     by_batch = layer.training or layer.running_mean is None
-    statistics = (None, None) if by_batch else (layer.running_mean, layer.running_var)
-    return F.batch_norm(inputs, *statistics, weight, bias, by_batch, 0.0, layer.eps)
+    mean, variance = (None, None) if by_batch else (layer.running_mean, layer.running_var)
+    if mean is not None and variance is not None:
+        mean, variance = mean.to(inputs.dtype), variance.to(inputs.dtype)
+    return F.batch_norm(inputs, mean, variance, weight, bias, by_batch, 0.0, layer.eps)
 
 
 def _embedding(layer: nn.Embedding, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -97,17 +99,24 @@ class LayerGradients:
     @staticmethod
     def check(name: str, layer: nn.Module) -> None:
         """Raises ``ValueError`` if the layer's gradients do not follow from its input and output gradient."""
-        if not any(kind in _RULES for kind in type(layer).__mro__):
+        kind = next((kind for kind in type(layer).__mro__ if kind in _RULES), None)
+        if kind is None:
             known = ", ".join(t.__name__ for t in _RULES)
             raise ValueError(
                 f"`parameters`: {name!r} is a {type(layer).__name__}; per-sample gradients are known for {known} "
                 "layers. Name such a layer."
             )
+        if any(_method(layer, method) is not getattr(kind, method, None) for method in ("forward", "_conv_forward")):
+            raise ValueError(
+                f"`parameters`: {name!r} is a {type(layer).__name__} with a forward of its own, which may compute "
+                f"something else than {kind.__name__}."
+            )
         own = {n for n, _ in layer.named_parameters(recurse=False)}
         if "weight" not in own or not own <= {"weight", "bias"}:
+            made = f"makes its weight of {', '.join(sorted(own))}" if own else "has no plain weight of its own"
             raise ValueError(
-                f"`parameters`: {name!r} makes its weight of {', '.join(sorted(own))} (weight_norm, pruning ...), in "
-                "which it is not linear. Name another layer, or remove the reparametrisation."
+                f"`parameters`: {name!r} {made} (weight_norm, pruning ...), in which it is not linear. Name another "
+                "layer, or remove the reparametrisation."
             )
         options = _EMBEDDING_REFUSED if isinstance(layer, nn.Embedding) else ()
         refused = [option for option in options if getattr(layer, option)]
@@ -129,29 +138,6 @@ class LayerGradients:
         axes = len(layer.normalized_shape) if isinstance(layer, nn.LayerNorm) else _rule(layer).axes
         return len(shape) > axes
 
-    @staticmethod
-    def reproduces(layer: nn.Module, inputs: Tensor, output: Tensor) -> bool:
-        """Whether the rule for this kind of layer gives the output that the layer gave (a host sync for subclasses).
-
-        A subclass may compute something else in its own ``forward``.
-        """
-        kind = next(kind for kind in type(layer).__mro__ if kind in _RULES)
-        methods = ("forward", "_conv_forward")
-        if all(getattr(type(layer), method, None) is getattr(kind, method, None) for method in methods):
-            return True
-        named = dict(layer.named_parameters(recurse=False))
-        weight, bias = named["weight"], named.get("bias")
-        try:
-            with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-                expected = _RULES[kind].apply(layer, _as(inputs, weight.dtype), weight, bias)
-        except RuntimeError:  # it takes inputs of other shapes
-            return False
-        if expected.shape != output.shape:
-            return False
-        tolerance = 1e-4 if output.dtype in (torch.float32, torch.float64) else 2e-2
-        difference = (expected - output.detach().to(expected.dtype)).abs().amax()
-        return bool(difference <= tolerance * expected.abs().amax())
-
     @torch.no_grad()
     def dot(self, vectors: Mapping[str, Tensor]) -> Tensor:
         """``⟨gᵢ, v⟩`` for every sample.
@@ -163,11 +149,10 @@ class LayerGradients:
         Returns:
             Shape ``(B,)``, in the dtype of ``vectors`` or higher.
         """
-        weight, bias = vectors.get("weight"), vectors.get("bias")
         dtype = torch.promote_types(next(iter(vectors.values())).dtype, torch.float32)
+        weight, bias = (vectors[part].to(dtype) if part in vectors else None for part in ("weight", "bias"))
         gradients = self._output_gradients.to(dtype)
-        # Autocast would put the product back into half precision.
-        with torch.autocast(gradients.device.type, enabled=False):
+        with _full_precision(gradients):
             if weight is not None:
                 moved = self._rule.apply(self._layer, _as(self._inputs, dtype), weight, bias)
             else:
@@ -180,17 +165,20 @@ class LayerGradients:
     def norms(self) -> Tensor:
         """``‖gᵢ‖`` for every sample of an ``nn.Linear``, shape ``(B,)``; without tokens ``‖aᵢ‖ ‖bᵢ‖``."""
         inputs, gradients = self._tokens()
+        # A confident sample's gradient is small, and its square may be none at all.
+        size = gradients.abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(gradients.dtype).tiny)
+        gradients = gradients / size
         square = torch.zeros(len(inputs), dtype=inputs.dtype, device=inputs.device)
-        if "weight" in self._parts:
-            tokens = inputs.shape[1]
-            if tokens * tokens <= inputs.shape[2] * gradients.shape[2]:  # the smaller of two equal sums
-                pairs = (inputs @ inputs.mT) * (gradients @ gradients.mT)
-                square = square + pairs.sum((1, 2))
-            else:
-                square = square + (gradients.mT @ inputs).square().sum((1, 2))
-        if "bias" in self._parts:
-            square = square + gradients.sum(1).square().sum(1)
-        return square.clamp(min=0).sqrt()  # rounding may leave a sum of pairs below zero
+        with _full_precision(gradients):
+            if "weight" in self._parts:
+                tokens = inputs.shape[1]
+                if tokens * tokens <= inputs.shape[2] * gradients.shape[2]:  # the smaller of two equal sums
+                    square = square + ((inputs @ inputs.mT) * (gradients @ gradients.mT)).sum((1, 2))
+                else:
+                    square = square + (gradients.mT @ inputs).square().sum((1, 2))
+            if "bias" in self._parts:
+                square = square + gradients.sum(1).square().sum(1)
+        return square.clamp(min=0).sqrt() * size[:, 0, 0]  # rounding may leave a sum of pairs below zero
 
     @torch.no_grad()
     def gram(self) -> Tensor:
@@ -198,23 +186,25 @@ class LayerGradients:
         inputs, gradients = self._tokens()
         rows, tokens = inputs.shape[:2]
         gram = torch.zeros(rows, rows, dtype=inputs.dtype, device=inputs.device)
-        if "weight" in self._parts:
-            if rows * tokens * tokens <= inputs.shape[2] * gradients.shape[2]:
-                a, b = inputs.flatten(0, 1), gradients.flatten(0, 1)
-                pairs = (a @ a.T) * (b @ b.T)
-                gram = gram + pairs.view(rows, tokens, rows, tokens).sum((1, 3))
-            else:
-                flat = (gradients.mT @ inputs).flatten(1)
-                gram = gram + flat @ flat.T
-        if "bias" in self._parts:
-            sums = gradients.sum(1)
-            gram = gram + sums @ sums.T
+        with _full_precision(gradients):
+            if "weight" in self._parts:
+                if rows * tokens * tokens <= inputs.shape[2] * gradients.shape[2]:
+                    a, b = inputs.flatten(0, 1), gradients.flatten(0, 1)
+                    pairs = (a @ a.T) * (b @ b.T)
+                    gram = gram + pairs.view(rows, tokens, rows, tokens).sum((1, 3))
+                else:
+                    flat = (gradients.mT @ inputs).flatten(1)
+                    gram = gram + flat @ flat.T
+            if "bias" in self._parts:
+                sums = gradients.sum(1)
+                gram = gram + sums @ sums.T
         return gram
 
     def mean(self) -> dict[str, Tensor]:
         """``Σᵢ gᵢ / B`` by part, each of that parameter's shape."""
         rows = self._output_gradients
-        return self.weighted_sum(torch.full((len(rows),), 1 / len(rows), device=rows.device))
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        return self.weighted_sum(torch.full((len(rows),), 1 / len(rows), dtype=dtype, device=rows.device))
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
         """``Σᵢ weightsᵢ gᵢ``, the gradient of a weighted loss.
@@ -229,7 +219,7 @@ class LayerGradients:
         wanted = {name: held[name] for name in self._parts}
         dtype = next(iter(held.values())).dtype
         rows = (self._output_gradients * weights.view(-1, *[1] * (self._output_gradients.ndim - 1))).to(dtype)
-        with torch.enable_grad(), torch.autocast(rows.device.type, enabled=False):
+        with torch.enable_grad(), _full_precision(rows):
             output = self._rule.apply(self._layer, _as(self._inputs, dtype), held["weight"], held.get("bias"))
             sums = torch.autograd.grad(output, list(wanted.values()), rows)
         return dict(zip(wanted, sums, strict=True))
@@ -240,9 +230,18 @@ class LayerGradients:
             raise TypeError(f"norms and gram are known for Linear layers, not for {type(self._layer).__name__}.")
         dtype = torch.promote_types(self._output_gradients.dtype, torch.float32)
         rows = len(self._output_gradients)
-        with torch.autocast(self._output_gradients.device.type, enabled=False):
-            pair = [t.to(dtype).reshape(rows, -1, t.shape[-1]) for t in (self._inputs, self._output_gradients)]
+        pair = [t.to(dtype).reshape(rows, -1, t.shape[-1]) for t in (self._inputs, self._output_gradients)]
         return pair[0], pair[1]
+
+
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    """Autocast would put products back into half precision."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _method(layer: nn.Module, name: str) -> object:
+    """What the layer calls by this name: the class's function, or what was put in its place on the object."""
+    return vars(layer).get(name, getattr(type(layer), name, None))
 
 
 def _rule(layer: nn.Module) -> _Rule:

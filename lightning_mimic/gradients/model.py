@@ -1,13 +1,16 @@
 """Per-sample gradients of many parameters at once, from one reverse pass over what they did to the batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_mimic.gradients.bare import BareUse, bare_use
-from lightning_mimic.gradients.graph import Graph, is_compiled, normalises_batch
+from lightning_mimic.gradients.gate import gate_rows, hook_gradient
+from lightning_mimic.gradients.graph import Graph, is_compiled, kind_of, normalises_batch
 from lightning_mimic.gradients.layers import LayerGradients
 from lightning_mimic.gradients.tap import LayerCall, LayerTap
 
@@ -85,6 +88,7 @@ class ModelTap:
         Returns:
             The uses, and for every parameter whose uses are not all known its name and the reason.
         """
+        reentrant = any(kind_of(node).startswith("CheckpointFunction") for node in graph.order)
         uses: list[Use] = [call for tap in self.layers for call in tap.calls if call.node in graph]
         unseen: dict[str, str] = {}
         for name, parameter in self._parameters.items():
@@ -94,6 +98,8 @@ class ModelTap:
             problems = [found for found in found if isinstance(found, str)]
             if calls:
                 problems = [problem for call in calls if (problem := _problem(call, samples)) is not None]
+                if reentrant and self._ran_without_gradient(name):
+                    problems.append(self._why_unused(name))
                 if parameter.requires_grad and len(ends) != len(calls):
                     problems.append(f"used in {len(ends)} places, {len(calls)} of them a call of its layer")
             elif not ends:
@@ -105,13 +111,15 @@ class ModelTap:
         return uses, unseen
 
     def _why_unused(self, name: str) -> str:
-        taps = [tap for tap in self.layers if name in tap.parts.values()]
-        if any(tap.calls_without_gradient for tap in taps):
+        if self._ran_without_gradient(name):
             return (
                 "its layer ran without gradient: it and all before it are frozen, or it ran under no_grad or reentrant "
                 "activation checkpointing (use_reentrant=False works)"
             )
         return "no path leads from the loss to it"
+
+    def _ran_without_gradient(self, name: str) -> bool:
+        return any(tap.calls_without_gradient for tap in self.layers if name in tap.parts.values())
 
 
 class WholeModelGradients:
@@ -164,31 +172,33 @@ class WholeModelGradients:
             if gradient is not None:  # autograd's way to say zero
                 shares.extend(use.dot(gradient, vectors) for use in uses)
 
-        hooks = [
-            node.register_prehook(lambda gradients, uses=uses: take(uses, gradients[0]))
-            for node, uses in self._at.items()
-            if node not in self._deepest
-        ]
-        try:
-            with torch.autocast(self._losses.device.type, enabled=False):
-                for node, gradient in zip(self._deepest, self._reverse(self._seed), strict=True):
-                    take(self._at[node], gradient)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        self._visit(self._seed, take)
         if not shares:
             return torch.zeros(self._samples, device=self._losses.device)
         return torch.stack(shares).sum(0)
 
-    def coupled(self) -> bool:
-        """Whether the first sample's loss depends on other samples, so that rows are contributions (a host sync)."""
-        first = torch.zeros_like(self._losses)
-        first[0] = 1
-        for node, gradient in zip(self._deepest, self._reverse(first), strict=True):
-            use = self._at[node][0]
-            if gradient is not None and bool((gradient.reshape(use.shape).movedim(use.axis, 0)[1:].abs() > 0).any()):
-                return True
-        return False
+    def strangers(self, edge: GradientEdge | None = None) -> list[str]:
+        """Parameters at whose uses one sample's loss shows in other rows than its own (a host sync per use).
+
+        Either the loss makes the samples depend on each other, or an axis was taken for the batch's that only has
+        its length. Looks at the first and the last sample.
+
+        Args:
+            edge: A tensor above all uses with one row per sample, where the losses themselves are a scalar.
+        """
+        found: list[str] = []
+
+        def look(own: int, uses: Sequence[Use], gradient: Tensor | None) -> None:
+            for use in uses:
+                if edge is not None and use.node is edge.node:
+                    continue  # its rows are the edge's own
+                if gradient is not None and not _alone(gradient.reshape(use.shape).movedim(use.axis, 0), own):
+                    found.extend(use.parts.values() if isinstance(use, LayerCall) else [use.name])
+
+        for own in {0, self._samples - 1}:
+            with one_sample(self._losses, edge, own, self._samples) as seed:
+                self._visit(seed, partial(look, own))
+        return list(dict.fromkeys(found))
 
     def normalised(self) -> bool:
         """Whether a batch normalisation in training mode lies above a use, so that rows are contributions."""
@@ -207,25 +217,76 @@ class WholeModelGradients:
         uses = [use for here in self._at.values() for use in here]
         if len(uses) != 1 or not isinstance(uses[0], LayerCall):
             raise ValueError(f"the parameters were used {len(uses)} times, not by one call of one layer.")
-        (gradient,) = self._reverse(self._seed)
-        if gradient is None:
+        found: list[Tensor | None] = []
+        self._visit(self._seed, lambda uses, gradient: found.append(gradient))
+        if found[0] is None:
             raise ValueError(f"no gradient reaches the output of {uses[0].name!r}.")
-        return uses[0].gradients(gradient)
+        return uses[0].gradients(found[0])
 
     def _above(self) -> list[Node]:
         """The nodes that the reverse pass goes through."""
         leading = self._graph.leading_to(self._at)
         return [n for n in self._graph.order if any(child in leading for child, _ in n.next_functions)]
 
-    def _reverse(self, seed: Tensor) -> tuple[Tensor | None, ...]:
+    def _visit(self, seed: Tensor, visit: Callable[[Sequence[Use], Tensor | None], None]) -> None:
+        """One reverse pass that shows every use the gradient of its output."""
+        hooks = [
+            node.register_prehook(lambda gradients, uses=uses: visit(uses, gradients[0]))
+            for node, uses in self._at.items()
+            if node not in self._deepest
+        ]
         # What lies above the deepest uses is computed on the way to them; weights' gradients are not.
         edges = [GradientEdge(node, 0) for node in self._deepest]
-        if not edges:
-            return ()
-        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-            self._losses, edges, seed, retain_graph=True, allow_unused=True
+        try:
+            for node, gradient in zip(self._deepest, _reverse(self._losses, edges, seed), strict=True):
+                visit(self._at[node], gradient)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@contextmanager
+def one_sample(losses: Tensor, edge: GradientEdge | None, own: int, samples: int) -> Iterator[Tensor]:
+    """Within it a reverse pass from ``losses``, begun with the seed that is given, carries one sample's loss alone."""
+    alone = torch.arange(samples, device=losses.device) == own
+    if edge is None:
+        yield alone.to(losses.dtype)
+        return
+    hook = hook_gradient(edge, lambda gradients: gate_rows(gradients, alone.to(gradients.dtype), ~alone))
+    try:
+        yield torch.ones_like(losses)
+    finally:
+        hook.remove()
+
+
+def rows_of_samples(losses: Tensor, edges: Sequence[GradientEdge], samples: int) -> int:
+    """How many of the tensors, from the first on, really have the samples for rows (a host sync per tensor).
+
+    Args:
+        losses: Shape ``(B,)``, or a scalar.
+        edges: Of tensors of leading size B, each above the next; the rows of the first one are the samples.
+        samples: B.
+    """
+    deep = len(edges)
+    for own in {0, samples - 1}:
+        with one_sample(losses, edges[0], own, samples) as seed:
+            gradients = _reverse(losses, edges, seed)
+        # What the first one gets was not cut down to one sample on its way.
+        alone = [g is None or _alone(g, own) for g in gradients[1:]]
+        deep = min(deep, 1 + (alone.index(False) if False in alone else len(alone)))
+    return deep
+
+
+def _alone(rows: Tensor, own: int) -> bool:
+    return not bool((torch.cat([rows[:own], rows[own + 1 :]]).abs() > 0).any())
+
+
+def _reverse(losses: Tensor, edges: Sequence[GradientEdge], seed: Tensor) -> tuple[Tensor | None, ...]:
+    with torch.autocast(losses.device.type, enabled=False):
+        gradients: tuple[Tensor | None, ...] = (
+            torch.autograd.grad(losses, edges, seed, retain_graph=True, allow_unused=True) if edges else ()
         )
-        return gradients
+    return gradients
 
 
 def _problem(call: LayerCall, samples: int) -> str | None:

@@ -59,7 +59,7 @@ class LayerCall:
 
 
 class LayerTap:
-    """Records a layer's calls while it is armed; a subclass's only if it computes what is known of its kind.
+    """Records a layer's calls while it is armed.
 
     Args:
         name: The layer's path, for messages.
@@ -72,7 +72,6 @@ class LayerTap:
         self.armed = False
         self.calls: list[LayerCall] = []
         self.calls_without_gradient = 0
-        self._faithful: bool | None = None
 
         # A plain function: deepcopy of the module (SWA, EMA) takes it along as it is, and the copy's calls
         # are told apart by their module. Outside of compiled graphs, in which it could not look.
@@ -99,10 +98,6 @@ class LayerTap:
         if not output.requires_grad or output.grad_fn is None:
             self.calls_without_gradient += 1
             return
-        if self._faithful is None:  # once, because it waits for the device
-            self._faithful = LayerGradients.reproduces(self.layer, inputs.detach(), output)
-        if not self._faithful:
-            return  # the graph may know more
         call = LayerCall(
             name=self.name,
             layer=self.layer,

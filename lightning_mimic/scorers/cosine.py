@@ -29,4 +29,5 @@ class CosineSimilarity:
         assert products.direction_norm is not None
         still = products.norms == 0
         norms = torch.where(still, torch.ones_like(products.norms), products.norms)
-        return torch.where(still, torch.zeros_like(norms), -products.dot / (norms * products.direction_norm))
+        cosine = (-products.dot / (norms * products.direction_norm)).clamp(-1, 1)  # rounding may lead beyond
+        return torch.where(still, torch.zeros_like(cosine), cosine)

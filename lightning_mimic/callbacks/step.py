@@ -1,0 +1,57 @@
+"""A micro-batch after its forward pass, and the ways in which its samples can be scored."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+
+class Way(Enum):
+    """Where the products with the per-sample gradients come from."""
+
+    IN_PASS = "one layer's output gradient, inside the one backward pass"
+    REVERSE = "a reverse pass over the layers, before the backward pass"
+    DOUBLE = "the losses, differentiated twice"
+    NONE = "no gradient is needed"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A micro-batch after its forward pass.
+
+    Attributes:
+        loss: The scalar that training_step returned.
+        losses: What ``sample_losses`` returned, ``None`` without that method.
+        losses_edge: Where their gradient arrives.
+        rows: Samples of this rank.
+        world: Ranks.
+    """
+
+    loss: Tensor
+    losses: Tensor | None
+    losses_edge: GradientEdge | None
+    rows: int
+    world: int
+
+    @property
+    def of_all_ranks(self) -> bool:
+        """The losses are those of all ranks' samples, in their order, with only this rank's part attached."""
+        return self.losses is not None and self.world > 1 and len(self.losses) == self.rows * self.world
+
+    @property
+    def own(self) -> slice:
+        """This rank's samples within ``losses``."""
+        first = self.rows * torch.distributed.get_rank() if self.of_all_ranks else 0
+        return slice(first, first + self.rows)
+
+    @property
+    def root(self) -> Tensor:
+        """What is differentiated for the scores."""
+        return self.loss if self.losses is None else self.losses
+
+    @property
+    def seed(self) -> Tensor:
+        """The gradient of the root under which row *i* below it is that of the unreduced loss ``ℓᵢ``."""
+        return torch.full_like(self.root, self.rows if self.losses is None else 1)

@@ -1,0 +1,241 @@
+"""Parameters bare, reused, tied or hidden: exact where a rule is known, otherwise named with the reason."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rows import Ad, assert_exact, bare, losses_of, tapped, vectors_of
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+B, T, D = 3, 2, 4
+FLAT, TOKENS, IMAGE = (B, D), (B, T, D), (B, D, T)
+
+EXACT = {  # what is computed, its parts, and the inputs' shape
+    "class token": (lambda n, x: torch.cat([n.p.expand(B, -1, -1), x], 1), lambda: {"p": bare(1, 1, D)}, TOKENS),
+    "class token without axes": (lambda n, x: n.p.expand(B, D) + x, lambda: {"p": bare(D)}, FLAT),
+    "positions": (lambda n, x: x + n.p, lambda: {"p": bare(1, T, D)}, TOKENS),
+    "positions without the batch's axis": (lambda n, x: n.p + x, lambda: {"p": bare(T, D)}, TOKENS),
+    "positions added in place": (lambda n, x: x.sin().add_(n.p), lambda: {"p": bare(T, D)}, TOKENS),
+    "one number added": (lambda n, x: x + n.p, lambda: {"p": bare()}, FLAT),
+    "one number multiplied": (lambda n, x: n.p * x, lambda: {"p": bare()}, TOKENS),
+    "scale": (lambda n, x: x * n.p, lambda: {"p": bare(D)}, TOKENS),
+    "scale from the left": (lambda n, x: n.p * x, lambda: {"p": bare(D)}, FLAT),
+    "scale of channels": (lambda n, x: n.p.view(1, -1, 1) * x, lambda: {"p": bare(D)}, IMAGE),
+    "scale twice": (lambda n, x: n.p * (x * n.p).tanh(), lambda: {"p": bare(D)}, TOKENS),
+    "scale of what is learned": (lambda n, x: n.l(x) * n.p, lambda: {"p": bare(D), "l": nn.Linear(D, D)}, TOKENS),
+    "scale in place": (lambda n, x: n.l(x).mul_(n.p), lambda: {"p": bare(D), "l": nn.Linear(D, D)}, TOKENS),
+    "product": (lambda n, x: x @ n.p, lambda: {"p": bare(D, 5)}, FLAT),
+    "product of tokens": (lambda n, x: x @ n.p, lambda: {"p": bare(D, 5)}, TOKENS),
+    "product of a grid": (lambda n, x: x @ n.p, lambda: {"p": bare(D, 5)}, (B, T, T, D)),
+    "product, transposed": (lambda n, x: x @ n.p.T, lambda: {"p": bare(5, D)}, TOKENS),
+    "product, transposed and shaped": (lambda n, x: x @ n.p.view(5, D).mT, lambda: {"p": bare(5 * D)}, FLAT),
+    "product, twice transposed": (lambda n, x: x @ n.p.T.mT, lambda: {"p": bare(D, D)}, FLAT),
+    "linear by hand": (lambda n, x: F.linear(x, n.p, n.q), lambda: {"p": bare(5, D), "q": bare(5)}, FLAT),
+    "linear by hand of tokens": (lambda n, x: F.linear(x, n.p, n.q), lambda: {"p": bare(5, D), "q": bare(5)}, TOKENS),
+    "linear by hand of transposed tokens": (
+        lambda n, x: F.linear(x.mT, n.p, n.q),
+        lambda: {"p": bare(5, T), "q": bare(5)},
+        TOKENS,
+    ),
+    "addmm": (lambda n, x: torch.addmm(n.q, x, n.p), lambda: {"p": bare(D, 5), "q": bare(5)}, FLAT),
+    "layer norm by hand": (
+        lambda n, x: F.layer_norm(x, (D,), n.p, n.q),
+        lambda: {"p": bare(D), "q": bare(D)},
+        TOKENS,
+    ),
+    "layer norm of channels": (
+        lambda n, x: F.layer_norm(x.mT, (D,), n.p, n.q).mT,
+        lambda: {"p": bare(D), "q": bare(D)},
+        IMAGE,
+    ),
+    "one layer called twice": (lambda n, x: n.l(n.l(x).tanh()), lambda: {"l": nn.Linear(D, D)}, TOKENS),
+    "one layer called in parallel": (lambda n, x: n.l(x) * n.l(x.sin()), lambda: {"l": nn.Linear(D, D)}, FLAT),
+    "a call for nothing": (lambda n, x: (n.l(x), n.l(x.sin()))[1], lambda: {"l": nn.Linear(D, D)}, FLAT),
+    "batch norm in eval mode": (lambda n, x: n.l.eval()(x), lambda: {"l": nn.BatchNorm1d(D)}, FLAT),
+    "rms norm": (lambda n, x: n.l(x), lambda: {"l": nn.RMSNorm(D)}, TOKENS),
+    "relu in place": (lambda n, x: n.m(F.relu_(n.l(x))), lambda: {"l": nn.Linear(D, D), "m": nn.Linear(D, D)}, TOKENS),
+    "relu in place, flat": (lambda n, x: F.relu_(n.l(x)).cos(), lambda: {"l": nn.Linear(D, D)}, FLAT),
+    "relu in place, norm": (lambda n, x: F.relu_(n.l(x)).cos(), lambda: {"l": nn.LayerNorm(D)}, TOKENS),
+    "relu in place, conv": (lambda n, x: F.relu_(n.l(x)).cos(), lambda: {"l": nn.Conv1d(D, D, 1)}, IMAGE),
+    "a part overwritten in place": (
+        lambda n, x: overwritten(n.l(x)),
+        lambda: {"l": nn.Linear(D, D)},
+        TOKENS,
+    ),
+    "sum in place": (
+        lambda n, x: n.n(residual(n, x)),
+        lambda: {"l": nn.Linear(D, D), "m": nn.Linear(D, D), "n": nn.LayerNorm(D)},
+        TOKENS,
+    ),
+    "a subclass that doubles": (lambda n, x: n.l(x), lambda: {"l": Doubled(D, D)}, TOKENS),
+    "another hook that doubles": (lambda n, x: n.l(x), lambda: {"l": hooked(nn.Linear(D, D))}, FLAT),
+}
+
+
+def overwritten(h):
+    h[:, 0].mul_(2)
+    return h.tanh()
+
+
+def residual(n, x):
+    identity = n.l(x)
+    out = n.m(identity.tanh())
+    out += identity
+    return out
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Squared(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight.square(), self.bias)
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda _, args, output: 2 * output)
+    return layer
+
+
+def pruned(layer):
+    prune.l1_unstructured(layer, "weight", 0.5)
+    return layer
+
+
+UNSEEN = {  # what is computed, its parts, what is unseen (the rest is exact), and why
+    "a slice": (lambda n, x: x @ n.p[:, :2], lambda: {"p": bare(D, D)}, "p", "used by Slice"),
+    "a row": (lambda n, x: x + n.p[1], lambda: {"p": bare(D, D)}, "p", "used by Select"),
+    "rows by index": (lambda n, x: x + n.p[[1, 0]], lambda: {"p": bare(T, D)}, "p", "used by Index"),
+    "a repeated token": (lambda n, x: n.p.repeat(B, 1, 1) + x, lambda: {"p": bare(1, 1, D)}, "p", "used by Repeat"),
+    "an exponential": (lambda n, x: x * n.p.exp(), lambda: {"p": bare()}, "p", "used by Exp"),
+    "a difference": (lambda n, x: x - n.p, lambda: {"p": bare(D)}, "p", "used by Sub"),
+    "a sum with a factor": (lambda n, x: torch.add(x, n.p, alpha=2), lambda: {"p": bare(D)}, "p", "with a factor"),
+    "a product with a factor": (
+        lambda n, x: torch.addmm(x[:, 0], x[:, 1], n.p, alpha=2),
+        lambda: {"p": bare(D, D)},
+        "p",
+        "used by Addmm with a factor",
+    ),
+    "a scaled table": (
+        lambda n, x: x + n.p * torch.ones(T, D),
+        lambda: {"p": bare()},
+        "p",
+        "not spread over 3 samples",
+    ),
+    "layer norm by hand, time first": (
+        lambda n, x: F.layer_norm(x.transpose(0, 1), (D,), n.p, n.q).transpose(0, 1),
+        lambda: {"p": bare(D), "q": bare(D)},
+        "?",
+        "used by NativeLayerNorm",
+    ),
+    "einsum": (
+        lambda n, x: torch.einsum("bti,io->bto", x, n.p),
+        lambda: {"p": bare(D, D)},
+        "p",
+        "more than swap two axes",
+    ),
+    "prelu": (lambda n, x: n.l(x.mT), lambda: {"l": nn.PReLU(D)}, "l.*", "no rule is known"),
+    "instance norm": (lambda n, x: n.l(x.mT), lambda: {"l": nn.InstanceNorm1d(D, affine=True)}, "l.*", "used by"),
+    "squared weight": (lambda n, x: n.l(x), lambda: {"l": Squared(D, D)}, "l.weight", "used by Pow"),
+    "weight norm": (
+        lambda n, x: n.l(x),
+        lambda: {"l": parametrizations.weight_norm(nn.Linear(D, D))},
+        "*weight*",
+        "used by",
+    ),
+    "pruned": (lambda n, x: n.l(x), lambda: {"l": pruned(nn.Linear(D, D))}, "l.weight_orig", "not spread over 3"),
+    "once by its layer and once by hand": (
+        lambda n, x: n.l(x) + x @ n.l.weight,
+        lambda: {"l": nn.Linear(D, D)},
+        "l.weight",
+        "used in 2 places, 1 of them a call of its layer",
+    ),
+    "a call for nothing and one by hand": (
+        lambda n, x: (n.l(x), F.linear(x, n.l.weight.square()))[1],
+        lambda: {"l": nn.Linear(D, D, bias=False)},
+        "l.weight",
+        "used by Pow",
+    ),
+    "a penalty": (
+        lambda n, x: n.l(x) + n.l.weight.square().sum(),
+        lambda: {"l": nn.Linear(D, D)},
+        "l.weight",
+        "used in 2 places",
+    ),
+    "halves of the batch": (
+        lambda n, x: torch.cat([n.l(x[:2]), n.l(x[2:])]),
+        lambda: {"l": nn.Linear(D, D)},
+        "l.*",
+        "output has shape (2, 2, 4), not one row for each of 3 samples",
+    ),
+    "two views of the batch": (
+        lambda n, x: torch.stack(n.l(torch.cat([x, 2 * x])).chunk(2), 1),
+        lambda: {"l": nn.Linear(D, D)},
+        "l.*",
+        "output has shape (6, 2, 4)",
+    ),
+    "a norm over the batch's axis too": (
+        lambda n, x: n.l(x[:, 0]),
+        lambda: {"l": nn.LayerNorm((B, D))},
+        "l.*",
+        "output has shape (3, 4)",
+    ),
+    "a position table": (
+        lambda n, x: x + n.l(torch.arange(T)),
+        lambda: {"l": nn.Embedding(T, D)},
+        "l.weight",
+        "output has shape (2, 4)",
+    ),
+}
+
+
+def ad(compute, parts):
+    torch.manual_seed(0)
+    return Ad(lambda net, x: compute(net, x).sin(), **parts()).double()
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_products_equal_those_of_a_loop_over_samples(kind):
+    compute, parts, shape = EXACT[kind]
+    rows = assert_exact(ad(compute, parts), torch.randn(shape).double())
+    assert not rows.strangers()
+
+
+@pytest.mark.parametrize("kind", UNSEEN)
+def test_what_no_rule_is_known_for_is_named_with_the_reason(kind):
+    compute, parts, unseen, reason = UNSEEN[kind]
+    net, x = ad(compute, parts), torch.randn(TOKENS).double()
+    found = tapped(net, losses_of, x, vectors_of(net))[2]
+    assert all(reason in phrase for phrase in found.values())
+    assert_exact(net, x, unseen=[unseen])
+
+
+def linears_of_one_weight():
+    net = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
+    net[4].weight = net[0].weight
+    return net
+
+
+def language_model():
+    net = nn.Sequential(nn.Embedding(7, D), nn.LayerNorm(D), nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 7))
+    net[4].weight = net[0].weight
+    return net
+
+
+@pytest.mark.parametrize("names", [None, ["0.weight"]])
+@pytest.mark.parametrize("shape", [FLAT, TOKENS])
+def test_linears_of_one_weight(shape, names):
+    torch.manual_seed(0)
+    assert_exact(linears_of_one_weight().double(), torch.randn(shape).double(), names=names)
+
+
+@pytest.mark.parametrize("padding", [None, 1])
+@pytest.mark.parametrize("names", [None, ["0.weight"]])
+def test_an_embedding_that_is_the_output_layer_too(names, padding):
+    torch.manual_seed(0)
+    net = language_model().double()
+    net[0].padding_idx = padding
+    words = torch.tensor([[0, 1, 1, 6], [2, 2, 2, 2], [1, 5, 0, 3]])
+    assert_exact(net, words, names=names)

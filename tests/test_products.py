@@ -1,0 +1,295 @@
+"""Every product with one layer's per-sample gradients agrees with autograd's own, taken one sample at a time."""
+
+import copy
+import re
+from functools import partial
+
+import pytest
+import torch
+from oracles import finite_difference_scores, per_sample_gradients, weighted_gradient
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_mimic.gradients import LayerGradients
+
+EXACT = {"rtol": 0, "atol": 0}
+DIGITS = {torch.float64: {"rtol": 1e-9, "atol": 1e-10}, torch.float32: {"rtol": 1e-4, "atol": 1e-4}}
+
+LAYERS = {  # how the layer is made, and the shape of one sample
+    "linear": (partial(nn.Linear, 5, 4), (5,)),
+    "linear, one token axis": (partial(nn.Linear, 5, 4), (3, 5)),
+    "linear, two token axes": (partial(nn.Linear, 5, 4), (2, 3, 5)),
+    "linear, more tokens than features": (partial(nn.Linear, 2, 3), (9, 2)),
+    "linear, no bias": (partial(nn.Linear, 5, 4, bias=False), (3, 5)),
+    "conv1d": (partial(nn.Conv1d, 3, 4, 3, stride=2, dilation=2, padding=2), (3, 7)),
+    "conv1d, groups": (partial(nn.Conv1d, 4, 2, 2, groups=2, bias=False), (4, 5)),
+    "conv2d": (partial(nn.Conv2d, 3, 4, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), (3, 6, 5)),
+    "conv2d, groups": (partial(nn.Conv2d, 4, 6, 3, groups=2), (4, 5, 4)),
+    "conv2d, circular": (partial(nn.Conv2d, 3, 4, 3, padding=1, padding_mode="circular"), (3, 4, 5)),
+    "conv2d, reflect": (partial(nn.Conv2d, 3, 4, 3, padding=(1, 2), padding_mode="reflect"), (3, 4, 5)),
+    "conv2d, same": (partial(nn.Conv2d, 3, 4, (1, 3), padding="same"), (3, 4, 5)),
+    "conv3d": (partial(nn.Conv3d, 2, 4, (1, 2, 3), stride=(1, 2, 1), padding=1, groups=2), (2, 3, 4, 3)),
+    "layer norm": (partial(nn.LayerNorm, 5, eps=1e-2), (5,)),
+    "layer norm, tokens": (partial(nn.LayerNorm, 5), (3, 5)),
+    "layer norm, two axes, no bias": (partial(nn.LayerNorm, (3, 4), bias=False), (2, 3, 4)),
+    "group norm": (partial(nn.GroupNorm, 2, 6, eps=1e-2), (6,)),
+    "group norm, pixels": (partial(nn.GroupNorm, 2, 4), (4, 3, 2)),
+    "batch norm": (lambda: nn.BatchNorm1d(4, eps=1e-2).eval(), (4,)),
+    "batch norm, sequence": (lambda: nn.BatchNorm1d(4).eval(), (4, 3)),
+    "batch norm, pixels": (lambda: nn.BatchNorm2d(3).eval(), (3, 4, 2)),
+    "batch norm, voxels": (lambda: nn.BatchNorm3d(2).eval(), (2, 2, 3, 2)),
+    "batch norm, training": (partial(nn.BatchNorm1d, 4, eps=1e-2), (4,)),
+    "batch norm, training, pixels": (partial(nn.BatchNorm2d, 3), (3, 4, 2)),
+    "batch norm, no statistics": (lambda: nn.BatchNorm2d(3, track_running_stats=False).eval(), (3, 4, 2)),
+    "embedding": (partial(nn.Embedding, 4, 3), ()),
+    "embedding, tokens": (partial(nn.Embedding, 4, 3), (6,)),
+    "embedding, padding": (partial(nn.Embedding, 4, 3, padding_idx=-3), (6,)),
+}
+LINEAR = [kind for kind in LAYERS if kind.startswith("linear")]
+TARGETS = [("weight", "bias"), ("weight",), ("bias",)]
+
+
+def with_targets(kinds):
+    pairs = [(kind, target) for kind in kinds for target in TARGETS]
+    return [
+        pytest.param(kind, target, id=f"{kind}: {'+'.join(target)}")
+        for kind, target in pairs
+        if all(getattr(LAYERS[kind][0](), part, None) is not None for part in target)
+    ]
+
+
+EVERY = with_targets(LAYERS)
+
+
+def made(kind, rows, dtype=torch.float64):
+    """A layer and a batch; the same numbers, in float32 already, for every dtype."""
+    torch.manual_seed(rows)
+    make, shape = LAYERS[kind]
+    layer = make()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_()
+        for name, statistic in layer.named_buffers():
+            if name != "num_batches_tracked":
+                statistic.uniform_(0.5, 2.0)
+    if isinstance(layer, nn.Embedding):
+        x = torch.randint(4, (rows, *shape))
+        x.view(-1)[0] = 1  # the row that padding_idx=-3 means
+    else:
+        x = torch.randn(rows, *shape).to(dtype)
+    return layer.to(dtype), (x, torch.randn(rows).to(dtype))
+
+
+def losses_of(layer, batch):
+    outputs = torch.tanh(layer(batch[0])).flatten(1)
+    return (outputs - batch[1][:, None]).square().mean(1) + torch.logsumexp(outputs, 1)
+
+
+def rows_of(layer, batch, parts=None):
+    """The layer's rows, under the sum of the losses: each row is then an unreduced loss's own gradient."""
+    seen = []
+    handle = layer.register_forward_hook(lambda layer, args, output: seen.append(output))
+    total = losses_of(layer, batch).sum()
+    handle.remove()
+    return LayerGradients(layer, batch[0], *torch.autograd.grad(total, seen), parts)
+
+
+def vectors_of(layer, target=("weight", "bias"), dtype=None):
+    torch.manual_seed(11)
+    vectors = {name: torch.randn(p.shape).to(dtype or p.dtype) for name, p in layer.named_parameters()}
+    return {name: v for name, v in vectors.items() if name in target}
+
+
+def looped_dot(gradients, vectors):
+    return sum((gradients[name] * v.double()).flatten(1).sum(1) for name, v in vectors.items())
+
+
+def matrix(gradients, parts):
+    return torch.cat([gradients[name].flatten(1) for name in gradients if name in parts], 1)
+
+
+def possible(kind, rows):
+    return 1 if rows == 1 and kind != "batch norm, training" else max(rows, 2)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(("kind", "target"), EVERY)
+def test_float64_dots_equal_those_of_a_loop_over_samples_and_of_moved_weights(kind, target, rows):
+    layer, batch = made(kind, possible(kind, rows))
+    vectors = vectors_of(layer, target)
+    dot = rows_of(layer, batch).dot(vectors)
+    assert dot.dtype == torch.float64
+    looped = looped_dot(per_sample_gradients(layer, losses_of, batch), vectors)
+    torch.testing.assert_close(dot, looped, **DIGITS[torch.float64])
+    if "padding" not in kind:  # a moved padding row does change the loss
+        chosen = {name: layer.get_parameter(name).detach() for name in target}
+        reference = {name: p + vectors[name] for name, p in chosen.items()}
+        moved = finite_difference_scores(layer, losses_of, batch, reference, list(target), 1e-5)
+        length = sum(v.square().sum() for v in vectors.values()).sqrt()
+        torch.testing.assert_close(-dot / length, moved, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "target"), EVERY)
+def test_float32_dots_are_within_its_rounding_of_the_float64_loop(kind, target):
+    layer, batch = made(kind, 5, torch.float32)
+    vectors = vectors_of(layer, target)
+    dot = rows_of(layer, batch).dot(vectors)
+    assert dot.dtype == torch.float32
+    exact, exact_batch = made(kind, 5)
+    looped = looped_dot(per_sample_gradients(exact, losses_of, exact_batch), vectors)
+    torch.testing.assert_close(dot.double(), looped, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("kind", "target"), EVERY)
+def test_sums_over_samples_are_the_gradients_of_the_mean_and_of_the_weighted_loss(kind, target, dtype):
+    layer, batch = made(kind, 5, dtype)
+    weights = torch.tensor([0.0, 2.5, -1.0, 0.3, 1.0], dtype=dtype)
+    rows = rows_of(layer, batch, parts=target)
+    with torch.no_grad():  # as inside a backward pass
+        found = {"weighted": rows.weighted_sum(weights), "mean": rows.mean()}
+    exact, exact_batch = made(kind, 5)
+    gradients = per_sample_gradients(exact, losses_of, exact_batch)
+    uniform = torch.full((5,), 0.2, dtype=torch.float64)
+    for name, factors in (("weighted", weights.double()), ("mean", uniform)):
+        expected = weighted_gradient({part: gradients[part] for part in target}, factors)
+        torch.testing.assert_close(found[name], {p: g.to(dtype) for p, g in expected.items()}, **DIGITS[dtype])
+        assert not any(g.requires_grad for g in found[name].values())
+    assert all(p.grad is None and p.requires_grad for p in layer.parameters())
+
+
+def test_the_mean_of_float64_rows_has_float64_digits():
+    layer = nn.Linear(2, 2, bias=False).double()
+    inputs, b = torch.randn(3, 2, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    mean = LayerGradients(layer, inputs, b).mean()["weight"]
+    torch.testing.assert_close(mean, b.T @ inputs / 3, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(("kind", "target"), with_targets(LINEAR))
+def test_norms_and_gram_are_those_of_the_matrix_that_is_never_built(kind, target, rows, dtype):
+    layer, batch = made(kind, rows, dtype)
+    exact, exact_batch = made(kind, rows)
+    gradients = matrix(per_sample_gradients(exact, losses_of, exact_batch), target)
+    held = rows_of(layer, batch, parts=target)
+    assert held.norms().dtype == held.gram().dtype == dtype
+    torch.testing.assert_close(held.norms(), gradients.norm(dim=1).to(dtype), **DIGITS[dtype])
+    torch.testing.assert_close(held.gram(), (gradients @ gradients.T).to(dtype), **DIGITS[dtype])
+
+
+def test_without_parts_the_rows_hold_all_that_the_layer_has():
+    layer, batch = made("linear, one token axis", 4)
+    held, both = rows_of(layer, batch), rows_of(layer, batch, parts=("bias", "weight"))
+    torch.testing.assert_close(held.norms(), both.norms(), **EXACT)
+    torch.testing.assert_close(held.gram(), both.gram(), **EXACT)
+    assert list(held.mean()) == list(both.mean()) == ["weight", "bias"]
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.numel = max(self.numel, made.numel())
+        return made
+
+
+@pytest.mark.parametrize(("tokens", "features"), [(40, 2), (1, 40), (3, 40), (3, 4)])
+@pytest.mark.parametrize("product", ["norms", "gram"])
+def test_neither_many_tokens_nor_many_features_are_squared(product, tokens, features):
+    rows, layer = 5, nn.Linear(features, features)
+    a, b = torch.randn(rows, tokens, features), torch.randn(rows, tokens, features)
+    with Largest() as largest:
+        getattr(LayerGradients(layer, a, b), product)()
+    pairs = rows * tokens**2 * (rows if product == "gram" else 1)
+    assert largest.numel == max(a.numel(), rows**2, min(pairs, rows * features**2))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("shape", [(5,), (2, 5), (30, 5)])
+def test_a_zero_gradient_has_norm_and_products_of_exactly_zero(shape, target):
+    layer, a = nn.Linear(5, 4), torch.randn(3, *shape)
+    b = torch.randn(3, *shape[:-1], 4)
+    b[1] = 0
+    held = LayerGradients(layer, a, b, target)
+    assert held.norms()[1] == 0
+    assert (held.norms()[[0, 2]] > 0).all()
+    torch.testing.assert_close(held.gram()[1], torch.zeros(3), **EXACT)
+    torch.testing.assert_close(held.gram()[:, 1], torch.zeros(3), **EXACT)
+
+
+@pytest.mark.parametrize("product", ["norms", "gram"])
+@pytest.mark.parametrize("kind", ["conv2d", "layer norm", "batch norm", "embedding"])
+def test_norms_and_gram_of_other_layers_are_refused(kind, product):
+    layer, batch = made(kind, 3)
+    message = f"norms and gram are known for Linear layers, not for {type(layer).__name__}."
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        getattr(rows_of(layer, batch), product)()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_in_training_a_batch_norms_row_is_its_gradient_times_the_normalised_input(target):
+    layer, (x, _) = made("batch norm, training, pixels", 4)
+    before = copy.deepcopy(dict(layer.named_buffers()))
+    b = torch.randn(4, 3, 4, 2, dtype=torch.float64)
+    mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+    gradients = {"weight": (b * (x - mean) / (variance + layer.eps).sqrt()).sum((2, 3)), "bias": b.sum((2, 3))}
+    held, vectors = LayerGradients(layer, x, b, target), vectors_of(layer, target)
+    torch.testing.assert_close(held.dot(vectors), looped_dot(gradients, vectors), **DIGITS[torch.float64])
+    expected = {name: gradients[name].mean(0) for name in target}
+    torch.testing.assert_close(held.mean(), expected, **DIGITS[torch.float64])
+    torch.testing.assert_close(dict(layer.named_buffers()), before, **EXACT)
+
+
+def test_the_padding_row_has_no_part_in_any_product():
+    layer, batch = made("embedding, padding", 4)
+    held = rows_of(layer, batch)
+    vector = torch.zeros(4, 3, dtype=torch.float64)
+    vector[1] = 5.0
+    torch.testing.assert_close(held.dot({"weight": vector}), torch.zeros(4, dtype=torch.float64), **EXACT)
+    torch.testing.assert_close(held.mean()["weight"][1], torch.zeros(3, dtype=torch.float64), **EXACT)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", ["full", "half"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_half_precision_activations_are_multiplied_in_float32(kind, weights, half, autocast):
+    layer, (x, _) = made(kind, 4, torch.float32)
+    layer = layer.to(half) if weights == "half" else layer
+    vectors = vectors_of(layer, dtype=torch.float32)
+    a = x.to(half) if x.is_floating_point() else x
+    b = torch.randn(made(kind, 4, torch.float32)[0](x).shape).to(half)
+    held = LayerGradients(layer, a, b)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        dot = held.dot(vectors)
+        squares = [held.norms().square(), held.gram().diag()] if kind in LINEAR else []
+    exact = a.double() if a.is_floating_point() else a
+    upcast = per_sample_gradients(
+        copy.deepcopy(layer).double(), lambda m, ab: (m(ab[0]) * ab[1]).flatten(1).sum(1), [exact, b.double()]
+    )
+    assert dot.dtype == torch.float32
+    torch.testing.assert_close(dot.double(), looped_dot(upcast, vectors), rtol=1e-5, atol=5e-5)
+    for square in squares:
+        torch.testing.assert_close(square.double(), matrix(upcast, upcast).square().sum(1), rtol=1e-5, atol=5e-5)
+    if weights == "full":
+        factors = torch.tensor([0.1, 0.2, 0.3, 0.4])
+        sums = weighted_gradient(upcast, factors.double())
+        found = held.weighted_sum(factors)
+        torch.testing.assert_close(found, {n: g.float() for n, g in sums.items()}, rtol=1e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", ["linear", "conv2d, circular", "layer norm", "group norm", "batch norm"])
+def test_half_precision_vectors_are_multiplied_in_float32_too(kind, target):
+    layer, batch = made(kind, 4, torch.float32)
+    held, vectors = rows_of(layer, batch), vectors_of(layer, target, torch.bfloat16)
+    dot = held.dot(vectors)
+    assert dot.dtype == torch.float32
+    torch.testing.assert_close(dot, held.dot({name: v.float() for name, v in vectors.items()}))
