@@ -159,15 +159,13 @@ class Worker:
         return answer
 
 
-def measure(model: str, target: str, options: argparse.Namespace, tick: Callable[[], None]) -> list[Worker]:
-    """The methods for one model and target, a step each in turn."""
-    workers = [Worker(model, target, method, rounds_of(method, target, options)) for method in options.methods]
+def measure(workers: list[Worker], options: argparse.Namespace, tick: Callable[[], None]) -> list[Worker]:
+    """A step each in turn, until the last has done its rounds."""
     for worker in workers:
         worker.start(options)
     for number in range(max(worker.rounds for worker in workers)):
         for worker in workers:
             worker.step(number)
-            # The slow ones leave early, and their memory with them.
             if number == worker.rounds - 1:
                 worker.count()
                 worker.stop()
@@ -175,11 +173,20 @@ def measure(model: str, target: str, options: argparse.Namespace, tick: Callable
     return workers
 
 
-def rounds_of(method: str, target: str, options: argparse.Namespace) -> int:
-    if options.flops_only:
-        return 1  # the first step's checks are not to be counted
-    slow = target == "all" and method in ("vmap", "loop")
-    return WARM_UP + (min(options.slow_steps, options.steps) if slow else options.steps)
+def groups_of(model: str, options: argparse.Namespace) -> list[list[Worker]]:
+    """Those that take turns with one another: the callback for all targets, and the rivals target by target.
+
+    The rivals run fewer rounds, and need too much memory to be there all at once. Plain training goes first in each.
+    """
+    rounds = 1 if options.flops_only else WARM_UP + options.steps  # the first step's checks are not to be counted
+    slow = 1 if options.flops_only else WARM_UP + min(options.slow_steps, options.steps)
+    first = [Worker(model, options.targets[0], m, rounds) for m in ("plain", "again") if m in options.methods]
+    groups = [first + [Worker(model, t, "ours", rounds) for t in options.targets if "ours" in options.methods]]
+    for target in options.targets:
+        rivals = [Worker(model, target, m, slow) for m in ("vmap", "loop") if m in options.methods]
+        if rivals:
+            groups.append([Worker(model, target, "plain", slow), *rivals])
+    return groups
 
 
 def parsed() -> argparse.Namespace:
@@ -187,7 +194,7 @@ def parsed() -> argparse.Namespace:
     for name, choices in (("models", MODELS), ("targets", TARGETS), ("methods", METHODS)):
         parser.add_argument(f"--{name}", nargs="+", choices=list(choices), default=list(choices))
     parser.add_argument("--steps", type=int, default=40, help="rounds that count (%(default)s)")
-    parser.add_argument("--slow-steps", type=int, default=5, help="of vmap and loop over all parameters (%(default)s)")
+    parser.add_argument("--slow-steps", type=int, default=5, help="of vmap and loop (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="%(default)s")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", default="32-true", help="Lightning's (%(default)s)")
@@ -211,15 +218,16 @@ def main() -> None:
     options, console = parsed(), Console()
     with tempfile.TemporaryDirectory() as folder:
         check_agreement(Path(folder))
-    groups = [(model, target) for model in options.models for target in options.targets]
     rows = []
     with Progress(console=console) as progress:
-        for model, target in groups:
-            rounds = max(rounds_of(method, target, options) for method in options.methods)
-            task = progress.add_task(f"{model}, {TARGETS[target]}", total=rounds)
-            rows += rows_of(measure(model, target, options, lambda task=task: progress.advance(task)))
-            if options.out:  # after every group: a long run that breaks off has not been for nothing
-                options.out.write_text(json.dumps({**setting(options), "rows": rows}, indent=2))
+        for model in options.models:
+            for workers in groups_of(model, options):
+                name = ", ".join(dict.fromkeys(worker.method for worker in workers))
+                task = progress.add_task(f"{model}: {name}", total=max(worker.rounds for worker in workers))
+                rows += rows_of(measure(workers, options, lambda task=task: progress.advance(task)))
+                if options.out:  # after every group: a long run that breaks off has not been for nothing
+                    options.out.parent.mkdir(parents=True, exist_ok=True)
+                    options.out.write_text(json.dumps({**setting(options), "rows": rows}, indent=2))
     show(console, rows, options)
     if options.markdown:
         write_markdown(options.markdown, rows, options)

@@ -36,7 +36,7 @@ class Measured(Protocol):
 
 
 def rows_of(measured: Sequence[Measured]) -> list[dict[str, Any]]:
-    """The rows of one model and target, each beside the first, which is plain training."""
+    """The rows of what took turns, each beside the first, which is plain training."""
     plain, rows = measured[0], []
     for one in measured:
         pairs = zip(one.seconds[WARM_UP:], plain.seconds[WARM_UP:], strict=False)
@@ -53,10 +53,11 @@ def quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
 
 
-def group(row: dict[str, Any]) -> tuple[str, str]:
-    """What is trained, and what is scored."""
-    target = "last block" if (row["model"], row["target"]) == ("resnet50", "mlp") else TARGETS[row["target"]]
-    return row["model"], target
+def target_of(row: dict[str, Any]) -> str:
+    """What is scored."""
+    if row["method"] in ("plain", "again"):
+        return "–"
+    return "last block" if (row["model"], row["target"]) == ("resnet50", "mlp") else TARGETS[row["target"]]
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -82,7 +83,8 @@ def caption(options: argparse.Namespace) -> str:
     text = (
         "plain's rows have amounts, the others ratios to it. Arithmetic: matrix products, convolutions and attention "
         "of one later step. Time: median over rounds of a method's step over plain's step in the same round, after "
-        f"{WARM_UP} rounds of warm-up; vmap and loop over all parameters run {options.slow_steps} rounds. Peak memory: "
+        f"{WARM_UP} rounds of warm-up; vmap and loop run {options.slow_steps} rounds, beside a plain run of their own. "
+        "Peak memory: "
     )
     text += "what torch allocated on the GPU." if options.device == "cuda" else "growth of the process."
     text += "".join(f" {name}: {METHODS[name]}." for name in ("ours", "vmap", "loop") if name in options.methods)
@@ -119,13 +121,12 @@ def machine(options: argparse.Namespace) -> str:
 
 def show(console: Console, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     table = Table()
-    for number, head in enumerate(HEADS):
-        table.add_column(head, justify="right" if number else "left", overflow="fold")
+    for number, head in enumerate(("model", "target", *HEADS)):
+        table.add_column(head, justify="right" if number > 2 else "left", overflow="fold")
     for row in rows:
         if row["method"] == "plain":
             table.add_section()
-            table.add_row(*group(row), style="bold")
-        table.add_row(*cells(row))
+        table.add_row(row["model"], target_of(row), *cells(row))
     console.print(table)
     console.print(caption(options), style="dim", highlight=False)
     console.print("\n".join(f"{name}: {value}" for name, value in setting(options).items()), highlight=False)
@@ -134,7 +135,7 @@ def show(console: Console, rows: list[dict[str, Any]], options: argparse.Namespa
 def write_markdown(path: Path, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Puts the table between the markers of this device, and leaves the rest of the file as it is."""
     lines = [["model", "target", *HEADS], ["---"] * 3 + ["---:"] * (len(HEADS) - 1)]
-    lines += [[*group(row), *(cell.replace("|", r"\|") for cell in cells(row))] for row in rows]
+    lines += [[row["model"], target_of(row), *(cell.replace("|", r"\|") for cell in cells(row))] for row in rows]
     facts = [f"- {name}: {f'`{value}`' if name == 'command' else value}" for name, value in setting(options).items()]
     first, last = f"<!-- benchmark {options.device}: begin -->", f"<!-- benchmark {options.device}: end -->"
     table = [f"| {' | '.join(line)} |" for line in lines]
