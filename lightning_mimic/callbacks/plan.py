@@ -105,7 +105,7 @@ class Plan:
             return GradientEdge(self.call.node, 0)
         if step.losses_edge is not None and (self.way is Way.DOUBLE or step.of_all_ranks):
             return step.losses_edge
-        graph = Graph(made_by(step.root))
+        graph = step.graph
         wanted = graph.leaves if self._everywhere or not self._targets else self._target_nodes(graph)
         cuts = graph.cuts(wanted, step.rows)
         if not cuts:
@@ -155,8 +155,7 @@ class Plan:
     def _way(self, step: Step) -> tuple[Way, bool]:
         """The way for this step's graph, and whether a normalisation mixes samples above a target."""
         if step.of_all_ranks:
-            assert step.losses is not None
-            self._check_double(step.losses, None)
+            self._check_double(step, None)
             return Way.DOUBLE, False
         refusal, mixed = None, False
         call = self._only_call(step)
@@ -167,7 +166,7 @@ class Plan:
                 rows = self._rows(step, self.gate(step), step.seed)
                 mixed = rows.normalised()
             else:
-                rows = WholeModelGradients(step.root, [call], Graph(made_by(step.root)), step.rows)
+                rows = WholeModelGradients(step.root, [call], step.graph, step.rows)
                 mixed = mixes_samples(made_by(step.loss), call.node)
             if not mixed:
                 self._refuse_strangers(step, rows)
@@ -177,12 +176,12 @@ class Plan:
                 raise
         if step.losses is None or not any_rank(refusal is not None, step.loss.device):
             return way, mixed
-        self._check_double(step.losses, refusal)
+        self._check_double(step, refusal)
         return Way.DOUBLE, False
 
     def _rows(self, step: Step, gate: GradientEdge, seed: Tensor) -> WholeModelGradients:
         """The per-sample gradients of this step, to be taken in a reverse pass."""
-        below, graph = Graph(gate.node), Graph(made_by(step.root))
+        below, graph = Graph(gate.node), step.graph
         uses, unseen = self.tap.uses(below, step.rows)
         beyond = [n for n, p in self._targets.items() if used_beyond(graph.root, gate.node, p)]
         unseen |= dict.fromkeys(beyond, "used again between the loss and the tensor that is weighted")
@@ -214,16 +213,16 @@ class Plan:
         bare = {end.node for n, p in self._targets.items() if n not in called for end in graph.terminals(p)}
         return bare | {call.node for call in self._calls() if call.node in graph}
 
-    def _check_double(self, losses: Tensor, refusal: ValueError | None) -> None:
-        graph = Graph(made_by(losses))
-        _refuse_compiled(any(map(is_compiled, graph.order)))
+    def _check_double(self, step: Step, refusal: ValueError | None) -> None:
+        assert step.losses is not None
+        _refuse_compiled(any(map(is_compiled, step.graph.order)))
         if "norms" in self._needs:
             raise ValueError(
                 "the scorer needs the norms of per-sample gradients, which are known for one nn.Linear under a loss of "
                 "independent samples, and this is not such a case."
             )
         try:
-            LossGradients(losses, self._targets).check(graph)
+            LossGradients(step.losses, self._targets).check(step.graph)
         except ValueError as error:
             # What stood in the way of the cheaper way is what most users will want to change.
             raise error if refusal is None else ValueError(f"{refusal} Nor from the losses alone: {error}") from refusal
@@ -239,8 +238,7 @@ class Plan:
             return
         cuts: list[GradientEdge | None] = [None]
         if step.losses is None:
-            graph = Graph(made_by(step.root))
-            cuts = [*graph.cuts(self._target_nodes(graph), step.rows)]
+            cuts = [*step.graph.cuts(self._target_nodes(step.graph), step.rows)]
         strangers = rows.strangers(cuts[0]) if cuts else []
         if strangers:
             shown = ", ".join(map(repr, strangers[:6])) + (f" and {len(strangers) - 6} more" if strangers[6:] else "")

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+
+from lightning_mimic.gradients.graph import Graph, made_by
 
 
 class Way(Enum):
@@ -50,6 +53,11 @@ class Step:
     def root(self) -> Tensor:
         """What is differentiated for the scores."""
         return self.loss if self.losses is None else self.losses
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The graph below the root, walked once a step."""
+        return Graph(made_by(self.root))
 
     @property
     def seed(self) -> Tensor:
