@@ -1,69 +1,47 @@
 """The main job of `make demo`: a new head trained on digits with wrong labels, plainly and with Grad-Mimic."""
 
-import argparse
 import csv
 import json
-import logging
-import shutil
-import statistics
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_module
+from digits_runs import (
+    MAX_EPOCHS,
+    REFERENCE_EPOCHS,
+    Curve,
+    are_wrong,
+    best_choice,
+    cell,
+    columns,
+    parsed,
+    parser_of,
+    reference_run,
+    run,
+    silence,
+)
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
-from torchmetrics.functional.classification import multiclass_accuracy
 
 from lightning_mimic import Ledger
-from lightning_mimic.cli.train import train
 from lightning_mimic.curation import detect, summarise
 from lightning_mimic.curation.report import plot_scores
 from lightning_mimic.data.digits import DigitsDataModule
 from lightning_mimic.data.noise import SymmetricNoise
 
 LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
-MAX_EPOCHS = 10
-REFERENCE_EPOCHS = 80
-SEEDS = (0, 1, 2)
 METHODS = ("reference", "plain", "grad_mimic", "reference_loss")
 FIGURES = ("test_accuracy", "best_test_accuracy", "auroc", "share_kept", "share_right", "precision", "recall", "f1")
-QUIET = ["test=false", "logger=none", "trainer.enable_progress_bar=false", "trainer.enable_checkpointing=false"]
-
-
-class Curve(L.Callback):
-    """Accuracy and loss after every epoch, on images that take no part in training."""
-
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor, progress: Progress) -> None:
-        self.images, self.labels, self.progress = images, labels, progress
-        self.accuracy: list[float] = []
-
-    @torch.no_grad()
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        pl_module.eval()
-        logits = pl_module(self.images)
-        pl_module.train()
-        self.accuracy.append(float(multiclass_accuracy(logits, self.labels, num_classes=10, average="micro")))
-        self.progress.advance(self.progress.task_ids[0])
-
-
-def run(curve: Curve, out: Path, *overrides: str) -> L.Trainer:
-    """One run of mimic-train."""
-    with initialize_config_module("lightning_mimic.conf", version_base="1.3"):
-        config = compose("train", overrides=[*QUIET, f"paths.output={out}", *overrides])
-    return train(config, [curve])
 
 
 def choose(out: Path, progress: Progress, seeds: Sequence[int], noise_rate: float) -> tuple[float, int]:
     """Learning rate and epochs best for *plain* training, on trusted images that a first reference has not seen."""
-    accuracy: dict[tuple[float, int], list[float]] = {}
+    curves: dict[float, list[list[float]]] = {rate: [] for rate in LEARNING_RATES}
     for seed in seeds:
         digits = DigitsDataModule(seed=seed)
         digits.setup()
@@ -73,16 +51,8 @@ def choose(out: Path, progress: Progress, seeds: Sequence[int], noise_rate: floa
         for rate in LEARNING_RATES:
             curve = Curve(images, labels, progress)
             run(curve, out, *noisy_run(seed, reference, noise_rate, rate, MAX_EPOCHS), "mimic=none")
-            for epoch, value in enumerate(curve.accuracy, start=1):
-                accuracy.setdefault((rate, epoch), []).append(value)
-    # Of equals, the shorter run.
-    return max(accuracy, key=lambda choice: (statistics.fmean(accuracy[choice]), -choice[1]))
-
-
-def reference_run(seed: int, checkpoint: Path) -> list[str]:
-    """Overrides of the run that makes a reference."""
-    epochs = f"trainer.max_epochs={REFERENCE_EPOCHS}"
-    return ["experiment=digits_reference", f"seed={seed}", f"paths.reference={checkpoint}", epochs]
+            curves[rate].append(curve.accuracy)
+    return best_choice(curves)
 
 
 def noisy_run(seed: int, reference: Path, noise_rate: float, rate: float, epochs: int) -> list[str]:
@@ -112,8 +82,7 @@ def compare(
     run(curves["grad_mimic"], out, *noisy_run(seed, reference, noise_rate, rate, epochs))
 
     summary = summarise(Ledger(out / "scores").table())
-    place = {sample: k for k, sample in enumerate(digits.noisy_ids.tolist())}
-    wrong = digits.wrong[[place[sample] for sample in summary["id"].to_pylist()]]
+    wrong = are_wrong(digits, summary["id"].to_pylist())
     scores = torch.tensor(summary["score"].to_pylist())
     loss = F.cross_entropy(logits, digits.given_labels, reduction="none")
     rows: dict[str, dict[str, float]] = {method: accuracies(curve) for method, curve in curves.items()}
@@ -164,12 +133,8 @@ def show(console: Console, results: list[dict[str, Any]], rate: float, epochs: i
     for head in ("test\nlast", "test\nbest", "\nAUROC", "\nkept", "truly\nright", "preci-\nsion", "\nrecall", "\nF1"):
         table.add_column(head, justify="right", no_wrap=True)
     for method in METHODS:
-        cells = []
-        for figure in FIGURES:
-            values = [row[figure] for row in results if row["method"] == method]
-            spread = f"\n±{100 * statistics.stdev(values):.1f}" if None not in values and len(values) > 1 else ""
-            cells.append("–" if None in values else f"{100 * statistics.fmean(values):.1f}{spread}")
-        table.add_row(names.get(method, method), *cells)
+        rows = [row for row in results if row["method"] == method]
+        table.add_row(names.get(method, method), *(cell([row[figure] for row in rows]) for figure in FIGURES))
     console.print(table)
     console.print(
         "In %, mean and standard deviation over seeds. Learning rate and epochs were chosen for plain training, on "
@@ -181,20 +146,10 @@ def show(console: Console, results: list[dict[str, Any]], rate: float, epochs: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="replaced by this run (%(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--rate", type=float, default=0.4, help="share of wrong labels (%(default)s)")
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    arguments = parsed(parser_of(__doc__, "outputs/demo"))
+    silence()
     console, out, seeds, started = Console(), arguments.out, arguments.seeds, time.monotonic()
-    if out.exists() and any(out.iterdir()) and not (out / "seed0").exists():
-        parser.error(f"--out {out} holds something else than an earlier demo; name a new directory")
-    shutil.rmtree(out, ignore_errors=True)
-    bar = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeElapsedColumn()
-    with Progress(*bar, console=console) as progress:
+    with Progress(*columns("epochs"), console=console) as progress:
         per_seed = REFERENCE_EPOCHS + len(LEARNING_RATES) * MAX_EPOCHS
         task = progress.add_task("choosing for plain", total=len(seeds) * per_seed)
         rate, epochs = choose(out, progress, seeds, arguments.rate)
