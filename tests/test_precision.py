@@ -221,14 +221,16 @@ def test_only_scoring_leaves_a_broken_sample_alone(parameters):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU TESTS NOT RUN: this machine has no CUDA device")
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
-def test_a_gpu_scores_like_the_cpu(precision, tmp_path):
+@pytest.mark.parametrize("parameters", ["head", "all"])
+def test_a_gpu_scores_like_the_cpu(parameters, precision, tmp_path):
     module, data = half(WithLosses), toy_data(8, dtype=torch.float32)
     module.lr = 0.0
     reference = parameters_of(toy(seed=1))
-    callback = GradMimic(reference, "head", ledger=tmp_path / "s")
+    callback = GradMimic(reference, parameters, ledger=tmp_path / "s")
     trainer(callback, accelerator="gpu", precision=precision).fit(module, loader(data, pin_memory=True))
     gradients = oracles.per_sample_gradients(module.cpu(), losses_of, data[:])
-    expected = oracles.mimic_scores(gradients, reference, dict(module.head.named_parameters(prefix="head")))
+    chosen = {n: p for n, p in module.named_parameters() if parameters == "all" or n.startswith(parameters)}
+    expected = oracles.mimic_scores(gradients, reference, chosen)
     scores = torch.tensor(Ledger(tmp_path / "s").table().sort_by("id")["score"].to_pylist())
     tolerance = {"32-true": 1e-4, "16-mixed": 5e-3, "bf16-mixed": 5e-2}[precision]
     torch.testing.assert_close(scores, expected.float(), rtol=tolerance, atol=tolerance)
@@ -236,7 +238,8 @@ def test_a_gpu_scores_like_the_cpu(precision, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU TESTS NOT RUN: this machine has no CUDA device")
-def test_a_scored_step_does_not_wait_for_the_gpu():
+@pytest.mark.parametrize("parameters", ["head", "all"])
+def test_a_scored_step_does_not_wait_for_the_gpu(parameters):
     class Strict(Toy):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             # The first step of an epoch looks at the graph, which may wait.
@@ -246,6 +249,6 @@ def test_a_scored_step_does_not_wait_for_the_gpu():
         def on_train_batch_end(self, *_: Any) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
-    callback = GradMimic(parameters_of(toy(seed=1)), "head")
+    callback = GradMimic(parameters_of(toy(seed=1)), parameters)
     module = half(Strict)
     trainer(callback, accelerator="gpu").fit(module, loader(toy_data(16, dtype=torch.float32)))
