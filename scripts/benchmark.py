@@ -131,10 +131,10 @@ class Worker:
         self.process.start()
         theirs.close()
 
-    def step(self, number: int) -> None:
+    def step(self, number: int, exact_memory: bool) -> None:
         if self.failed is None and number < self.rounds and (answer := self._ask("step")):
             self.seconds.append(answer[1])
-            self.memory = answer[2]
+            self.memory = answer[2] if exact_memory else None
 
     def count(self) -> None:
         if self.failed is None and self.method != "again" and (answer := self._ask("count")):
@@ -165,10 +165,26 @@ def measure(workers: list[Worker], options: argparse.Namespace, tick: Callable[[
         worker.start(options)
     for number in range(max(worker.rounds for worker in workers)):
         for worker in workers:
-            worker.step(number)
+            worker.step(number, exact_memory=options.device == "cuda")
             if number == worker.rounds - 1:
                 worker.count()
                 worker.stop()
+        tick()
+    return workers
+
+
+def weigh(workers: list[Worker], options: argparse.Namespace, tick: Callable[[], None]) -> list[Worker]:
+    """One process after another for its peak memory, with an allocator that gives back at once what is freed.
+
+    As it is set up by default it keeps freed memory in pieces, which shows in the process and not in the method.
+    """
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
+    for worker in workers:
+        worker.start(options)
+        for number in range(worker.rounds):
+            worker.step(number, exact_memory=True)
+        worker.seconds = []
+        worker.stop()
         tick()
     return workers
 
@@ -178,6 +194,10 @@ def groups_of(model: str, options: argparse.Namespace) -> list[list[Worker]]:
 
     The rivals run fewer rounds, and need too much memory to be there all at once. Plain training goes first in each.
     """
+    if options.memory_only:
+        plain = Worker(model, options.targets[0], "plain", WARM_UP)
+        others = [m for m in options.methods if m not in ("plain", "again")]
+        return [[plain, *(Worker(model, t, m, WARM_UP) for m in others for t in options.targets)]]
     rounds = 1 if options.flops_only else WARM_UP + options.steps  # the first step's checks are not to be counted
     slow = 1 if options.flops_only else WARM_UP + min(options.slow_steps, options.steps)
     first = [Worker(model, options.targets[0], m, rounds) for m in ("plain", "again") if m in options.methods]
@@ -201,6 +221,7 @@ def parsed() -> argparse.Namespace:
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--threads", type=int, default=cores, help="of a process; one runs at a time (%(default)s)")
     parser.add_argument("--flops-only", action="store_true", help="count the arithmetic and leave the clock alone")
+    parser.add_argument("--memory-only", action="store_true", help="peak memory on a CPU, one process at a time")
     parser.add_argument("--out", type=Path, help="JSON with every step's time")
     parser.add_argument("--markdown", type=Path, help="a file whose section for this device is written anew")
     options = parser.parse_args()
@@ -223,8 +244,10 @@ def main() -> None:
         for model in options.models:
             for workers in groups_of(model, options):
                 name = ", ".join(dict.fromkeys(worker.method for worker in workers))
-                task = progress.add_task(f"{model}: {name}", total=max(worker.rounds for worker in workers))
-                rows += rows_of(measure(workers, options, lambda task=task: progress.advance(task)))
+                total = len(workers) if options.memory_only else max(worker.rounds for worker in workers)
+                task = progress.add_task(f"{model}: {name}", total=total)
+                method = weigh if options.memory_only else measure
+                rows += rows_of(method(workers, options, lambda task=task: progress.advance(task)))
                 if options.out:  # after every group: a long run that breaks off has not been for nothing
                     options.out.parent.mkdir(parents=True, exist_ok=True)
                     options.out.write_text(json.dumps({**setting(options), "rows": rows}, indent=2))

@@ -86,7 +86,10 @@ def caption(options: argparse.Namespace) -> str:
         f"{WARM_UP} rounds of warm-up; vmap and loop run {options.slow_steps} rounds, beside a plain run of their own. "
         "Peak memory: "
     )
-    text += "what torch allocated on the GPU." if options.device == "cuda" else "growth of the process."
+    if options.device == "cuda":
+        text += "what torch allocated on the GPU."
+    else:
+        text += "growth of the process over three steps, alone, each freed tensor given back at once (--memory-only)."
     text += "".join(f" {name}: {METHODS[name]}." for name in ("ours", "vmap", "loop") if name in options.methods)
     if "resnet50" in options.models:
         text += (
@@ -137,7 +140,8 @@ def write_markdown(path: Path, rows: list[dict[str, Any]], options: argparse.Nam
     lines = [["model", "target", *HEADS], ["---"] * 3 + ["---:"] * (len(HEADS) - 1)]
     lines += [[row["model"], target_of(row), *(cell.replace("|", r"\|") for cell in cells(row))] for row in rows]
     facts = [f"- {name}: {f'`{value}`' if name == 'command' else value}" for name, value in setting(options).items()]
-    first, last = f"<!-- benchmark {options.device}: begin -->", f"<!-- benchmark {options.device}: end -->"
+    name = f"{options.device}{' memory' * options.memory_only}"
+    first, last = f"<!-- benchmark {name}: begin -->", f"<!-- benchmark {name}: end -->"
     table = [f"| {' | '.join(line)} |" for line in lines]
     section = "\n".join([first, "", *facts, "", *table, "", caption(options), "", last])
     text = path.read_text() if path.exists() else "# Benchmarks\n"

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_mimic.callbacks.batch import Ids, class_columns, describe, sample_ids
 from lightning_mimic.callbacks.gating import Scope
 from lightning_mimic.callbacks.recorder import ScoreRecorder, open_on_all_ranks
-from lightning_mimic.callbacks.session import Escaping, OnNonfinite, Session
+from lightning_mimic.callbacks.session import DOUBTS, Escaping, OnNonfinite, Session
 from lightning_mimic.callbacks.support import check_needs, check_packages, check_scorer, check_support, gather_errors
 from lightning_mimic.gradients import Direction, nearest_names, select_parameters
 from lightning_mimic.ledger import Flag, LedgerWriter, note_run
@@ -151,7 +151,7 @@ class GradMimic(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._session is not None
         # Not before: a resumed fit learns its step after on_fit_start.
-        self._recorder = ScoreRecorder(self._open_ledger(trainer))
+        self._recorder = ScoreRecorder(self._open_ledger(trainer), DOUBTS)
         self._checked_epoch, self._place = -1, None
         if self._session.at_reference():
             self._recorder.warn({Flag.ZERO_DIRECTION: 0})
@@ -172,7 +172,7 @@ class GradMimic(Callback):
         if self.should_score(trainer):
             self._ids = sample_ids(batch, self.id_from, needed=self.ledger is not None)
             # Once per epoch, because a schedule may have unfrozen parameters.
-            check = self._checked_epoch != trainer.current_epoch
+            check = self._checked_epoch != trainer.current_epoch or self._session.pending
             self._session.arm(batch, self._ids, self._scale(trainer, pl_module), check=check)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -200,14 +200,13 @@ class GradMimic(Callback):
         columns, figures = scored
         self._checked_epoch = trainer.current_epoch
         columns |= class_columns(outputs, len(columns["flag"]))
-        self._recorder.add(*self._place, self._ids, columns)
+        self._recorder.add(*self._place, self._ids, columns, self._session.doubt())
         self._session.reset()
         pl_module.log_dict(figures, prog_bar=True, on_step=True, on_epoch=False, batch_size=len(columns["flag"]))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._recorder is not None
         assert self._session is not None
-        self._session.check_targets()
         self._recorder.flush()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

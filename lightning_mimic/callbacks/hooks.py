@@ -49,6 +49,12 @@ def wrap_method(owner: nn.Module, name: str, around: Callable[..., Any]) -> Call
     return undo
 
 
+NOT_THE_MEAN = (
+    "training_step does not return the plain mean of `self.sample_losses(batch)`; weights, ignored targets and "
+    "regularisers belong inside `sample_losses`, or in a term of their own."
+)
+
+
 class LossTap:
     """Catches the per-sample losses that a module's ``sample_losses(batch)`` returns.
 
@@ -74,25 +80,22 @@ class LossTap:
         self.reset()
         self._undo()
 
-    def expect_plain_mean(self, gradient: Callable[[], Tensor | None]) -> None:
-        """Makes the backward pass raise ``ValueError`` unless training_step averaged the losses.
+    def compare(self, expected: Callable[[], Tensor | None], tell: Callable[[Tensor], None]) -> None:
+        """Has the backward pass tell whether training_step did something else than average the losses.
 
         Args:
-            gradient: What each loss gets under a plain mean, a scalar, asked for in every reverse pass; ``None``
-                before the backward pass. Costs a host sync.
+            expected: What each loss gets under a plain mean, a scalar, asked for in every reverse pass; ``None``
+                before the backward pass.
+            tell: Called with a boolean scalar on the device, true if it is not that.
         """
 
-        def compare(gradients: Tensor) -> None:
-            expected = gradient()
-            if expected is not None and not torch.allclose(
-                gradients, expected.to(gradients.dtype), rtol=1e-2, atol=0.0
-            ):
-                raise ValueError(
-                    "training_step does not return the plain mean of `self.sample_losses(batch)`; weights, ignored "
-                    "targets and regularisers belong inside `sample_losses`, or in a term of their own."
-                )
+        def look(gradients: Tensor) -> None:
+            gradient = expected()
+            if gradient is not None:
+                alike = torch.isclose(gradients, gradient.to(gradients.dtype), rtol=1e-2, atol=0.0)
+                tell(~alike.all())
 
-        hook_gradient(self.edge, compare)
+        hook_gradient(self.edge, look)
 
     @property
     def live(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Collection, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,19 @@ from lightning_mimic.gradients.graph import (
     not_a_plain_mean,
     reaches,
     used_beyond,
+    walk,
 )
 from lightning_mimic.gradients.model import rows_of_samples
 from lightning_mimic.gradients.tap import LayerCall
 from lightning_mimic.scorers import Need
+
+Reach = Literal["all", "around", "targets"]
+MOST_LOOKS = 20
+
+HOOKED = (
+    "`parameters`: {} carry gradient hooks of their own, which would change what is scored or undo the weights. Remove "
+    "them, or leave these parameters out."
+)
 
 NOT_PLAIN = (
     "the loss cannot be taken for a plain mean over samples: {}. Give the module a method `sample_losses(batch)` that "
@@ -37,20 +47,27 @@ class Plan:
         module: The module that is trained.
         targets: The target parameters by name; empty for a scorer that needs no gradient.
         needs: What the scorer needs.
-        everywhere: The weights must reach every trainable parameter, or else the targets only.
+        reach: The weights must reach ``"all"`` trainable parameters, all but those that go ``"around"`` every cut
+            above the targets, or the ``"targets"`` only.
     """
 
     def __init__(
-        self, module: nn.Module, targets: Mapping[str, nn.Parameter], needs: Collection[Need], *, everywhere: bool
+        self, module: nn.Module, targets: Mapping[str, nn.Parameter], needs: Collection[Need], *, reach: Reach
     ) -> None:
         self.tap = ModelTap(module, targets)
         self.way = Way.NONE
         self._module = module
         self._targets = dict(targets)
+        #: Targets with gradient hooks that somebody else has put there.
+        self.hooked = [name for name, p in targets.items() if p._backward_hooks]
         self._needs = needs
-        self._everywhere = everywhere
+        self._reach = reach
         self._decided = self._looking = False
         self._cuts = 0
+        self._looked_like = (0, 0)
+        #: The last look showed nothing of some parameters; look at the next step again.
+        self.pending = False
+        self._looks = 0
 
     def decide(self, step: Step) -> str:
         """Looks at the graph of a step.
@@ -106,7 +123,7 @@ class Plan:
         if step.losses_edge is not None and (self.way is Way.DOUBLE or step.of_all_ranks):
             return step.losses_edge
         graph = step.graph
-        wanted = graph.leaves if self._everywhere or not self._targets else self._target_nodes(graph)
+        wanted = graph.leaves if self._reach == "all" or not self._targets else self._target_nodes(graph)
         cuts = graph.cuts(wanted, step.rows)
         if not cuts:
             # A tensor with a row per sample that all targets lie below shows what goes around it.
@@ -117,10 +134,13 @@ class Plan:
                 "Give the module a method `sample_losses(batch)` that returns one loss per sample, and average it in "
                 "training_step."
             )
-        if self._looking:
-            # The lowest one at which the axis is the batch's: there, what is not finite is masked best.
+        # The lowest one at which the axis is the batch's: there, what is not finite is masked best. Looked for again
+        # when another size might make other axes look like the batch's (a host sync).
+        looks_like = (step.rows, len(cuts))
+        if self._looking or looks_like != self._looked_like:
             compiled = any(map(is_compiled, graph.order))
             self._cuts = 1 if compiled else rows_of_samples(step.root, cuts, step.rows)
+            self._looked_like = looks_like
         return cuts[: self._cuts][-1]
 
     def dot_and_norms(
@@ -145,6 +165,8 @@ class Plan:
                 torch.distributed.all_reduce(dots)
                 dots = dots[step.own]
             return dots, None
+        # As small as in the backward pass: what fits into half precision there must fit here.
+        scale = scale / step.rows
         rows = self._rows(step, gate, step.seed * scale)
         if "norms" not in self._needs:
             return rows.dot(direction) / scale, None
@@ -158,6 +180,7 @@ class Plan:
             self._check_double(step, None)
             return Way.DOUBLE, False
         refusal, mixed = None, False
+        self._looks, self.pending = (self._looks if self.pending else 0) + 1, False
         call = self._only_call(step)
         way = Way.REVERSE if call is None else Way.IN_PASS
         try:
@@ -170,11 +193,14 @@ class Plan:
                 mixed = mixes_samples(made_by(step.loss), call.node)
             if not mixed:
                 self._refuse_strangers(step, rows)
-        except ValueError as error:
+        except ValueError as error:  # not raised before the other ranks have been heard
             refusal = error
-            if step.losses is None:
-                raise
-        if step.losses is None or not any_rank(refusal is not None, step.loss.device):
+        # A gradient that stays zero (a unit that died) must not have every step looked at.
+        self.pending = any_rank(self.pending and self._looks < MOST_LOOKS, step.loss.device)
+        refused = any_rank(refusal is not None, step.loss.device)
+        if step.losses is None and refusal is not None:
+            raise refusal
+        if step.losses is None or not refused:
             return way, mixed
         self._check_double(step, refusal)
         return Way.DOUBLE, False
@@ -202,11 +228,18 @@ class Plan:
         root, calls = made_by(step.loss), self._calls()
         if len(calls) != 1 or not reaches(root, calls[0].node):
             return None
-        uses, unseen = self.tap.uses(Graph(calls[0].node), step.rows)
-        beyond = any(used_beyond(root, calls[0].node, p) for p in self._targets.values())
-        if unseen or uses != calls or beyond or (self._everywhere and escaping_parameters(root, calls[0].node, {})):
+        call = calls[0]
+        uses, unseen = self.tap.uses(Graph(call.node), step.rows)
+        if unseen or uses != calls or any(used_beyond(root, call.node, p) for p in self._targets.values()):
             return None
-        return calls[0]
+        if step.losses_edge is not None and call.node in walk(root, stop=step.losses_edge.node):
+            return None  # another term of the loss would be scored with the samples' losses
+        around = escaping_parameters(root, call.node, {}) if self._reach != "targets" else []
+        if around and self._reach == "around":
+            cuts = step.graph.cuts(self._target_nodes(step.graph), step.rows)
+            unavoidable = escaping_parameters(root, cuts[-1].node, {}) if cuts else around
+            around = around if len(around) > len(unavoidable) else []
+        return None if around else call
 
     def _target_nodes(self, graph: Graph) -> set[Node]:
         called = {name for tap in self.tap.layers if tap.calls for name in tap.parts.values()}
@@ -221,6 +254,8 @@ class Plan:
                 "the scorer needs the norms of per-sample gradients, which are known for one nn.Linear under a loss of "
                 "independent samples, and this is not such a case."
             )
+        if self.hooked:
+            raise ValueError(HOOKED.format(", ".join(map(repr, self.hooked))))
         try:
             LossGradients(step.losses, self._targets).check(step.graph)
         except ValueError as error:
@@ -240,6 +275,7 @@ class Plan:
         if step.losses is None:
             cuts = [*step.graph.cuts(self._target_nodes(step.graph), step.rows)]
         strangers = rows.strangers(cuts[0]) if cuts else []
+        self.pending = not rows.conclusive
         if strangers:
             shown = ", ".join(map(repr, strangers[:6])) + (f" and {len(strangers) - 6} more" if strangers[6:] else "")
             raise ValueError(
@@ -260,7 +296,7 @@ class Plan:
         )
 
     def _refuse_escaping(self, step: Step, gate: GradientEdge) -> None:
-        if not self._everywhere:
+        if self._reach != "all":
             return
         names = escaping_parameters(made_by(step.loss), gate.node, dict(self._module.named_parameters()))
         if names:

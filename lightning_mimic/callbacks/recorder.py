@@ -28,17 +28,22 @@ class ScoreRecorder:
 
     Args:
         writer: Where the rows go; ``None`` keeps only the flags, for the warnings.
+        doubts: What the codes of :meth:`add` say.
         flush_every: Scored micro-batches between two flushes.
     """
 
-    def __init__(self, writer: LedgerWriter | None, flush_every: int = 100) -> None:
+    def __init__(self, writer: LedgerWriter | None, doubts: Mapping[int, str], flush_every: int = 100) -> None:
         self._writer = writer
+        self._said = doubts
         self._flush_every = flush_every
         self._places: list[tuple[int, int, int, Ids | None]] = []
         self._columns: list[dict[str, Tensor]] = []
+        self._doubts: list[Tensor] = []
         self._warned: set[Flag] = set()
 
-    def add(self, epoch: int, step: int, batch: int, ids: Ids | None, columns: Mapping[str, Tensor]) -> None:
+    def add(
+        self, epoch: int, step: int, batch: int, ids: Ids | None, columns: Mapping[str, Tensor], doubt: Tensor
+    ) -> None:
         """Adds one micro-batch.
 
         Args:
@@ -47,7 +52,9 @@ class ScoreRecorder:
             batch: Index of the micro-batch.
             ids: One per row; needed with a writer.
             columns: Ledger columns of shape ``(B,)`` on the device, ``flag`` as the codes of ``Flag``.
+            doubt: 0, or the code of what makes these scores something else than they are called; a scalar.
         """
+        self._doubts.append(doubt)
         self._places.append((epoch, step, batch, ids))
         kept = dict(columns) if self._writer else {"flag": columns["flag"]}
         if self._writer and isinstance(ids, Tensor):
@@ -57,7 +64,12 @@ class ScoreRecorder:
             self.flush()
 
     def flush(self) -> None:
-        """Brings everything to the host, commits it and warns of what was flagged, once per kind."""
+        """Brings everything to the host, commits it and warns of what was flagged, once per kind.
+
+        Raises:
+            ValueError: Scores in doubt; what came before them is committed, they and what came after are not.
+        """
+        doubt = self._drop_doubtful()
         host = _to_host(self._columns)
         while host:
             epoch, step, batch, ids = self._places[0]
@@ -82,12 +94,21 @@ class ScoreRecorder:
             self.warn(Counter(flags))
         if self._writer is not None:
             self._writer.flush()
+        if doubt:
+            raise ValueError(self._said[doubt])
 
     def close(self) -> None:
         """Commits the rest, or raises."""
         self.flush()
         if self._writer is not None:
             self._writer.close()
+
+    def _drop_doubtful(self) -> int:
+        codes = torch.stack(self._doubts).tolist() if self._doubts else []
+        self._doubts = []
+        first = next((place for place, code in enumerate(codes) if code), len(codes))
+        del self._places[first:], self._columns[first:]
+        return codes[first] if first < len(codes) else 0
 
     def warn(self, flags: Mapping[Flag, int]) -> None:
         """Warns of flagged rows, once per kind of flag."""

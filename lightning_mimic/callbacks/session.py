@@ -10,17 +10,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_mimic.callbacks.batch import blank_nan_samples, sample_count
 from lightning_mimic.callbacks.gating import Gate, Scope
-from lightning_mimic.callbacks.hooks import LossTap, wrap_method
+from lightning_mimic.callbacks.hooks import NOT_THE_MEAN, LossTap, wrap_method
 from lightning_mimic.callbacks.judgement import Judgement, judge
-from lightning_mimic.callbacks.plan import NOT_PLAIN, Plan
+from lightning_mimic.callbacks.plan import HOOKED, NOT_PLAIN, Plan, Reach
 from lightning_mimic.callbacks.step import Step, Way
-from lightning_mimic.callbacks.support import world_size
+from lightning_mimic.callbacks.support import gather_errors, world_size
 from lightning_mimic.gradients import Direction, hook_gradient
 from lightning_mimic.gradients.graph import made_by, targets_left_out
 from lightning_mimic.ledger import Flag
 from lightning_mimic.scorers import Products, Scorer, SoftmaxWeighting
 
 Escaping = Literal["refuse", "plain"]
+#: What a step's doubt says; 0: nothing.
+DOUBTS = {1: NOT_PLAIN.format("it left out targets (ignore_index)"), 2: NOT_THE_MEAN, 3: NOT_THE_MEAN}
+
 OnNonfinite = Literal["mask", "mask_loss", "raise"]
 
 
@@ -66,13 +69,14 @@ class Session:
         self._direction = direction
         self._reference_model = reference_model
         self._on_nonfinite = on_nonfinite
-        everywhere = reweight and scope == "loss" and escaping == "refuse"
-        self._plan = Plan(module, targets, scorer.needs, everywhere=everywhere)
+        reach: Reach = "targets" if not reweight or scope == "target" else "all" if escaping == "refuse" else "around"
+        self._plan = Plan(module, targets, scorer.needs, reach=reach)
+        if reweight and scope == "target" and self._plan.hooked:
+            raise ValueError(HOOKED.format(", ".join(map(repr, self._plan.hooked))))
         has_losses = callable(getattr(module, "sample_losses", None))
         self._loss_tap = LossTap(module) if has_losses else None
         self._math_attention = math_attention
         self._attention = contextlib.ExitStack()
-        self._left_out: Tensor | None = None
         self._undo = wrap_method(module, "training_step", self._around_training_step)
         self._gate = Gate(targets, scope) if reweight else None
         self.reset()
@@ -93,6 +97,8 @@ class Session:
         self._backwards = 0
         self._rows: int | None = None
         self._step: Step | None = None
+        self._left_out: Tensor | None = None
+        self._unlike: Tensor | None = None
         self._clean: Tensor | None = None
         self._scale: Tensor | None = None
         self._factor: Tensor | None = None
@@ -110,15 +116,32 @@ class Session:
             self._loss_tap.remove()
         self._undo()
 
-    def check_targets(self) -> None:
-        """Raises ``ValueError`` if a loss has left out targets since the last look (a host sync)."""
-        left_out, self._left_out = self._left_out, None
-        if left_out is not None and bool(left_out > 0):
-            raise ValueError(NOT_PLAIN.format(f"it left out {int(left_out)} targets (ignore_index)"))
+    def _compared(self, unlike: Tensor) -> None:
+        self._unlike = unlike
+        if self._check and bool(unlike):
+            raise ValueError(NOT_THE_MEAN)
+
+    def _decide(self, step: Step) -> None:
+        """Has the plan look at the step; what one rank refuses stops all of them."""
+        error = None
+        try:
+            self.kind = self._plan.decide(step)
+        except ValueError as caught:
+            error = caught
+        failures = gather_errors(error)
+        if error is not None:
+            raise error
+        if failures:
+            raise ValueError(f"another rank could not score its samples: {failures[0]}")
 
     def at_reference(self) -> bool:
         """Whether the model stands at its reference now (a host sync)."""
         return self._direction is not None and bool(self._direction.vanishes(self._direction.norm()))
+
+    @property
+    def pending(self) -> bool:
+        """The last look at a step did not show everything; the next step is to be looked at, too."""
+        return self._plan.pending
 
     def arm(self, batch: Any, ids: Any, scale: Tensor | None, *, check: bool) -> None:
         """Gets ready for the training_step of one micro-batch.
@@ -156,6 +179,14 @@ class Session:
         self._factor = factor
         if self._gate is not None:
             self._gate.before_backward(factor)
+
+    def doubt(self) -> Tensor:
+        """Whether this step's loss was the plain mean of its samples: a code of :data:`DOUBTS`, on the device."""
+        assert self._step is not None
+        code = torch.zeros((), dtype=torch.int8, device=self._step.loss.device)
+        if self._left_out is not None:
+            code = code + (self._left_out > 0)
+        return code if self._unlike is None else code + 2 * self._unlike
 
     def finish(self) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
         """The step's ledger columns of shape ``(B,)`` and its figures, scalars; ``None`` if none was scored."""
@@ -199,7 +230,8 @@ class Session:
         if isinstance(loss, Tensor) and loss.grad_fn is not None:
             if self._reference_model is not None:
                 with torch.no_grad():
-                    self._reference_losses = self._reference_model.sample_losses(batch)  # type: ignore[operator]
+                    given = self._reference_model.sample_losses(batch)  # type: ignore[operator]
+                self._reference_losses = self._checked_reference(given)
             # Here, within DDP's forward, and not later: beyond it lies a node that must be passed once.
             with torch.autocast(loss.device.type, enabled=False):
                 self._after_forward(loss)
@@ -208,14 +240,13 @@ class Session:
     def _after_forward(self, loss: Tensor) -> None:
         step = self._step = self._taken(loss)
         if self._check:
-            self.kind = self._plan.decide(step)
-            if self._loss_tap is not None:  # before the gate, which changes what is compared
-                rows = step.rows
-                self._loss_tap.expect_plain_mean(lambda: None if self._factor is None else self._factor / rows)
+            self._decide(step)
+        if self._loss_tap is not None:  # before the gate, which changes what is compared
+            rows = step.rows
+            self._loss_tap.compare(lambda: None if self._factor is None else self._factor / rows, self._compared)
         gate = self._plan.gate(step)
         if step.losses is None:
-            left_out = targets_left_out(made_by(loss), gate.node)
-            self._left_out = left_out if self._left_out is None else self._left_out + left_out
+            self._left_out = targets_left_out(made_by(loss), gate.node)
         if self._plan.way is Way.IN_PASS:
             hook_gradient(gate, self._on_gradient)
             return
@@ -226,6 +257,8 @@ class Session:
         judged = self._judge(dot, norms)
         if self._gate is not None:
             self._gate.ahead(step, gate, judged, self._clean, scale)
+        # The backward pass frees activations as it goes; nothing here may hold them.
+        self._plan.tap.reset()
 
     def _taken(self, loss: Tensor) -> Step:
         """The step as it stands after the forward pass; raises ``ValueError`` if its samples cannot be told apart."""
@@ -251,6 +284,12 @@ class Session:
         """Scores, weighs and gates within the backward pass, at the output of the one target layer."""
         assert self._factor is not None
         call, rows = self._plan.call, len(gradients)
+        assert self._step is not None
+        if rows != self._step.rows:
+            raise ValueError(
+                f"`parameters`: the output of {call.name!r} has {rows} rows for {self._step.rows} samples in this "
+                "batch; it must have one row per sample in every batch."
+            )
         # From the mean loss's gradient, scaled and divided, back to that of each unreduced loss.
         unreduced = gradients.to(torch.promote_types(gradients.dtype, torch.float32)) * (rows / self._factor)
         dot = call.dot(unreduced, self._direction) if self._direction is not None else None
@@ -285,6 +324,15 @@ class Session:
         ):
             raise FloatingPointError(f"samples at positions {bad} of the batch have a loss that is not finite.")
         return judged
+
+    def _checked_reference(self, losses: Tensor) -> Tensor:
+        values = self._loss_tap.values if self._loss_tap is not None else None
+        if values is not None and losses.shape != values.shape:
+            raise ValueError(
+                f"the reference's `sample_losses` returned shape {tuple(losses.shape)}, the model's "
+                f"{tuple(values.shape)}; both must give one loss for each of the same samples."
+            )
+        return losses
 
     def _own_losses(self) -> Tensor | None:
         return self._own(self._loss_tap.values) if self._loss_tap is not None else None

@@ -6,7 +6,7 @@ applied to v.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,12 +31,14 @@ class BareUse:
         terminal: The operation.
         shape: The operation's output with its axes apart, as flattened tokens are seen above it.
         axis: The batch's axis in ``shape``; 1 inside ``nn.MultiheadAttention``.
+        factors: What the operation multiplies the parameter with, as autograd keeps it; none for a sum.
     """
 
     name: str
     terminal: Terminal
     shape: tuple[int, ...]
     axis: int
+    factors: tuple[Tensor, ...] = field(repr=False)
 
     @property
     def node(self) -> Node:
@@ -49,10 +51,15 @@ class BareUse:
         moved = vectors[self.name]
         for node in self.terminal.chain:
             moved = moved.mT if kind_of(node) in EXCHANGED else moved.reshape(shape_of(node))
-        other = _other_operand(self.terminal)
-        if other is not None:
-            other = other.to(moved.dtype)
-            moved = other @ moved if (kind_of(self.node), self.terminal.argument) in _MATRIX else other * moved
+        match kind_of(self.node), self.factors:
+            case _, ():
+                pass
+            case "NativeLayerNorm", (inputs, mean, deviation):
+                moved = ((inputs - mean) * deviation).to(moved.dtype) * moved
+            case "Mul", (factor,):
+                moved = factor.to(moved.dtype) * moved
+            case _, (factor,):
+                moved = factor.to(moved.dtype) @ moved
         product = output_gradients.to(moved.dtype) * moved
         return product.reshape(self.shape).movedim(self.axis, 0).flatten(1).sum(1)
 
@@ -79,33 +86,32 @@ def bare_use(name: str, terminal: Terminal, graph: Graph, samples: int, axis: in
         above = [shape_of(parent) for parent, _ in graph.parents[node] if kind_of(parent) in SAME_ORDER]
         for apart in [shape, *above]:
             if apart[-1] == shape[-1] and len(apart) > axis + 1 and apart[axis] == samples:
-                return BareUse(name, terminal, apart, axis)
+                return BareUse(name, terminal, apart, axis, _factors(terminal))
         return f"a matrix product of shape {shape} without an axis of {samples} samples"
     if (kind, terminal.argument) in _NORM and len(shape) > len(_own_shape(terminal)) and shape[0] == samples:
-        return BareUse(name, terminal, shape, 0)
+        return BareUse(name, terminal, shape, 0, _factors(terminal))
     if kind not in _SPREAD:
         return f"used by {kind}, for which no rule is known"
     own = _own_shape(terminal)
     place = axis - len(shape) + len(own)  # the batch's axis in the parameter's own shape
     if len(shape) <= axis or shape[axis] != samples or (place >= 0 and own[place] != 1):
         return f"used by {kind} with shape {own} in {shape}, not spread over {samples} samples"
-    return BareUse(name, terminal, shape, axis)
+    return BareUse(name, terminal, shape, axis, _factors(terminal))
 
 
-def _other_operand(terminal: Terminal) -> Tensor | None:
-    """What the operation multiplies the parameter with, as autograd keeps it; ``None`` for a sum."""
+def _factors(terminal: Terminal) -> tuple[Tensor, ...]:
+    """Read before any reverse pass: within one, an activation-checkpointed block gives them out once."""
     node: Any = terminal.node
-    other: Tensor | None = None
     match kind_of(node), terminal.argument:
         case ("Mm", 1) | ("Mul", 1):
-            other = node._saved_self
+            return (node._saved_self,)
         case ("Mul", 0):
-            other = node._saved_other
+            return (node._saved_other,)
         case ("Addmm", 2):
-            other = node._saved_mat1
+            return (node._saved_mat1,)
         case ("NativeLayerNorm", 1):
-            other = (node._saved_input - node._saved_result1) * node._saved_result2  # normalised
-    return other
+            return node._saved_input, node._saved_result1, node._saved_result2
+    return ()
 
 
 def _swaps_two_axes(node: Any) -> bool:

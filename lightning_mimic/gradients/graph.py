@@ -229,11 +229,10 @@ def is_compiled(node: Node) -> bool:
 
 def normalises_batch(node: Node) -> bool:
     """Whether the node is a batch normalisation in training mode, which makes samples depend on each other."""
-    return (
-        any(norm in node.name() for norm in _NORMS)
-        and getattr(node, "_saved_training", True)
-        and len(node._saved_input) > 1  # type: ignore[attr-defined]  # instance normalisation runs as one batch row
-    )
+    if not any(norm in node.name() for norm in _NORMS) or not getattr(node, "_saved_training", True):
+        return False
+    inputs = getattr(node, "_saved_input", None)  # torch's own keeps it; SyncBatchNorm's does not show it
+    return inputs is None or len(inputs) > 1  # instance normalisation runs as one batch row
 
 
 def mixes_samples(root: Node, gate: Node) -> bool:
@@ -266,7 +265,7 @@ def targets_left_out(root: Node, gate: Node) -> Tensor:
     left_out = torch.zeros(())
     for node, reduction in _reductions(root, gate):
         if reduction == _MEAN and node.name().startswith("NllLoss") and node._saved_weight is None:  # type: ignore[attr-defined]
-            left_out = node._saved_target.numel() - node._saved_total_weight  # type: ignore[attr-defined]
+            left_out = left_out + node._saved_target.numel() - node._saved_total_weight  # type: ignore[attr-defined]
     return left_out
 
 

@@ -94,19 +94,21 @@ class ModelTap:
         for name, parameter in self._parameters.items():
             ends = graph.terminals(parameter)
             calls = [use for use in uses if isinstance(use, LayerCall) and name in use.parts.values()]
-            found = [bare_use(name, end, graph, samples, self._batch_axis.get(name, 0)) for end in ends]
-            problems = [found for found in found if isinstance(found, str)]
+            found: list[BareUse | str] = []
             if calls:
                 problems = [problem for call in calls if (problem := _problem(call, samples)) is not None]
                 if reentrant and self._ran_without_gradient(name):
                     problems.append(self._why_unused(name))
                 if parameter.requires_grad and len(ends) != len(calls):
                     problems.append(f"used in {len(ends)} places, {len(calls)} of them a call of its layer")
-            elif not ends:
+            elif ends:
+                found = [bare_use(name, end, graph, samples, self._batch_axis.get(name, 0)) for end in ends]
+                problems = [use for use in found if isinstance(use, str)]
+            else:
                 problems = [self._why_unused(name)]
             if problems:
                 unseen[name] = problems[0]
-            elif not calls:
+            else:
                 uses += [use for use in found if isinstance(use, BareUse)]
         return uses, unseen
 
@@ -156,6 +158,8 @@ class WholeModelGradients:
         for use in uses:
             self._at.setdefault(use.node, []).append(use)
         self._deepest = graph.deepest(self._at)
+        #: The last :meth:`strangers` saw both samples at every use.
+        self.conclusive = False
 
     def dot(self, vectors: Mapping[str, Tensor]) -> Tensor:
         """``⟨gᵢ, v⟩`` for every sample.
@@ -181,19 +185,24 @@ class WholeModelGradients:
         """Parameters at whose uses one sample's loss shows in other rows than its own (a host sync per use).
 
         Either the loss makes the samples depend on each other, or an axis was taken for the batch's that only has
-        its length. Looks at the first and the last sample.
+        its length. Looks at the first and the last sample; says in ``conclusive`` whether both showed everywhere,
+        because a gradient of zero (of a head that starts at zero) shows nothing.
 
         Args:
             edge: A tensor above all uses with one row per sample, where the losses themselves are a scalar.
         """
         found: list[str] = []
+        self.conclusive = self._samples > 1
 
         def look(own: int, uses: Sequence[Use], gradient: Tensor | None) -> None:
             for use in uses:
                 if edge is not None and use.node is edge.node:
                     continue  # its rows are the edge's own
-                if gradient is not None and not _alone(gradient.reshape(use.shape).movedim(use.axis, 0), own):
+                rows = None if gradient is None else gradient.reshape(use.shape).movedim(use.axis, 0)
+                if rows is not None and not _alone(rows, own):
                     found.extend(use.parts.values() if isinstance(use, LayerCall) else [use.name])
+                elif rows is None or not bool((rows[own].abs() > 0).any()):
+                    self.conclusive = False
 
         for own in {0, self._samples - 1}:
             with one_sample(self._losses, edge, own, self._samples) as seed:

@@ -110,7 +110,10 @@ def _names(tensors: Mapping[str, Tensor], wanted: list[str]) -> dict[str, str]:
     first = wanted[0]
     # A wrapper's prefix stands before most names; another branch that ends alike is not meant.
     longer = {key[: -len(first)] for key in tensors if key.endswith(f".{first}")}
-    longer = {prefix for prefix in longer if 2 * sum(key.startswith(prefix) for key in tensors) >= len(tensors)}
+    whole = {prefix for prefix in longer if all(prefix + name in tensors for name in wanted)}
+    usual = {prefix for prefix in longer if 2 * sum(key.startswith(prefix) for key in tensors) >= len(tensors)}
+    # Beside the usual one, another whole set that is no part of it (an averaged copy) may as well be meant.
+    longer = usual | {p for p in whole if usual and not any(p.startswith(one) for one in usual)}
     shorter = {first[: -len(key)] for key in tensors if first.endswith(f".{key}")}
     fits = [{name: prefix + name for name in wanted} for prefix in sorted(longer)]
     fits += [
