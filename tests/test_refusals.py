@@ -87,7 +87,7 @@ def test_what_would_be_inexact_is_refused(kind, message):
     ("kind", "error", "message"),
     [
         (LeavesOutLater, ValueError, r"it left out targets \(ignore_index\)"),
-        (BypassesLater, RuntimeError, "no gradient reached the output of the scored layer in this batch"),
+        (BypassesLater, RuntimeError, "no gradient reached the output of the scored layer"),
         (Penalised, ValueError, "the loss reaches 4 trainable parameters around the tensor that is weighted"),
     ],
 )

@@ -25,6 +25,24 @@ class Judgement:
     flags: Tensor
     masked: Tensor
 
+    def columns(self) -> dict[str, Tensor]:
+        """What the ledger keeps of every row, shape ``(B,)`` each."""
+        return {
+            "score": self.scores.float(),
+            # A row that was left to the scaler has no weight of its own.
+            "weight": self.weights.weights.float(),
+            "flag": self.flags,
+            "batch_size": self.weights.batch_size.expand_as(self.flags),
+        }
+
+    def figures(self) -> dict[str, Tensor]:
+        """What is logged, scalars."""
+        return {
+            "mimic/score_mean": self.weights.score_mean,
+            "mimic/ess": self.weights.ess,
+            "mimic/misaligned": self.weights.misaligned,
+        }
+
 
 def judge(
     scores: Tensor, clean: Tensor | None, vanishes: Tensor, weighting: SoftmaxWeighting, *, scaled: bool

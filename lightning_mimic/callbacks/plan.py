@@ -23,6 +23,7 @@ from lightning_mimic.gradients.graph import (
     walk,
 )
 from lightning_mimic.gradients.model import rows_of_samples
+from lightning_mimic.gradients.parameters import few
 from lightning_mimic.gradients.tap import LayerCall
 from lightning_mimic.scorers import Need
 
@@ -73,8 +74,8 @@ class Plan:
         """Looks at the graph of a step.
 
         Returns:
-            Whose gradient is scored: ``"own_loss"``, the ``"contribution"`` of a sample to a total that mixes
-            samples, or ``"no_gradient"``.
+            Whose gradient is scored: ``"own_loss"``, the ``"contribution"`` to a total that mixes samples, or
+            ``"no_gradient"``.
 
         Raises:
             ValueError: The scores would not be those of the samples, or the weights would not reach all
@@ -106,9 +107,9 @@ class Plan:
         """
         calls = self._calls()
         if len(calls) != 1:
+            name = self.tap.layers[0].name
             raise ValueError(
-                f"`parameters`: {self.tap.layers[0].name!r} was called {len(calls)} times in this training step, and "
-                "once in the first. A layer that is scored in the backward pass must be called once in every step."
+                f"`parameters`: {name!r} was called {len(calls)} times in this step, and once in the first."
             )
         return calls[0]
 
@@ -130,9 +131,8 @@ class Plan:
             for edge in graph.cuts(self._target_nodes(graph), step.rows)[-1:]:
                 self._refuse_escaping(step, edge)
             raise ValueError(
-                f"no tensor with one row for each of {step.rows} samples lies between the loss and the parameters. "
-                "Give the module a method `sample_losses(batch)` that returns one loss per sample, and average it in "
-                "training_step."
+                f"no tensor with a row for each of {step.rows} samples lies between the loss and the parameters. Give "
+                "the module a method `sample_losses(batch)` that returns one loss per sample, and return its mean."
             )
         # The lowest one at which the axis is the batch's: there, what is not finite is masked best. Looked for again
         # when another size might make other axes look like the batch's (a host sync).
@@ -255,11 +255,11 @@ class Plan:
                 "independent samples, and this is not such a case."
             )
         if self.hooked:
-            raise ValueError(HOOKED.format(", ".join(map(repr, self.hooked))))
+            raise ValueError(HOOKED.format(few(self.hooked)))
         try:
             LossGradients(step.losses, self._targets).check(step.graph)
         except ValueError as error:
-            # What stood in the way of the cheaper way is what most users will want to change.
+            # What stood in the cheaper way is what most users will want to change.
             raise error if refusal is None else ValueError(f"{refusal} Nor from the losses alone: {error}") from refusal
 
     def _refuse_strangers(self, step: Step, rows: WholeModelGradients) -> None:
@@ -277,18 +277,16 @@ class Plan:
         strangers = rows.strangers(cuts[0]) if cuts else []
         self.pending = not rows.conclusive
         if strangers:
-            shown = ", ".join(map(repr, strangers[:6])) + (f" and {len(strangers) - 6} more" if strangers[6:] else "")
             raise ValueError(
-                f"`parameters`: where {shown} is used, the loss of one sample shows in the rows of others: the first "
-                "axis is not the batch's, or the loss makes the samples depend on each other. Name a later layer, or "
-                "give the module a method `sample_losses(batch)` that returns one loss per sample."
+                f"`parameters`: where {few(strangers)} is used, the loss of one sample shows in the rows of others: "
+                "its first axis is not the batch's, or the loss makes the samples depend on each other. Name a later "
+                "layer, or give the module a method `sample_losses(batch)` that returns one loss per sample."
             )
 
     def _refuse_unseen(self, unseen: Mapping[str, str]) -> None:
         size = sum(p.numel() for p in self._targets.values())
         share = sum(self._targets[name].numel() for name in unseen) / size
-        shown = "; ".join(f"{name!r} ({why})" for name, why in list(unseen.items())[:6])
-        shown += f"; and {len(unseen) - 6} more" if len(unseen) > 6 else ""
+        shown = "; ".join([f"{name!r} ({why})" for name, why in unseen.items()][:6]) + "; ..." * (len(unseen) > 6)
         raise ValueError(
             f"`parameters`: the scores do not see {len(unseen)} of {len(self._targets)} parameters, {share:.1%} of "
             f"their elements: {shown}. Leave them out (`'!{next(iter(unseen))}'`), or give the module a method "
@@ -300,11 +298,10 @@ class Plan:
             return
         names = escaping_parameters(made_by(step.loss), gate.node, dict(self._module.named_parameters()))
         if names:
-            shown = ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             raise ValueError(
                 f"the loss reaches {len(names)} trainable parameters around the tensor that is weighted (the output of "
-                f"{kind_of(gate.node)}), so the weights would not reach them: {shown}. Weight the target alone with "
-                "`scope='target'`, or let these have the plain mean with `escaping='plain'`."
+                f"{kind_of(gate.node)}), so the weights would not reach them: {few(names)}. Weight the target alone "
+                "with `scope='target'`, or let these have the plain mean with `escaping='plain'`."
             )
 
 

@@ -13,10 +13,11 @@ from lightning_mimic.callbacks.gating import Gate, Scope
 from lightning_mimic.callbacks.hooks import NOT_THE_MEAN, LossTap, wrap_method
 from lightning_mimic.callbacks.judgement import Judgement, judge
 from lightning_mimic.callbacks.plan import HOOKED, NOT_PLAIN, Plan, Reach
-from lightning_mimic.callbacks.step import Step, Way
-from lightning_mimic.callbacks.support import gather_errors, world_size
+from lightning_mimic.callbacks.step import Step, Way, same_samples, taken
+from lightning_mimic.callbacks.support import gather_errors
 from lightning_mimic.gradients import Direction, hook_gradient
 from lightning_mimic.gradients.graph import made_by, targets_left_out
+from lightning_mimic.gradients.parameters import few
 from lightning_mimic.ledger import Flag
 from lightning_mimic.scorers import Products, Scorer, SoftmaxWeighting
 
@@ -72,7 +73,7 @@ class Session:
         reach: Reach = "targets" if not reweight or scope == "target" else "all" if escaping == "refuse" else "around"
         self._plan = Plan(module, targets, scorer.needs, reach=reach)
         if reweight and scope == "target" and self._plan.hooked:
-            raise ValueError(HOOKED.format(", ".join(map(repr, self._plan.hooked))))
+            raise ValueError(HOOKED.format(few(self._plan.hooked)))
         has_losses = callable(getattr(module, "sample_losses", None))
         self._loss_tap = LossTap(module) if has_losses else None
         self._math_attention = math_attention
@@ -192,28 +193,13 @@ class Session:
         """The step's ledger columns of shape ``(B,)`` and its figures, scalars; ``None`` if none was scored."""
         judgement = self._judgement
         if self._backwards and judgement is None:
-            raise RuntimeError(
-                "no gradient reached the output of the scored layer in this batch, so it was neither scored nor "
-                "weighted."
-            )
+            raise RuntimeError("no gradient reached the output of the scored layer, so this batch has no scores.")
         if judgement is None or self._step is None:
             return None
-        weights = judgement.weights
-        columns = {
-            "score": judgement.scores.float(),
-            # A row that was left to the scaler has no weight of its own.
-            "weight": weights.weights.float(),
-            "flag": judgement.flags,
-            "batch_size": weights.batch_size.expand_as(judgement.flags),
-        }
+        columns, figures = judgement.columns(), judgement.figures()
         losses = self._own_losses()
         if losses is not None:
             columns["loss"] = losses.float()
-        figures = {
-            "mimic/score_mean": weights.score_mean,
-            "mimic/ess": weights.ess,
-            "mimic/misaligned": weights.misaligned,
-        }
         if self._norm is not None:
             figures["mimic/direction_norm"] = self._norm
         return columns, figures
@@ -231,14 +217,14 @@ class Session:
             if self._reference_model is not None:
                 with torch.no_grad():
                     given = self._reference_model.sample_losses(batch)  # type: ignore[operator]
-                self._reference_losses = self._checked_reference(given)
+                self._reference_losses = same_samples(given, self._loss_tap)
             # Here, within DDP's forward, and not later: beyond it lies a node that must be passed once.
             with torch.autocast(loss.device.type, enabled=False):
                 self._after_forward(loss)
         return outputs
 
     def _after_forward(self, loss: Tensor) -> None:
-        step = self._step = self._taken(loss)
+        step = self._step = taken(loss, self._loss_tap, self._rows)
         if self._check:
             self._decide(step)
         if self._loss_tap is not None:  # before the gate, which changes what is compared
@@ -259,26 +245,6 @@ class Session:
             self._gate.ahead(step, gate, judged, self._clean, scale)
         # The backward pass frees activations as it goes; nothing here may hold them.
         self._plan.tap.reset()
-
-    def _taken(self, loss: Tensor) -> Step:
-        """The step as it stands after the forward pass; raises ``ValueError`` if its samples cannot be told apart."""
-        rows, world = self._rows, world_size()
-        if rows is None:
-            raise ValueError(
-                "the batch's tensors do not share one leading size, so the number of samples is unknown; give ids with "
-                "WithIds, a key 'id', or `id_from=`."
-            )
-        if self._loss_tap is None:
-            return Step(loss, None, None, rows, world)
-        if self._loss_tap.values is None:
-            raise ValueError(
-                "the module has a method `sample_losses`, but training_step did not call it; training_step must "
-                "return the mean of `self.sample_losses(batch)`."
-            )
-        losses = self._loss_tap.live
-        if len(losses) not in (rows, rows * world):
-            raise ValueError(f"`sample_losses` returned {len(losses)} losses for {rows} samples.")
-        return Step(loss, losses, self._loss_tap.edge, rows, world)
 
     def _on_gradient(self, gradients: Tensor) -> Tensor | None:
         """Scores, weighs and gates within the backward pass, at the output of the one target layer."""
@@ -324,15 +290,6 @@ class Session:
         ):
             raise FloatingPointError(f"samples at positions {bad} of the batch have a loss that is not finite.")
         return judged
-
-    def _checked_reference(self, losses: Tensor) -> Tensor:
-        values = self._loss_tap.values if self._loss_tap is not None else None
-        if values is not None and losses.shape != values.shape:
-            raise ValueError(
-                f"the reference's `sample_losses` returned shape {tuple(losses.shape)}, the model's "
-                f"{tuple(values.shape)}; both must give one loss for each of the same samples."
-            )
-        return losses
 
     def _own_losses(self) -> Tensor | None:
         return self._own(self._loss_tap.values) if self._loss_tap is not None else None

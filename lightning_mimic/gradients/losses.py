@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mimic.gradients.graph import Graph, kind_of
+from lightning_mimic.gradients.parameters import few
 
 
 class LossGradients:
@@ -41,7 +42,7 @@ class LossGradients:
         """
         unused = [name for name, p in self._parameters.items() if not graph.terminals(p)]
         if unused:
-            raise ValueError(f"`parameters`: no path leads from the losses to {_few(unused)}, or they are frozen.")
+            raise ValueError(f"`parameters`: no path leads from the losses to {few(unused)}, or they are frozen.")
         fused = [n for n in graph.order if "ScaledDotProduct" in n.name()]
         if not fused:
             return
@@ -49,7 +50,7 @@ class LossGradients:
         below = [name for name, p in self._parameters.items() if id(p) in above]
         if below:
             raise ValueError(
-                f"`parameters`: {_few(below)} lie below fused attention ({kind_of(fused[0])}), which cannot be "
+                f"`parameters`: {few(below)} lie below fused attention ({kind_of(fused[0])}), which cannot be "
                 "differentiated twice. Name parameters above it, or allow the slower attention that can with "
                 "`math_attention=True`."
             )
@@ -75,7 +76,3 @@ class LossGradients:
             along = torch.stack(shares).sum()
             (dots,) = torch.autograd.grad(along, u)
         return dots.to(along.dtype)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:6])) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

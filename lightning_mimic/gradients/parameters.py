@@ -22,6 +22,16 @@ def nearest_names(name: str, candidates: Iterable[str], count: int = 4) -> str:
     return f"there are: {shown}" + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
+def few(names: Sequence[str], most: int = 6) -> str:
+    """The first of the names, quoted, and how many more there are, for an error message.
+
+    Example:
+        >>> few(["a", "b", "c"], most=2)
+        "'a', 'b' and 1 more"
+    """
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def select_parameters(module: nn.Module, patterns: str | Sequence[str]) -> dict[str, nn.Parameter]:
     """Chooses parameters of ``module`` by module path, parameter name or glob.
 
@@ -102,6 +112,7 @@ def owning_layer(module: nn.Module, names: Iterable[str]) -> tuple[str, nn.Modul
     """
     paths = sorted({name.rpartition(".")[0] for name in names})
     if len(paths) > 1:
-        shown = ", ".join(repr(p) for p in paths[:6]) + (" ..." if len(paths) > 6 else "")
-        raise ValueError(f"`parameters` selects {len(paths)} layers ({shown}), but the scorer needs one nn.Linear.")
+        raise ValueError(
+            f"`parameters` selects {len(paths)} layers ({few(paths)}), but the scorer needs one nn.Linear."
+        )
     return paths[0], module.get_submodule(paths[0])
