@@ -115,6 +115,6 @@ def test_what_autograd_keeps_changed_in_place_stops(change):
 
     net = Ad(compute, before=nn.Linear(D, D), scale=bare(D)).double()
     vectors = vectors_of(net)
-    rows = tapped(net, losses_of, torch.randn(FLAT).double(), vectors)[1]
+    x = torch.randn(FLAT).double()
     with pytest.raises(RuntimeError, match=r"in place|inplace"):
-        rows.dot(vectors)
+        tapped(net, losses_of, x, vectors)[1].dot(vectors)

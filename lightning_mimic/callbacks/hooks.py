@@ -49,12 +49,6 @@ def wrap_method(owner: nn.Module, name: str, around: Callable[..., Any]) -> Call
     return undo
 
 
-NOT_THE_MEAN = (
-    "training_step does not return the plain mean of `self.sample_losses(batch)`; weights, ignored targets and "
-    "regularisers belong inside `sample_losses`, or in a term of their own."
-)
-
-
 class LossTap:
     """Catches the per-sample losses that a module's ``sample_losses(batch)`` returns.
 

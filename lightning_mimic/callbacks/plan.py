@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from lightning_mimic.callbacks.refusals import COMPILED, HOOKED, NOT_PLAIN
 from lightning_mimic.callbacks.step import Step, Way
 from lightning_mimic.callbacks.support import any_rank
 from lightning_mimic.gradients import Graph, LossGradients, ModelTap, WholeModelGradients
@@ -29,16 +30,6 @@ from lightning_mimic.scorers import Need
 
 Reach = Literal["all", "around", "targets"]
 MOST_LOOKS = 20
-
-HOOKED = (
-    "`parameters`: {} carry gradient hooks of their own, which would change what is scored or undo the weights. Remove "
-    "them, or leave these parameters out."
-)
-
-NOT_PLAIN = (
-    "the loss cannot be taken for a plain mean over samples: {}. Give the module a method `sample_losses(batch)` that "
-    "returns one loss per sample, and average it in training_step."
-)
 
 
 class Plan:
@@ -134,8 +125,8 @@ class Plan:
                 f"no tensor with a row for each of {step.rows} samples lies between the loss and the parameters. Give "
                 "the module a method `sample_losses(batch)` that returns one loss per sample, and return its mean."
             )
-        # The lowest one at which the axis is the batch's: there, what is not finite is masked best. Looked for again
-        # when another size might make other axes look like the batch's (a host sync).
+        # The lowest one with the batch's axis, where what is not finite is masked best; looked for again when another
+        # size might make other axes look like it (a host sync).
         looks_like = (step.rows, len(cuts))
         if self._looking or looks_like != self._looked_like:
             compiled = any(map(is_compiled, graph.order))
@@ -265,11 +256,7 @@ class Plan:
     def _refuse_strangers(self, step: Step, rows: WholeModelGradients) -> None:
         """Raises ``ValueError`` unless the rows that are scored are the samples."""
         if rows.compiled():
-            warnings.warn(
-                "a part of the module is compiled, so it cannot be seen whether the samples' losses depend on each "
-                "other; they are taken for independent.",
-                stacklevel=2,
-            )
+            warnings.warn(COMPILED, stacklevel=2)
             return
         cuts: list[GradientEdge | None] = [None]
         if step.losses is None:
@@ -309,5 +296,5 @@ def _refuse_compiled(compiled: bool) -> None:
     if compiled:
         raise ValueError(
             "`parameters`: scoring these takes a second reverse pass, which torch.compile leaves no room for. Name the "
-            "last layer alone, which is scored in the one backward pass, or do not compile the module."
+            "last layer alone, or do not compile the module."
         )

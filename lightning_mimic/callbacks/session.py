@@ -10,9 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_mimic.callbacks.batch import blank_nan_samples, sample_count
 from lightning_mimic.callbacks.gating import Gate, Scope
-from lightning_mimic.callbacks.hooks import NOT_THE_MEAN, LossTap, wrap_method
+from lightning_mimic.callbacks.hooks import LossTap, wrap_method
 from lightning_mimic.callbacks.judgement import Judgement, judge
-from lightning_mimic.callbacks.plan import HOOKED, NOT_PLAIN, Plan, Reach
+from lightning_mimic.callbacks.plan import Plan, Reach
+from lightning_mimic.callbacks.refusals import HOOKED, NOT_PLAIN, NOT_THE_MEAN
 from lightning_mimic.callbacks.step import Step, Way, same_samples, taken
 from lightning_mimic.callbacks.support import gather_errors
 from lightning_mimic.gradients import Direction, hook_gradient

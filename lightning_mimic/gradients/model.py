@@ -199,7 +199,7 @@ class WholeModelGradients:
                 if edge is not None and use.node is edge.node:
                     continue  # its rows are the edge's own
                 rows = None if gradient is None else gradient.reshape(use.shape).movedim(use.axis, 0)
-                if rows is not None and not _alone(rows, own):
+                if rows is not None and (len(rows) != self._samples or not _alone(rows, own)):
                     found.extend(use.parts.values() if isinstance(use, LayerCall) else [use.name])
                 elif rows is None or not bool((rows[own].abs() > 0).any()):
                     self.conclusive = False
