@@ -219,7 +219,8 @@ def test_checkpointed_attention_is_exact():
     torch.testing.assert_close(parameters_of(ours), parameters_of(oracle), rtol=1e-9, atol=1e-9)
 
 
-def test_a_confidently_contradicted_sample_overflows_no_sooner_in_the_scoring_pass(tmp_path):
+@pytest.mark.parametrize(("scale", "accumulate"), [(2.0**16, 1), (2.0**22, 8)])
+def test_a_confidently_contradicted_sample_overflows_no_sooner_in_the_scoring_pass(scale, accumulate, tmp_path):
     from lightning.pytorch.plugins import MixedPrecision
 
     class Certain(Toy):
@@ -228,10 +229,11 @@ def test_a_confidently_contradicted_sample_overflows_no_sooner_in_the_scoring_pa
             self.head.bias.data = torch.tensor([20.0] + [0.0] * (CLASSES - 1))
 
     module = toy(Certain, dtype=torch.float32)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     callback = GradMimic(parameters_of(toy(seed=1)), "all", ledger=tmp_path / "s")
     plugins = [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
-    trainer(callback, plugins=plugins).fit(module, loader(toy_data(64, dtype=torch.float32), 64))
+    options = {"plugins": plugins, "accumulate_grad_batches": accumulate}
+    trainer(callback, **options).fit(module, loader(toy_data(64, dtype=torch.float32), 64))
     assert set(Ledger(tmp_path / "s").table()["flag"].to_pylist()) == {"ok"}
 
 

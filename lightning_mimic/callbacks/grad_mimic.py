@@ -173,7 +173,10 @@ class GradMimic(Callback):
             self._ids = sample_ids(batch, self.id_from, needed=self.ledger is not None)
             # Once per epoch, because a schedule may have unfrozen parameters.
             check = self._checked_epoch != trainer.current_epoch or self._session.pending
-            self._session.arm(batch, self._ids, self._scale(trainer, pl_module), check=check)
+            scale = self._scale(trainer, pl_module)
+            # As the backward pass will be scaled, so that a pass before it overflows no sooner.
+            scale = None if scale is None else scale / trainer.accumulate_grad_batches
+            self._session.arm(batch, self._ids, scale, check=check)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         # Inert outside our own training batches (a learning-rate finder runs others).

@@ -151,7 +151,7 @@ class Session:
         Args:
             batch: What training_step will get.
             ids: Of its samples, where they are known.
-            scale: Of the gradient scaler, a scalar; ``None`` without one.
+            scale: Of the gradient scaler over the accumulated micro-batches, a scalar; ``None`` without one.
             check: Look at the graph. For the first step and whenever it may have changed.
         """
         self.reset()

@@ -28,9 +28,9 @@ def kind_of(node: Node) -> str:
     return node.name().rpartition("::")[2].partition("Backward")[0]
 
 
-def shape_of(node: Node, output_nr: int = 0) -> tuple[int, ...]:
+def shape_of(node: Node) -> tuple[int, ...]:
     """The shape of the tensor that the node made in the forward pass."""
-    return tuple(node._input_metadata[output_nr].shape)
+    return tuple(node._input_metadata[0].shape)
 
 
 def is_leaf(node: Node) -> bool:
