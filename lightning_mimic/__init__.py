@@ -3,10 +3,12 @@
 from lightning_mimic.callbacks import GradMimic
 from lightning_mimic.data import WithIds, collate_with_ids
 from lightning_mimic.ledger import Ledger, LedgerError
-from lightning_mimic.reference import ReferenceLoadError
+from lightning_mimic.reference import Aligned, Diagnosis, ReferenceLoadError, diagnose
 from lightning_mimic.version import __version__
 
 __all__ = [
+    "Aligned",
+    "Diagnosis",
     "GradMimic",
     "Ledger",
     "LedgerError",
@@ -14,4 +16,5 @@ __all__ = [
     "WithIds",
     "__version__",
     "collate_with_ids",
+    "diagnose",
 ]

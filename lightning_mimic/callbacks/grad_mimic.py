@@ -10,21 +10,15 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lightning_mimic.callbacks.aim import Aim, OnDoubtful
 from lightning_mimic.callbacks.batch import Ids, class_columns, describe, sample_ids
 from lightning_mimic.callbacks.gating import Scope
 from lightning_mimic.callbacks.recorder import ScoreRecorder, open_on_all_ranks
 from lightning_mimic.callbacks.session import DOUBTS, Escaping, OnNonfinite, Session
-from lightning_mimic.callbacks.support import check_needs, check_packages, check_scorer, check_support, gather_errors
-from lightning_mimic.gradients import Direction, nearest_names, select_parameters
+from lightning_mimic.callbacks.support import amp_scale, check_packages, check_scorer, check_support, gather_errors
+from lightning_mimic.gradients import nearest_names
 from lightning_mimic.ledger import Flag, LedgerWriter, note_run
-from lightning_mimic.reference import (
-    ReferenceSource,
-    aliases_of,
-    fingerprint,
-    match_reference,
-    read_reference,
-    reference_model,
-)
+from lightning_mimic.reference import Aligned, ReferenceSource
 from lightning_mimic.scorers import MimicScore, Scorer, SoftmaxWeighting
 
 
@@ -40,8 +34,9 @@ class GradMimic(Callback):
     (share of negative scores).
 
     Args:
-        reference: A checkpoint's path (``.ckpt``, ``.pt``, ``.safetensors``), a module or a state dict. Samples
-            that trained it get flattering scores: do not score them.
+        reference: A checkpoint's path (``.ckpt``, ``.pt``, ``.safetensors``), a module or a state dict whose
+            weights mean the same as the model's; :class:`~lightning_mimic.Aligned` around one of another
+            initialisation, width or architecture. Samples that trained it get flattering scores: do not score them.
         parameters: Whose direction counts: ``"all"`` trainable ones, a module path (``"head"``), a parameter name
             (``"head.weight"``), a glob, ``"!"`` in front of any of these to leave them out, or a list. The fewer and
             the later, the cheaper: one last layer costs next to nothing, all about two thirds of a step.
@@ -64,6 +59,9 @@ class GradMimic(Callback):
             meant), ``"raise"`` stops, at one host sync per step.
         math_attention: Run attention in scored steps by the slower kernel that can be differentiated twice, so that
             parameters below it can be scored from the losses alone.
+        on_doubtful: The first 512 samples tell whether the reference is kin to the model, knows the data and leads
+            downhill (:class:`~lightning_mimic.Diagnosis`). If not: ``"warn"``, ``"raise"``, or ``"align"`` it, for
+            which weights stay uniform until that is known.
 
     Raises:
         ValueError: An argument, or at the start of ``fit`` the reference, the parameters, the trainer or the
@@ -80,7 +78,7 @@ class GradMimic(Callback):
 
     def __init__(
         self,
-        reference: ReferenceSource | None = None,
+        reference: ReferenceSource | Aligned | None = None,
         parameters: str | Sequence[str] | None = None,
         *,
         scorer: Scorer | None = None,
@@ -93,11 +91,13 @@ class GradMimic(Callback):
         id_from: Callable[[Any], Ids] | None = None,
         on_nonfinite: OnNonfinite = "mask",
         math_attention: bool = False,
+        on_doubtful: OnDoubtful = "warn",
     ) -> None:
         for name, value, kind in (
             ("scope", scope, Scope),
             ("escaping", escaping, Escaping),
             ("on_nonfinite", on_nonfinite, OnNonfinite),
+            ("on_doubtful", on_doubtful, OnDoubtful),
         ):
             if value not in get_args(kind):
                 raise ValueError(f"`{name}` is {value!r}; {nearest_names(str(value), get_args(kind))}.")
@@ -115,8 +115,11 @@ class GradMimic(Callback):
         self.id_from = id_from
         self.on_nonfinite = on_nonfinite
         self.math_attention = math_attention
+        self.on_doubtful = on_doubtful
         self._run: str | None = None
         self._attempt = 0
+        self._aim: Aim | None = None
+        self._resumed: dict[str, Any] | None = None
         self._session: Session | None = None
         self._recorder: ScoreRecorder | None = None
         self._ids: Ids | None = None
@@ -151,9 +154,11 @@ class GradMimic(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._session is not None
         # Not before: a resumed fit learns its step after on_fit_start.
-        self._recorder = ScoreRecorder(self._open_ledger(trainer), DOUBTS)
+        assert self._aim is not None
+        expected = {Flag.ZERO_DIRECTION} if self._aim.aligns else ()
+        self._recorder = ScoreRecorder(self._open_ledger(trainer), DOUBTS, expected)
         self._checked_epoch, self._place = -1, None
-        if self._session.at_reference():
+        if self._aim.at_reference():
             self._recorder.warn({Flag.ZERO_DIRECTION: 0})
 
     def on_train_batch_start(
@@ -173,7 +178,7 @@ class GradMimic(Callback):
             self._ids = sample_ids(batch, self.id_from, needed=self.ledger is not None)
             # Once per epoch, because a schedule may have unfrozen parameters.
             check = self._checked_epoch != trainer.current_epoch or self._session.pending
-            scale = self._scale(trainer, pl_module)
+            scale = amp_scale(trainer, pl_module)
             # As the backward pass will be scaled, so that a pass before it overflows no sooner.
             scale = None if scale is None else scale / trainer.accumulate_grad_batches
             self._session.arm(batch, self._ids, scale, check=check)
@@ -182,13 +187,12 @@ class GradMimic(Callback):
         # Inert outside our own training batches (a learning-rate finder runs others).
         if self._session is None or not self._session.active:
             return
-        scale = self._scale(trainer, pl_module)
+        scale = amp_scale(trainer, pl_module)
         one = torch.ones((), device=loss.device) if scale is None else scale
         self._session.before_backward(one / trainer.accumulate_grad_batches)
         kind = self._session.kind
-        if kind is not None and self._checked_epoch < 0 and self._writes(trainer) and trainer.is_global_zero:
-            assert self.ledger is not None
-            note_run(self.ledger, self._attempt, {"score_kind": kind, "data": describe(trainer.train_dataloader)})
+        if kind is not None and self._checked_epoch < 0:
+            self._note(trainer, {"score_kind": kind, "data": describe(trainer.train_dataloader)})
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -201,11 +205,16 @@ class GradMimic(Callback):
             self._session.reset()
             return
         columns, figures = scored
+        assert self._aim is not None
+        diagnosis = self._aim.examine(batch, self._session.towards, columns.get("loss"), len(columns["flag"]))
         self._checked_epoch = trainer.current_epoch
         columns |= class_columns(outputs, len(columns["flag"]))
         self._recorder.add(*self._place, self._ids, columns, self._session.doubt())
         self._session.reset()
         pl_module.log_dict(figures, prog_bar=True, on_step=True, on_epoch=False, batch_size=len(columns["flag"]))
+        if diagnosis is not None:
+            self._note(trainer, {"diagnosis": diagnosis.facts()})
+            self._aim.tell()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._recorder is not None
@@ -215,6 +224,8 @@ class GradMimic(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._recorder is not None
         self._recorder.close()
+        assert self._aim is not None
+        self._aim.complain()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         try:
@@ -232,35 +243,33 @@ class GradMimic(Callback):
         if self._recorder is not None:
             # What a checkpoint has trained on, the ledger holds.
             self._recorder.flush()
-        if self._run is None:
-            return {}
-        return {"run": self._run, "attempt": self._attempt}
+        state = {} if self._run is None else {"run": self._run, "attempt": self._attempt}
+        if self._aim is not None and (aim := self._aim.state_dict()):
+            state["aim"] = aim
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._run = state_dict["run"]
+        self._run = state_dict.get("run")
+        self._resumed = state_dict.get("aim")
 
     # What they delegate to
 
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks everything that can be checked before training, and hooks the layer."""
         check_support(trainer, pl_module)
-        needs, name = self.scorer.needs, type(self.scorer).__name__
-        targets = {} if self.parameters is None else select_parameters(pl_module, self.parameters)
-        check_needs(self.scorer, pl_module, targets)
-        frozen = [n for n, p in targets.items() if not p.requires_grad]
+        aim = self._aim = Aim(pl_module, self.scorer, self.parameters, self.reference, self.on_doubtful)
+        frozen = [n for n, p in aim.targets.items() if not p.requires_grad]
         if self.scope == "target" and frozen:
             raise ValueError(f"`scope='target'` weights the gradients of {frozen[0]!r}, but they are frozen.")
-        reference: dict[str, Tensor] = {}
-        model = None
-        if self.reference is not None and targets:
-            reference = match_reference(read_reference(self.reference), targets, aliases_of(pl_module))
-        if self.reference is not None and "reference_losses" in needs:
-            model = reference_model(self.reference, pl_module)
-            reference = reference or dict(model.state_dict())
+        if self._resumed:
+            aim.load_state_dict(self._resumed)
+            self._resumed = None
         self._config = {
-            "scorer": name,
-            "reference": fingerprint(reference) if reference else None,
-            "parameters": list(targets),
+            "scorer": type(self.scorer).__name__,
+            "reference": aim.fingerprint,
+            "aligned_every": self.reference.every if isinstance(self.reference, Aligned) else None,
+            "align_doubtful": self.on_doubtful == "align",
+            "parameters": list(aim.targets),
             "temperature": self.weighting.temperature,
             "min_ess": self.weighting.min_ess,
             "scope": self.scope,
@@ -271,9 +280,7 @@ class GradMimic(Callback):
             pl_module,
             self.scorer,
             self.weighting,
-            targets,
-            Direction(reference, targets) if "dot" in needs else None,
-            model,
+            aim,
             scope=self.scope,
             escaping=self.escaping,
             reweight=self.reweight,
@@ -281,20 +288,19 @@ class GradMimic(Callback):
             math_attention=self.math_attention,
         )
 
-    @staticmethod
-    def _scale(trainer: pl.Trainer, module: pl.LightningModule) -> Tensor | None:
-        """The gradient scaler's factor, read without waiting for the device."""
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        return None if scaler is None else scaler.scale(torch.ones((), device=module.device))
-
     def _detach(self) -> None:
         if self._session is not None:
             self._session.remove()
-        self._session = self._recorder = self._ids = None
+        self._session = self._recorder = self._ids = self._aim = None
 
     def _writes(self, trainer: pl.Trainer) -> bool:
         # A development run leaves nothing behind that a real run would trip over.
         return self.ledger is not None and not trainer.fast_dev_run  # type: ignore[attr-defined]
+
+    def _note(self, trainer: pl.Trainer, notes: dict[str, Any]) -> None:
+        if self._writes(trainer) and trainer.is_global_zero:
+            assert self.ledger is not None
+            note_run(self.ledger, self._attempt, notes)
 
     def _open_ledger(self, trainer: pl.Trainer) -> LedgerWriter | None:
         if not self._writes(trainer):

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,24 @@ class ScoreRecorder:
     Args:
         writer: Where the rows go; ``None`` keeps only the flags, for the warnings.
         doubts: What the codes of :meth:`add` say.
+        expected: Flags that are no news.
         flush_every: Scored micro-batches between two flushes.
     """
 
-    def __init__(self, writer: LedgerWriter | None, doubts: Mapping[int, str], flush_every: int = 100) -> None:
+    def __init__(
+        self,
+        writer: LedgerWriter | None,
+        doubts: Mapping[int, str],
+        expected: Iterable[Flag] = (),
+        flush_every: int = 100,
+    ) -> None:
         self._writer = writer
         self._said = doubts
         self._flush_every = flush_every
         self._places: list[tuple[int, int, int, Ids | None]] = []
         self._columns: list[dict[str, Tensor]] = []
         self._doubts: list[Tensor] = []
-        self._warned: set[Flag] = set()
+        self._warned = set(expected)
 
     def add(
         self, epoch: int, step: int, batch: int, ids: Ids | None, columns: Mapping[str, Tensor], doubt: Tensor

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_mimic.callbacks.batch import blank_nan_samples, sample_count
+from lightning_mimic.callbacks.aim import Aim
+from lightning_mimic.callbacks.batch import Ids, blank_nan_samples, sample_count
 from lightning_mimic.callbacks.gating import Gate, Scope
 from lightning_mimic.callbacks.hooks import LossTap, wrap_method
 from lightning_mimic.callbacks.judgement import Judgement, judge
 from lightning_mimic.callbacks.plan import Plan, Reach
 from lightning_mimic.callbacks.refusals import HOOKED, NOT_PLAIN, NOT_THE_MEAN
-from lightning_mimic.callbacks.step import Step, Way, same_samples, taken
+from lightning_mimic.callbacks.step import Step, Way, taken
 from lightning_mimic.callbacks.support import gather_errors
-from lightning_mimic.gradients import Direction, hook_gradient
+from lightning_mimic.gradients import hook_gradient
 from lightning_mimic.gradients.graph import made_by, targets_left_out
 from lightning_mimic.gradients.parameters import few
 from lightning_mimic.ledger import Flag
@@ -40,9 +41,7 @@ class Session:
         module: The module that is trained.
         scorer: Makes scores of products.
         weighting: Makes weights of scores.
-        targets: The target parameters, by their full names; empty for a scorer that needs no gradient.
-        direction: From the trained weights to the reference, by the same names; ``None`` if it is not needed.
-        reference_model: Has a method ``sample_losses``; ``None`` if it is not needed.
+        aim: What the scores are taken against.
         scope: ``"loss"``: the weights reach all that a sample's gradient reaches; ``"target"``: the target
             parameters only.
         escaping: What to do about trainable parameters that the gate does not reach.
@@ -56,9 +55,7 @@ class Session:
         module: nn.Module,
         scorer: Scorer,
         weighting: SoftmaxWeighting,
-        targets: Mapping[str, nn.Parameter],
-        direction: Direction | None,
-        reference_model: nn.Module | None,
+        aim: Aim,
         *,
         scope: Scope,
         escaping: Escaping,
@@ -68,11 +65,10 @@ class Session:
     ) -> None:
         self._scorer = scorer
         self._weighting = weighting
-        self._direction = direction
-        self._reference_model = reference_model
+        self._aim = aim
         self._on_nonfinite = on_nonfinite
         reach: Reach = "targets" if not reweight or scope == "target" else "all" if escaping == "refuse" else "around"
-        self._plan = Plan(module, targets, scorer.needs, reach=reach)
+        self._plan = Plan(module, aim.targets, scorer.needs, reach=reach)
         if reweight and scope == "target" and self._plan.hooked:
             raise ValueError(HOOKED.format(few(self._plan.hooked)))
         has_losses = callable(getattr(module, "sample_losses", None))
@@ -80,7 +76,7 @@ class Session:
         self._math_attention = math_attention
         self._attention = contextlib.ExitStack()
         self._undo = wrap_method(module, "training_step", self._around_training_step)
-        self._gate = Gate(targets, scope) if reweight else None
+        self._gate = Gate(aim.targets, scope) if reweight else None
         self.reset()
 
     def reset(self) -> None:
@@ -98,6 +94,7 @@ class Session:
         self._check = False
         self._backwards = 0
         self._rows: int | None = None
+        self._ids: Ids | None = None
         self._step: Step | None = None
         self._left_out: Tensor | None = None
         self._unlike: Tensor | None = None
@@ -107,6 +104,8 @@ class Session:
         self._reference_losses: Tensor | None = None
         self._judgement: Judgement | None = None
         self._norm: Tensor | None = None
+        #: The mimic score of each sample, whatever the scorer; NaN without a direction.
+        self.towards: Tensor | None = None
 
     def remove(self) -> None:
         """Takes every hook and wrapper off the module."""
@@ -136,16 +135,12 @@ class Session:
         if failures:
             raise ValueError(f"another rank could not score its samples: {failures[0]}")
 
-    def at_reference(self) -> bool:
-        """Whether the model stands at its reference now (a host sync)."""
-        return self._direction is not None and bool(self._direction.vanishes(self._direction.norm()))
-
     @property
     def pending(self) -> bool:
         """The last look at a step did not show everything; the next step is to be looked at, too."""
         return self._plan.pending
 
-    def arm(self, batch: Any, ids: Any, scale: Tensor | None, *, check: bool) -> None:
+    def arm(self, batch: Any, ids: Ids | None, scale: Tensor | None, *, check: bool) -> None:
         """Gets ready for the training_step of one micro-batch.
 
         Args:
@@ -160,6 +155,7 @@ class Session:
             self._attention.enter_context(sdpa_kernel(SDPBackend.MATH))
         self._check = check
         self._scale = scale
+        self._ids = ids
         self._rows = sample_count(batch) if ids is None else len(ids)
         self._plan.tap.armed = True
         if self._loss_tap is not None:
@@ -208,6 +204,7 @@ class Session:
     def _around_training_step(self, call: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.active:
             return call(batch, *args, **kwargs)
+        given = batch
         if self._gate is not None and self._on_nonfinite == "mask" and self._rows:
             batch, self._clean = blank_nan_samples(batch, self._rows)
         outputs = call(batch, *args, **kwargs)
@@ -215,10 +212,9 @@ class Session:
         self._plan.tap.armed = False
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and loss.grad_fn is not None:
-            if self._reference_model is not None:
-                with torch.no_grad():
-                    given = self._reference_model.sample_losses(batch)  # type: ignore[operator]
-                self._reference_losses = same_samples(given, self._loss_tap)
+            self._reference_losses = self._aim.reference_losses(batch, self._loss_tap)
+            if self._aim.aligns:  # what was blanked is NaN to the reference, and so left out
+                self._aim.observe(given, self._ids, self._plan.call.inputs)
             # Here, within DDP's forward, and not later: beyond it lies a node that must be passed once.
             with torch.autocast(loss.device.type, enabled=False):
                 self._after_forward(loss)
@@ -240,7 +236,7 @@ class Session:
         dot = norms = None
         scale = torch.ones((), device=loss.device) if self._scale is None else self._scale
         if self._plan.way is not Way.NONE:
-            dot, norms = self._plan.dot_and_norms(step, gate, self._direction or {}, scale)
+            dot, norms = self._plan.dot_and_norms(step, gate, self._aim.direction or {}, scale)
         judged = self._judge(dot, norms)
         if self._gate is not None:
             self._gate.ahead(step, gate, judged, self._clean, scale)
@@ -259,7 +255,8 @@ class Session:
             )
         # From the mean loss's gradient, scaled and divided, back to that of each unreduced loss.
         unreduced = gradients.to(torch.promote_types(gradients.dtype, torch.float32)) * (rows / self._factor)
-        dot = call.dot(unreduced, self._direction) if self._direction is not None else None
+        direction = self._aim.direction
+        dot = None if direction is None else call.dot(unreduced, direction)
         norms = call.gradients(unreduced).norms() if "norms" in self._scorer.needs else None
         judged = self._judge(dot, norms)
         return None if self._gate is None else self._gate.in_pass(gradients, call, judged, self._clean)
@@ -269,10 +266,13 @@ class Session:
         step, device = self._step, self._step.loss.device
         vanishes = torch.zeros((), dtype=torch.bool, device=device)
         direction_norm = None
-        if self._direction is not None:
-            norm = self._norm = self._direction.norm()
-            vanishes = self._direction.vanishes(norm)
+        if self._aim.direction is not None:
+            norm = self._norm = self._aim.direction.norm()
+            vanishes = self._aim.direction.vanishes(norm)
             direction_norm = torch.where(vanishes, torch.ones_like(norm), norm)
+            if dot is not None:
+                self.towards = torch.where(vanishes, torch.nan, -dot / direction_norm)
+            vanishes = vanishes | self._aim.undecided
         scores = self._scorer(
             Products(
                 samples=torch.zeros(step.rows, device=device),

@@ -86,6 +86,12 @@ def check_needs(scorer: Scorer, module: pl.LightningModule, targets: Mapping[str
             )
 
 
+def amp_scale(trainer: pl.Trainer, module: pl.LightningModule) -> Tensor | None:
+    """The gradient scaler's factor, read without waiting for the device; ``None`` without a scaler."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return None if scaler is None else scaler.scale(torch.ones((), device=module.device))
+
+
 def gather_errors(error: Exception | None) -> list[str]:
     """What went wrong on each rank, so that all of them stop together and none waits for another."""
     message = None if error is None else str(error)

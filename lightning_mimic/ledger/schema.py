@@ -29,7 +29,8 @@ class Flag(enum.IntEnum):
     NONFINITE_LOSS = 1
     #: Its gradient left float16's range under a gradient scaler: passed on as it was, no score.
     OVERFLOW = 2
-    #: The model stood at its reference: no direction, no score, uniform weights.
+    #: There was no direction, so no score and uniform weights: the model stood at its reference, or the reference was
+    #: not aligned yet.
     ZERO_DIRECTION = 3
     #: The only sample of its micro-batch: weight 1, whatever its score.
     ALONE = 4

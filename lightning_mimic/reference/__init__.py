@@ -1,15 +1,24 @@
-"""The reference checkpoint: read, matched to the model."""
+"""The reference checkpoint: read, matched to the model, aligned when it is a stranger."""
 
+from lightning_mimic.reference.aligned import Aligned, AlignedDirection
+from lightning_mimic.reference.diagnose import below_moves, diagnose, resemblance
+from lightning_mimic.reference.diagnosis import Diagnosis
 from lightning_mimic.reference.match import aliases_of, fingerprint, match_reference
 from lightning_mimic.reference.model import reference_model
 from lightning_mimic.reference.read import ReferenceLoadError, ReferenceSource, read_reference
 
 __all__ = [
+    "Aligned",
+    "AlignedDirection",
+    "Diagnosis",
     "ReferenceLoadError",
     "ReferenceSource",
     "aliases_of",
+    "below_moves",
+    "diagnose",
     "fingerprint",
     "match_reference",
     "read_reference",
     "reference_model",
+    "resemblance",
 ]

@@ -8,12 +8,13 @@ from lightning_mimic.reference.match import aliases_of, match_reference
 from lightning_mimic.reference.read import ReferenceSource, read_reference
 
 
-def reference_model(source: ReferenceSource, module: nn.Module) -> nn.Module:
-    """The reference with a method ``sample_losses``, frozen and in evaluation mode.
+def reference_model(source: ReferenceSource, module: nn.Module, method: str = "sample_losses") -> nn.Module:
+    """The reference with a method that it is asked by, frozen and in evaluation mode.
 
     Args:
         source: A module that has this method, of whatever architecture, or weights for ``module``'s own.
         module: The module that is trained; has the method.
+        method: Its name.
 
     Returns:
         A copy, on the module's device: another full set of weights.
@@ -26,7 +27,7 @@ def reference_model(source: ReferenceSource, module: nn.Module) -> nn.Module:
         >>> reference_model({"weight": torch.ones(1, 1)}, nn.Linear(1, 1, bias=False)).weight.requires_grad
         False
     """
-    if isinstance(source, nn.Module) and callable(getattr(source, "sample_losses", None)):
+    if isinstance(source, nn.Module) and callable(getattr(source, method, None)):
         model = copy.deepcopy(source).to(next(module.parameters()).device)
     else:
         model = copy.deepcopy(module)

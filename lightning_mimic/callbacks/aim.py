@@ -1,0 +1,212 @@
+"""What the scores of a fit are taken against: the target parameters, and the way to the reference."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_mimic.callbacks.batch import Ids
+from lightning_mimic.callbacks.checkup import Checkup
+from lightning_mimic.callbacks.hooks import LossTap
+from lightning_mimic.callbacks.step import same_samples
+from lightning_mimic.callbacks.support import check_needs
+from lightning_mimic.gradients import Direction, select_parameters
+from lightning_mimic.reference import (
+    Aligned,
+    AlignedDirection,
+    Diagnosis,
+    ReferenceLoadError,
+    ReferenceSource,
+    aliases_of,
+    below_moves,
+    fingerprint,
+    match_reference,
+    read_reference,
+    reference_model,
+    resemblance,
+)
+from lightning_mimic.scorers import Scorer
+
+OnDoubtful = Literal["warn", "raise", "align"]
+
+
+class Aim:
+    """What one fit's scores are taken against, and what is known of the reference.
+
+    Args:
+        module: The module that is trained.
+        scorer: Says what is needed.
+        parameters: As :func:`~lightning_mimic.gradients.select_parameters` takes them.
+        reference: As the callback takes it.
+        on_doubtful: As the callback takes it. To ``"align"``, everything is made ready, and until it is known
+            whether that is needed there is no direction.
+
+    Raises:
+        ValueError: The reference cannot be read or does not fit, or the parameters are not usable.
+    """
+
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        scorer: Scorer,
+        parameters: str | Sequence[str] | None,
+        reference: ReferenceSource | Aligned | None,
+        on_doubtful: OnDoubtful,
+    ) -> None:
+        #: The target parameters by full name; empty for a scorer that needs no gradient.
+        self.targets = {} if parameters is None else select_parameters(module, parameters)
+        check_needs(scorer, module, self.targets)
+        #: From the trained weights to the reference; ``None`` if it is not needed.
+        self.direction: Direction | None = None
+        #: Of the reference; ``None`` without one.
+        self.fingerprint: str | None = None
+        #: It is not known yet where to; no sample is scored.
+        self.undecided = False
+        self._model: nn.Module | None = None
+        self._on_doubtful = on_doubtful
+        self._aligned: AlignedDirection | None = None
+        self._checkup: Checkup | None = None
+        self._diagnosis: Diagnosis | None = None
+        if reference is None:
+            return
+        source = reference.reference if isinstance(reference, Aligned) else reference
+        if "reference_losses" in scorer.needs:
+            self._model = reference_model(source, module)
+            self.fingerprint = fingerprint(self._model.state_dict())
+        facts: dict[str, Any] = {}
+        if isinstance(reference, Aligned):
+            if "dot" not in scorer.needs:
+                raise ValueError(
+                    f"`reference`: {type(scorer).__name__} takes no direction, so there is nothing to align; give it "
+                    "the reference itself, without Aligned."
+                )
+            self._align(reference, module)
+        elif "dot" in scorer.needs:
+            facts = self._point(source, module)
+        whole = _whole(source, module) if self._model is None else self._model
+        self._checkup = Checkup(facts, whole, module.device)
+
+    @property
+    def aligns(self) -> bool:
+        """A direction is fitted while the model trains, so that there is none at first."""
+        return self._aligned is not None
+
+    def at_reference(self) -> bool:
+        """Whether the model stands at its reference now (a host sync)."""
+        direction = None if self.aligns else self.direction
+        return direction is not None and bool(direction.vanishes(direction.norm()))
+
+    def reference_losses(self, batch: Any, losses: LossTap | None) -> Tensor | None:
+        """The reference's losses, if the scorer asks for them; ``ValueError`` unless as many as the model's."""
+        if self._model is None:
+            return None
+        with torch.no_grad():
+            return same_samples(self._model.sample_losses(batch), losses)  # type: ignore[operator]
+
+    def observe(self, batch: Any, ids: Ids | None, features: Tensor) -> None:
+        """Takes in what the target layer got, for the alignment."""
+        assert self._aligned is not None
+        self._aligned.observe(batch, ids, features)
+
+    def examine(self, batch: Any, towards: Tensor | None, losses: Tensor | None, rows: int) -> Diagnosis | None:
+        """Looks at the reference in the first scored steps; with the last of them, says what it is worth.
+
+        Args:
+            batch: What training_step got.
+            towards: Mimic scores of this rank's samples, shape ``(B,)``, NaN where there is none.
+            losses: The model's losses, where they are known.
+            rows: Samples of this rank.
+        """
+        diagnosis = None if self._checkup is None else self._checkup.add(batch, towards, losses, rows)
+        if diagnosis is None:
+            return None
+        self._checkup, self._diagnosis = None, diagnosis
+        if self.undecided and diagnosis.verdict == "compatible":
+            self.undecided, self._aligned = False, None
+        elif self.undecided and diagnosis.mendable:
+            self.undecided, self.direction = False, self._aligned
+        return diagnosis
+
+    def tell(self) -> None:
+        """Says once what the reference is worth; raises ``ValueError`` if it is worth little and that is wished."""
+        assert self._diagnosis is not None
+        message = f"{self._diagnosis}."
+        if self._diagnosis.verdict == "compatible":
+            rank_zero_info(message)
+        elif self._on_doubtful == "align" and self.aligns and not self.undecided:
+            rank_zero_info(f"{message} It is aligned from here on.")
+        else:
+            mend = " Give it as lightning_mimic.Aligned(...), or compare losses with the scorer RhoLoss."
+            message += mend if self._diagnosis.mendable and not self.aligns else " Use another reference."
+            message += " Weights stay uniform." * self.undecided
+            if self._on_doubtful == "raise":
+                raise ValueError(message)
+            rank_zero_warn(message, stacklevel=2)
+
+    def complain(self) -> None:
+        """Warns, at the end of the fit, of an alignment that did not work."""
+        complaint = self._aligned.complaint() if self._aligned is not None and not self.undecided else None
+        if complaint is not None:
+            rank_zero_warn(complaint, stacklevel=2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed fit needs to go on; empty if that is nothing."""
+        if self._aligned is None and self._checkup is not None:
+            return {}
+        return {
+            "undecided": self.undecided,
+            "examined": self._checkup is None,
+            "aligned": None if self._aligned is None else self._aligned.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there; what was decided stays so."""
+        if state["examined"]:
+            self._checkup = None
+        if self._aligned is None:
+            return
+        if state["aligned"] is None:
+            self.undecided, self._aligned = False, None
+            return
+        self._aligned.load_state_dict(state["aligned"])
+        self.undecided = state["undecided"]
+        if not self.undecided:
+            self.direction = self._aligned
+
+    def _point(self, source: ReferenceSource, module: pl.LightningModule) -> dict[str, Any]:
+        """Takes the direction to given weights, and returns how like the model's they are."""
+        tensors = read_reference(source)
+        try:
+            held = match_reference(tensors, self.targets, aliases_of(module))
+        except ReferenceLoadError as error:
+            if not isinstance(source, nn.Module):
+                raise
+            if self._on_doubtful != "align":
+                raise ReferenceLoadError(
+                    f"{error} A model of another architecture can be given as lightning_mimic.Aligned(model)."
+                ) from error
+            self._align(Aligned(source), module)
+            return {"misfit": str(error)}
+        self.direction = Direction(held, self.targets)
+        self.fingerprint = fingerprint(held)
+        if self._on_doubtful == "align":
+            self._aligned = AlignedDirection(Aligned(source), module, self.targets)
+            self.undecided = True
+        return resemblance(module, tensors, self.targets, held) | {"below_moves": below_moves(module, self.targets)}
+
+    def _align(self, aligned: Aligned, module: pl.LightningModule) -> None:
+        self.direction = self._aligned = AlignedDirection(aligned, module, self.targets)
+        self.fingerprint = self._aligned.fingerprint
+
+
+def _whole(source: ReferenceSource, module: pl.LightningModule) -> nn.Module | None:
+    """The reference as a model that can be asked for its losses, where it is one."""
+    if not callable(getattr(module, "sample_losses", None)):
+        return None
+    try:
+        return reference_model(source, module)
+    except ReferenceLoadError:
+        return None

@@ -1,0 +1,235 @@
+"""Looks at a reference before it is used."""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_mimic.gradients import Direction, LossGradients, select_parameters
+from lightning_mimic.gradients.graph import Graph, made_by
+from lightning_mimic.reference.diagnosis import Diagnosis, Estimate
+from lightning_mimic.reference.match import aliases_of, match_reference
+from lightning_mimic.reference.model import reference_model
+from lightning_mimic.reference.read import ReferenceLoadError, ReferenceSource, read_reference
+
+#: Enough for a verdict where six labels in ten are wrong.
+SAMPLES = 512
+#: Where the loss is looked at between the model (0) and the reference (1).
+LINE = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+
+
+def diagnose(
+    module: nn.Module,
+    reference: ReferenceSource,
+    loader: Iterable[Any],
+    parameters: str | Sequence[str] = "all",
+    *,
+    samples: int = SAMPLES,
+) -> Diagnosis:
+    """Whether the way from a model to a reference means anything, before a step is trained.
+
+    Works on a copy in evaluation mode; module and reference stay as they are.
+
+    Args:
+        module: The model as it will start, with a method ``sample_losses(batch)``.
+        reference: As for :class:`~lightning_mimic.GradMimic`.
+        loader: Batches as training gets them, noise and all. The labels are everything after a tuple's first part.
+        parameters: Those that will be scored.
+        samples: How many to look at.
+
+    Returns:
+        The figures, and their ``verdict``.
+
+    Raises:
+        ReferenceLoadError: The reference cannot be read.
+        ValueError: No ``sample_losses``, unknown parameters, an empty loader, or a model that stands at its reference.
+
+    Example:
+        >>> class Net(nn.Linear):
+        ...     def sample_losses(self, batch):
+        ...         return nn.functional.cross_entropy(self(batch[0]), batch[1], reduction="none")
+        >>> x = torch.linspace(-1, 1, 512).unsqueeze(1)
+        >>> net = Net(1, 2)
+        >>> knowing = {"weight": net.weight + torch.tensor([[-3.0], [3.0]]), "bias": torch.zeros(2)}
+        >>> y = (x > 0).long().flatten()
+        >>> order = torch.randperm(512, generator=torch.Generator().manual_seed(0))
+        >>> print(diagnose(net, knowing, [(x[order], y[order])]).knowledge.missing)
+        False
+    """
+    if not callable(getattr(module, "sample_losses", None)):
+        raise ValueError(
+            f"diagnose() needs the loss of every sample: give {type(module).__name__} a method `sample_losses(batch)` "
+            "that returns one loss per sample. GradMimic looks at a reference without it, too, in the first steps."
+        )
+    targets = select_parameters(module, parameters)
+    tensors = read_reference(reference)
+    try:
+        held = match_reference(tensors, targets, aliases_of(module))
+    except ReferenceLoadError as error:
+        return Diagnosis(misfit=str(error))
+    model = copy.deepcopy(module).eval().requires_grad_(False)
+    moved = {name: model.get_parameter(name) for name in targets}
+    for parameter in moved.values():
+        parameter.requires_grad_()
+    direction = Direction(held, moved)
+    if direction.vanishes(direction.norm()):
+        raise ValueError("the model stands at its reference, so there is no way between them to look at.")
+    batches = _first(loader, samples, next(iter(moved.values())).device)
+    scores = torch.cat([_scores(model, batch, moved, direction) for batch in batches])
+    whole = _whole(reference, module)
+    gaps = [] if whole is None else [losses_and_gaps(whole, batch) for batch in batches]
+    known = [gap for _, gap in gaps if gap is not None]
+    line = _line(model, batches, moved, direction)
+    return Diagnosis(
+        samples=len(scores),
+        **resemblance(module, tensors, targets, held),
+        below_moves=below_moves(module, targets),
+        score=estimate(sums_of(scores)),
+        knowledge=estimate(sums_of(torch.cat(known))) if known else None,
+        loss=line[0.0],
+        reference_loss=float(torch.cat([losses for losses, _ in gaps]).mean()) if gaps else None,
+        line=line,
+    )
+
+
+@torch.no_grad()
+def resemblance(
+    module: nn.Module, tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], held: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """How like a reference's weights are to a model's, as the fields of :class:`Diagnosis`.
+
+    Args:
+        module: The model.
+        tensors: The reference's.
+        targets: The model's target parameters.
+        held: The reference's of the same names.
+    """
+    pairs = {name: (p.detach().to(held[name]), held[name]) for name, p in targets.items()}
+    # Vectors (biases, scales) begin alike in every network; matrices tell kin from strangers.
+    matrices = {n: p for n, p in module.named_parameters() if p.ndim > 1 and n not in targets}
+    try:
+        others = match_reference(tensors, matrices, aliases_of(module)) if matrices else {}
+    except ReferenceLoadError:  # it holds only a part of the model
+        others = {}
+    kin = [(matrices[name].detach().to(tensor), tensor) for name, tensor in others.items()]
+    kin = kin if matrices else [pair for pair in pairs.values() if pair[0].ndim > 1]
+    return {
+        "cosines": {name: _cosine([pair]) for name, pair in pairs.items()},
+        "distances": {name: float((theirs - own).norm() / own.norm()) for name, (own, theirs) in pairs.items()},
+        "kinship": _cosine(kin) if kin else None,
+    }
+
+
+def below_moves(module: nn.Module, targets: Mapping[str, Tensor]) -> bool:
+    """Whether weights besides the targets train."""
+    return any(p.requires_grad for name, p in module.named_parameters() if name not in targets)
+
+
+def exchanged(batch: Any) -> Any:
+    """The batch with each sample's labels given to the next one; ``None`` if it is not inputs and labels.
+
+    Example:
+        >>> exchanged((torch.zeros(3, 1), torch.tensor([0, 1, 2])))[1]
+        tensor([2, 0, 1])
+    """
+    if not isinstance(batch, list | tuple) or len(batch) < 2:
+        return None
+    if not all(isinstance(part, Tensor) and part.ndim for part in batch):
+        return None
+    return (batch[0], *(part.roll(1, 0) for part in batch[1:]))
+
+
+def sums_of(values: Tensor) -> Tensor:
+    """Count, sum and sum of squares of what is finite, float64; of several ranks or batches they add up."""
+    values = values.detach().cpu().double()
+    values = values[torch.isfinite(values)]
+    return torch.stack([torch.ones_like(values), values, values.square()]).sum(1)
+
+
+def estimate(sums: Tensor) -> Estimate | None:
+    """Mean and standard error; ``None`` of fewer than two values.
+
+    Example:
+        >>> estimate(sums_of(torch.tensor([1.0, 2.0, 3.0])))  # doctest: +ELLIPSIS
+        Estimate(mean=2.0, error=0.577..., count=3)
+    """
+    count, total, squares = sums.tolist()
+    if count < 2:
+        return None
+    mean = total / count
+    variance = max(squares - total * mean, 0.0) / (count - 1)
+    return Estimate(mean, (variance / count) ** 0.5, int(count))
+
+
+@torch.no_grad()
+def losses_and_gaps(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
+    """The reference's losses, and how much higher they are with each other's labels, where these differ."""
+    losses: Tensor = model.sample_losses(batch)  # type: ignore[operator]
+    other = exchanged(batch)
+    if other is None:
+        return losses, None
+    gaps = model.sample_losses(other) - losses  # type: ignore[operator]
+    return losses, gaps[gaps != 0]
+
+
+def _scores(model: nn.Module, batch: Any, targets: Mapping[str, nn.Parameter], direction: Direction) -> Tensor:
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the attention that can be differentiated twice
+        losses = model.sample_losses(batch)  # type: ignore[operator]
+        rows = LossGradients(losses, targets)
+        rows.check(Graph(made_by(losses)))
+        return (-rows.dot(direction) / direction.norm()).detach()
+
+
+def _cosine(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Between the concatenations of the first and the second of the pairs."""
+    products = [torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()]).double().cpu() for a, b in pairs]
+    both, first, second = torch.stack(products).sum(0).tolist()
+    return float(both / max((first * second) ** 0.5, 1e-300))
+
+
+@torch.no_grad()
+def _line(
+    model: nn.Module, batches: Sequence[Any], targets: Mapping[str, nn.Parameter], direction: Direction
+) -> dict[float, float]:
+    start = {name: p.detach().clone() for name, p in targets.items()}
+    way = dict(direction)
+    line = {}
+    for t in LINE:
+        for name, p in targets.items():
+            p.copy_(start[name] + t * way[name])
+        line[t] = float(torch.cat([model.sample_losses(batch) for batch in batches]).mean())  # type: ignore[operator]
+    return line
+
+
+def _whole(reference: ReferenceSource, module: nn.Module) -> nn.Module | None:
+    """The reference as a model, where it is all there."""
+    try:
+        return reference_model(reference, module)
+    except ReferenceLoadError:
+        return None
+
+
+def _first(loader: Iterable[Any], samples: int, device: torch.device) -> list[Any]:
+    """Batches from the loader's start, until there are enough samples in them."""
+    batches, seen = [], 0
+    for batch in loader:
+        batches.append(_on(batch, device))
+        seen += len(batch[0] if isinstance(batch, list | tuple) else next(iter(batch.values())))
+        if seen >= samples:
+            break
+    if not batches:
+        raise ValueError("`loader` gives no batches.")
+    return batches
+
+
+def _on(batch: Any, device: torch.device) -> Any:
+    if hasattr(batch, "to"):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: _on(part, device) for name, part in batch.items()}
+    if isinstance(batch, list | tuple):
+        return [_on(part, device) for part in batch]
+    return batch

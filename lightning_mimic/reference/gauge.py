@@ -1,0 +1,117 @@
+"""The gauge of a CLIP: a reference's embeddings, brought into the frame of another model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_mimic.reference.moments import Moments
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """From a reference's frame to a model's.
+
+    Attributes:
+        matrix: Shape ``(d_ref, d_model)``; ``embeddings @ matrix`` lie in the model's frame. Its rows are orthonormal
+            if the reference is no wider, its columns if it is no narrower. May reflect: CLIP's loss does not mind.
+        kept: Share of the reference's variance that the matrix keeps, a scalar from 0 to 1; 1 if it is no wider.
+        determined: Boolean scalar: the pairs agree on one matrix. False for too few of them: some directions are then
+            turned at will. True says nothing about noise.
+    """
+
+    matrix: Tensor
+    kept: Tensor
+    determined: Tensor
+
+
+@torch.no_grad()
+def procrustes(moments: Sequence[Moments]) -> Rotation:
+    """Minimises ``Σ ‖Qᵀ x − y‖²`` over orthogonal Q, x and y centred by modality.
+
+    CLIP's loss stays the same when image and text embeddings are rotated together, so embeddings of two CLIPs can be
+    compared only after this rotation. It is the polar factor of the cross-scatter: Schönemann, *A generalized solution
+    of the orthogonal Procrustes problem* (1966). Modalities are stacked, each about its own mean: the gap between them
+    is larger than what tells pairs apart, and differs between models.
+
+    A wider reference is first projected to its leading principal directions, as many as the model is wide. A narrower
+    one is embedded isometrically. The decompositions make the host wait for the device.
+
+    Args:
+        moments: One per modality, centred, of pairs: x the reference's normalised embeddings, shape ``d_ref``, y the
+            model's of the same samples, shape ``d_model``.
+
+    Raises:
+        ValueError: No moments, moments without samples or not centred, or widths that differ between modalities.
+
+    Example:
+        >>> moments, x = Moments(), torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
+        >>> moments.add(x, x.flip(1) + 5)  # the model has the same axes in another order, and another mean
+        >>> procrustes([moments]).matrix.abs().round()
+        tensor([[0., 1.],
+                [1., 0.]])
+    """
+    _check(moments)
+    cross = torch.stack([m.xy for m in moments]).sum(0)  # (d_ref, d_model)
+    wide, narrow = cross.shape
+    kept, basis = cross.new_ones(()), None
+    with torch.autocast(cross.device.type, enabled=False):
+        if wide > narrow:
+            variances, directions = torch.linalg.eigh(torch.stack([m.xx for m in moments]).sum(0))  # ascending
+            basis, tiny = directions[:, -narrow:], torch.finfo(cross.dtype).tiny
+            kept = variances[-narrow:].sum() / variances.sum().clamp(min=tiny)
+            cross = basis.T @ cross
+        left, sizes, right = torch.linalg.svd(cross, full_matrices=False)
+        matrix = left @ right
+        matrix = matrix if basis is None else basis @ matrix
+    rounding = max(cross.shape) * torch.finfo(cross.dtype).eps
+    return Rotation(matrix, kept.clamp(0, 1), sizes[-1] > rounding * sizes[0])
+
+
+@torch.no_grad()
+def targets(embeddings: Tensor, rotation: Rotation, norm: Tensor) -> Tensor:
+    """The reference's embeddings as outputs of the model's projection: rotated, and of the model's length.
+
+    Where the reference is no wider, similarities between them stay as they were. The gap between the modalities stays
+    the reference's own.
+
+    Args:
+        embeddings: Shape ``(n, d_ref)``, of either modality, of any length.
+        rotation: From :func:`procrustes`.
+        norm: Length of the model's own outputs before they are normalised; a scalar, or shape ``(n, 1)``.
+
+    Returns:
+        Shape ``(n, d_model)``, float32 or higher.
+
+    Example:
+        >>> rotation = Rotation(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor(1.0), torch.tensor(True))
+        >>> targets(torch.tensor([[0.6, 0.8]]), rotation, torch.tensor(10.0))
+        tensor([[8., 6.]])
+    """
+    dtype = torch.promote_types(embeddings.dtype, rotation.matrix.dtype)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        rotated = embeddings.to(dtype) @ rotation.matrix.to(dtype)
+        # Only now: a projection shortens, and by how much differs between samples.
+        return F.normalize(rotated, dim=1) * norm
+
+
+def _check(moments: Sequence[Moments]) -> None:
+    if not moments:
+        raise ValueError("`moments` is empty; expected one Moments for each modality, such as images and captions.")
+    for index, one in enumerate(moments):
+        if not one.centred:
+            raise ValueError(
+                f"`moments[{index}]` keeps its scatter about zero, where the gap between modalities drowns what tells "
+                "pairs apart. Make it with `Moments(centred=True)`."
+            )
+        if not one.state_dict():
+            raise ValueError(f"`moments[{index}]` holds no samples; call its `add` with pairs of embeddings first.")
+    shapes = [tuple(one.xy.shape) for one in moments]
+    if len(set(shapes)) > 1:
+        given = ", ".join(f"{reference} and {model}" for reference, model in shapes)
+        raise ValueError(
+            f"`moments` differ in width (reference and model): {given}. Both modalities must be embedded in one space; "
+            "give the embeddings after the projection."
+        )

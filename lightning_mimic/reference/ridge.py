@@ -1,0 +1,53 @@
+"""The linear layer that turns features into targets, from running moments."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_mimic.reference.moments import Moments
+
+#: The penalty on a weight, relative to the features' mean variance.
+RIDGE = 1e-2
+
+
+@dataclass(frozen=True)
+class RidgeFit:
+    """A linear layer fitted to moments.
+
+    Attributes:
+        weight: Shape ``(K, D)``.
+        bias: Shape ``(K,)``; zero where the moments are not centred.
+        sound: Boolean scalar: the equations could be solved.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    sound: Tensor
+
+
+@torch.no_grad()
+def ridge_fit(moments: Moments) -> RidgeFit:
+    """Minimises ``Σ ‖W x + c − y‖² + λ ‖W‖²`` over the samples in the sums; no host sync.
+
+    λ is :data:`RIDGE` times the features' mean variance times their count, so it follows their scale. However few the
+    samples, the condition number of the equations stays below ``1 + D / RIDGE``, which float32 bears for widths up to
+    about 10⁴.
+
+    Args:
+        moments: With features as *x*, shape D, and targets as *y*, shape K.
+
+    Example:
+        >>> moments, x = Moments(), torch.linspace(-1, 1, 100).unsqueeze(1)
+        >>> moments.add(x, 3 * x + 1)
+        >>> fit = ridge_fit(moments)  # the penalty shrinks 3 by 1 %
+        >>> round(float(fit.weight), 2), round(float(fit.bias), 2), bool(fit.sound)
+        (2.97, 1.0, True)
+    """
+    size = moments.xx.diagonal().mean()
+    identity = torch.eye(len(moments.xx), dtype=size.dtype, device=size.device)
+    factor, failed = torch.linalg.cholesky_ex(moments.xx + RIDGE * size * identity)
+    weight = torch.cholesky_solve(moments.xy, factor).T
+    sound = (failed == 0) & (size > 0) & torch.isfinite(weight).all()
+    with torch.autocast(size.device.type, enabled=False):
+        return RidgeFit(weight, moments.mean_y - weight @ moments.mean_x, sound)
