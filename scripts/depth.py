@@ -1,43 +1,36 @@
 """Which parameters to score when a network trains from scratch: the last layer or all; beside the other scorers."""
 
 import json
-import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import pyarrow.compute as pc
 import torch
 from digits_runs import (
     MAX_EPOCHS,
     Curve,
-    are_wrong,
+    Work,
+    at_work,
     best_choice,
     cell,
-    columns,
+    detection,
     parsed,
     parser_of,
     reference_run,
     run,
-    silence,
 )
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from lightning_mimic import Ledger
-from lightning_mimic.curation import detect, summarise
 from lightning_mimic.data.digits import DigitsDataModule
 from lightning_mimic.data.noise import SymmetricNoise
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 TEMPERATURES = (1.0, 0.3, 0.1, 0.03)  # of equals, the first: the one that trusts the scores least
-PROCESSES = 2
 # Of a width of 16 or 64 and a network of linear layers, the most accurate on validation images in plain training.
 NETWORK = "model.backbone.width=16"
 # Configurations of conf/mimic, by what the table calls them.
@@ -148,21 +141,6 @@ def noisy_run(t: Training) -> list[str]:
     return overrides if t.mimic == "none" else [*overrides, f"mimic.temperature={t.temperature}"]
 
 
-def detection(digits: DigitsDataModule, ledger: Path) -> dict[str, Any]:
-    """How well the mean scores, of all epochs and of each, find the wrong labels."""
-    rows = Ledger(ledger).table()
-    epochs = [rows.filter(pc.equal(rows["epoch"], epoch)) for epoch in pc.unique(rows["epoch"]).to_pylist()]
-    auroc = []
-    for part in (rows, *epochs):
-        summary = summarise(part)
-        scores = torch.tensor(summary["score"].to_pylist())
-        auroc.append(detect(scores, scores < 0, are_wrong(digits, summary["id"].to_pylist())).auroc)
-    return {"auroc": auroc[0], "first_auroc": auroc[1], "auroc_by_epoch": auroc[1:]}
-
-
-Work = Callable[[str, Sequence[Training]], list[dict[str, Any]]]
-
-
 def choose_plain(work: Work, seeds: Sequence[Training]) -> tuple[float, int]:
     """Learning rate and epochs best for *plain* training on the trusted images."""
     plain = [replace(s, mimic="none", epochs=MAX_EPOCHS, chooses=True) for s in seeds]
@@ -233,12 +211,6 @@ def show(console: Console, results: list[dict[str, Any]], chosen: dict[str, floa
     )
 
 
-def begin() -> None:
-    """In every process: one thread each, and no other package's notes."""
-    silence()
-    torch.set_num_threads(1)
-
-
 def main() -> None:
     parser = parser_of(__doc__, "outputs/depth")
     parser.add_argument("--unshifted", action="store_true", help="train the references on their images as they are")
@@ -246,15 +218,7 @@ def main() -> None:
     console, out, started = Console(), arguments.out, time.monotonic()
     shifted = not arguments.unshifted
     seeds = [Training(out / f"seed{seed}", seed, arguments.rate, shifted) for seed in arguments.seeds]
-    spawn = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(PROCESSES, spawn, begin) as pool,
-        Progress(*columns("runs"), console=console) as progress,
-    ):
-
-        def work(what: str, trainings: Sequence[Training]) -> list[dict[str, Any]]:
-            return list(progress.track(pool.map(trained, trainings), len(trainings), description=what))
-
+    with at_work(console, trained) as work:
         results = work("references", [replace(s, start=start) for start in ("same", "other") for s in seeds])
         work("first references", [replace(s, chooses=True) for s in seeds])
         rate, epochs = choose_plain(work, seeds)

@@ -1,25 +1,34 @@
 """What the scripts on the digits share: a run of mimic-train that is watched, its choice, its figures."""
 
 import argparse
+import contextlib
 import logging
+import multiprocessing
 import shutil
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+import pyarrow.compute as pc
 import torch
 from hydra import compose, initialize_config_module
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from lightning_mimic import Ledger
 from lightning_mimic.cli.train import train
+from lightning_mimic.curation import detect, summarise
 from lightning_mimic.data.digits import DigitsDataModule
 
 MAX_EPOCHS = 10
 REFERENCE_EPOCHS = 80
 SEEDS = (0, 1, 2)
+PROCESSES = 2
 QUIET = ["test=false", "logger=none", "trainer.enable_progress_bar=false", "trainer.enable_checkpointing=false"]
 
 
@@ -70,6 +79,38 @@ def are_wrong(digits: DigitsDataModule, ids: Sequence[int]) -> torch.Tensor:
     return digits.wrong[[place[sample] for sample in ids]]
 
 
+def detection(digits: DigitsDataModule, ledger: Path) -> dict[str, Any]:
+    """How well the mean scores, of all epochs and of each, find the wrong labels."""
+    rows = Ledger(ledger).table()
+    rows = rows.filter(pc.is_valid(rows["score"]))  # before a reference is aligned there are none
+    epochs = [rows.filter(pc.equal(rows["epoch"], epoch)) for epoch in pc.unique(rows["epoch"]).to_pylist()]
+    auroc = []
+    for part in (rows, *epochs):
+        summary = summarise(part)
+        scores = torch.tensor(summary["score"].to_pylist())
+        auroc.append(detect(scores, scores < 0, are_wrong(digits, summary["id"].to_pylist())).auroc)
+    return {"auroc": auroc[0], "first_auroc": auroc[1], "auroc_by_epoch": auroc[1:]}
+
+
+Work = Callable[[str, Sequence[Any]], list[dict[str, Any]]]
+
+
+@contextlib.contextmanager
+def at_work(console: Console, trained: Callable[[Any], dict[str, Any]]) -> Iterator[Work]:
+    """Has two processes do what they are given, each with one thread."""
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(PROCESSES, spawn, _begin) as pool,
+        Progress(*columns("runs"), console=console) as progress,
+    ):
+        yield lambda what, given: list(progress.track(pool.map(trained, given), len(given), description=what))
+
+
+def _begin() -> None:
+    silence()
+    torch.set_num_threads(1)
+
+
 def cell(values: Sequence[float | None], between: str = "\n") -> str:
     """Mean and standard deviation in %, or a dash where there is nothing to say."""
     known = [value for value in values if value is not None]
@@ -86,12 +127,15 @@ def silence() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def parser_of(what: str | None, out: str) -> argparse.ArgumentParser:
-    """``--out``, ``--seeds`` and ``--rate``."""
+def parser_of(what: str | None, out: str, rates: Sequence[float] = ()) -> argparse.ArgumentParser:
+    """``--out``, ``--seeds``, and ``--rate``, or ``--rates`` where there are several."""
     parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--out", type=Path, default=Path(out), help="replaced by this run (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--rate", type=float, default=0.4, help="share of wrong labels (%(default)s)")
+    if rates:
+        parser.add_argument("--rates", type=float, nargs="+", default=rates, help="shares of wrong labels %(default)s")
+    else:
+        parser.add_argument("--rate", type=float, default=0.4, help="share of wrong labels (%(default)s)")
     return parser
 
 

@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from toys import trainer
 
-from lightning_mimic import GradMimic
+import lightning_mimic.reference.aligned
+from lightning_mimic import Aligned, GradMimic
 
 # The published figures are counted by the same callback.
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 from benchmark_methods import IMAGE, MODELS, FlopCount, Plain, Repeated, check_agreement
 
 ROWS = 2
-ONE_LAYER, ALL = 1.005, 1.70  # most that a step may cost, plain training being 1
+ONE_LAYER, ALL, ALIGNED = 1.005, 1.70, 1.05  # most that a step may cost, plain training being 1
 
 
 class WithLosses(Plain):
@@ -40,8 +41,8 @@ class Bench:
         self.batch = torch.randn(ROWS, *IMAGE), torch.randint(1000, (ROWS,))
         self.plain = self.flops(Plain, None, step=0)
 
-    def flops(self, kind, parameters, step=1):
-        mimic = [] if parameters is None else [GradMimic(self.reference, parameters)]
+    def flops(self, kind, parameters, step=1, reference=None):
+        mimic = [] if parameters is None else [GradMimic(reference or self.reference, parameters)]
         count = FlopCount({step})
         trainer(*mimic, count).fit(kind(self.net), Repeated(self.batch, step + 1))
         return count.flops[step]
@@ -68,6 +69,19 @@ def test_all_parameters(benches, name, kind):
     bench = benches(name)
     # A pass without weight gradients and each layer's forward pass once more cannot cost less than the lower bound.
     assert 1.5 < bench.flops(kind, "all") / bench.plain <= ALL
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "resnet50"])
+def test_an_aligned_reference_of_the_model_s_own_size(benches, name, monkeypatch):
+    bench = benches(name)
+    # Enough samples from the first step on: warming up costs a reference's forward pass per step, once.
+    monkeypatch.setattr(lightning_mimic.reference.aligned, "SAMPLES_PER_FEATURE", 0)
+    between, refit = (bench.flops(Plain, f"net.{bench.last}", step, Aligned(bench.net, every=2)) for step in (1, 2))
+    classes, width = bench.net.get_submodule(bench.last).weight.shape
+    # The counter knows neither Cholesky's factors nor their use.
+    refit += width**3 / 3 + 2 * width**2 * classes
+    assert bench.plain * 1.3 < refit  # a forward pass is a third of a step
+    assert (9 * between + refit) / 10 <= ALIGNED * bench.plain
 
 
 def test_the_rivals_of_the_benchmark_do_the_same_job(tmp_path):

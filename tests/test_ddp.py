@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.multiprocessing
@@ -13,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from toys import Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
-from lightning_mimic import GradMimic, Ledger, WithIds, collate_with_ids
+from lightning_mimic import Aligned, GradMimic, Ledger, WithIds, collate_with_ids
 from lightning_mimic.scorers import CosineSimilarity, GradNorm, ReferenceLoss, RhoLoss, Uniform
 
 EVEN, UNEVEN = (2, 2), (3, 1)
@@ -48,6 +49,16 @@ class Contrastive(WithLosses):
         return self.sample_losses(batch).mean() * self.trainer.world_size
 
 
+class Keep(pl.Callback):
+    """Saves what a rank has fitted, while it is there."""
+
+    def __init__(self, callback: GradMimic, path: Path) -> None:
+        self.callback, self.path = callback, path
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        torch.save(self.callback.state_dict()["aim"]["aligned"], self.path)
+
+
 def gathered(embeddings: Tensor) -> Tensor:
     if not torch.distributed.is_initialized():
         return embeddings
@@ -56,6 +67,9 @@ def gathered(embeddings: Tensor) -> Tensor:
     parts[torch.distributed.get_rank()] = embeddings
     return torch.cat(parts)
 
+
+STRANGER = {"reference": Aligned(toy(seed=1), every=2)}
+CACHED = {"reference": Aligned(toy(seed=1), every=2, cache=True)}
 
 # name: module, rows per rank, DDP's options, the callback's, the Trainer's
 CASES: dict[str, tuple[type[Toy], tuple[int, int], dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -86,12 +100,18 @@ CASES: dict[str, tuple[type[Toy], tuple[int, int], dict[str, Any], dict[str, Any
     "rho_loss": (WithLosses, UNEVEN, {}, {"scorer": RhoLoss(), "parameters": None}, {}),
     "rho_loss, static_graph": (WithLosses, EVEN, {"static_graph": True}, {"scorer": RhoLoss(), "parameters": None}, {}),
     "reference_loss": (WithLosses, UNEVEN, {}, {"scorer": ReferenceLoss(), "parameters": None}, {}),
+    "aligned, accumulated": (Toy, EVEN, {}, STRANGER, {"accumulate_grad_batches": 2}),
+    "aligned, uneven ranks": (WithLosses, UNEVEN, {}, STRANGER, {}),
+    "aligned, static_graph": (WithLosses, EVEN, {"static_graph": True}, CACHED | {"scope": "target"}, {}),
+    "aligned, contrastive": (Contrastive, EVEN, {}, STRANGER, {}),
+    "broken samples, aligned": (Toy, UNEVEN, {}, CACHED, {}),
 }
+ALIGNED = [case for case in CASES if "aligned" in case]
 WORLD = 2
 
 
 def data_of(case: str) -> torch.utils.data.TensorDataset:
-    data = toy_data(16)
+    data = toy_data(40 if case in ALIGNED else 16)
     if case.startswith("broken"):
         data.tensors[0][[3, 7, 9]] = float("nan")  # 3 and 7 are all that the second rank has of their batches
     return data
@@ -118,12 +138,13 @@ def on_rank(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
     fit_on_two = {"devices": 2, "use_distributed_sampler": False, "plugins": [TorchElasticEnvironment()]}
     for case, (kind, rows, ddp, _, options) in CASES.items():
-        module, first = toy(kind), sum(rows[:rank])
-        batches = [list(range(start + first, start + first + rows[rank])) for start in range(0, 16, 4)]
-        mine = torch.utils.data.DataLoader(WithIds(data_of(case)), batch_sampler=batches, collate_fn=collate_with_ids)
+        module, first, data = toy(kind), sum(rows[:rank]), data_of(case)
+        batches = [list(range(start + first, start + first + rows[rank])) for start in range(0, len(data), 4)]
+        mine = torch.utils.data.DataLoader(WithIds(data), batch_sampler=batches, collate_fn=collate_with_ids)
         strategy = DDPStrategy(process_group_backend="gloo", **ddp)
         callback = callback_of(case, folder / "two" / case)
-        trainer(callback, epochs=2, strategy=strategy, **fit_on_two, **options).fit(module, mine)
+        more = [Keep(callback, folder / f"{case}-{rank}-aligned.pt")] if case in ALIGNED else []
+        trainer(callback, *more, epochs=2, strategy=strategy, **fit_on_two, **options).fit(module, mine)
         torch.save(module.state_dict(), folder / f"{case}-{rank}.pt")
     # Only the second rank's reference is bad, and both stop.
     bad = {"head.weight": torch.zeros(1), "head.bias": torch.zeros(1)} if rank else parameters_of(toy(seed=1))
@@ -159,7 +180,15 @@ def test_two_processes_equal_one(case, folder):
         pair = [torch.tensor([float("nan") if v is None else v for v in t[column].to_pylist()]) for t in (one, two)]
         torch.testing.assert_close(*pair, rtol=1e-6, atol=1e-6, equal_nan=True)
     rows = CASES[case][1]
-    assert two["rank"].to_pylist().count(0) == 2 * 4 * rows[0]
+    assert two["rank"].to_pylist().count(0) == 2 * len(data_of(case)) // 4 * rows[0]
+
+
+@pytest.mark.parametrize("case", ALIGNED)
+def test_every_rank_has_fitted_the_same_layer(case, folder):
+    one, two = (torch.load(folder / f"{case}-{rank}-aligned.pt", weights_only=True) for rank in range(WORLD))
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+    assert one["enough"]
+    assert not torch.equal(one["reference"]["head.weight"], toy(CASES[case][0]).head.weight)
 
 
 def test_the_weights_matter_in_what_is_compared(folder):

@@ -14,8 +14,9 @@ def test_the_code_runs(tmp_path, monkeypatch, capsys):
     assert blocks
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on workers and loggers
+        names = {"__name__": "readme"}  # later blocks go on from the first
         for block in blocks:
-            exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+            exec(compile(block, "README.md", "exec"), names)
     assert "score" in capsys.readouterr().out
 
 

@@ -72,22 +72,23 @@ class Aim:
         self._diagnosis: Diagnosis | None = None
         if reference is None:
             return
+        if isinstance(reference, Aligned) and "dot" not in scorer.needs:
+            raise ValueError(
+                f"`reference`: {type(scorer).__name__} takes no direction, so there is nothing to align; give it the "
+                "reference itself, without Aligned."
+            )
         source = reference.reference if isinstance(reference, Aligned) else reference
         if "reference_losses" in scorer.needs:
             self._model = reference_model(source, module)
             self.fingerprint = fingerprint(self._model.state_dict())
         facts: dict[str, Any] = {}
         if isinstance(reference, Aligned):
-            if "dot" not in scorer.needs:
-                raise ValueError(
-                    f"`reference`: {type(scorer).__name__} takes no direction, so there is nothing to align; give it "
-                    "the reference itself, without Aligned."
-                )
             self._align(reference, module)
         elif "dot" in scorer.needs:
             facts = self._point(source, module)
         whole = _whole(source, module) if self._model is None else self._model
-        self._checkup = Checkup(facts, whole, module.device)
+        if whole is not None or facts:
+            self._checkup = Checkup(facts, whole, module.device)
 
     @property
     def aligns(self) -> bool:
@@ -106,9 +107,11 @@ class Aim:
         with torch.no_grad():
             return same_samples(self._model.sample_losses(batch), losses)  # type: ignore[operator]
 
-    def observe(self, batch: Any, ids: Ids | None, features: Tensor) -> None:
-        """Takes in what the target layer got, for the alignment."""
+    def observe(self, batch: Any, ids: Ids | None, features: Tensor, clean: Tensor | None) -> None:
+        """Takes in what the target layer got of the clean samples, for the alignment."""
         assert self._aligned is not None
+        if clean is not None:  # the features of a blanked sample belong to no sample
+            features = torch.where(clean.view(-1, *[1] * (features.ndim - 1)), features, torch.nan)
         self._aligned.observe(batch, ids, features)
 
     def examine(self, batch: Any, towards: Tensor | None, losses: Tensor | None, rows: int) -> Diagnosis | None:
@@ -120,7 +123,11 @@ class Aim:
             losses: The model's losses, where they are known.
             rows: Samples of this rank.
         """
-        diagnosis = None if self._checkup is None else self._checkup.add(batch, towards, losses, rows)
+        if self._checkup is None:
+            return None
+        # A model on its way below the wrong labels' loss has negative scores on the whole, however good the reference.
+        fresh = towards if self.direction is not self._aligned else None
+        diagnosis = self._checkup.add(batch, fresh, losses, rows)
         if diagnosis is None:
             return None
         self._checkup, self._diagnosis = None, diagnosis

@@ -23,7 +23,7 @@ def sample_ids(batch: Any, id_from: Callable[[Any], Ids] | None, *, needed: bool
         ValueError: They are needed and not there, or are not one per sample.
     """
     ids = id_from(batch) if id_from is not None else getattr(batch, "ids", None)
-    if ids is None and needed and isinstance(batch, Mapping):
+    if ids is None and isinstance(batch, Mapping):
         ids = batch.get("id")
     one_per_sample = (
         ids.ndim == 1 if isinstance(ids, Tensor) else isinstance(ids, Sequence) and not isinstance(ids, str)

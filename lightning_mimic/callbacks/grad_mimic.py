@@ -15,7 +15,7 @@ from lightning_mimic.callbacks.batch import Ids, class_columns, describe, sample
 from lightning_mimic.callbacks.gating import Scope
 from lightning_mimic.callbacks.recorder import ScoreRecorder, open_on_all_ranks
 from lightning_mimic.callbacks.session import DOUBTS, Escaping, OnNonfinite, Session
-from lightning_mimic.callbacks.support import amp_scale, check_packages, check_scorer, check_support, gather_errors
+from lightning_mimic.callbacks.support import amp_scale, check_packages, check_scorer, check_support, on_all_ranks
 from lightning_mimic.gradients import nearest_names
 from lightning_mimic.ledger import Flag, LedgerWriter, note_run
 from lightning_mimic.reference import Aligned, ReferenceSource
@@ -120,6 +120,7 @@ class GradMimic(Callback):
         self._attempt = 0
         self._aim: Aim | None = None
         self._resumed: dict[str, Any] | None = None
+        self._left: dict[str, Any] = {}
         self._session: Session | None = None
         self._recorder: ScoreRecorder | None = None
         self._ids: Ids | None = None
@@ -140,16 +141,7 @@ class GradMimic(Callback):
         check_packages(trainer, pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        error = None
-        try:
-            self._attach(trainer, pl_module)
-        except Exception as caught:  # whatever it is, the other ranks must hear of it before it is raised
-            error = caught
-        failures = gather_errors(error)
-        if error is not None:
-            raise error
-        if failures:
-            raise ValueError(f"another rank could not start: {failures[0]}")
+        on_all_ranks(lambda: self._attach(trainer, pl_module), "could not start")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._session is not None
@@ -218,7 +210,6 @@ class GradMimic(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._recorder is not None
-        assert self._session is not None
         self._recorder.flush()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -244,7 +235,7 @@ class GradMimic(Callback):
             # What a checkpoint has trained on, the ledger holds.
             self._recorder.flush()
         state = {} if self._run is None else {"run": self._run, "attempt": self._attempt}
-        if self._aim is not None and (aim := self._aim.state_dict()):
+        if aim := self._left if self._aim is None else self._aim.state_dict():
             state["aim"] = aim
         return state
 
@@ -291,20 +282,22 @@ class GradMimic(Callback):
     def _detach(self) -> None:
         if self._session is not None:
             self._session.remove()
+        # A checkpoint may be saved after the fit.
+        self._left = self._left if self._aim is None else self._aim.state_dict()
         self._session = self._recorder = self._ids = self._aim = None
 
-    def _writes(self, trainer: pl.Trainer) -> bool:
+    def _directory(self, trainer: pl.Trainer) -> Path | None:
         # A development run leaves nothing behind that a real run would trip over.
-        return self.ledger is not None and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        return None if trainer.fast_dev_run else self.ledger  # type: ignore[attr-defined]
 
     def _note(self, trainer: pl.Trainer, notes: dict[str, Any]) -> None:
-        if self._writes(trainer) and trainer.is_global_zero:
-            assert self.ledger is not None
-            note_run(self.ledger, self._attempt, notes)
+        directory = self._directory(trainer)
+        if directory is not None and trainer.is_global_zero:
+            note_run(directory, self._attempt, notes)
 
     def _open_ledger(self, trainer: pl.Trainer) -> LedgerWriter | None:
-        if not self._writes(trainer):
+        directory = self._directory(trainer)
+        if directory is None:
             return None
-        assert self.ledger is not None
-        self._run, self._attempt = open_on_all_ranks(trainer, self.ledger, self._config, self._run)
-        return LedgerWriter(self.ledger, self._run, self._attempt, trainer.global_rank)
+        self._run, self._attempt = open_on_all_ranks(trainer, directory, self._config, self._run)
+        return LedgerWriter(directory, self._run, self._attempt, trainer.global_rank)

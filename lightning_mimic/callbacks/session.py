@@ -16,7 +16,7 @@ from lightning_mimic.callbacks.judgement import Judgement, judge
 from lightning_mimic.callbacks.plan import Plan, Reach
 from lightning_mimic.callbacks.refusals import HOOKED, NOT_PLAIN, NOT_THE_MEAN
 from lightning_mimic.callbacks.step import Step, Way, taken
-from lightning_mimic.callbacks.support import gather_errors
+from lightning_mimic.callbacks.support import on_all_ranks
 from lightning_mimic.gradients import hook_gradient
 from lightning_mimic.gradients.graph import made_by, targets_left_out
 from lightning_mimic.gradients.parameters import few
@@ -124,16 +124,7 @@ class Session:
 
     def _decide(self, step: Step) -> None:
         """Has the plan look at the step; what one rank refuses stops all of them."""
-        error = None
-        try:
-            self.kind = self._plan.decide(step)
-        except ValueError as caught:
-            error = caught
-        failures = gather_errors(error)
-        if error is not None:
-            raise error
-        if failures:
-            raise ValueError(f"another rank could not score its samples: {failures[0]}")
+        self.kind = on_all_ranks(lambda: self._plan.decide(step), "could not score its samples")
 
     @property
     def pending(self) -> bool:
@@ -204,7 +195,6 @@ class Session:
     def _around_training_step(self, call: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.active:
             return call(batch, *args, **kwargs)
-        given = batch
         if self._gate is not None and self._on_nonfinite == "mask" and self._rows:
             batch, self._clean = blank_nan_samples(batch, self._rows)
         outputs = call(batch, *args, **kwargs)
@@ -213,8 +203,8 @@ class Session:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and loss.grad_fn is not None:
             self._reference_losses = self._aim.reference_losses(batch, self._loss_tap)
-            if self._aim.aligns:  # what was blanked is NaN to the reference, and so left out
-                self._aim.observe(given, self._ids, self._plan.call.inputs)
+            if self._aim.aligns:
+                self._aim.observe(batch, self._ids, self._plan.call.inputs, self._clean)
             # Here, within DDP's forward, and not later: beyond it lies a node that must be passed once.
             with torch.autocast(loss.device.type, enabled=False):
                 self._after_forward(loss)

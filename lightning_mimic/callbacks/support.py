@@ -1,6 +1,7 @@
 """Which trainers and modules the callback can serve; the others are refused in a sentence."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from lightning_mimic.gradients import LayerGradients, owning_layer
 from lightning_mimic.scorers import Scorer
+
+Result = TypeVar("Result")
 
 
 def check_packages(trainer: object, module: object) -> None:
@@ -92,8 +95,27 @@ def amp_scale(trainer: pl.Trainer, module: pl.LightningModule) -> Tensor | None:
     return None if scaler is None else scaler.scale(torch.ones((), device=module.device))
 
 
-def gather_errors(error: Exception | None) -> list[str]:
-    """What went wrong on each rank, so that all of them stop together and none waits for another."""
+def on_all_ranks(act: Callable[[], Result], what: str) -> Result:
+    """Does it, and raises on all ranks if it fails on one, so that none waits for another.
+
+    Args:
+        act: What this rank does.
+        what: What another rank did, if that is what failed.
+    """
+    error: Exception | None = None
+    try:
+        result = act()
+    except Exception as caught:  # whatever it is, the other ranks must hear of it before it is raised
+        error = caught
+    failures = _gather_errors(error)
+    if error is not None:
+        raise error
+    if failures:
+        raise ValueError(f"another rank {what}: {failures[0]}")
+    return result
+
+
+def _gather_errors(error: Exception | None) -> list[str]:
     message = None if error is None else str(error)
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [] if message is None else [message]

@@ -33,6 +33,11 @@ class _CarriesIds:
         raise AssertionError  # pragma: no cover
 
     def _changed(self, items: Any) -> Any:
+        if not hasattr(self, "ids"):
+            raise ValueError(
+                "the batch's ids were lost where a new container was made of its items, as precision='64-true' and "
+                "'bf16-true' do. Give dict batches with a key 'id', or tell ids with `id_from=`."
+            )
         changed = type(self)(items)  # type: ignore[call-arg]
         changed.ids = self.ids
         return changed

@@ -33,7 +33,7 @@ def torchvision_backbone(name: str, weights: str | None = None) -> nn.Module:
 
 
 class SmallConvNet(nn.Module):
-    """Two convolutions; every place of the second one's maps is a feature.
+    """Two convolutions; every place of the second one's maps is a feature, or these are brought down to a few.
 
     For 8 × 8 images and ``width=64`` that is 4,096 features, more than there are images to train on, as it is with
     large backbones on small data.
@@ -41,24 +41,32 @@ class SmallConvNet(nn.Module):
     Args:
         width: Channels of the second convolution.
         channels: Of the image.
+        features: Features to bring the maps down to, pooled to 8 × 8 places; all places, if left out.
 
     Example:
         >>> import torch
         >>> SmallConvNet(width=64)(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 4096])
+        >>> SmallConvNet(features=256)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 256])
     """
 
-    def __init__(self, width: int = 64, channels: int = 1) -> None:
+    def __init__(self, width: int = 64, channels: int = 1, features: int | None = None) -> None:
         super().__init__()
+        few = (
+            []
+            if features is None
+            else [nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(64 * width, features), nn.ReLU()]
+        )
         self.layers = nn.Sequential(
             nn.Conv2d(channels, 32, 3, padding=1),
             nn.ReLU(),
             nn.Conv2d(32, width, 3, padding=1),
             nn.ReLU(),
-            nn.Flatten(),
+            *(few or [nn.Flatten()]),
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features, shape ``(B, width · H · W)``."""
+        """Features, shape ``(B, width · H · W)`` or ``(B, features)``."""
         features: Tensor = self.layers(images)
         return features

@@ -5,6 +5,7 @@ What can be compared is what they compute: the layer that would turn the model's
 outputs is a point in the model's own weights, and the direction to it means what a direction to a reference should.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -94,7 +95,8 @@ class AlignedDirection(Direction):
             )
         super().__init__(targets, targets)
         self._aligned = aligned
-        self._model = reference_model(aligned.reference, module, method="forward")
+        # In the trained model's precision, which is that of its batches.
+        self._model = reference_model(aligned.reference, module, method="forward").to(layer.weight.dtype)
         self._weight, self._bias = f"{path}.weight", f"{path}.bias" if layer.bias is not None else None
         self._needed = SAMPLES_PER_FEATURE * layer.in_features
         # Without a bias the layer's outputs are fitted about zero.
@@ -125,18 +127,13 @@ class AlignedDirection(Direction):
         self._steps += 1
         if not due:
             return
-        outputs = self._ask(batch, ids)
-        expected = (*features.shape[:-1], len(self[self._weight]))
-        if outputs.shape != expected:
-            raise ValueError(
-                f"`Aligned`: the reference gives shape {tuple(outputs.shape)} where the target layer gives {expected}; "
-                "both must say the same things (classes, in one order) of the same samples."
-            )
-        self._moments.add(features.flatten(0, -2), outputs.flatten(0, -2), FORGETTING if self._enough else 1.0)
+        outputs = self._ask(batch, ids, (*features.shape[:-1], len(self[self._weight])))
+        forgetting = FORGETTING if self._enough else 1.0
+        held = self._moments.add(features.flatten(0, -2), outputs.flatten(0, -2), forgetting)
         # A host sync, in the first steps only; of all ranks' samples, so that they agree.
         self._enough = self._enough or bool(self._moments.count >= self._needed)
         if self._enough:
-            self._refit()
+            self._refit(held)
 
     def vanishes(self, norm: Tensor) -> Tensor:
         """Whether there is no direction yet, or none any more (a boolean scalar, no host sync)."""
@@ -159,6 +156,7 @@ class AlignedDirection(Direction):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed fit needs to go on as if it had not stopped."""
         return {
+            "of": self._key(),
             "steps": self._steps,
             "enough": self._enough,
             "fitted": self._fitted,
@@ -168,16 +166,25 @@ class AlignedDirection(Direction):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there."""
+        """Goes on from there; begins anew, with a warning, if that was of another reference or layer."""
+        if state["of"] != self._key():
+            warnings.warn(
+                "the checkpoint's alignment is of another reference or another target layer, so it begins anew.",
+                stacklevel=2,
+            )
+            return
         device = self._fitted.device
         self._steps, self._enough = state["steps"], state["enough"]
         self._fitted, self.failed = state["fitted"].to(device), state["failed"].to(device)
         self._moments.load_state_dict({name: tensor.to(device) for name, tensor in state["moments"].items()})
         self.point_to({name: tensor.to(device) for name, tensor in state["reference"].items()})
 
-    def _ask(self, batch: Any, ids: Tensor | Sequence[int] | Sequence[str] | None) -> Tensor:
+    def _key(self) -> str:
+        return f"{self.fingerprint} {self._weight} {tuple(self[self._weight].shape)}"
+
+    def _ask(self, batch: Any, ids: Tensor | Sequence[int] | Sequence[str] | None, shape: tuple[int, ...]) -> Tensor:
         if not self._aligned.cache:
-            return self._run(batch)
+            return self._run(batch, shape)
         if ids is None:
             raise ValueError(
                 "`Aligned(cache=True)` keeps outputs by sample id, and the batch carries none. Use "
@@ -185,19 +192,25 @@ class AlignedDirection(Direction):
             )
         keys: list[int | str] = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         if not all(key in self._outputs for key in keys):
-            self._outputs.update(zip(keys, self._run(batch).cpu(), strict=True))
+            self._outputs.update(zip(keys, self._run(batch, shape).cpu(), strict=True))
         return torch.stack([self._outputs[key] for key in keys]).to(self._fitted.device)
 
-    def _run(self, batch: Any) -> Tensor:
+    def _run(self, batch: Any, shape: tuple[int, ...]) -> Tensor:
         with torch.inference_mode():
             outputs = self._model(self._aligned.inputs(batch))
         if not isinstance(outputs, Tensor):
             raise ValueError(f"`Aligned`: the reference gives a {type(outputs).__name__}; expected a tensor.")
+        if outputs.shape != shape:
+            raise ValueError(
+                f"`Aligned`: the reference gives shape {tuple(outputs.shape)} where the target layer gives {shape}; "
+                "both must say the same things (classes, in one order) of the same samples."
+            )
         return outputs
 
-    def _refit(self) -> None:
+    def _refit(self, held: Tensor) -> None:
         fit = ridge_fit(self._moments)
+        sound = fit.sound & held
         found = {self._weight: fit.weight} | ({} if self._bias is None else {self._bias: fit.bias})
-        self.point_to({name: torch.where(fit.sound, tensor, self._reference[name]) for name, tensor in found.items()})
-        self._fitted = self._fitted | fit.sound
-        self.failed = self.failed + ~fit.sound
+        self.point_to({name: torch.where(sound, tensor, self._reference[name]) for name, tensor in found.items()})
+        self._fitted = self._fitted | sound
+        self.failed = self.failed + ~sound

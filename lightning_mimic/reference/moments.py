@@ -64,19 +64,22 @@ class Moments:
         self._sums = dict(state)
 
     @torch.no_grad()
-    def add(self, x: Tensor, y: Tensor, forgetting: float = FORGETTING) -> None:
+    def add(self, x: Tensor, y: Tensor, forgetting: float = FORGETTING) -> Tensor:
         """Adds pairs, and those of the other ranks; every rank must call it.
 
         Args:
             x: Shape ``(n, D)``.
             y: Shape ``(n, K)``. A row in which either is not finite is left out. n may differ between ranks.
             forgetting: What is left of the older samples, 0 to 1; 1 forgets nothing.
+
+        Returns:
+            Whether the sums could hold them, a boolean scalar; if not (an overflow), they stay as they were.
         """
         finite = (torch.isfinite(x).all(1) & torch.isfinite(y).all(1)).unsqueeze(1)
         dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
         x, y = (torch.where(finite, t.detach(), 0).to(dtype) for t in (x, y))
-        new = torch.cat([finite.sum(0).to(dtype), x.sum(0), y.sum(0)])
-        count, *sums = over_ranks(new).split([1, x.shape[1], y.shape[1]])
+        totals = torch.cat([finite.sum(0).to(dtype), x.sum(0), y.sum(0)])
+        count, *sums = over_ranks(totals).split([1, x.shape[1], y.shape[1]])
         some = count.clamp(min=1)
         means = [total / some if self.centred else torch.zeros_like(total) for total in sums]
         x, y = (torch.where(finite, t - mean, 0) for t, mean in zip((x, y), means, strict=True))
@@ -87,8 +90,8 @@ class Moments:
             zero = torch.zeros_like
             self._sums = {
                 "count": zero(count[0]),
-                "mean_x": means[0],
-                "mean_y": means[1],
+                "mean_x": zero(means[0]),
+                "mean_y": zero(means[1]),
                 "xx": zero(xx),
                 "xy": zero(xy),
             }
@@ -97,13 +100,16 @@ class Moments:
         share = count[0] / total.clamp(min=1)
         to_x, to_y = means[0] - self.mean_x, means[1] - self.mean_y
         between = old * share
-        self._sums = {
+        new = {
             "count": total,
             "mean_x": self.mean_x + share * to_x,
             "mean_y": self.mean_y + share * to_y,
             "xx": self.xx * forgetting + xx + between * torch.outer(to_x, to_x),
             "xy": self.xy * forgetting + xy + between * torch.outer(to_x, to_y),
         }
+        held = torch.isfinite(new["xx"]).all() & torch.isfinite(new["xy"]).all()
+        self._sums = {name: torch.where(held, tensor, self._sums[name]) for name, tensor in new.items()}
+        return held
 
     def _sum(self, name: str) -> Tensor:
         if not self._sums:

@@ -45,9 +45,11 @@ def ridge_fit(moments: Moments) -> RidgeFit:
         (2.97, 1.0, True)
     """
     size = moments.xx.diagonal().mean()
+    # What constant features leave is the rounding of their mean.
+    rounding = moments.count * (10 * torch.finfo(size.dtype).eps * moments.mean_x).square().mean()
     identity = torch.eye(len(moments.xx), dtype=size.dtype, device=size.device)
     factor, failed = torch.linalg.cholesky_ex(moments.xx + RIDGE * size * identity)
     weight = torch.cholesky_solve(moments.xy, factor).T
-    sound = (failed == 0) & (size > 0) & torch.isfinite(weight).all()
+    sound = (failed == 0) & (size > rounding) & torch.isfinite(weight).all()
     with torch.autocast(size.device.type, enabled=False):
         return RidgeFit(weight, moments.mean_y - weight @ moments.mean_x, sound)
