@@ -7,6 +7,7 @@ RUN = $(VENV)/bin
 
 demo: $(VENV)/.installed
 	$(RUN)/python scripts/demo.py
+	$(RUN)/python scripts/aligned.py
 
 test: $(VENV)/.installed
 	$(RUN)/python -m pytest

@@ -26,10 +26,7 @@ from rich.table import Table
 from lightning_mimic.data.digits import DigitsDataModule
 from lightning_mimic.data.noise import SymmetricNoise
 
-EPOCHS = 15
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
-# Down to 0 at the last epoch, so that it stands for the run.
-SCHEDULE = f"{{_target_:torch.optim.lr_scheduler.CosineAnnealingLR,_partial_:true,T_max:{EPOCHS}}}"
 TEMPERATURES = (1.0, 0.3, 0.1, 0.03)  # of equals, the first: the one that trusts the scores least
 # Overrides of mimic-train by the name of a network.
 NETWORKS = {
@@ -40,7 +37,7 @@ NETWORKS = {
         "model.backbone.model_name=vit_tiny_patch16_224",
         "model.backbone.in_chans=1",
         *(f"+model.backbone.{option}" for option in ("img_size=8", "patch_size=2", "embed_dim=64", "depth=2")),
-        "+model.backbone.num_heads=4",
+        *(f"+model.backbone.{option}" for option in ("num_heads=4", "global_pool=avg", "weight_init=jax")),
     ],
 }
 METHODS = {
@@ -50,7 +47,6 @@ METHODS = {
     "aligned": "Grad-Mimic, aligned",
     "reference_loss": "weights by its loss",
 }
-CHOSEN = ("aligned", "reference_loss")  # whose temperature is chosen
 FIGURES = ("last_accuracy", "best_accuracy", "auroc")
 
 
@@ -66,7 +62,8 @@ class Training:
         method: Of :data:`METHODS`.
         noise_rate: Share of wrong labels.
         chooses: The run serves a choice: it is watched on 50 trusted images, and its reference saw the other 150.
-        rate: Learning rate.
+        epochs: Of a run on wrong labels.
+        rate: Learning rate, from which it falls to 0 along a cosine.
         temperature: Of the weights.
     """
 
@@ -77,6 +74,7 @@ class Training:
     method: str = "reference"
     noise_rate: float = 0.0
     chooses: bool = False
+    epochs: int = 15
     rate: float = 0.0
     temperature: float = 1.0
 
@@ -121,8 +119,8 @@ def noisy_run(t: Training) -> list[str]:
         f"data.noise.rate={t.noise_rate}",
         f"paths.reference={t.reference}",
         f"model.optimizer.lr={t.rate}",
-        f"model.scheduler={SCHEDULE}",
-        f"trainer.max_epochs={EPOCHS}",
+        f"model.scheduler={{_target_:torch.optim.lr_scheduler.CosineAnnealingLR,_partial_:true,T_max:{t.epochs}}}",
+        f"trainer.max_epochs={t.epochs}",
         *NETWORKS[t.model],
     ]
     if t.method == "none":
@@ -148,37 +146,25 @@ def choose_plain(work: Work, seeds: Sequence[Training]) -> float:
     return best_choice(curves)[0]
 
 
-def choose_temperatures(work: Work, seeds: Sequence[Training], methods: Sequence[str]) -> dict[str, float]:
-    """Each method's temperature best on the same images, at plain training's learning rate."""
-    tried = [
-        replace(s, method=method, temperature=temperature, chooses=True)
-        for method in methods
-        for temperature in TEMPERATURES
-        for s in seeds
-    ]
-    rows = work("choosing temperatures", tried)
-    chosen = {}
-    for method in methods:
-        mean = {
-            temperature: statistics.fmean(
-                row["last_accuracy"] for row in rows if (row["method"], row["temperature"]) == (method, temperature)
-            )
-            for temperature in TEMPERATURES
-        }
-        chosen[method] = max(mean, key=mean.__getitem__)
-    return chosen
+def choose_temperature(work: Work, seeds: Sequence[Training]) -> float:
+    """The aligned method's temperature best on the same images, at plain training's learning rate."""
+    tried = [replace(s, method="aligned", temperature=t, chooses=True) for t in TEMPERATURES for s in seeds]
+    accuracy: dict[float, list[float]] = {temperature: [] for temperature in TEMPERATURES}
+    for row in work("choosing a temperature", tried):
+        accuracy[row["temperature"]].append(row["last_accuracy"])
+    return max(TEMPERATURES, key=lambda temperature: statistics.fmean(accuracy[temperature]))
 
 
-def compare(work: Work, seeds: Sequence[Training], temperatures: dict[str, float]) -> list[dict[str, Any]]:
-    """All methods at one rate of wrong labels; those with a chosen temperature at the default one, too."""
-    same = seeds[0].model == seeds[0].teacher
-    runs = [replace(s, method=method) for method in ("none", *["grad_mimic"] * same) for s in seeds]
-    for method, temperature in temperatures.items():
-        runs += [replace(s, method=method, temperature=t) for t in dict.fromkeys((1.0, temperature)) for s in seeds]
+def compare(work: Work, seeds: Sequence[Training], temperature: float) -> list[dict[str, Any]]:
+    """All methods at one rate of wrong labels; the aligned one at the default temperature and at the chosen one."""
+    # Weights and losses can be asked only of a reference of the model's own architecture.
+    same = ["grad_mimic", "reference_loss"] if seeds[0].model == seeds[0].teacher else []
+    runs = [replace(s, method=method) for method in ("none", *same) for s in seeds]
+    runs += [replace(s, method="aligned", temperature=t) for t in dict.fromkeys((1.0, temperature)) for s in seeds]
     return work("comparing", runs)
 
 
-def show(console: Console, results: list[dict[str, Any]], chosen: dict[str, float], title: str) -> None:
+def show(console: Console, results: list[dict[str, Any]], chosen: float, title: str) -> None:
     """The table: mean and standard deviation over seeds."""
     table = Table(title=title)
     table.add_column("method", no_wrap=True)
@@ -194,7 +180,7 @@ def show(console: Console, results: list[dict[str, Any]], chosen: dict[str, floa
         }
         table.add_row(
             METHODS[method],
-            f"{temperature:g}{'*' * (chosen.get(method) == temperature)}" if method in ("grad_mimic", *chosen) else "–",
+            "–" if method in ("reference", "none") else f"{temperature:g}{'*' * (temperature == chosen != 1)}",
             *(cell([row[figure] for row in rows]) for figure in FIGURES[:2]),
             *("–" if method in (rival, "reference") else cell(gaps) for rival, gaps in over.items()),
             cell([row["auroc"] for row in rows]),
@@ -206,10 +192,12 @@ def main() -> None:
     parser = parser_of(__doc__, "outputs/aligned", rates=(0.4, 0.6))
     parser.add_argument("--model", choices=NETWORKS, default="cnn", help="what is trained (%(default)s)")
     parser.add_argument("--reference", choices=NETWORKS, default="cnn", help="what is trusted (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=15, help="on wrong labels (%(default)s)")
     arguments = parsed(parser)
     console, out, started = Console(), arguments.out, time.monotonic()
-    seeds = [Training(out / f"seed{seed}", seed, arguments.model, arguments.reference) for seed in arguments.seeds]
-    written, methods = [], CHOSEN if arguments.model == arguments.reference else CHOSEN[:1]
+    trained_how = {"model": arguments.model, "teacher": arguments.reference, "epochs": arguments.epochs}
+    seeds = [Training(out / f"seed{seed}", seed, **trained_how) for seed in arguments.seeds]
+    written = []
     with at_work(console, trained) as work:
         references = work("references", seeds)
         work("first references", [replace(s, chooses=True) for s in seeds])
@@ -217,16 +205,16 @@ def main() -> None:
             noisy = [replace(s, noise_rate=noise_rate) for s in seeds]
             rate = choose_plain(work, noisy)
             noisy = [replace(s, rate=rate) for s in noisy]
-            temperatures = choose_temperatures(work, noisy, methods)
-            results = [*references, *compare(work, noisy, temperatures)]
-            written.append({"noise_rate": noise_rate, "temperatures": temperatures, "results": results})
+            temperature = choose_temperature(work, noisy)
+            results = [*references, *compare(work, noisy, temperature)]
+            written.append({"noise_rate": noise_rate, "temperature": temperature, "results": results})
             title = f"{noise_rate:.0%} wrong labels, {arguments.model} from scratch, reference: {arguments.reference} "
             title += f"of another start; learning rate {rate:g}"
-            show(console, results, temperatures, title)
+            show(console, results, temperature, title)
     (out / "results.json").write_text(json.dumps(written, indent=2))
     console.print(
         "In %, mean and standard deviation over seeds. The learning rate was chosen for plain training's best epoch, "
-        "on trusted images, and on the same images the temperatures marked *; 1 is the default. Best: the best epoch "
+        "on trusted images, and on the same images the temperature marked *; 1 is the default. Best: the best epoch "
         "on the test images, which no one can know. Over plain, over ref.: the last epoch less plain training's best, "
         "and less the reference's accuracy. AUROC: finding the wrong labels by a low mean score; 50 is chance, and "
         "under 50 they score high.",

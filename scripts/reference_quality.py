@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,8 +115,9 @@ def spoilt(t: Training) -> Path:
 def show(console: Console, path: Path, results: Sequence[dict[str, Any]], noise_rate: float) -> None:
     """The table, and the same as a picture."""
     table = Table(title=f"{noise_rate:.0%} wrong labels")
-    for head in ("model", "what was done", "amount", "reference", "AUROC", "model", "verdicts"):
-        table.add_column(head, justify="left" if head in ("model", "what was done") else "right", no_wrap=True)
+    table.add_column("what is trained; what was done to the reference")
+    for head in ("", "reference", "AUROC", "model", "verdicts"):
+        table.add_column(head, justify="right", no_wrap=True)
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     for axes, (series, (model, done)) in zip(figure.subplots(1, 3, sharey=True), SERIES.items(), strict=True):
         amounts = list(dict.fromkeys(r["amount"] for r in results if r["series"] == series))
@@ -125,7 +127,9 @@ def show(console: Console, path: Path, results: Sequence[dict[str, Any]], noise_
             for figure_name, values in means.items():
                 values.append(100 * sum(r[figure_name] for r in rows) / len(rows))
             cells = (cell([r[name] for r in rows], " ") for name in ("reference", "auroc", "accuracy"))
-            table.add_row(model, done, f"{amount:g}", *cells, ", ".join(r["verdict"] for r in rows))
+            verdicts = Counter(r["verdict"] for r in rows).most_common()
+            said = ", ".join(f"{verdict} {count}" for verdict, count in verdicts)
+            table.add_row(f"{model}; {done}" if amount == amounts[0] else "", f"{amount:g}", *cells, said)
         table.add_section()
         places = range(len(amounts))
         for name, colour, mark, label in (

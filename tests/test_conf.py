@@ -39,6 +39,8 @@ def reference(folder: Path) -> Path:
 @pytest.mark.parametrize("path", GROUPS, ids=str)
 def test_every_file_builds_what_it_names(path, tmp_path):
     group, option = path.parent.as_posix(), path.stem
+    if option == "aligned_architecture":  # which puts weights into the module that it makes
+        reference(tmp_path)
     node = composed(tmp_path, f"{group}={option}")
     for part in group.split("/"):
         node = node[part]
@@ -55,6 +57,25 @@ def test_every_file_builds_what_it_names(path, tmp_path):
 def test_every_experiment_trains_a_batch(experiment, tmp_path):
     reference(tmp_path)
     train(composed(tmp_path, f"experiment={experiment}", "trainer.fast_dev_run=true", *QUIET))
+
+
+STRANGERS = {
+    "another start": ["mimic=aligned"],
+    "another architecture": [
+        "mimic=aligned_architecture",
+        "model/backbone=mlp",
+        "model.optimizer.lr=0.002",
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", STRANGERS)
+def test_a_reference_may_be_a_stranger(kind, tmp_path):
+    reference(tmp_path)
+    config = composed(tmp_path, "experiment=digits_scratch", *STRANGERS[kind], "trainer.fast_dev_run=true", *QUIET)
+    assert instantiate(config.mimic).reference.every == 10
+    with pytest.warns(UserWarning, match="never aligned"):  # in one batch
+        train(config)
 
 
 def test_the_noisy_experiment_probes_the_reference(tmp_path):

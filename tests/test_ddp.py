@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from toys import Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
+from toys import FEATURES, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
-from lightning_mimic import Aligned, GradMimic, Ledger, WithIds, collate_with_ids
+from lightning_mimic import Aligned, GradMimic, Ledger, WithIds, collate_with_ids, diagnose
 from lightning_mimic.scorers import CosineSimilarity, GradNorm, ReferenceLoss, RhoLoss, Uniform
 
 EVEN, UNEVEN = (2, 2), (3, 1)
@@ -47,6 +47,13 @@ class Contrastive(WithLosses):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         # DDP averages over ranks; each holds its part of every sample's gradient.
         return self.sample_losses(batch).mean() * self.trainer.world_size
+
+
+class Named(Contrastive):
+    """Labels are a part of what is embedded."""
+
+    def sample_losses(self, batch: Any) -> Tensor:
+        return super().sample_losses((batch[0] + F.one_hot(batch[1], FEATURES), batch[1]))
 
 
 class Keep(pl.Callback):
@@ -108,6 +115,7 @@ CASES: dict[str, tuple[type[Toy], tuple[int, int], dict[str, Any], dict[str, Any
 }
 ALIGNED = [case for case in CASES if "aligned" in case]
 WORLD = 2
+JUDGED: dict[str, type[Toy]] = {"doubtful": WithLosses, "doubtful, contrastive": Named}
 
 
 def data_of(case: str) -> torch.utils.data.TensorDataset:
@@ -146,6 +154,18 @@ def on_rank(rank: int, folder: Path) -> None:
         more = [Keep(callback, folder / f"{case}-{rank}-aligned.pt")] if case in ALIGNED else []
         trainer(callback, *more, epochs=2, strategy=strategy, **fit_on_two, **options).fit(module, mine)
         torch.save(module.state_dict(), folder / f"{case}-{rank}.pt")
+    # 13 batches of 40, of which the ranks have 24 and 16, and 20 each.
+    for case, kind in JUDGED.items():
+        first, rows = ((0, 24), (24, 16))[rank] if kind is WithLosses else (20 * rank, 20)
+        batches = [list(range(start + first, start + first + rows)) for start in range(0, 600, 40)]
+        mine = torch.utils.data.DataLoader(WithIds(toy_data(600)), batch_sampler=batches, collate_fn=collate_with_ids)
+        callback = GradMimic(toy(kind, seed=1), "head", on_doubtful="raise", ledger=folder / case)
+        module, strategy = toy(kind), DDPStrategy(process_group_backend="gloo")
+        module.lr = 0.0
+        try:
+            trainer(callback, strategy=strategy, **fit_on_two).fit(module, mine)
+        except ValueError as error:
+            (folder / f"{case}-{rank}").write_text(str(error).partition(" Looking")[0])
     # Only the second rank's reference is bad, and both stop.
     bad = {"head.weight": torch.zeros(1), "head.bias": torch.zeros(1)} if rank else parameters_of(toy(seed=1))
     try:
@@ -186,6 +206,7 @@ def test_two_processes_equal_one(case, folder):
 @pytest.mark.parametrize("case", ALIGNED)
 def test_every_rank_has_fitted_the_same_layer(case, folder):
     one, two = (torch.load(folder / f"{case}-{rank}-aligned.pt", weights_only=True) for rank in range(WORLD))
+    assert one.pop("of") == two.pop("of")
     torch.testing.assert_close(one, two, rtol=0, atol=0)
     assert one["enough"]
     assert not torch.equal(one["reference"]["head.weight"], toy(CASES[case][0]).head.weight)
@@ -204,3 +225,21 @@ def test_a_fault_on_one_rank_stops_all_of_them(folder):
         "another rank could not start: rank 1: `reference`: 'head.weight' has shape (1,)"
         in (folder / "error-0").read_text()
     )
+
+
+@pytest.mark.parametrize("case", JUDGED)
+def test_all_ranks_judge_the_reference_by_the_samples_of_all(case, folder):
+    kind = JUDGED[case]
+    facts = Ledger(folder / case).meta["attempts"][0]["diagnosis"]
+    said = [(folder / f"{case}-{rank}").read_text() for rank in range(WORLD)]
+    assert said[0] == said[1]
+    assert said[0].startswith(f"the reference is unrelated: {facts['findings'][0]}")
+    assert Ledger(folder / case).table().num_rows == facts["samples"] == facts["score"]["count"] == 520
+    assert facts["knowledge"]["count"] <= 520
+    if kind is WithLosses:  # labels are exchanged within a rank
+        parts = toy_data(600)
+        parts = [parts[start + a : start + b] for start in range(0, 520, 40) for a, b in ((0, 24), (24, 40))]
+        expected = diagnose(toy(kind), toy(kind, seed=1), parts, "head", samples=520).facts() | {"line": {}}
+        assert facts.pop("verdict") == expected.pop("verdict")
+        assert len(facts.pop("findings")) == len(expected.pop("findings"))
+        torch.testing.assert_close(facts, expected, rtol=1e-6, atol=1e-6)

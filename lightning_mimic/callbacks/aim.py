@@ -70,6 +70,7 @@ class Aim:
         self._aligned: AlignedDirection | None = None
         self._checkup: Checkup | None = None
         self._diagnosis: Diagnosis | None = None
+        self._seconds = 0.0
         if reference is None:
             return
         if isinstance(reference, Aligned) and "dot" not in scorer.needs:
@@ -130,6 +131,7 @@ class Aim:
         diagnosis = self._checkup.add(batch, fresh, losses, rows)
         if diagnosis is None:
             return None
+        self._seconds = self._checkup.seconds
         self._checkup, self._diagnosis = None, diagnosis
         if self.undecided and diagnosis.verdict == "compatible":
             self.undecided, self._aligned = False, None
@@ -140,7 +142,7 @@ class Aim:
     def tell(self) -> None:
         """Says once what the reference is worth; raises ``ValueError`` if it is worth little and that is wished."""
         assert self._diagnosis is not None
-        message = f"{self._diagnosis}."
+        message = f"{self._diagnosis}. Looking at it took {self._seconds:.1f} s."
         if self._diagnosis.verdict == "compatible":
             rank_zero_info(message)
         elif self._on_doubtful == "align" and self.aligns and not self.undecided:
