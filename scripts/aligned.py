@@ -14,6 +14,7 @@ from digits_runs import (
     at_work,
     best_choice,
     cell,
+    curves_of,
     detection,
     parsed,
     parser_of,
@@ -142,8 +143,7 @@ def choose_plain(work: Work, seeds: Sequence[Training]) -> float:
     """The learning rate whose best epoch is best for *plain* training on the trusted images."""
     plain = [replace(s, method="none", chooses=True) for s in seeds]
     rows = work("choosing for plain", [replace(p, rate=rate) for rate in LEARNING_RATES for p in plain])
-    curves = {rate: [r["accuracy_by_epoch"] for r in rows if r["learning_rate"] == rate] for rate in LEARNING_RATES}
-    return best_choice(curves)[0]
+    return best_choice(curves_of(rows))[0]
 
 
 def choose_temperature(work: Work, seeds: Sequence[Training]) -> float:

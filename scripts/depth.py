@@ -17,6 +17,7 @@ from digits_runs import (
     at_work,
     best_choice,
     cell,
+    curves_of,
     detection,
     parsed,
     parser_of,
@@ -145,8 +146,7 @@ def choose_plain(work: Work, seeds: Sequence[Training]) -> tuple[float, int]:
     """Learning rate and epochs best for *plain* training on the trusted images."""
     plain = [replace(s, mimic="none", epochs=MAX_EPOCHS, chooses=True) for s in seeds]
     rows = work("choosing for plain", [replace(p, rate=rate) for rate in LEARNING_RATES for p in plain])
-    curves = {rate: [r["accuracy_by_epoch"] for r in rows if r["learning_rate"] == rate] for rate in LEARNING_RATES}
-    return best_choice(curves)
+    return best_choice(curves_of(rows))
 
 
 def choose_temperatures(work: Work, seeds: Sequence[Training]) -> tuple[dict[str, float], list[dict[str, Any]]]:

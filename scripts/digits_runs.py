@@ -62,6 +62,14 @@ def reference_run(seed: int, checkpoint: Path) -> list[str]:
     return ["experiment=digits_reference", f"seed={seed}", f"paths.reference={checkpoint}", epochs]
 
 
+def curves_of(rows: Sequence[Mapping[str, Any]]) -> dict[float, list[list[float]]]:
+    """Runs' accuracies after every epoch, by learning rate."""
+    curves: dict[float, list[list[float]]] = {row["learning_rate"]: [] for row in rows}
+    for row in rows:
+        curves[row["learning_rate"]].append(row["accuracy_by_epoch"])
+    return curves
+
+
 def best_choice(curves: Mapping[float, Sequence[Sequence[float]]]) -> tuple[float, int]:
     """Learning rate and epochs of the highest mean accuracy; of each rate one curve per seed."""
     mean = {

@@ -14,6 +14,7 @@ from lightning_mimic.callbacks.hooks import LossTap
 from lightning_mimic.callbacks.step import same_samples
 from lightning_mimic.callbacks.support import check_needs
 from lightning_mimic.gradients import Direction, select_parameters
+from lightning_mimic.ledger import Flag
 from lightning_mimic.reference import (
     Aligned,
     AlignedDirection,
@@ -28,6 +29,7 @@ from lightning_mimic.reference import (
     reference_model,
     resemblance,
 )
+from lightning_mimic.reference.diagnose import SAMPLES, whole_reference
 from lightning_mimic.scorers import Scorer
 
 OnDoubtful = Literal["warn", "raise", "align"]
@@ -70,6 +72,7 @@ class Aim:
         self._aligned: AlignedDirection | None = None
         self._checkup: Checkup | None = None
         self._diagnosis: Diagnosis | None = None
+        self._compatible = False
         self._seconds = 0.0
         if reference is None:
             return
@@ -87,7 +90,7 @@ class Aim:
             self._align(reference, module)
         elif "dot" in scorer.needs:
             facts = self._point(source, module)
-        whole = _whole(source, module) if self._model is None else self._model
+        whole = whole_reference(source, module) if self._model is None else self._model
         if whole is not None or facts:
             self._checkup = Checkup(facts, whole, module.device)
 
@@ -115,28 +118,34 @@ class Aim:
             features = torch.where(clean.view(-1, *[1] * (features.ndim - 1)), features, torch.nan)
         self._aligned.observe(batch, ids, features)
 
-    def examine(self, batch: Any, towards: Tensor | None, losses: Tensor | None, rows: int) -> Diagnosis | None:
+    def examine(self, batch: Any, towards: Tensor | None, columns: Mapping[str, Tensor]) -> Diagnosis | None:
         """Looks at the reference in the first scored steps; with the last of them, says what it is worth.
 
         Args:
             batch: What training_step got.
             towards: Mimic scores of this rank's samples, shape ``(B,)``, NaN where there is none.
-            losses: The model's losses, where they are known.
-            rows: Samples of this rank.
+            columns: The ledger's of these samples.
         """
         if self._checkup is None:
             return None
         # A model on its way below the wrong labels' loss has negative scores on the whole, however good the reference.
         fresh = towards if self.direction is not self._aligned else None
-        diagnosis = self._checkup.add(batch, fresh, losses, rows)
+        losses = columns.get("loss")
+        if losses is not None:
+            losses = torch.where(columns["flag"] == Flag.NONFINITE_LOSS, torch.nan, losses)
+        diagnosis = self._checkup.add(batch, fresh, losses, len(columns["flag"]))
         if diagnosis is None:
             return None
         self._seconds = self._checkup.seconds
         self._checkup, self._diagnosis = None, diagnosis
+        if not (self._on_doubtful == "align" and self.aligns):
+            return diagnosis
         if self.undecided and diagnosis.verdict == "compatible":
-            self.undecided, self._aligned = False, None
-        elif self.undecided and diagnosis.mendable:
-            self.undecided, self.direction = False, self._aligned
+            self._aligned = None
+        elif self.undecided:
+            self.direction = self._aligned
+        # A reference that knows nothing is no better for being aligned.
+        self.undecided = not diagnosis.mendable
         return diagnosis
 
     def tell(self) -> None:
@@ -158,6 +167,11 @@ class Aim:
     def complain(self) -> None:
         """Warns, at the end of the fit, of an alignment that did not work."""
         complaint = self._aligned.complaint() if self._aligned is not None and not self.undecided else None
+        if self.undecided and self._checkup is not None and self._checkup.seen:
+            complaint = (
+                f"the fit ended after {self._checkup.seen} of the {SAMPLES} samples that it takes to judge the "
+                "reference, so all weights were uniform. Train longer, or give it as lightning_mimic.Aligned(...)."
+            )
         if complaint is not None:
             rank_zero_warn(complaint, stacklevel=2)
 
@@ -168,22 +182,25 @@ class Aim:
         return {
             "undecided": self.undecided,
             "examined": self._checkup is None,
+            "compatible": self._compatible if self._diagnosis is None else self._diagnosis.verdict == "compatible",
             "aligned": None if self._aligned is None else self._aligned.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from there; what was decided stays so."""
-        if state["examined"]:
-            self._checkup = None
-        if self._aligned is None:
+        if self._aligned is not None and state["aligned"] is not None:
+            self._aligned.load_state_dict(state["aligned"])
+        self._compatible = state["compatible"]
+        if not state["examined"]:
             return
-        if state["aligned"] is None:
-            self.undecided, self._aligned = False, None
-            return
-        self._aligned.load_state_dict(state["aligned"])
-        self.undecided = state["undecided"]
-        if not self.undecided:
-            self.direction = self._aligned
+        if self.undecided and not state["undecided"]:
+            if state["aligned"] is not None:
+                self.direction = self._aligned
+            elif state["compatible"]:
+                self._aligned = None
+            else:  # it went on with a doubtful reference as it was: to be looked at once more
+                return
+        self._checkup, self.undecided = None, state["undecided"] and self.undecided
 
     def _point(self, source: ReferenceSource, module: pl.LightningModule) -> dict[str, Any]:
         """Takes the direction to given weights, and returns how like the model's they are."""
@@ -209,13 +226,3 @@ class Aim:
     def _align(self, aligned: Aligned, module: pl.LightningModule) -> None:
         self.direction = self._aligned = AlignedDirection(aligned, module, self.targets)
         self.fingerprint = self._aligned.fingerprint
-
-
-def _whole(source: ReferenceSource, module: pl.LightningModule) -> nn.Module | None:
-    """The reference as a model that can be asked for its losses, where it is one."""
-    if not callable(getattr(module, "sample_losses", None)):
-        return None
-    try:
-        return reference_model(source, module)
-    except ReferenceLoadError:
-        return None

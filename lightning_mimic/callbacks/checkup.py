@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mimic.reference import Diagnosis
-from lightning_mimic.reference.diagnose import SAMPLES, estimate, losses_and_gaps, sums_of
+from lightning_mimic.reference.diagnose import SAMPLES, estimate, losses_and_gaps, own_random_numbers, sums_of
 from lightning_mimic.reference.moments import over_ranks
 
 
@@ -31,6 +31,11 @@ class Checkup:
         #: What it cost so far.
         self.seconds = 0.0
 
+    @property
+    def seen(self) -> int:
+        """Samples of this rank so far."""
+        return int(self._sums[0, 0])
+
     @torch.no_grad()
     def add(self, batch: Any, towards: Tensor | None, losses: Tensor | None, rows: int) -> Diagnosis | None:
         """Takes in a micro-batch, on every rank; a host sync.
@@ -47,7 +52,8 @@ class Checkup:
         started = time.perf_counter()
         theirs = gaps = None
         if self._model is not None:
-            theirs, gaps = losses_and_gaps(self._model, batch)
+            with own_random_numbers(self._device):
+                theirs, gaps = losses_and_gaps(self._model, batch)
         empty = torch.zeros(0)
         parts = [sums_of(empty if part is None else part) for part in (towards, gaps, losses, theirs)]
         self._sums += torch.stack([sums_of(torch.ones(rows)), *parts])

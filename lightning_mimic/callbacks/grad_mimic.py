@@ -198,7 +198,7 @@ class GradMimic(Callback):
             return
         columns, figures = scored
         assert self._aim is not None
-        diagnosis = self._aim.examine(batch, self._session.towards, columns.get("loss"), len(columns["flag"]))
+        diagnosis = self._aim.examine(batch, self._session.towards, columns)
         self._checked_epoch = trainer.current_epoch
         columns |= class_columns(outputs, len(columns["flag"]))
         self._recorder.add(*self._place, self._ids, columns, self._session.doubt())

@@ -261,7 +261,9 @@ class Session:
             vanishes = self._aim.direction.vanishes(norm)
             direction_norm = torch.where(vanishes, torch.ones_like(norm), norm)
             if dot is not None:
-                self.towards = torch.where(vanishes, torch.nan, -dot / direction_norm)
+                clean = self._known_clean()
+                known = ~vanishes if clean is None else clean & ~vanishes
+                self.towards = torch.where(known, -dot / direction_norm, torch.nan)
             vanishes = vanishes | self._aim.undecided
         scores = self._scorer(
             Products(

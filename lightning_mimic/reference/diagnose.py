@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -74,15 +75,18 @@ def diagnose(
     moved = {name: model.get_parameter(name) for name in targets}
     for parameter in moved.values():
         parameter.requires_grad_()
+    device = next(iter(moved.values())).device
     direction = Direction(held, moved)
     if direction.vanishes(direction.norm()):
         raise ValueError("the model stands at its reference, so there is no way between them to look at.")
-    batches = _first(loader, samples, next(iter(moved.values())).device)
-    scores = torch.cat([_scores(model, batch, moved, direction) for batch in batches])
-    whole = _whole(reference, module)
-    gaps = [] if whole is None else [losses_and_gaps(whole, batch) for batch in batches]
+    with own_random_numbers(device):
+        batches = _first(loader, samples, device)
+        scores = torch.cat([_scores(model, batch, moved, direction) for batch in batches])
+        whole = whole_reference(reference, module)
+        gaps = [] if whole is None else [losses_and_gaps(whole, batch) for batch in batches]
+        line = _line(model, batches, moved, direction)
     known = [gap for _, gap in gaps if gap is not None]
-    line = _line(model, batches, moved, direction)
+    theirs = estimate(sums_of(torch.cat([losses for losses, _ in gaps]))) if gaps else None
     return Diagnosis(
         samples=len(scores),
         **resemblance(module, tensors, targets, held),
@@ -90,7 +94,7 @@ def diagnose(
         score=estimate(sums_of(scores)),
         knowledge=estimate(sums_of(torch.cat(known))) if known else None,
         loss=line[0.0],
-        reference_loss=float(torch.cat([losses for losses, _ in gaps]).mean()) if gaps else None,
+        reference_loss=None if theirs is None else theirs.mean,
         line=line,
     )
 
@@ -128,18 +132,25 @@ def below_moves(module: nn.Module, targets: Mapping[str, Tensor]) -> bool:
     return any(p.requires_grad for name, p in module.named_parameters() if name not in targets)
 
 
-def exchanged(batch: Any) -> Any:
-    """The batch with each sample's labels given to the next one; ``None`` if it is not inputs and labels.
+def exchanged(batch: Any) -> tuple[Any, Tensor] | None:
+    """The batch with each sample's labels given to the next one, and for which that makes a difference.
+
+    ``None`` if the batch is not inputs and labels.
 
     Example:
-        >>> exchanged((torch.zeros(3, 1), torch.tensor([0, 1, 2])))[1]
-        tensor([2, 0, 1])
+        >>> other, differs = exchanged((torch.zeros(3, 1), torch.tensor([0, 2, 2])))
+        >>> other[1], differs
+        (tensor([2, 0, 2]), tensor([ True,  True, False]))
     """
     if not isinstance(batch, list | tuple) or len(batch) < 2:
         return None
     if not all(isinstance(part, Tensor) and part.ndim for part in batch):
         return None
-    return (batch[0], *(part.roll(1, 0) for part in batch[1:]))
+    labels = [part.roll(1, 0) for part in batch[1:]]
+    differs = torch.stack(
+        [(a != b).flatten(1).any(1) if a.ndim > 1 else a != b for a, b in zip(batch[1:], labels, strict=True)]
+    )
+    return _like(batch, [batch[0], *labels]), differs.any(0)
 
 
 def sums_of(values: Tensor) -> Tensor:
@@ -171,8 +182,28 @@ def losses_and_gaps(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None
     other = exchanged(batch)
     if other is None:
         return losses, None
-    gaps = model.sample_losses(other) - losses  # type: ignore[operator]
-    return losses, gaps[gaps != 0]
+    changed, differs = other
+    gaps: Tensor = model.sample_losses(changed) - losses  # type: ignore[operator]
+    if len(gaps) != len(differs):  # losses of all ranks' samples, in their order
+        own = slice(torch.distributed.get_rank() * len(differs), None)
+        losses, gaps = losses[own][: len(differs)], gaps[own][: len(differs)]
+    return losses, gaps[differs]
+
+
+def whole_reference(source: ReferenceSource, module: nn.Module) -> nn.Module | None:
+    """The reference as a model that can be asked for its losses, where it is one and can be copied."""
+    if not callable(getattr(module, "sample_losses", None)):
+        return None
+    try:
+        model = reference_model(source, module)
+    except (ReferenceLoadError, RuntimeError, TypeError):  # only a part of it, or nothing that deepcopy takes
+        return None
+    return model.to(next(module.parameters()).dtype)
+
+
+def own_random_numbers(device: torch.device) -> AbstractContextManager[None]:
+    """Within it random numbers are drawn from generators that nothing else sees."""
+    return torch.random.fork_rng([device.index or 0] if device.type == "cuda" else [])
 
 
 def _scores(model: nn.Module, batch: Any, targets: Mapping[str, nn.Parameter], direction: Direction) -> Tensor:
@@ -200,16 +231,9 @@ def _line(
     for t in LINE:
         for name, p in targets.items():
             p.copy_(start[name] + t * way[name])
-        line[t] = float(torch.cat([model.sample_losses(batch) for batch in batches]).mean())  # type: ignore[operator]
+        losses = torch.cat([model.sample_losses(batch) for batch in batches])  # type: ignore[operator]
+        line[t] = float(losses[torch.isfinite(losses)].mean())
     return line
-
-
-def _whole(reference: ReferenceSource, module: nn.Module) -> nn.Module | None:
-    """The reference as a model, where it is all there."""
-    try:
-        return reference_model(reference, module)
-    except ReferenceLoadError:
-        return None
 
 
 def _first(loader: Iterable[Any], samples: int, device: torch.device) -> list[Any]:
@@ -217,7 +241,8 @@ def _first(loader: Iterable[Any], samples: int, device: torch.device) -> list[An
     batches, seen = [], 0
     for batch in loader:
         batches.append(_on(batch, device))
-        seen += len(batch[0] if isinstance(batch, list | tuple) else next(iter(batch.values())))
+        part = next(iter(batch.values())) if isinstance(batch, Mapping) else batch
+        seen += len(part[0] if isinstance(part, list | tuple) else part)
         if seen >= samples:
             break
     if not batches:
@@ -231,5 +256,10 @@ def _on(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {name: _on(part, device) for name, part in batch.items()}
     if isinstance(batch, list | tuple):
-        return [_on(part, device) for part in batch]
+        return _like(batch, [_on(part, device) for part in batch])
     return batch
+
+
+def _like(batch: Any, parts: list[Any]) -> Any:
+    """The parts in a tuple, or in the batch's own kind of named tuple."""
+    return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)

@@ -1,5 +1,6 @@
 """Can this reference be trusted: is it kin to the model, does it know the data, does the way to it lead downhill?"""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -82,14 +83,14 @@ class Diagnosis:
         found: list[tuple[Verdict, str]] = []
         kin = None if self.kinship is None else f"(cosine {self.kinship:.2f})"
         if self.misfit is not None:
-            found.append(("unrelated", f"its weights do not fit the model's: {self.misfit}"))
-        if self.kinship is not None and abs(self.kinship) < STRANGERS:
+            found.append(("unrelated", f"its weights do not fit the model's: {self.misfit.rstrip('.')}"))
+        if self.kinship is not None and self.kinship < STRANGERS:
             reason = f"its weights have nothing in common with the model's {kin}, as after another initialisation"
             found.append(("unrelated", reason))
         if self.knowledge is not None and self.knowledge.missing:
             rise = f"exchanging them raises its loss by {self.knowledge}"
             found.append(("unrelated", f"it does not know the samples' labels from each other's ({rise})"))
-        if self.kinship is not None and STRANGERS <= abs(self.kinship) < KIN:
+        if self.kinship is not None and STRANGERS <= self.kinship < KIN:
             found.append(("doubtful", f"its weights have little in common with the model's {kin}"))
         if self.score is not None and self.score.missing:
             found.append(("doubtful", f"moving towards it does not lower the loss (mean mimic score {self.score})"))
@@ -123,4 +124,6 @@ class Diagnosis:
         """All of it as plain numbers and strings, for a file."""
         line = {str(t): loss for t, loss in self.line.items()}
         verdict = {"verdict": self.verdict, "findings": [reason for _, reason in self.findings]}
-        return verdict | asdict(self) | {"line": line}
+        # A tensor that begins at zero is infinitely far, which no JSON can say.
+        distances = {name: d if math.isfinite(d) else None for name, d in self.distances.items()}
+        return verdict | asdict(self) | {"line": line, "distances": distances}
