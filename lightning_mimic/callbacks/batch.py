@@ -11,19 +11,20 @@ from torch import Tensor
 Ids = Tensor | Sequence[int] | Sequence[str]
 
 
-def sample_ids(batch: Any, id_from: Callable[[Any], Ids] | None, *, needed: bool) -> Ids | None:
+def sample_ids(batch: Any, id_from: Callable[[Any], Ids] | None, *, needed: bool, wanted: bool = False) -> Ids | None:
     """The ids of a batch's samples.
 
     Args:
         batch: What the loader gave, after its transfer.
         id_from: The user's own way to them; else ``batch.ids`` and then ``batch["id"]`` are looked for.
         needed: A ledger waits for them; without one a batch may have none.
+        wanted: They serve something else, too, which says itself if there are none.
 
     Raises:
         ValueError: They are needed and not there, or are not one per sample.
     """
     ids = id_from(batch) if id_from is not None else getattr(batch, "ids", None)
-    if ids is None and isinstance(batch, Mapping):
+    if ids is None and (needed or wanted) and isinstance(batch, Mapping):
         ids = batch.get("id")
     one_per_sample = (
         ids.ndim == 1 if isinstance(ids, Tensor) else isinstance(ids, Sequence) and not isinstance(ids, str)

@@ -167,7 +167,8 @@ class GradMimic(Callback):
         self._session.reset()
         self._place = (trainer.current_epoch, trainer.global_step, batch_idx)
         if self.should_score(trainer):
-            self._ids = sample_ids(batch, self.id_from, needed=self.ledger is not None)
+            caches = isinstance(self.reference, Aligned) and self.reference.cache
+            self._ids = sample_ids(batch, self.id_from, needed=self.ledger is not None, wanted=caches)
             # Once per epoch, because a schedule may have unfrozen parameters.
             check = self._checked_epoch != trainer.current_epoch or self._session.pending
             scale = amp_scale(trainer, pl_module)

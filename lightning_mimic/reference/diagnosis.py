@@ -12,6 +12,9 @@ STRANGERS = 0.2
 KIN = 0.4
 #: Standard errors by which a mean must lie above zero.
 SURE = 3.0
+#: Standard deviations of a sample by which exchanged labels must raise the reference's loss: chance makes it 0.1 for a
+#: head that learnt other labels, and where six labels in ten are wrong a good reference still has 0.3.
+KNOWS = 0.2
 #: Samples below which a mean says nothing.
 FEW = 100
 #: From this cosine on, the layers below a late target count as the reference's own.
@@ -36,6 +39,11 @@ class Estimate:
     def missing(self) -> bool:
         """There were enough samples to see it above zero, and it is not."""
         return self.count >= FEW and self.mean <= SURE * self.error
+
+    @property
+    def small(self) -> bool:
+        """It is missing, or little beside how samples differ."""
+        return self.missing or (self.count >= FEW and self.mean <= KNOWS * self.error * self.count**0.5)
 
     def __str__(self) -> str:
         return f"{self.mean:.3g} ± {self.error:.2g}"
@@ -87,7 +95,7 @@ class Diagnosis:
         if self.kinship is not None and self.kinship < STRANGERS:
             reason = f"its weights have nothing in common with the model's {kin}, as after another initialisation"
             found.append(("unrelated", reason))
-        if self.knowledge is not None and self.knowledge.missing:
+        if self.knowledge is not None and self.knowledge.small:
             rise = f"exchanging them raises its loss by {self.knowledge}"
             found.append(("unrelated", f"it does not know the samples' labels from each other's ({rise})"))
         if self.kinship is not None and STRANGERS <= self.kinship < KIN:
@@ -102,7 +110,7 @@ class Diagnosis:
     @property
     def mendable(self) -> bool:
         """The reference knows the data, so that aligning it can help."""
-        return self.knowledge is None or not self.knowledge.missing
+        return self.knowledge is None or not self.knowledge.small
 
     @property
     def verdict(self) -> Verdict:
