@@ -1,5 +1,6 @@
 """The claim itself, on real images: a good reference finds wrong labels, a useless one finds none and does not help."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -62,7 +63,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, 
     shuffled = torch.load(bad_head, weights_only=True)["state_dict"]
     found = {"plain": (fitted(good)[0], 0.5)}
     for name, source in (("good", state), ("shuffled", {k: v for k, v in shuffled.items() if k.startswith("head")})):
-        accuracy, data = fitted(good, GradMimic(source, "head", ledger=folder / name))
+        doubt = (
+            pytest.warns(UserWarning, match="is doubtful: moving towards it") if name == "shuffled" else nullcontext()
+        )
+        with doubt:
+            accuracy, data = fitted(good, GradMimic(source, "head", ledger=folder / name))
         summary = summarise(Ledger(folder / name).table())
         place = {sample: k for k, sample in enumerate(data.noisy_ids.tolist())}
         scores = torch.tensor(summary["score"].to_pylist())

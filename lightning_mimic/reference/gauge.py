@@ -48,7 +48,7 @@ def procrustes(moments: Sequence[Moments]) -> Rotation:
 
     Example:
         >>> moments, x = Moments(), torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
-        >>> moments.add(x, x.flip(1) + 5)  # the model has the same axes in another order, and another mean
+        >>> _ = moments.add(x, x.flip(1) + 5)  # the model has the same axes in another order, and another mean
         >>> procrustes([moments]).matrix.abs().round()
         tensor([[0., 1.],
                 [1., 0.]])

@@ -21,7 +21,7 @@ class Moments:
 
     Example:
         >>> moments = Moments()
-        >>> moments.add(torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [4.0]]))
+        >>> _ = moments.add(torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [4.0]]))
         >>> moments.mean_x, moments.xx, moments.xy
         (tensor([2.]), tensor([[2.]]), tensor([[4.]]))
     """

@@ -39,7 +39,7 @@ def ridge_fit(moments: Moments) -> RidgeFit:
 
     Example:
         >>> moments, x = Moments(), torch.linspace(-1, 1, 100).unsqueeze(1)
-        >>> moments.add(x, 3 * x + 1)
+        >>> _ = moments.add(x, 3 * x + 1)
         >>> fit = ridge_fit(moments)  # the penalty shrinks 3 by 1 %
         >>> round(float(fit.weight), 2), round(float(fit.bias), 2), bool(fit.sound)
         (2.97, 1.0, True)
