@@ -1,7 +1,7 @@
 """The score file format: what the callback writes and everything else reads."""
 
-from lightning_mimic.ledger.reader import Ledger
+from lightning_mimic.ledger.reader import Ledger, Parts
 from lightning_mimic.ledger.schema import Flag, LedgerError
 from lightning_mimic.ledger.writer import LedgerWriter, note_run, open_run
 
-__all__ = ["Flag", "Ledger", "LedgerError", "LedgerWriter", "note_run", "open_run"]
+__all__ = ["Flag", "Ledger", "LedgerError", "LedgerWriter", "Parts", "note_run", "open_run"]

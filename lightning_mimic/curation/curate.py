@@ -1,0 +1,248 @@
+"""From a ledger to a manifest."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lightning_mimic.curation.database import CurationError, Database, Progress
+from lightning_mimic.curation.filters import Decides, Decision, Sign
+from lightning_mimic.curation.manifest import EXPORTS, Manifest, write_manifest
+from lightning_mimic.curation.quality import Quality, estimate_quality
+from lightning_mimic.curation.scores import Scores
+from lightning_mimic.gradients import nearest_names
+from lightning_mimic.version import __version__
+
+Unscored = Literal["keep", "drop", "fail"]
+#: What two ledgers' scores must have been taken with to mean the same.
+_SAME = ("scorer", "reference", "aligned_every", "parameters")
+
+
+@dataclass(frozen=True)
+class Curation:
+    """What came of it.
+
+    Attributes:
+        manifest: The decisions.
+        samples: On which it decides.
+        kept: Those that stay.
+        unscored: Those without a score, among ``samples``.
+        share_kept: Share of the scored samples with a mean score of 0 or more, whatever the filter.
+        quality: Calibrated by trusted samples; ``None`` without them.
+        lost: Damaged or missing parts of the ledger that were left out.
+        files: All that was written.
+    """
+
+    manifest: Manifest
+    samples: int
+    kept: int
+    unscored: int
+    share_kept: float
+    quality: Quality | None
+    lost: tuple[str, ...]
+    files: tuple[Path, ...]
+
+
+def curate(
+    ledger: str | Path,
+    filter: Decides | None = None,
+    out: str | Path | None = None,
+    *,
+    pool: str | Path | None = None,
+    unscored: Unscored = "fail",
+    trusted: str | Path | None = None,
+    mislabelled: str | Path | None = None,
+    exports: Sequence[str] = (),
+    allow_partial: bool = False,
+    memory: str = "2GB",
+    progress: Progress | None = None,
+) -> Curation:
+    """Decides which samples stay.
+
+    Args:
+        ledger: Recorded scores.
+        filter: Decides; by default :class:`~lightning_mimic.curation.Sign`.
+        out: Directory for the manifest and its exports, which appears when all is done; ``None``: a temporary one, which
+            goes with the result's manifest.
+        pool: Parquet or CSV whose column ``id`` lists all samples that there are; one that it lists twice has two rows.
+        unscored: What becomes of samples that have no score.
+        trusted: Ledger of trusted samples that trained neither the reference nor the model, scored with their true
+            labels, and
+        mislabelled: the same samples scored with wrong labels: they calibrate the quality.
+        exports: Beside the manifest: ``"csv"``, ``"datacomp"``, ``"cleanlab"``.
+        allow_partial: Leave out damaged parts of the ledger instead of refusing.
+        memory: Of the database, which spills the rest to disk.
+        progress: Told what is being done.
+
+    Raises:
+        CurationError: Options, tables or scores from which no decision can be made.
+        LedgerError: A ledger that is not there, is damaged or mixes runs.
+
+    Example:
+        >>> curate("nowhere")
+        Traceback (most recent call last):
+            ...
+        lightning_mimic.ledger.schema.LedgerError: nowhere holds no ledger (no meta.json in it).
+    """
+    if unscored not in get_args(Unscored):
+        raise CurationError(f"`unscored` is {unscored!r}; {nearest_names(str(unscored), get_args(Unscored))}.")
+    for name in exports:
+        if name not in EXPORTS:
+            raise CurationError(f"`exports`: {name!r}; {nearest_names(name, EXPORTS)}.")
+    if (trusted is None) != (mislabelled is None):
+        raise CurationError("`trusted` and `mislabelled` calibrate together: the same samples, scored both ways.")
+    chosen = Sign() if filter is None else filter
+    final = None if out is None else Path(out).expanduser()
+    if final is not None and final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise CurationError(f"`out`: {final} is there already; name another directory, or delete it.")
+    with Database(memory, progress) as database, _folder(final) as folder:
+        data = Scores(ledger, database, allow_partial=allow_partial)
+        calibration = None if trusted is None or mislabelled is None else _calibration(data, trusted, mislabelled)
+        everyone = _everyone(data, pool)
+        positive, scored = database.row(f"SELECT count_if(score >= 0), count(score) FROM {data.samples}")
+        if not scored:
+            raise CurationError(f"{data.ledger.directory}: none of its samples has a score.")
+        quality = None if calibration is None else estimate_quality(positive, scored, *calibration)
+        decision = chosen.decide(data)
+        _decide(database, data, everyone, decision, unscored)
+        samples, kept, without = database.row(
+            "SELECT count(*), count_if(keep), count_if(opinion IS NULL) FROM decided"
+        )
+        if without and unscored == "fail":
+            raise CurationError(_no_opinion(database, without, samples))
+        provenance = {
+            "package_version": __version__,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "ledger": {"directory": str(data.ledger.directory), "run": data.ledger.meta["run"], **_attempt(data)},
+            "filter": repr(chosen),
+            "facts": decision.facts,
+            "pool": None if pool is None else str(pool),
+            "unscored": {"samples": without, "are": unscored},
+            "lost": list(data.parts.lost),
+            "samples": samples,
+            "kept": kept,
+            "share_kept": positive / scored,
+            "quality": None if quality is None else asdict(quality),
+        }
+        written = write_manifest(folder / "manifest.parquet", database, _ORDERED, provenance)
+        for name in exports:
+            file, export = EXPORTS[name]
+            database.tell(f"exporting {name}", 0.0)
+            export(written, folder / file)
+            database.tell(f"exporting {name}", 1.0)
+        names = sorted(path.name for path in folder.iterdir())
+        place = _placed(folder, final)
+    manifest = Manifest(place / "manifest.parquet")
+    if final is None:
+        weakref.finalize(manifest, shutil.rmtree, place, ignore_errors=True)
+    files = tuple(place / name for name in names)
+    return Curation(manifest, samples, kept, without, positive / scored, quality, data.parts.lost, files)
+
+
+_ORDERED = """SELECT id, keep, score, scorings::INT AS scorings, lift, votes_keep::INT AS votes_keep, votes::INT AS votes,
+    reason, label, predicted FROM decided ORDER BY score NULLS LAST, id"""
+
+
+def _everyone(data: Scores, pool: str | Path | None) -> str:
+    """All ids there are, as a table; those of the pool must include the ledger's."""
+    if pool is None:
+        return f"(SELECT id FROM {data.samples})"
+    database = data.database
+    ids = database.ids(pool, data.id_type)
+    database.run(f"CREATE TABLE pool AS SELECT id FROM {ids}", "reading the pool")
+    strangers = database.column(f"SELECT id FROM {data.samples} WHERE id NOT IN (SELECT id FROM pool) LIMIT 3")
+    if strangers:
+        count = database.value(f"SELECT count(*) FROM {data.samples} WHERE id NOT IN (SELECT id FROM pool)")
+        raise CurationError(
+            f"{data.ledger.directory} has scores of {count} samples that `pool` {pool} does not list, such as "
+            f"{strangers[0]!r}. Give the pool that was trained on."
+        )
+    return "pool"
+
+
+def _decide(database: Database, data: Scores, everyone: str, decision: Decision, unscored: Unscored) -> None:
+    """The table ``decided``: all samples, the filter's opinion, and what is done."""
+    why = decision.reason.replace("'", "''")
+    database.run(
+        f"""CREATE TABLE decided AS SELECT everyone.id, scores.score, coalesce(scores.scorings, 0) AS scorings,
+            scores.lift, scores.label, scores.predicted, decision.keep AS opinion, votes_keep, votes,
+            coalesce(decision.keep, {unscored == "keep"}) AS keep,
+            CASE WHEN decision.keep IS NULL THEN coalesce('no score: ' || scores.flag, 'never scored')
+                WHEN NOT decision.keep THEN '{why}' END AS reason
+        FROM {everyone} AS everyone
+        LEFT JOIN {data.samples} AS scores ON everyone.id = scores.id
+        LEFT JOIN ({decision.query}) AS decision ON everyone.id = decision.id""",
+        "deciding",
+    )
+
+
+def _no_opinion(database: Database, count: int, samples: int) -> str:
+    """The message for samples that no filter can judge."""
+    id, reason = database.row("SELECT id, reason FROM decided WHERE opinion IS NULL ORDER BY id LIMIT 1")
+    return (
+        f"{count} of {samples} samples have no score, such as {id!r} ({reason}), so nothing can be said of them. "
+        "`unscored='keep'` keeps them, `unscored='drop'` drops them."
+    )
+
+
+def _calibration(data: Scores, trusted: str | Path, mislabelled: str | Path) -> tuple[Any, Any]:
+    """Whether each trusted sample is kept with its true label and with a wrong one."""
+    database = data.database
+    both = [Scores(trusted, database, "trusted"), Scores(mislabelled, database, "mislabelled")]
+    for scores in both:
+        for name in _SAME:
+            ours, theirs = (_attempt(one)["config"].get(name) for one in (data, scores))
+            if ours != theirs:
+                raise CurationError(
+                    f"{scores.ledger.directory} was scored with another {name} than {data.ledger.directory} "
+                    f"({theirs} against {ours}); their scores do not compare."
+                )
+    unpaired = database.value(
+        f"SELECT count(*) FROM {both[0].samples} AS a FULL JOIN {both[1].samples} AS b ON a.id::VARCHAR = b.id::VARCHAR "
+        "WHERE a.id IS NULL OR b.id IS NULL"
+    )
+    if unpaired:
+        raise CurationError(
+            f"`trusted` and `mislabelled` must hold the same samples, and {unpaired} ids are in one of them alone."
+        )
+    pairs = database.arrays(
+        f"SELECT a.score >= 0 AS yes, b.score >= 0 AS no FROM {both[0].samples} AS a JOIN {both[1].samples} AS b "
+        "ON a.id = b.id WHERE a.score IS NOT NULL AND b.score IS NOT NULL"
+    )
+    return pairs["yes"], pairs["no"]
+
+
+def _attempt(scores: Scores) -> dict[str, Any]:
+    """Settings of the attempts whose rows hold; they do not differ."""
+    facts = scores.ledger.meta["attempts"][scores.parts.attempts[-1]]
+    return {name: facts.get(name) for name in ("config", "data", "score_kind")}
+
+
+@contextlib.contextmanager
+def _folder(final: Path | None) -> Iterator[Path]:
+    """Where files are written until all are there; gone if something fails."""
+    if final is not None:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the final place, so that the move is one of names.
+    folder = Path(tempfile.mkdtemp(prefix=".mimic-curate-", dir=None if final is None else final.parent))
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _placed(folder: Path, final: Path | None) -> Path:
+    if final is None:
+        return folder
+    folder.chmod(0o755)  # mkdtemp's is its owner's alone
+    if final.is_dir():
+        final.rmdir()
+    os.replace(folder, final)
+    return final

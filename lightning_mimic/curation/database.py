@@ -1,0 +1,205 @@
+"""DuckDB, and nothing else in the package imports it: tables that need not fit into memory."""
+
+import contextlib
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from lightning_mimic.gradients import nearest_names
+
+#: Told what is being done, and which share of it is.
+Progress = Callable[[str, float], None]
+
+
+#: DuckDB's types of ids that are numbers.
+_WHOLE = {"BIGINT", "INTEGER", "SMALLINT", "TINYINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT"}
+
+
+class CurationError(ValueError):
+    """Scores, tables or options from which no decision can be made; says what to do."""
+
+
+class Database:
+    """One DuckDB connection, which spills to disk what its memory cannot hold.
+
+    Args:
+        memory: How much it may hold, as DuckDB writes sizes (``"2GB"``).
+        progress: Told what is being done.
+
+    Raises:
+        CurationError: DuckDB is not installed, or does not know such a size.
+
+    Example:
+        >>> with Database() as database:
+        ...     database.run("CREATE TABLE three AS SELECT * FROM range(3)")
+        ...     print(database.value("SELECT count(*) FROM three"))
+        3
+    """
+
+    def __init__(self, memory: str = "2GB", progress: Progress | None = None) -> None:
+        try:
+            import duckdb
+        except ModuleNotFoundError as error:
+            raise CurationError("curation needs DuckDB: pip install 'lightning-mimic[curation]'.") from error
+        self._progress = progress
+        self._errors = duckdb.Error
+        self._spill = tempfile.mkdtemp(prefix="mimic-curate-")
+        self.connection = duckdb.connect()
+        # Order costs memory; where it matters, a query says so.
+        self.connection.execute("SET preserve_insertion_order = false")
+        self.connection.execute(f"SET temp_directory = {quoted(self._spill)}")
+        try:
+            self.connection.execute(f"SET memory_limit = {quoted(memory)}")
+        except duckdb.Error as error:
+            self.close()
+            raise CurationError(f"`memory` is {memory!r}; say it like '2GB' ({first_line(error)}).") from error
+
+    def __enter__(self) -> "Database":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection and removes what it has spilled."""
+        self.connection.close()
+        shutil.rmtree(self._spill, ignore_errors=True)
+
+    def tell(self, what: str, share: float) -> None:
+        """Passes on how far something is."""
+        if self._progress is not None:
+            self._progress(what, share)
+
+    def run(self, sql: str, what: str = "") -> None:
+        """Runs a statement; one that may take long says what it does."""
+        with self._told(what):
+            self.connection.execute(sql)
+
+    def row(self, sql: str) -> tuple[Any, ...]:
+        """The first row of a query that has one."""
+        return tuple(self.connection.execute(sql).fetchall()[0])
+
+    def value(self, sql: str) -> Any:
+        """The one value of a query."""
+        return self.row(sql)[0]
+
+    def column(self, sql: str) -> list[Any]:
+        """The first column of a short answer."""
+        return [row[0] for row in self.connection.execute(sql).fetchall()]
+
+    def arrays(self, sql: str) -> dict[str, Any]:
+        """An answer as NumPy arrays by column."""
+        return dict(self.connection.execute(sql).fetchnumpy())
+
+    def batches(self, sql: str, what: str = "") -> Iterator[pa.RecordBatch]:
+        """An answer piece by piece, in its order."""
+        with self._told(what):
+            yield from self.connection.sql(sql).to_arrow_reader(1 << 17)
+
+    def columns(self, table: str) -> dict[str, str]:
+        """Names and DuckDB's types of a table's columns."""
+        return {row[0]: row[1] for row in self.connection.execute(f"DESCRIBE SELECT * FROM {table}").fetchall()}
+
+    def file(self, path: str | Path, needed: tuple[str, ...]) -> str:
+        """A Parquet or CSV file as something to select from; a CSV's columns are all text.
+
+        Args:
+            path: Of the file.
+            needed: Columns that it must have.
+
+        Raises:
+            CurationError: No such file, another kind of file, one that cannot be read, or a column that it lacks.
+        """
+        path = Path(path).expanduser()
+        readers = {".parquet": "read_parquet({})", ".csv": "read_csv({}, header = true, all_varchar = true)"}
+        if path.suffix not in readers:
+            raise CurationError(f"{path} is neither Parquet nor CSV by its name (.parquet, .csv).")
+        if not path.is_file():
+            raise CurationError(f"{path} is not there.")
+        table = readers[path.suffix].format(quoted(str(path)))
+        try:
+            there = self.columns(table)
+        except self._errors as error:
+            raise CurationError(f"{path} cannot be read: {first_line(error)}") from error
+        for name in needed:
+            if name not in there:
+                raise CurationError(f"{path} has no column {name!r}; {nearest_names(name, there)}.")
+        return table
+
+    def ids(self, path: str | Path, kind: str, column: str = "id") -> str:
+        """A file's ids as something to select ``id`` from, of the type that they have elsewhere.
+
+        Args:
+            path: Parquet or CSV.
+            kind: ``BIGINT`` or ``VARCHAR``.
+            column: That holds them.
+
+        Raises:
+            CurationError: As for :meth:`file`; missing ids, or ids of another type.
+        """
+        table, name = self.file(path, (column,)), named(column)
+        typed = f"TRY_CAST({name} AS {kind})"
+        text = Path(path).suffix == ".csv"
+        is_number = self.columns(table)[column] in _WHOLE
+        if not text and is_number != (kind == "BIGINT"):
+            said = {True: "whole numbers", False: "text"}
+            raise CurationError(f"{path} has ids that are {said[is_number]}, and elsewhere they are {said[not is_number]}.")
+        lost, example = self.row(f"SELECT count(*), any_value({name}::VARCHAR) FROM {table} WHERE {typed} IS NULL")
+        if lost:
+            raise CurationError(
+                f"{path}: {lost} rows have no id, or one that is no whole number as the others are"
+                f"{'' if example is None else f', such as {example!r}'}."
+            )
+        return f"(SELECT {typed} AS id, * EXCLUDE ({name}) FROM {table})"
+
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """Tells how far the query under way is, from a thread beside it."""
+        if self._progress is None or not what:
+            yield
+            return
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(0.2):
+                self.tell(what, max(0.0, self.connection.query_progress()) / 100)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        self.tell(what, 0.0)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
+        self.tell(what, 1.0)
+
+
+def quoted(text: str) -> str:
+    """An SQL string.
+
+    Example:
+        >>> quoted("it's")
+        "'it''s'"
+    """
+    return "'" + text.replace("'", "''") + "'"
+
+
+def named(column: str) -> str:
+    """An SQL name.
+
+    Example:
+        >>> named("clip score")
+        '"clip score"'
+    """
+    return '"' + column.replace('"', '""') + '"'
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without its query."""
+    return str(error).splitlines()[0]

@@ -1,0 +1,107 @@
+"""Many votes on a sample, one per filter and epoch, and what they say together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from lightning_mimic.curation.database import CurationError
+from lightning_mimic.curation.filters import Decision, Filter, KMeans, Mixture, Threshold, Vote, by_epoch
+from lightning_mimic.curation.label_model import fit_label_model
+from lightning_mimic.curation.scores import Rows, Scores
+from lightning_mimic.gradients import nearest_names
+
+By = Literal["label_model", "majority"]
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Every filter votes on every epoch's scoring of a sample; what was not scored in an epoch has no vote in it.
+
+    Args:
+        filters: That vote; the paper's (threshold, k-means, mixture), if left out.
+        by: ``"label_model"``: weak supervision weighs the voters by how they agree (Ratner et al., arXiv 1810.02840,
+            the paper's choice; at least three voters). ``"majority"``: more than half of a sample's votes drop it.
+        seed: Of the label model.
+
+    Raises:
+        CurationError: No filters, or another ``by``.
+
+    Example:
+        >>> from lightning_mimic.curation import Sign
+        >>> Ensemble([Sign()], by="majority").by
+        'majority'
+    """
+
+    filters: Sequence[Filter] = (Threshold(), KMeans(), Mixture())
+    by: By = "label_model"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.by not in get_args(By):
+            raise CurationError(f"`by` is {self.by!r}; {nearest_names(str(self.by), get_args(By))}.")
+        if not self.filters or not all(isinstance(one, Filter) for one in self.filters):
+            raise CurationError(f"`filters` is {self.filters!r}; expected filters such as [Threshold(), KMeans()].")
+
+    def decide(self, scores: Scores) -> Decision:
+        """All votes on each sample, weighed.
+
+        Raises:
+            CurationError: Fewer than three voters with an opinion of their own, or a label model that contradicts the
+                majority of them.
+        """
+        rows = scores.scorings()
+        voters = len(self.filters) * len(rows.epochs)
+        if self.by == "label_model" and voters < 3:
+            raise CurationError(
+                f"the label model needs at least 3 voters, and {len(self.filters)} filters in {len(rows.epochs)} "
+                "epochs are fewer. Score more epochs, add filters, or decide by the majority."
+            )
+        votes = [one.vote(rows) for one in self.filters]
+        view = Rows(rows.database, f"{rows.name}_votes", rows.epochs)
+        columns = ", ".join(f"({vote.keep}) AS v{k}" for k, vote in enumerate(votes))
+        rows.database.run(f"CREATE OR REPLACE VIEW {view.name} AS SELECT id, epoch, score, {columns} FROM {rows.name}")
+        facts: dict[str, Any] = {"voters": voters}
+        weights, prior = None, 0.0
+        if self.by == "label_model":
+            weights, prior, found = self._weights(view, len(votes))
+            facts |= found
+        return Decision(_tally(view, votes, weights, prior), f"outvoted ({self.by.replace('_', ' ')})", facts)
+
+    def _weights(self, view: Rows, filters: int) -> tuple[list[dict[bool, dict[int, float]]], float, dict[str, Any]]:
+        """Log odds of each voter's yes and no, by filter and epoch; and those before anyone has voted."""
+        import numpy as np
+
+        columns = ", ".join(f"coalesce(v{k}::INT, -1) AS v{k}" for k in range(filters))
+        drawn = view.drawn(f"id, epoch, score, {columns}")
+        ids, row = np.unique(drawn["id"], return_inverse=True)
+        column = np.searchsorted(view.epochs, drawn["epoch"])
+        votes = np.full((len(ids), filters * len(view.epochs)), -1, dtype=np.int64)
+        for k in range(filters):
+            votes[row, k * len(view.epochs) + column] = drawn[f"v{k}"]
+        mean = np.bincount(row, drawn["score"]) / np.bincount(row)
+        model = fit_label_model(votes, float((mean >= 0).mean()), self.seed)
+        weights: list[dict[bool, dict[int, float]]] = []
+        for k in range(filters):
+            part = slice(k * len(view.epochs), (k + 1) * len(view.epochs))
+            yes, no = model.keep[part].tolist(), model.drop[part].tolist()
+            weights.append({True: dict(zip(view.epochs, yes, strict=True)), False: dict(zip(view.epochs, no, strict=True))})
+        return weights, model.prior, {"class_balance": model.balance, "agreement_with_majority": model.agreement}
+
+
+def _tally(view: Rows, votes: Sequence[Vote], weights: list[dict[bool, dict[int, float]]] | None, prior: float) -> str:
+    names = [f"v{k}" for k in range(len(votes))]
+    yes = " + ".join(f"count_if({v})" for v in names)
+    cast = " + ".join(f"count({v})" for v in names)
+    if weights is None:
+        odds = f"2 * ({yes}) - ({cast})"
+    else:
+        parts = [
+            f"coalesce(CASE WHEN {v} THEN {by_epoch(view.epochs, by[True])} "
+            f"WHEN NOT {v} THEN {by_epoch(view.epochs, by[False])} END, 0)"
+            for v, by in zip(names, weights, strict=True)
+        ]
+        odds = f"{prior!r} + sum({' + '.join(parts)})"
+    return (
+        f"SELECT id, CASE WHEN {cast} > 0 THEN {odds} >= 0 END AS keep, ({yes})::BIGINT AS votes_keep, "
+        f"({cast})::BIGINT AS votes FROM {view.name} GROUP BY id"
+    )

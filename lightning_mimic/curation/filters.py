@@ -1,0 +1,232 @@
+"""Who stays: one vote on each sample's mean score, or on every scoring for an :class:`Ensemble`."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lightning_mimic.curation.database import CurationError
+from lightning_mimic.curation.scores import Rows, Scores
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What a filter says of rows.
+
+    Attributes:
+        keep: SQL over the columns of :class:`Rows`: true, false, or null for no opinion.
+        reason: Why a row for which it is false goes.
+    """
+
+    keep: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is decided about samples.
+
+    Attributes:
+        query: SQL with ``id``, ``keep`` (null for no opinion), ``votes_keep`` and ``votes``, null unless many voted.
+        reason: Why a sample goes.
+        facts: What the decision rests on, for the manifest.
+    """
+
+    query: str
+    reason: str
+    facts: dict[str, Any]
+
+
+class Decides(Protocol):
+    """What :func:`~lightning_mimic.curation.curate` takes as a filter."""
+
+    def decide(self, scores: Scores) -> Decision:
+        """What becomes of each sample that has a score."""
+
+
+class Filter(ABC):
+    """One vote; a filter of your own says with :meth:`vote` which rows it keeps."""
+
+    @abstractmethod
+    def vote(self, rows: Rows) -> Vote:
+        """The vote on each of the rows, every epoch for itself.
+
+        Raises:
+            CurationError: Too few rows to say anything.
+        """
+
+    def decide(self, scores: Scores) -> Decision:
+        """The vote on the samples' means."""
+        rows = scores.means()
+        vote = self.vote(rows)
+        query = f"SELECT id, ({vote.keep}) AS keep, NULL::BIGINT AS votes_keep, NULL::BIGINT AS votes FROM {rows.name}"
+        return Decision(query, vote.reason, {})
+
+
+@dataclass(frozen=True)
+class Sign(Filter):
+    """Keeps what has a score of 0 or more: a step on it moves the model towards the reference, or nowhere.
+
+    The only vote that is not relative to the other samples, so on clean data it can keep all.
+
+    Example:
+        >>> Sign()
+        Sign()
+    """
+
+    def vote(self, rows: Rows) -> Vote:
+        """Score against 0."""
+        return Vote("score >= 0", "mean score below 0")
+
+
+@dataclass(frozen=True)
+class Threshold(Filter):
+    """Keeps what weighs ``1/B`` or more in its batch of B, the paper's threshold; uniform weights keep all.
+
+    Drops someone from every batch whose weights are not uniform, also from a clean one.
+
+    Example:
+        >>> Threshold()
+        Threshold()
+    """
+
+    def vote(self, rows: Rows) -> Vote:
+        """Weight against 1/B, to float32's rounding."""
+        return Vote("lift >= 1 - 1e-6", "mean weight below 1/B")
+
+
+@dataclass(frozen=True)
+class KMeans(Filter):
+    """Keeps the upper of two clusters, by k-means in one dimension; always drops someone.
+
+    Args:
+        seed: Of its start.
+
+    Example:
+        >>> KMeans(seed=1)
+        KMeans(seed=1)
+    """
+
+    seed: int = 0
+
+    def vote(self, rows: Rows) -> Vote:
+        """Score against the middle between the two centres."""
+        from sklearn.cluster import KMeans as Clusters
+
+        def cut(scores: Any) -> float:
+            if scores[0] == scores[-1]:
+                return -math.inf
+            found = Clusters(2, n_init=1, random_state=self.seed).fit(scores[:, None])
+            return float(found.cluster_centers_.mean())
+
+        return _by_cut(rows, cut, "mean score in the lower of two clusters (below {})")
+
+
+@dataclass(frozen=True)
+class Mixture(Filter):
+    """Keeps the upper of two normal components, and all where two are not warranted.
+
+    They are if the Bayesian information criterion says so and the density of the two has a valley between their
+    means; a skewed cloud has none, whatever the criterion says.
+
+    Args:
+        seed: Of its start.
+
+    Example:
+        >>> Mixture(seed=1)
+        Mixture(seed=1)
+    """
+
+    seed: int = 0
+
+    def vote(self, rows: Rows) -> Vote:
+        """Score against the bottom of the valley, or none."""
+        return _by_cut(rows, self._cut, "mean score in the lower of two components (below {})")
+
+    def _cut(self, scores: Any) -> float:
+        import numpy as np
+        from sklearn.mixture import GaussianMixture
+
+        spread = float(scores.std())
+        if len(scores) < 4 or spread == 0:
+            return -math.inf
+        # In units of their spread, because the smallest variance allowed is an absolute one.
+        values = ((scores - scores.mean()) / spread)[:, None]
+        two = GaussianMixture(2, random_state=self.seed).fit(values)
+        if two.bic(values) >= GaussianMixture(1).fit(values).bic(values):
+            return -math.inf
+        low, high = sorted(two.means_.ravel())
+        between = np.linspace(low, high, 1001)
+        density = two.score_samples(between[:, None])
+        lowest = int(density.argmin())
+        if lowest in (0, len(between) - 1):
+            return -math.inf
+        return float(between[lowest] * spread + scores.mean())
+
+
+@dataclass(frozen=True)
+class TopK(Filter):
+    """Keeps those with the highest scores; of equals, those with the smallest ids.
+
+    Args:
+        fraction: Of the samples, above 0 and at most 1.
+        count: Of samples; this or ``fraction``.
+        per_class: So many of every class; needs recorded labels.
+
+    Raises:
+        CurationError: Both or neither, or out of range; no labels were recorded.
+
+    Example:
+        >>> TopK(fraction=0.3)
+        TopK(fraction=0.3, count=None, per_class=False)
+    """
+
+    fraction: float | None = None
+    count: int | None = None
+    per_class: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.fraction is None) == (self.count is None):
+            raise CurationError("top k needs either `fraction` or `count`.")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise CurationError(f"`fraction` is {self.fraction!r}; expected above 0 and at most 1.")
+        if self.count is not None and not (isinstance(self.count, int) and self.count > 0):
+            raise CurationError(f"`count` is {self.count!r}; expected a whole number above 0.")
+
+    def vote(self, rows: Rows) -> Vote:
+        """Rank against k."""
+        if self.per_class and rows.database.value(f"SELECT count(*) FROM {rows.name} WHERE label IS NULL"):
+            raise CurationError(
+                "`per_class`: some samples have no label. Let training_step return a dict with class indices 'label' "
+                "beside 'loss', so that they are recorded."
+            )
+        group = "epoch, label" if self.per_class else "epoch"
+        most = str(self.count) if self.fraction is None else f"round({self.fraction} * count(*) OVER ({_PART}{group}))"
+        rank = f"row_number() OVER ({_PART}{group} ORDER BY score DESC, id)"
+        which = f"{self.fraction:.4g}" if self.fraction is not None else str(self.count)
+        return Vote(f"{rank} <= {most}", f"not in the top {which}{' of its class' if self.per_class else ''}")
+
+
+_PART = "PARTITION BY "
+
+
+def _by_cut(rows: Rows, cut: Any, reason: str) -> Vote:
+    """A score at least that of its epoch's cut, found on drawn scores in rising order."""
+    import numpy as np
+
+    drawn = rows.drawn("epoch, score")
+    cuts = {int(e): cut(np.sort(drawn["score"][drawn["epoch"] == e])) for e in np.unique(drawn["epoch"])}
+    keep = f"score >= {by_epoch(rows.epochs, cuts)}"
+    (first, *more) = cuts.values()
+    return Vote(keep, reason.format("the cut of its epoch" if more else f"{first:.4g}"))
+
+
+def by_epoch(epochs: tuple[int, ...], values: dict[int, float]) -> str:
+    """SQL for the value of a row's epoch; null where there is none.
+
+    Example:
+        >>> by_epoch((3, 5), {3: 1.5, 5: -2.0})
+        "(['1.5', NULL, '-2.0']::DOUBLE[])[epoch - 2]"
+    """
+    said = [repr(str(values[e])) if e in values else "NULL" for e in range(epochs[0], epochs[-1] + 1)]
+    return f"([{', '.join(said)}]::DOUBLE[])[epoch - {epochs[0] - 1}]"

@@ -1,0 +1,180 @@
+"""Which samples stay, which go, and why: a Parquet file, and what other tools read of it."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch.utils.data import Subset
+
+from lightning_mimic.curation.database import CurationError, Database, first_line, quoted
+from lightning_mimic.data.kept import kept_of
+from lightning_mimic.ledger.schema import commit
+
+#: Its own name among a Parquet file's key-value metadata.
+_KEY = b"lightning_mimic"
+
+
+class Manifest:
+    """Decisions about samples, with their provenance.
+
+    The file has a row per sample (or per listing of a sample, where a pool lists it more than once), the most suspicious
+    first: ``id``, ``keep``, ``score`` (mean mimic score, loss per unit of weight distance, unbounded; lower is more
+    suspicious, null: never scored), ``scorings``, ``lift`` (mean of weight times batch size, 0 to B; 1 is uniform),
+    ``votes_keep`` of ``votes`` (null unless many voted), ``reason`` (null where it is kept on its score), ``label`` and
+    ``predicted``. A manifest made of others has ``id``, ``keep`` and ``reason``.
+
+    Args:
+        path: Of a file with columns ``id`` and ``keep``.
+
+    Raises:
+        CurationError: No such file, or something else.
+
+    Example:
+        >>> Manifest("nowhere.parquet")
+        Traceback (most recent call last):
+            ...
+        lightning_mimic.curation.database.CurationError: nowhere.parquet is no manifest: there is no such file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        if not self.path.is_file():
+            raise CurationError(f"{self.path} is no manifest: there is no such file.")
+        try:
+            form = pq.read_schema(self.path)
+        except (OSError, ValueError) as error:
+            raise CurationError(f"{self.path} is no manifest: {first_line(error)}") from error
+        if not {"id", "keep"} <= set(form.names):
+            raise CurationError(f"{self.path} is no manifest: its columns are {', '.join(form.names)}.")
+        #: What it was made of and how.
+        self.provenance: dict[str, Any] = json.loads((form.metadata or {}).get(_KEY, b"{}"))
+
+    def table(self) -> pa.Table:
+        """All of it, in memory."""
+        with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
+            return file.read()
+
+    def subset(self, dataset: Any) -> Subset:
+        """What is kept of a data set, in its order.
+
+        Args:
+            dataset: A :class:`~lightning_mimic.WithIds`, or one whose row numbers the ids are.
+
+        Raises:
+            ValueError: The manifest is of another data set.
+        """
+        return kept_of(dataset, self.path)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Writes the table as CSV."""
+        with Database() as database:
+            _copy(database, f"SELECT * FROM {self._read()}", Path(path))
+
+    def to_datacomp(self, path: str | Path) -> None:
+        """Writes the kept ids as DataComp's resharder wants them: ``.npy`` of ``u8,u8``, sorted, repeats kept.
+
+        Raises:
+            CurationError: An id is not 32 hexadecimal digits.
+        """
+        import numpy as np
+
+        kept = f"FROM {self._read()} WHERE keep"
+        with Database() as database:
+            if database.columns(self._read())["id"] != "VARCHAR":
+                raise CurationError(f"{self.path}: its ids are whole numbers, and DataComp's are 32 hexadecimal digits.")
+            hexadecimal = "regexp_full_match(id, '[0-9a-fA-F]{32}')"
+            others = database.column(f"SELECT id {kept} AND NOT {hexadecimal} LIMIT 3")
+            if others:
+                raise CurationError(f"{self.path}: {others[0]!r} is not an id of DataComp's, 32 hexadecimal digits.")
+            count = database.value(f"SELECT count(*) {kept}")
+            form = np.dtype("u8,u8")
+            temporary = _beside(Path(path))
+            with temporary.open("wb") as file:
+                header = {"descr": np.lib.format.dtype_to_descr(form), "fortran_order": False, "shape": (count,)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for batch in database.batches(f"SELECT lower(id) AS id {kept} ORDER BY lower(id)"):
+                    digits = bytes.fromhex("".join(batch["id"].to_pylist()))
+                    file.write(np.frombuffer(digits, ">u8").astype("<u8").tobytes())
+                _sync(file)
+        commit(temporary, Path(path))
+
+    def to_cleanlab(self, path: str | Path) -> None:
+        """Writes a table as cleanlab's ``find_label_issues`` gives it, as CSV in the order of ids.
+
+        ``is_label_issue`` (not kept), ``label_quality`` (share of the scored samples with a lower mean score, 0 to 1;
+        lower is worse, empty: never scored), ``given_label`` and ``predicted_label``.
+
+        Raises:
+            CurationError: No labels were recorded.
+        """
+        with Database() as database:
+            if "label" not in database.columns(self._read()) or not database.value(
+                f"SELECT count(label) FROM {self._read()}"
+            ):
+                raise CurationError(
+                    f"{self.path} has no labels. Let training_step return a dict with class indices 'label' and "
+                    "'predicted' beside 'loss', so that they are recorded."
+                )
+            rank = "CASE WHEN score IS NOT NULL THEN percent_rank() OVER (PARTITION BY score IS NULL ORDER BY score) END"
+            _copy(
+                database,
+                f"SELECT id, NOT keep AS is_label_issue, {rank} AS label_quality, label AS given_label, "
+                f"predicted AS predicted_label FROM {self._read()} ORDER BY id",
+                Path(path),
+            )
+
+    def _read(self) -> str:
+        return f"read_parquet({quoted(str(self.path))})"
+
+
+#: By name, what a manifest is exported as, and the file.
+EXPORTS = {
+    "csv": ("manifest.csv", Manifest.to_csv),
+    "datacomp": ("kept.npy", Manifest.to_datacomp),
+    "cleanlab": ("label_issues.csv", Manifest.to_cleanlab),
+}
+
+
+def write_manifest(path: Path, database: Database, query: str, provenance: Mapping[str, Any]) -> Manifest:
+    """Writes a query's rows, in its order, as a manifest; a file that is there is whole.
+
+    Args:
+        path: Of the file.
+        database: Answers the query.
+        query: SQL with at least ``id`` and ``keep``.
+        provenance: What it was made of and how.
+    """
+    temporary = _beside(path)
+    batches = database.batches(query, "writing")
+    first = next(batches)
+    form = first.schema.with_metadata({_KEY: json.dumps(dict(provenance))})
+    with temporary.open("wb") as file:
+        with pq.ParquetWriter(file, form, compression="zstd", write_page_checksum=True) as writer:
+            writer.write_batch(first.replace_schema_metadata(form.metadata))
+            for batch in batches:
+                writer.write_batch(batch.replace_schema_metadata(form.metadata))
+        _sync(file)
+    commit(temporary, path)
+    return Manifest(path)
+
+
+def _copy(database: Database, query: str, path: Path) -> None:
+    temporary = _beside(path)
+    # Rows in the query's order.
+    database.run("SET preserve_insertion_order = true")
+    database.run(f"COPY ({query}) TO {quoted(str(temporary))} (FORMAT csv, HEADER)")
+    commit(temporary, path)
+
+
+def _beside(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

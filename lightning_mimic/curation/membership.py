@@ -1,0 +1,72 @@
+"""Which samples a reference was trained on."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision, binary_jaccard_index
+
+from lightning_mimic.curation.database import CurationError
+from lightning_mimic.curation.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Membership:
+    """How well scores tell who trained the reference, each between 0 and 1.
+
+    Attributes:
+        ranking: Ids, the likeliest member first.
+        auroc: Probability that a member scores higher than another sample; 0.5 is chance.
+        average_precision: Of the ranking.
+        jaccard: Overlap of the members with as many samples of the highest scores: shared over all in either.
+        chance: The Jaccard index expected of a random ranking.
+    """
+
+    ranking: tuple[int | str, ...]
+    auroc: float
+    average_precision: float
+    jaccard: float
+    chance: float
+
+
+def membership(manifest: Manifest, members: Iterable[int | str]) -> Membership:
+    """Guesses from high scores which samples the reference was trained on, and compares with the truth.
+
+    Samples that trained the reference get flattering scores: steps on them lead towards it.
+
+    Args:
+        manifest: With a mean score per sample.
+        members: Ids that trained the reference, in truth.
+
+    Raises:
+        CurationError: Members that are unknown, all or none of the samples, or a manifest without scores.
+
+    Source: Huang et al., arXiv 2501.06708.
+
+    Example:
+        >>> import pyarrow as pa, pyarrow.parquet as pq
+        >>> rows = {"id": [1, 2, 3, 4], "keep": [True] * 4, "score": [0.3, 0.1, 0.9, -1.0]}
+        >>> pq.write_table(pa.table(rows), tmp / "manifest.parquet")
+        >>> membership(Manifest(tmp / "manifest.parquet"), [1, 2]).jaccard  # 3 and 1 score highest
+        0.3333333432674408
+    """
+    table = manifest.table()
+    if "score" not in table.column_names:
+        raise CurationError(f"{manifest.path} has no scores; curate a ledger.")
+    table = table.filter(table["score"].is_valid()).sort_by([("score", "descending"), ("id", "ascending")])
+    ids, true = table["id"].to_pylist(), set(members)
+    unknown = true - set(ids)
+    if unknown:
+        raise CurationError(f"{len(unknown)} members have no score in {manifest.path}, such as {min(unknown, key=str)!r}.")
+    if not 0 < len(true) < len(ids):
+        raise CurationError(f"{len(true)} of {len(ids)} samples are members; there must be both.")
+    scores, truth = torch.tensor(table["score"].to_pylist()), torch.tensor([int(id in true) for id in ids])
+    guessed = (torch.arange(len(ids)) < len(true)).long()
+    share = len(true) / len(ids)
+    return Membership(
+        ranking=tuple(ids),
+        auroc=float(binary_auroc(scores, truth)),
+        average_precision=float(binary_average_precision(scores, truth)),
+        jaccard=float(binary_jaccard_index(guessed, truth)),
+        chance=share / (2 - share),
+    )

@@ -1,0 +1,108 @@
+"""What scores say of a data set, as torchmetrics: accumulated over batches, and over ranks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
+
+from lightning_mimic.curation.quality import estimate_quality
+
+
+class MislabelAUROC(BinaryAUROC):
+    """Probability that a wrong label scores lower than a right one, 0 to 1; 0.5 is chance.
+
+    Example:
+        >>> metric = MislabelAUROC()
+        >>> metric.update(torch.tensor([-1.0, 0.5, 2.0]), torch.tensor([True, False, False]))
+        >>> metric.compute()
+        tensor(1.)
+    """
+
+    def update(self, scores: Tensor, wrong: Tensor) -> None:
+        """Adds samples.
+
+        Args:
+            scores: Shape ``(n,)``, lower is more suspicious.
+            wrong: Boolean, which labels are wrong in truth.
+        """
+        super().update(*_suspicions(scores, wrong))
+
+
+class MislabelAveragePrecision(BinaryAveragePrecision):
+    """Average precision of finding wrong labels by low scores, 0 to 1; chance is their share.
+
+    Example:
+        >>> metric = MislabelAveragePrecision()
+        >>> metric.update(torch.tensor([-1.0, 0.5, 2.0]), torch.tensor([True, False, True]))
+        >>> metric.compute()
+        tensor(0.8333)
+    """
+
+    def update(self, scores: Tensor, wrong: Tensor) -> None:
+        """Adds samples, as for :class:`MislabelAUROC`."""
+        super().update(*_suspicions(scores, wrong))
+
+
+class DataQuality(Metric):
+    """The calibrated share of good samples, 0 to 1; see :func:`~lightning_mimic.curation.estimate_quality`.
+
+    Give mean scores of the data with :meth:`update`, and those of trusted samples, with true and with wrong labels,
+    with :meth:`calibrate`.
+
+    Example:
+        >>> metric = DataQuality()
+        >>> metric.update(torch.tensor([1.0, 1.0, -1.0, -1.0]))
+        >>> metric.calibrate(torch.ones(20), -torch.ones(20))
+        >>> metric.compute()
+        tensor(0.5000)
+    """
+
+    higher_is_better = True
+    full_state_update = False
+    kept: Tensor
+    samples: Tensor
+    right: list[Tensor]
+    wrong: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("kept", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("samples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("right", [], dist_reduce_fx="cat")
+        self.add_state("wrong", [], dist_reduce_fx="cat")
+
+    def update(self, scores: Tensor) -> None:
+        """Adds samples of the data.
+
+        Args:
+            scores: Mean scores, shape ``(n,)``; NaN is left out.
+        """
+        self.kept += (scores >= 0).sum()
+        self.samples += (~scores.isnan()).sum()
+
+    def calibrate(self, right: Tensor, wrong: Tensor) -> None:
+        """Adds trusted samples.
+
+        Args:
+            right: Mean scores with their true labels, shape ``(n,)``.
+            wrong: Of the same samples with wrong labels.
+        """
+        self.right.append(right >= 0)
+        self.wrong.append(wrong >= 0)
+
+    def compute(self) -> Tensor:
+        """The estimate, a scalar.
+
+        Raises:
+            CurationError: No samples, no trusted samples, or trusted ones that are not told apart.
+        """
+        right, wrong = (torch.cat(list(part)) if len(part) else torch.zeros(0) for part in (self.right, self.wrong))
+        quality = estimate_quality(int(self.kept), int(self.samples), right.cpu().numpy(), wrong.cpu().numpy())
+        return torch.tensor(quality.estimate, device=self.kept.device)
+
+
+def _suspicions(scores: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor]:
+    # Into (0, 1) and in the same order: what lies outside, torchmetrics takes for logits and squashes.
+    return -scores.double(), wrong.long()

@@ -1,0 +1,94 @@
+"""How much of a data set is good, as an estimate that trusted samples calibrate."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_mimic.curation.database import CurationError
+
+#: Trusted samples must be kept this much more often with true labels than with wrong ones, or nothing can be said.
+_LEAST_DIFFERENCE = 0.2
+_RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Quality:
+    """An estimated share of good samples, ``(kept − f) / (t − f)``, cut to 0 and 1.
+
+    Attributes:
+        estimate: Share of samples that are good.
+        low: Lower end of the 95 % interval, a bootstrap over data and trusted samples.
+        high: Upper end.
+        share_kept: Share of the data with a mean score of 0 or more.
+        kept_if_right: That share of the trusted samples with their true labels, ``t``.
+        kept_if_wrong: And with wrong ones, ``f``.
+        samples: In the data.
+        trusted: Samples that calibrate.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    share_kept: float
+    kept_if_right: float
+    kept_if_wrong: float
+    samples: int
+    trusted: int
+
+    def __str__(self) -> str:
+        return f"{self.estimate:.1%} (95 % interval {self.low:.1%} to {self.high:.1%}, {self.trusted} trusted samples)"
+
+
+def estimate_quality(
+    kept: int, samples: int, right: Sequence[bool] | Any, wrong: Sequence[bool] | Any, *, seed: int = 0
+) -> Quality:
+    """The share of good samples in data of which a share was kept.
+
+    Of right samples a share ``t`` is kept and of wrong ones a share ``f``, so of a mixture ``q t + (1 − q) f``. Trusted
+    samples that trained neither the reference nor the model tell ``t`` and ``f``.
+
+    Args:
+        kept: Samples of the data with a mean score of 0 or more.
+        samples: All of them.
+        right: Whether each trusted sample is kept with its true label, shape ``(n,)``.
+        wrong: Whether the same sample is kept with a wrong label, shape ``(n,)``.
+        seed: Of the bootstrap's own generator.
+
+    Raises:
+        CurationError: Nothing to count, trusted samples that are not the same ones, or that are kept as often with
+            wrong labels as with true ones.
+
+    Example:
+        >>> print(estimate_quality(600, 1000, [True] * 95 + [False] * 5, [False] * 100).estimate)
+        0.631578947368421
+    """
+    import numpy as np
+
+    right, wrong = np.asarray(right, dtype=bool), np.asarray(wrong, dtype=bool)
+    if len(right) != len(wrong) or not len(right):
+        raise CurationError(
+            f"{len(right)} trusted samples with true labels and {len(wrong)} with wrong ones; each must be scored both "
+            "ways."
+        )
+    if not 0 <= kept <= samples or not samples:
+        raise CurationError(f"{kept} kept of {samples} samples; there must be samples, and no more kept than these.")
+    t, f = float(right.mean()), float(wrong.mean())
+    if t - f < _LEAST_DIFFERENCE:
+        raise CurationError(
+            f"trusted samples are kept as often with wrong labels ({f:.0%}) as with true ones ({t:.0%}): these scores "
+            "cannot tell them apart. Look at the reference (`lightning_mimic.diagnose`), or align it."
+        )
+    generator = np.random.default_rng(seed)
+    # A sample's two answers are drawn together: yes and yes, yes and no, no and yes, no and no.
+    cells = np.array([(right & wrong).sum(), (right & ~wrong).sum(), (~right & wrong).sum(), (~right & ~wrong).sum()])
+    drawn = generator.multinomial(len(right), cells / len(right), _RESAMPLES) / len(right)
+    shares = generator.binomial(samples, kept / samples, _RESAMPLES) / samples
+    difference = drawn[:, 1] - drawn[:, 2]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        estimates = (shares - drawn[:, 0] - drawn[:, 2]) / difference
+    # Where a resample does not tell right from wrong, anything is possible: half at each end.
+    lost = difference <= 0
+    estimates[lost] = np.where(np.arange(int(lost.sum())) % 2, 1.0, 0.0)
+    low, high = np.clip(np.quantile(estimates, (0.025, 0.975)), 0, 1)
+    estimate = min(max((kept / samples - f) / (t - f), 0.0), 1.0)
+    return Quality(estimate, float(low), float(high), kept / samples, t, f, samples, len(right))

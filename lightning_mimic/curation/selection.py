@@ -1,0 +1,186 @@
+"""Other filters' tables and manifests, put together: and, or, minus, top and bottom."""
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from lightning_mimic.curation.database import CurationError, Database, first_line, named
+from lightning_mimic.curation.manifest import Manifest, write_manifest
+from lightning_mimic.version import __version__
+
+End = Literal["top", "bottom"]
+_JOINTS = {"and": "INTERSECT", "or": "UNION", "minus": "EXCEPT"}
+_TERM = re.compile(r"(?P<path>\S+?\.(?:parquet|csv))(?::(?P<column>\S+)\s+(?P<end>top|bottom)\s+(?P<amount>\S+))?")
+_AMOUNT = re.compile(r"(?P<percent>\d+(?:\.\d+)?)\s*%|(?P<count>\d+)")
+_GRAMMAR = (
+    "expected PATH (a manifest: what it keeps) or PATH:COLUMN top|bottom AMOUNT (as 30% or a count), joined from left to "
+    "right by and, or, minus"
+)
+
+
+@dataclass(frozen=True)
+class Term:
+    """Samples of one table.
+
+    Attributes:
+        path: Parquet or CSV with a column ``id``, and ``column`` or ``keep``.
+        column: Whose values order the samples; ``None``: what a manifest keeps.
+        end: Which of them.
+        fraction: Of those that have a value, or
+        count: so many.
+    """
+
+    path: str
+    column: str | None = None
+    end: End | None = None
+    fraction: float | None = None
+    count: int | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Terms, and what joins each to those before it.
+
+    Example:
+        >>> Recipe.parse("clip.parquet:clip_score top 30% minus mimic.parquet:score bottom 15%").joints
+        ('minus',)
+    """
+
+    terms: tuple[Term, ...]
+    joints: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Recipe":
+        """Reads a recipe.
+
+        Args:
+            text: Terms joined by ``and``, ``or``, ``minus``, from left to right: ``PATH`` of a manifest stands for what
+                it keeps, ``PATH:COLUMN top 30%`` (or ``bottom``, or a count) for the samples with the highest values.
+
+        Raises:
+            CurationError: It does not read so.
+        """
+        pieces = re.split(r"\s+(and|or|minus)\s+", text.strip())
+        return cls(tuple(_term(piece.strip()) for piece in pieces[::2]), tuple(pieces[1::2]))
+
+
+def select(recipe: str | Recipe, out: str | Path, *, allow_unknown: bool = False, memory: str = "2GB") -> Manifest:
+    """Composes filters into a manifest of its own.
+
+    Args:
+        recipe: What to select, see :meth:`Recipe.parse`. Equal values at an edge go by their ids.
+        out: The manifest's path; it must not be there yet.
+        allow_unknown: Tables need not all know the same samples; one that a table does not know is not in its term.
+        memory: Of the database.
+
+    Returns:
+        A manifest that decides on every sample that any of the tables knows. A sample that the first table lists
+        more than once stays in it as often.
+
+    Raises:
+        CurationError: A recipe or table that cannot be read, ids of two types, or tables of other samples.
+
+    Example:
+        >>> import pyarrow as pa, pyarrow.csv
+        >>> pa.csv.write_csv(pa.table({"id": [1, 2, 3, 4], "clip": [0.9, 0.8, 0.1, 0.3]}), tmp / "clip.csv")
+        >>> pa.csv.write_csv(pa.table({"id": [1, 2, 3, 4], "score": [-2.0, 1.0, 1.0, 1.0]}), tmp / "mimic.csv")
+        >>> said = f"{tmp}/clip.csv:clip top 50% minus {tmp}/mimic.csv:score bottom 1"
+        >>> select(said, tmp / "both.parquet").table().to_pylist()[1]
+        {'id': 2, 'keep': True, 'reason': None}
+    """
+    read = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
+    out = Path(out).expanduser()
+    if out.suffix != ".parquet":
+        raise CurationError(f"`out` is {out}; a manifest is a .parquet file.")
+    if out.exists():
+        raise CurationError(f"`out`: {out} is there already; name another file, or delete it.")
+    with Database(memory) as database:
+        kind = _kind(database, read.terms)
+        for k, term in enumerate(read.terms):
+            _load(database, k, term, kind)
+        if not allow_unknown:
+            _same_samples(database, read.terms)
+        chosen = "SELECT DISTINCT id FROM term0 WHERE chosen"
+        for k, joint in enumerate(read.joints, start=1):
+            chosen = f"({chosen}) {_JOINTS[joint]} (SELECT id FROM term{k} WHERE chosen)"
+        database.run(f"CREATE TABLE selected AS {chosen}", "selecting")
+        # All that anyone knows; the first table says how often.
+        everyone = "SELECT id FROM term0"
+        others = " UNION ".join(f"SELECT id FROM term{k}" for k in range(1, len(read.terms)))
+        if others:
+            everyone += f" UNION ALL (({others}) EXCEPT SELECT id FROM term0)"
+        why = "CASE WHEN selected.id IS NULL THEN 'not in the recipe' END"
+        provenance = {
+            "package_version": __version__,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "recipe": recipe if isinstance(recipe, str) else repr(recipe),
+            "sizes": [database.value(f"SELECT count_if(chosen) FROM term{k}") for k in range(len(read.terms))],
+        }
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return write_manifest(
+            out,
+            database,
+            f"SELECT everyone.id, selected.id IS NOT NULL AS keep, {why} AS reason FROM ({everyone}) AS everyone "
+            "LEFT JOIN selected ON everyone.id = selected.id ORDER BY everyone.id",
+            provenance,
+        )
+
+
+def _term(text: str) -> Term:
+    match = _TERM.fullmatch(text)
+    if match is None:
+        raise CurationError(f"`recipe`: {text!r} cannot be read; {_GRAMMAR}.")
+    if match["column"] is None:
+        return Term(match["path"])
+    amount = _AMOUNT.fullmatch(match["amount"])
+    percent = float(amount["percent"]) if amount and amount["percent"] else None
+    if amount is None or (percent is not None and percent > 100):
+        raise CurationError(f"`recipe`: {match['amount']!r} is no amount; say 0% to 100%, or a count.")
+    end: End = "top" if match["end"] == "top" else "bottom"
+    fraction = None if percent is None else percent / 100
+    return Term(match["path"], match["column"], end, fraction, None if percent is not None else int(amount["count"]))
+
+
+def _kind(database: Database, terms: tuple[Term, ...]) -> str:
+    """The type of ids: text, unless all are whole numbers."""
+    for term in terms:
+        table = database.file(term.path, ("id", term.column or "keep"))
+        if not term.path.endswith(".csv"):
+            return "VARCHAR" if database.columns(table)["id"] == "VARCHAR" else "BIGINT"
+    # CSVs say only text.
+    tables = [database.file(term.path, ("id",)) for term in terms]
+    numbers = all(not database.value(f"SELECT count(*) FROM {t} WHERE TRY_CAST(id AS BIGINT) IS NULL") for t in tables)
+    return "BIGINT" if numbers else "VARCHAR"
+
+
+def _load(database: Database, k: int, term: Term, kind: str) -> None:
+    """The table ``term{k}``: ids, and which are chosen."""
+    ids = database.ids(term.path, kind)
+    column = named(term.column or "keep")
+    typed = f"TRY_CAST({column} AS {'BOOLEAN' if term.column is None else 'DOUBLE'})"
+    lost = database.value(f"SELECT count(*) FROM {ids} WHERE {typed} IS NULL AND {column} IS NOT NULL")
+    if lost:
+        raise CurationError(f"{term.path}: {lost} values of column {term.column or 'keep'!r} are no numbers.")
+    if term.column is None:
+        chosen = f"coalesce({typed}, false)"
+    else:
+        valued = f"{typed} IS NOT NULL AND NOT isnan({typed})"
+        most = str(term.count) if term.fraction is None else f"round({term.fraction} * count(*) OVER (PARTITION BY {valued}))"
+        order = "DESC" if term.end == "top" else "ASC"
+        chosen = f"{valued} AND row_number() OVER (PARTITION BY {valued} ORDER BY {typed} {order}, id) <= {most}"
+    database.run(f"CREATE TABLE term{k} AS SELECT id, ({chosen}) AS chosen FROM {ids}", f"reading {Path(term.path).name}")
+
+
+def _same_samples(database: Database, terms: tuple[Term, ...]) -> None:
+    for k, term in enumerate(terms[1:], start=1):
+        for one, other, (first, second) in (("term0", f"term{k}", (terms[0], term)), (f"term{k}", "term0", (term, terms[0]))):
+            strangers = f"FROM {one} WHERE id NOT IN (SELECT id FROM {other})"
+            count = database.value(f"SELECT count(*) {strangers}")
+            if count:
+                example = database.value(f"SELECT min(id) {strangers}")
+                raise CurationError(
+                    f"{count} samples of {first.path}, such as {example!r}, are unknown to {second.path}. "
+                    "`allow_unknown=true` takes what a table does not know as not chosen by it."
+                )
