@@ -1,6 +1,6 @@
 """The mimic score for PyTorch Lightning: weight and select samples by how they move a model to a reference."""
 
-from lightning_mimic.callbacks import GradMimic
+from lightning_mimic.callbacks import AtCheckpoints, GradMimic
 from lightning_mimic.data import WithIds, collate_with_ids
 from lightning_mimic.ledger import Ledger, LedgerError
 from lightning_mimic.reference import Aligned, Diagnosis, ReferenceLoadError, diagnose
@@ -8,6 +8,7 @@ from lightning_mimic.version import __version__
 
 __all__ = [
     "Aligned",
+    "AtCheckpoints",
     "Diagnosis",
     "GradMimic",
     "Ledger",

@@ -1,5 +1,6 @@
-"""The Lightning callbacks, and nothing else that knows Lightning's training loop."""
+"""The only code that knows Lightning's callback hooks."""
 
+from lightning_mimic.callbacks.at_checkpoints import AtCheckpoints
 from lightning_mimic.callbacks.grad_mimic import GradMimic
 
-__all__ = ["GradMimic"]
+__all__ = ["AtCheckpoints", "GradMimic"]

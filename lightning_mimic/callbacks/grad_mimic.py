@@ -135,6 +135,12 @@ class GradMimic(Callback):
         """
         return True
 
+    def note(self, trainer: pl.Trainer, notes: dict[str, Any]) -> None:
+        """Adds to what the ledger's ``meta.json`` says of the fit under way."""
+        directory = self._directory(trainer)
+        if directory is not None and trainer.is_global_zero:
+            note_run(directory, self._attempt, notes)
+
     # Lightning's hooks, in the order in which they come
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -185,7 +191,7 @@ class GradMimic(Callback):
         self._session.before_backward(one / trainer.accumulate_grad_batches)
         kind = self._session.kind
         if kind is not None and self._checked_epoch < 0:
-            self._note(trainer, {"score_kind": kind, "data": describe(trainer.train_dataloader)})
+            self.note(trainer, {"score_kind": kind, "data": describe(trainer.train_dataloader)})
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -199,14 +205,16 @@ class GradMimic(Callback):
             return
         columns, figures = scored
         assert self._aim is not None
-        diagnosis = self._aim.examine(batch, self._session.towards, columns)
+        diagnosis = None
+        if pl_module.training:  # one that is only scored has trained already, and may be as good as its reference
+            diagnosis = self._aim.examine(batch, self._session.towards, columns)
         self._checked_epoch = trainer.current_epoch
         columns |= class_columns(outputs, len(columns["flag"]))
         self._recorder.add(*self._place, self._ids, columns, self._session.doubt())
         self._session.reset()
         pl_module.log_dict(figures, prog_bar=True, on_step=True, on_epoch=False, batch_size=len(columns["flag"]))
         if diagnosis is not None:
-            self._note(trainer, {"diagnosis": diagnosis.facts()})
+            self.note(trainer, {"diagnosis": diagnosis.facts()})
             self._aim.tell()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -290,11 +298,6 @@ class GradMimic(Callback):
     def _directory(self, trainer: pl.Trainer) -> Path | None:
         # A development run leaves nothing behind that a real run would trip over.
         return None if trainer.fast_dev_run else self.ledger  # type: ignore[attr-defined]
-
-    def _note(self, trainer: pl.Trainer, notes: dict[str, Any]) -> None:
-        directory = self._directory(trainer)
-        if directory is not None and trainer.is_global_zero:
-            note_run(directory, self._attempt, notes)
 
     def _open_ledger(self, trainer: pl.Trainer) -> LedgerWriter | None:
         directory = self._directory(trainer)

@@ -6,6 +6,7 @@ from pathlib import Path
 import hydra
 import lightning as L
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 
@@ -22,6 +23,17 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
     L.seed_everything(config.seed, workers=True, verbose=False)
     data, model = instantiate(config.data), instantiate(config.model)
     callbacks = [*([instantiate(config.mimic)] if config.get("mimic") else []), *more_callbacks]
+    if config.save_epochs_to:
+        callbacks.append(
+            ModelCheckpoint(
+                config.save_epochs_to,
+                "{epoch}",
+                auto_insert_metric_name=False,
+                save_top_k=-1,
+                every_n_epochs=1,
+                save_on_train_epoch_end=True,
+            )
+        )
     logger = instantiate(config.logger) if config.get("logger") else False
     trainer: L.Trainer = instantiate(config.trainer, callbacks=callbacks, logger=logger)
     for each in trainer.loggers:

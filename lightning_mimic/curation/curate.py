@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from lightning_mimic.curation.database import CurationError, Database, Progress
 from lightning_mimic.curation.filters import Decides, Decision, Sign
-from lightning_mimic.curation.manifest import EXPORTS, Manifest, write_manifest
+from lightning_mimic.curation.manifest import EXPORTS, Manifest, checked_exports, write_manifest
 from lightning_mimic.curation.quality import Quality, estimate_quality
 from lightning_mimic.curation.scores import Scores
 from lightning_mimic.gradients import nearest_names
@@ -57,7 +57,7 @@ def curate(
     pool: str | Path | None = None,
     unscored: Unscored = "fail",
     trusted: str | Path | None = None,
-    mislabelled: str | Path | None = None,
+    mislabelled: str | Path | Sequence[str | Path] | None = None,
     exports: Sequence[str] = (),
     allow_partial: bool = False,
     memory: str = "2GB",
@@ -68,13 +68,15 @@ def curate(
     Args:
         ledger: Recorded scores.
         filter: Decides; by default :class:`~lightning_mimic.curation.Sign`.
-        out: Directory for the manifest and its exports, which appears when all is done; ``None``: a temporary one, which
-            goes with the result's manifest.
+        out: Directory for the manifest and its exports, which appears when all is done; ``None``: a temporary one,
+            which goes with the result's manifest.
         pool: Parquet or CSV whose column ``id`` lists all samples that there are; one that it lists twice has two rows.
         unscored: What becomes of samples that have no score.
         trusted: Ledger of trusted samples that trained neither the reference nor the model, scored with their true
             labels, and
-        mislabelled: the same samples scored with wrong labels: they calibrate the quality.
+        mislabelled: the same samples scored with wrong labels (several ledgers: each with other ones, the more the
+            better): they calibrate the quality. All must be scored at the same moments as the data: by
+            :class:`~lightning_mimic.AtCheckpoints`, at the same checkpoints.
         exports: Beside the manifest: ``"csv"``, ``"datacomp"``, ``"cleanlab"``.
         allow_partial: Leave out damaged parts of the ledger instead of refusing.
         memory: Of the database, which spills the rest to disk.
@@ -92,9 +94,7 @@ def curate(
     """
     if unscored not in get_args(Unscored):
         raise CurationError(f"`unscored` is {unscored!r}; {nearest_names(str(unscored), get_args(Unscored))}.")
-    for name in exports:
-        if name not in EXPORTS:
-            raise CurationError(f"`exports`: {name!r}; {nearest_names(name, EXPORTS)}.")
+    checked_exports(exports)
     if (trusted is None) != (mislabelled is None):
         raise CurationError("`trusted` and `mislabelled` calibrate together: the same samples, scored both ways.")
     chosen = Sign() if filter is None else filter
@@ -104,6 +104,8 @@ def curate(
     with Database(memory, progress) as database, _folder(final) as folder:
         data = Scores(ledger, database, allow_partial=allow_partial)
         calibration = None if trusted is None or mislabelled is None else _calibration(data, trusted, mislabelled)
+        for name in exports:
+            EXPORTS[name].check(database, data.samples)
         everyone = _everyone(data, pool)
         positive, scored = database.row(f"SELECT count_if(score >= 0), count(score) FROM {data.samples}")
         if not scored:
@@ -111,9 +113,7 @@ def curate(
         quality = None if calibration is None else estimate_quality(positive, scored, *calibration)
         decision = chosen.decide(data)
         _decide(database, data, everyone, decision, unscored)
-        samples, kept, without = database.row(
-            "SELECT count(*), count_if(keep), count_if(opinion IS NULL) FROM decided"
-        )
+        samples, kept, without = database.row("SELECT count(*), count_if(keep), count_if(opinion IS NULL) FROM decided")
         if without and unscored == "fail":
             raise CurationError(_no_opinion(database, without, samples))
         provenance = {
@@ -132,9 +132,8 @@ def curate(
         }
         written = write_manifest(folder / "manifest.parquet", database, _ORDERED, provenance)
         for name in exports:
-            file, export = EXPORTS[name]
             database.tell(f"exporting {name}", 0.0)
-            export(written, folder / file)
+            EXPORTS[name].write(written, folder / EXPORTS[name].file)
             database.tell(f"exporting {name}", 1.0)
         names = sorted(path.name for path in folder.iterdir())
         place = _placed(folder, final)
@@ -145,8 +144,8 @@ def curate(
     return Curation(manifest, samples, kept, without, positive / scored, quality, data.parts.lost, files)
 
 
-_ORDERED = """SELECT id, keep, score, scorings::INT AS scorings, lift, votes_keep::INT AS votes_keep, votes::INT AS votes,
-    reason, label, predicted FROM decided ORDER BY score NULLS LAST, id"""
+_ORDERED = """SELECT id, keep, score, scorings::INT AS scorings, lift, votes_keep::INT AS votes_keep,
+    votes::INT AS votes, reason, label, predicted FROM decided ORDER BY score NULLS LAST, id"""
 
 
 def _everyone(data: Scores, pool: str | Path | None) -> str:
@@ -184,18 +183,30 @@ def _decide(database: Database, data: Scores, everyone: str, decision: Decision,
 
 def _no_opinion(database: Database, count: int, samples: int) -> str:
     """The message for samples that no filter can judge."""
-    id, reason = database.row("SELECT id, reason FROM decided WHERE opinion IS NULL ORDER BY id LIMIT 1")
+    example, reason = database.row("SELECT id, reason FROM decided WHERE opinion IS NULL ORDER BY id LIMIT 1")
     return (
-        f"{count} of {samples} samples have no score, such as {id!r} ({reason}), so nothing can be said of them. "
+        f"{count} of {samples} samples have no score, such as {example!r} ({reason}), so nothing can be said of them. "
         "`unscored='keep'` keeps them, `unscored='drop'` drops them."
     )
 
 
-def _calibration(data: Scores, trusted: str | Path, mislabelled: str | Path) -> tuple[Any, Any]:
-    """Whether each trusted sample is kept with its true label and with a wrong one."""
+def _calibration(
+    data: Scores, trusted: str | Path, mislabelled: str | Path | Sequence[str | Path]
+) -> tuple[list[bool], list[list[bool]]]:
+    """Whether each trusted sample is kept with its true label, and with each of its wrong ones."""
     database = data.database
-    both = [Scores(trusted, database, "trusted"), Scores(mislabelled, database, "mislabelled")]
-    for scores in both:
+    ledgers = [trusted, *([mislabelled] if isinstance(mislabelled, str | Path) else mislabelled)]
+    if len(ledgers) < 2:
+        raise CurationError("`mislabelled` is empty; expected one ledger or more.")
+    all_scores = [Scores(ledger, database, f"trusted{k}") for k, ledger in enumerate(ledgers)]
+    for scores in all_scores:
+        ours, theirs = _moments(data), _moments(scores)
+        if ours != theirs:
+            raise CurationError(
+                f"{scores.ledger.directory} was scored {theirs}, and {data.ledger.directory} {ours}. A score changes "
+                "as the model learns, so an estimate from both would be off: score both at the same checkpoints "
+                "(mimic-score, AtCheckpoints)."
+            )
         for name in _SAME:
             ours, theirs = (_attempt(one)["config"].get(name) for one in (data, scores))
             if ours != theirs:
@@ -203,25 +214,33 @@ def _calibration(data: Scores, trusted: str | Path, mislabelled: str | Path) -> 
                     f"{scores.ledger.directory} was scored with another {name} than {data.ledger.directory} "
                     f"({theirs} against {ours}); their scores do not compare."
                 )
-    unpaired = database.value(
-        f"SELECT count(*) FROM {both[0].samples} AS a FULL JOIN {both[1].samples} AS b ON a.id::VARCHAR = b.id::VARCHAR "
-        "WHERE a.id IS NULL OR b.id IS NULL"
-    )
-    if unpaired:
-        raise CurationError(
-            f"`trusted` and `mislabelled` must hold the same samples, and {unpaired} ids are in one of them alone."
-        )
-    pairs = database.arrays(
-        f"SELECT a.score >= 0 AS yes, b.score >= 0 AS no FROM {both[0].samples} AS a JOIN {both[1].samples} AS b "
-        "ON a.id = b.id WHERE a.score IS NOT NULL AND b.score IS NOT NULL"
-    )
-    return pairs["yes"], pairs["no"]
+    first, *others = [scores.samples for scores in all_scores]
+    for other, scores in zip(others, all_scores[1:], strict=True):
+        unpaired = f"FROM {first} FULL JOIN {other} USING (id) WHERE {first}.seen IS NULL OR {other}.seen IS NULL"
+        if scores.id_type != all_scores[0].id_type or database.value(f"SELECT count(*) {unpaired}"):
+            raise CurationError(
+                f"{scores.ledger.directory} and {all_scores[0].ledger.directory} must hold the same samples, with "
+                "wrong and with true labels; their ids differ."
+            )
+    signs = ", ".join(f"{name}.score >= 0" for name in (first, *others))
+    joined = " ".join([first, *(f"JOIN {name} USING (id)" for name in others)])
+    scored = " AND ".join(f"{name}.score IS NOT NULL" for name in (first, *others))
+    rows = database.connection.execute(f"SELECT {signs} FROM {joined} WHERE {scored}").fetchall()
+    return [row[0] for row in rows], [list(row[1:]) for row in rows]
+
+
+def _moments(scores: Scores) -> str:
+    """When scores were taken, as a phrase."""
+    checkpoints = scores.ledger.meta["attempts"][scores.parts.attempts[-1]].get("checkpoints")
+    if checkpoints is None:
+        return "while a model trained on it"
+    return "at checkpoints " + ", ".join(each["sha256"][:8] for each in checkpoints)
 
 
 def _attempt(scores: Scores) -> dict[str, Any]:
     """Settings of the attempts whose rows hold; they do not differ."""
     facts = scores.ledger.meta["attempts"][scores.parts.attempts[-1]]
-    return {name: facts.get(name) for name in ("config", "data", "score_kind")}
+    return {name: facts.get(name) for name in ("config", "data", "score_kind", "checkpoints")}
 
 
 @contextlib.contextmanager

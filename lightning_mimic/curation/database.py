@@ -148,7 +148,9 @@ class Database:
         is_number = self.columns(table)[column] in _WHOLE
         if not text and is_number != (kind == "BIGINT"):
             said = {True: "whole numbers", False: "text"}
-            raise CurationError(f"{path} has ids that are {said[is_number]}, and elsewhere they are {said[not is_number]}.")
+            raise CurationError(
+                f"{path} has ids that are {said[is_number]}, and elsewhere they are {said[not is_number]}."
+            )
         lost, example = self.row(f"SELECT count(*), any_value({name}::VARCHAR) FROM {table} WHERE {typed} IS NULL")
         if lost:
             raise CurationError(

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torchmetrics.functional.classification import (
     binary_auroc,
+    binary_average_precision,
     binary_f1_score,
     binary_precision,
     binary_recall,
@@ -17,6 +19,7 @@ class Detection:
 
     Attributes:
         auroc: Probability that a wrong label scores lower than a right one.
+        average_precision: Of the ranking by score, the lowest first.
         share_kept: Share of samples judged right.
         share_right: Share of samples that are right.
         precision: Share of those judged wrong that are.
@@ -25,6 +28,7 @@ class Detection:
     """
 
     auroc: float
+    average_precision: float
     share_kept: float
     share_right: float
     precision: float
@@ -48,10 +52,26 @@ def detect(scores: Tensor, judged_wrong: Tensor, wrong: Tensor) -> Detection:
     """
     truth = wrong.long()
     return Detection(
-        auroc=float(binary_auroc(-scores, truth)),
+        auroc=float(binary_auroc(suspicion(scores), truth)),
+        average_precision=float(binary_average_precision(suspicion(scores), truth)),
         share_kept=float((~judged_wrong).float().mean()),
         share_right=float((~wrong).float().mean()),
         precision=float(binary_precision(judged_wrong.long(), truth)),
         recall=float(binary_recall(judged_wrong.long(), truth)),
         f1=float(binary_f1_score(judged_wrong.long(), truth)),
     )
+
+
+def suspicion(scores: Tensor) -> Tensor:
+    """Scores turned round, between 0 and 1 and in float64, as curves and their areas need them.
+
+    torchmetrics squashes what lies outside 0 to 1, batch by batch and in float32, where large scores become equal.
+
+    Args:
+        scores: Lower is more suspicious.
+
+    Example:
+        >>> suspicion(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([0.7500, 0.5000, 0.2500], dtype=torch.float64)
+    """
+    return 0.5 - torch.atan(scores.double()) / torch.pi

@@ -84,7 +84,9 @@ class Ensemble:
         for k in range(filters):
             part = slice(k * len(view.epochs), (k + 1) * len(view.epochs))
             yes, no = model.keep[part].tolist(), model.drop[part].tolist()
-            weights.append({True: dict(zip(view.epochs, yes, strict=True)), False: dict(zip(view.epochs, no, strict=True))})
+            weights.append(
+                {True: dict(zip(view.epochs, yes, strict=True)), False: dict(zip(view.epochs, no, strict=True))}
+            )
         return weights, model.prior, {"class_balance": model.balance, "agreement_with_majority": model.agreement}
 
 

@@ -126,8 +126,8 @@ class KMeans(Filter):
 class Mixture(Filter):
     """Keeps the upper of two normal components, and all where two are not warranted.
 
-    They are if the Bayesian information criterion says so and the density of the two has a valley between their
-    means; a skewed cloud has none, whatever the criterion says.
+    They are if the Bayesian information criterion says so and their means lie on both sides of 0: towards the reference
+    and away from it. The criterion alone splits every skewed cloud, also of clean data.
 
     Args:
         seed: Of its start.
@@ -140,7 +140,7 @@ class Mixture(Filter):
     seed: int = 0
 
     def vote(self, rows: Rows) -> Vote:
-        """Score against the bottom of the valley, or none."""
+        """Score against where both components are equally likely."""
         return _by_cut(rows, self._cut, "mean score in the lower of two components (below {})")
 
     def _cut(self, scores: Any) -> float:
@@ -155,13 +155,14 @@ class Mixture(Filter):
         two = GaussianMixture(2, random_state=self.seed).fit(values)
         if two.bic(values) >= GaussianMixture(1).fit(values).bic(values):
             return -math.inf
-        low, high = sorted(two.means_.ravel())
-        between = np.linspace(low, high, 1001)
-        density = two.score_samples(between[:, None])
-        lowest = int(density.argmin())
-        if lowest in (0, len(between) - 1):
+        low, high = np.sort(two.means_.ravel())
+        zero = -scores.mean() / spread
+        if not low < zero < high:
             return -math.inf
-        return float(between[lowest] * spread + scores.mean())
+        between = np.linspace(low, high, 1001)
+        upper = two.predict(between[:, None]) == two.means_.argmax()
+        # Where one is the likelier all the way, there is nothing to cut.
+        return float(between[upper.argmax()] * spread + scores.mean()) if upper.any() and not upper[0] else -math.inf
 
 
 @dataclass(frozen=True)

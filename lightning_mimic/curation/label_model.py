@@ -69,13 +69,15 @@ def fit_label_model(votes: Any, balance: float, seed: int = 0) -> FittedLabelMod
     informed = [k for k in range(votes.shape[1]) if len(set(np.unique(votes[:, k]).tolist()) - {-1}) == 2]
     if len(informed) < 3:
         raise CurationError(
-            f"the label model needs at least 3 voters, and of {votes.shape[1]} only {len(informed)} do not say the same "
-            "of every sample. Score more epochs, add filters, or decide by the majority."
+            f"the label model needs at least 3 voters, and of {votes.shape[1]} only {len(informed)} do not say the "
+            "same of every sample. Score more epochs, add filters, or decide by the majority."
         )
     balance = min(max(balance, _EXTREME), 1 - _EXTREME)
     with _own_random_numbers():
         model = LabelModel(cardinality=2, verbose=False)
-        model.fit(votes[:, informed], class_balance=[1 - balance, balance], seed=seed, n_epochs=_STEPS, progress_bar=False)
+        model.fit(
+            votes[:, informed], class_balance=[1 - balance, balance], seed=seed, n_epochs=_STEPS, progress_bar=False
+        )
         # By voter, vote (drop, keep) and truth (drop, keep).
         table = np.log(model.get_conditional_probs()[:, 1:])
     keep, drop = np.zeros(votes.shape[1]), np.zeros(votes.shape[1])

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils.data import Subset
 
 from lightning_mimic.curation.database import CurationError, Database, first_line, quoted
 from lightning_mimic.data.kept import kept_of
+from lightning_mimic.gradients import nearest_names
 from lightning_mimic.ledger.schema import commit
 
 #: Its own name among a Parquet file's key-value metadata.
@@ -21,11 +23,15 @@ _KEY = b"lightning_mimic"
 class Manifest:
     """Decisions about samples, with their provenance.
 
-    The file has a row per sample (or per listing of a sample, where a pool lists it more than once), the most suspicious
-    first: ``id``, ``keep``, ``score`` (mean mimic score, loss per unit of weight distance, unbounded; lower is more
-    suspicious, null: never scored), ``scorings``, ``lift`` (mean of weight times batch size, 0 to B; 1 is uniform),
-    ``votes_keep`` of ``votes`` (null unless many voted), ``reason`` (null where it is kept on its score), ``label`` and
-    ``predicted``. A manifest made of others has ``id``, ``keep`` and ``reason``.
+    The file has a row per sample (or per listing of a sample, where a pool lists it more than once), the most
+    suspicious first. A manifest made of others has ``id``, ``keep`` and ``reason`` only.
+
+    - ``id``; ``keep``; ``reason``: why it goes or has no opinion, null where it is kept on its score;
+    - ``score``: mean mimic score, loss per unit of weight distance, unbounded; lower is more suspicious, null: none;
+    - ``scorings``: how many scores that is the mean of;
+    - ``lift``: mean of weight times batch size, 0 to B; 1 is the weight in a uniform batch;
+    - ``votes_keep`` of ``votes``: null unless many voted;
+    - ``label`` and ``predicted``: null where not recorded.
 
     Args:
         path: Of a file with columns ``id`` and ``keep``.
@@ -84,12 +90,7 @@ class Manifest:
 
         kept = f"FROM {self._read()} WHERE keep"
         with Database() as database:
-            if database.columns(self._read())["id"] != "VARCHAR":
-                raise CurationError(f"{self.path}: its ids are whole numbers, and DataComp's are 32 hexadecimal digits.")
-            hexadecimal = "regexp_full_match(id, '[0-9a-fA-F]{32}')"
-            others = database.column(f"SELECT id {kept} AND NOT {hexadecimal} LIMIT 3")
-            if others:
-                raise CurationError(f"{self.path}: {others[0]!r} is not an id of DataComp's, 32 hexadecimal digits.")
+            need_uids(database, self._read())
             count = database.value(f"SELECT count(*) {kept}")
             form = np.dtype("u8,u8")
             temporary = _beside(Path(path))
@@ -105,25 +106,19 @@ class Manifest:
     def to_cleanlab(self, path: str | Path) -> None:
         """Writes a table as cleanlab's ``find_label_issues`` gives it, as CSV in the order of ids.
 
-        ``is_label_issue`` (not kept), ``label_quality`` (share of the scored samples with a lower mean score, 0 to 1;
-        lower is worse, empty: never scored), ``given_label`` and ``predicted_label``.
+        ``is_label_issue`` (not kept), ``label_quality`` (share of the other scored samples with a lower mean score, 0
+        to 1; lower is worse, empty: never scored), ``given_label`` and ``predicted_label``.
 
         Raises:
             CurationError: No labels were recorded.
         """
         with Database() as database:
-            if "label" not in database.columns(self._read()) or not database.value(
-                f"SELECT count(label) FROM {self._read()}"
-            ):
-                raise CurationError(
-                    f"{self.path} has no labels. Let training_step return a dict with class indices 'label' and "
-                    "'predicted' beside 'loss', so that they are recorded."
-                )
-            rank = "CASE WHEN score IS NOT NULL THEN percent_rank() OVER (PARTITION BY score IS NULL ORDER BY score) END"
+            need_labels(database, self._read())
+            rank = "percent_rank() OVER (PARTITION BY score IS NULL ORDER BY score)"
             _copy(
                 database,
-                f"SELECT id, NOT keep AS is_label_issue, {rank} AS label_quality, label AS given_label, "
-                f"predicted AS predicted_label FROM {self._read()} ORDER BY id",
+                f"SELECT id, NOT keep AS is_label_issue, CASE WHEN score IS NOT NULL THEN {rank} END AS label_quality, "
+                f"label AS given_label, predicted AS predicted_label FROM {self._read()} ORDER BY id",
                 Path(path),
             )
 
@@ -131,12 +126,53 @@ class Manifest:
         return f"read_parquet({quoted(str(self.path))})"
 
 
-#: By name, what a manifest is exported as, and the file.
+def need_uids(database: Database, table: str) -> None:
+    """Raises :class:`CurationError` unless a table's ids are DataComp's."""
+    if database.columns(table)["id"] != "VARCHAR":
+        raise CurationError("DataComp's ids are 32 hexadecimal digits, and these are whole numbers.")
+    others = database.column(f"SELECT id FROM {table} WHERE NOT regexp_full_match(id, '[0-9a-fA-F]{{32}}') LIMIT 1")
+    if others:
+        raise CurationError(f"DataComp's ids are 32 hexadecimal digits, and {others[0]!r} is not.")
+
+
+def need_labels(database: Database, table: str) -> None:
+    """Raises :class:`CurationError` unless a table has labels."""
+    if "label" not in database.columns(table) or not database.value(f"SELECT count(label) FROM {table}"):
+        raise CurationError(
+            "cleanlab's table shows labels, and none were recorded. Let training_step return a dict with class indices "
+            "'label' and 'predicted' beside 'loss'."
+        )
+
+
+@dataclass(frozen=True)
+class Export:
+    """What a manifest can be written as.
+
+    Attributes:
+        file: Its name.
+        write: Writes it.
+        check: Raises, before long work, if a table with ``id`` and ``label`` cannot be exported so.
+    """
+
+    file: str
+    write: Callable[[Manifest, str | Path], None]
+    check: Callable[[Database, str], None]
+
+
+#: By name.
 EXPORTS = {
-    "csv": ("manifest.csv", Manifest.to_csv),
-    "datacomp": ("kept.npy", Manifest.to_datacomp),
-    "cleanlab": ("label_issues.csv", Manifest.to_cleanlab),
+    "csv": Export("manifest.csv", Manifest.to_csv, lambda database, table: None),
+    "datacomp": Export("kept.npy", Manifest.to_datacomp, need_uids),
+    "cleanlab": Export("label_issues.csv", Manifest.to_cleanlab, need_labels),
 }
+
+
+def checked_exports(names: Sequence[str]) -> Sequence[str]:
+    """The names, or a :class:`CurationError` for one that is none of :data:`EXPORTS`."""
+    for name in names:
+        if name not in EXPORTS:
+            raise CurationError(f"`exports`: {name!r}; {nearest_names(name, EXPORTS)}.")
+    return names
 
 
 def write_manifest(path: Path, database: Database, query: str, provenance: Mapping[str, Any]) -> Manifest:

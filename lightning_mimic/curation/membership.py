@@ -7,6 +7,7 @@ import torch
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision, binary_jaccard_index
 
 from lightning_mimic.curation.database import CurationError
+from lightning_mimic.curation.detection import suspicion
 from lightning_mimic.curation.manifest import Manifest
 
 
@@ -44,10 +45,11 @@ def membership(manifest: Manifest, members: Iterable[int | str]) -> Membership:
     Source: Huang et al., arXiv 2501.06708.
 
     Example:
-        >>> import pyarrow as pa, pyarrow.parquet as pq
+        >>> import tempfile, pyarrow as pa, pyarrow.parquet as pq
+        >>> path = tempfile.mkdtemp() + "/manifest.parquet"
         >>> rows = {"id": [1, 2, 3, 4], "keep": [True] * 4, "score": [0.3, 0.1, 0.9, -1.0]}
-        >>> pq.write_table(pa.table(rows), tmp / "manifest.parquet")
-        >>> membership(Manifest(tmp / "manifest.parquet"), [1, 2]).jaccard  # 3 and 1 score highest
+        >>> pq.write_table(pa.table(rows), path)
+        >>> membership(Manifest(path), [1, 2]).jaccard  # 3 and 1 score highest
         0.3333333432674408
     """
     table = manifest.table()
@@ -57,10 +59,14 @@ def membership(manifest: Manifest, members: Iterable[int | str]) -> Membership:
     ids, true = table["id"].to_pylist(), set(members)
     unknown = true - set(ids)
     if unknown:
-        raise CurationError(f"{len(unknown)} members have no score in {manifest.path}, such as {min(unknown, key=str)!r}.")
+        raise CurationError(
+            f"{len(unknown)} members have no score in {manifest.path}, such as {min(unknown, key=str)!r}."
+        )
     if not 0 < len(true) < len(ids):
         raise CurationError(f"{len(true)} of {len(ids)} samples are members; there must be both.")
-    scores, truth = torch.tensor(table["score"].to_pylist()), torch.tensor([int(id in true) for id in ids])
+    # A member is the less suspicious, the higher its score.
+    scores = suspicion(-torch.tensor(table["score"].to_pylist(), dtype=torch.float64))
+    truth = torch.tensor([int(each in true) for each in ids])
     guessed = (torch.arange(len(ids)) < len(true)).long()
     share = len(true) / len(ids)
     return Membership(

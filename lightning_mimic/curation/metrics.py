@@ -7,6 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
 
+from lightning_mimic.curation.detection import suspicion
 from lightning_mimic.curation.quality import estimate_quality
 
 
@@ -27,7 +28,7 @@ class MislabelAUROC(BinaryAUROC):
             scores: Shape ``(n,)``, lower is more suspicious.
             wrong: Boolean, which labels are wrong in truth.
         """
-        super().update(*_suspicions(scores, wrong))
+        super().update(suspicion(scores), wrong.long())
 
 
 class MislabelAveragePrecision(BinaryAveragePrecision):
@@ -42,7 +43,7 @@ class MislabelAveragePrecision(BinaryAveragePrecision):
 
     def update(self, scores: Tensor, wrong: Tensor) -> None:
         """Adds samples, as for :class:`MislabelAUROC`."""
-        super().update(*_suspicions(scores, wrong))
+        super().update(suspicion(scores), wrong.long())
 
 
 class DataQuality(Metric):
@@ -101,8 +102,3 @@ class DataQuality(Metric):
         right, wrong = (torch.cat(list(part)) if len(part) else torch.zeros(0) for part in (self.right, self.wrong))
         quality = estimate_quality(int(self.kept), int(self.samples), right.cpu().numpy(), wrong.cpu().numpy())
         return torch.tensor(quality.estimate, device=self.kept.device)
-
-
-def _suspicions(scores: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor]:
-    # Into (0, 1) and in the same order: what lies outside, torchmetrics takes for logits and squashes.
-    return -scores.double(), wrong.long()

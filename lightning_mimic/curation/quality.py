@@ -40,7 +40,7 @@ class Quality:
 
 
 def estimate_quality(
-    kept: int, samples: int, right: Sequence[bool] | Any, wrong: Sequence[bool] | Any, *, seed: int = 0
+    kept: int, samples: int, right: Sequence[bool] | Any, wrong: Sequence[Any] | Any, *, seed: int = 0
 ) -> Quality:
     """The share of good samples in data of which a share was kept.
 
@@ -51,7 +51,7 @@ def estimate_quality(
         kept: Samples of the data with a mean score of 0 or more.
         samples: All of them.
         right: Whether each trusted sample is kept with its true label, shape ``(n,)``.
-        wrong: Whether the same sample is kept with a wrong label, shape ``(n,)``.
+        wrong: Whether the same sample is kept with a wrong label, shape ``(n,)``, or with each of k, ``(n, k)``.
         seed: Of the bootstrap's own generator.
 
     Raises:
@@ -64,7 +64,8 @@ def estimate_quality(
     """
     import numpy as np
 
-    right, wrong = np.asarray(right, dtype=bool), np.asarray(wrong, dtype=bool)
+    right, wrong = np.asarray(right, dtype=float), np.asarray(wrong, dtype=float)
+    wrong = wrong.mean(1) if wrong.ndim > 1 and wrong.size else wrong
     if len(right) != len(wrong) or not len(right):
         raise CurationError(
             f"{len(right)} trusted samples with true labels and {len(wrong)} with wrong ones; each must be scored both "
@@ -79,13 +80,13 @@ def estimate_quality(
             "cannot tell them apart. Look at the reference (`lightning_mimic.diagnose`), or align it."
         )
     generator = np.random.default_rng(seed)
-    # A sample's two answers are drawn together: yes and yes, yes and no, no and yes, no and no.
-    cells = np.array([(right & wrong).sum(), (right & ~wrong).sum(), (~right & wrong).sum(), (~right & ~wrong).sum()])
-    drawn = generator.multinomial(len(right), cells / len(right), _RESAMPLES) / len(right)
+    # A sample's answers are drawn together; there are few different ones.
+    answers, counts = np.unique(np.stack([right, wrong], 1), axis=0, return_counts=True)
+    drawn = generator.multinomial(len(right), counts / len(right), _RESAMPLES) @ answers / len(right)
     shares = generator.binomial(samples, kept / samples, _RESAMPLES) / samples
-    difference = drawn[:, 1] - drawn[:, 2]
+    difference = drawn[:, 0] - drawn[:, 1]
     with np.errstate(divide="ignore", invalid="ignore"):
-        estimates = (shares - drawn[:, 0] - drawn[:, 2]) / difference
+        estimates = (shares - drawn[:, 1]) / difference
     # Where a resample does not tell right from wrong, anything is possible: half at each end.
     lost = difference <= 0
     estimates[lost] = np.where(np.arange(int(lost.sum())) % 2, 1.0, 0.0)

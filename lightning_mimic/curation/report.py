@@ -1,4 +1,4 @@
-"""A picture of what the scores say."""
+"""Pictures of what the scores say."""
 
 import math
 from collections.abc import Sequence
@@ -6,6 +6,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from lightning_mimic.curation.compare import Comparison
 
 _RIGHT, _WRONG, _LINE = "#0072b2", "#d55e00", "#444444"  # told apart by all eyes
 
@@ -51,4 +53,44 @@ def plot_scores(
         cell.set_xticks([])
         cell.set_yticks([])
     lower.suptitle(f"the {len(images)} images with the lowest scores", fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def plot_quality(path: str | Path, comparison: Comparison) -> None:
+    """Estimated shares of good samples, one line per data set, with intervals and the truth where it is known.
+
+    Args:
+        path: Of the PNG.
+        comparison: The data sets.
+    """
+    datasets = comparison.datasets[::-1]  # the best on top
+    figure = Figure(figsize=(8, 1.2 + 0.45 * len(datasets)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(datasets))
+    axes.plot(
+        [100 * each.share_kept for each in datasets],
+        places,
+        "|",
+        color=_LINE,
+        markersize=12,
+        label="score of 0 or more",
+    )
+    for place, each in zip(places, datasets, strict=True):
+        if each.quality is not None and each.low is not None and each.high is not None:
+            axes.plot([100 * each.low, 100 * each.high], [place, place], color=_RIGHT, linewidth=3, alpha=0.5)
+    calibrated = [(100 * each.quality, k) for k, each in enumerate(datasets) if each.quality is not None]
+    known = [(100 * each.right, k) for k, each in enumerate(datasets) if each.right is not None]
+    for points, mark, colour, name in (
+        (calibrated, "o", _RIGHT, "quality, calibrated, with its 95 % interval"),
+        (known, "x", _WRONG, "truly good"),
+    ):
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, mark, color=colour, label=name)
+    axes.set_yticks(list(places), [each.name for each in datasets])
+    axes.set_xlim(-2, 102)
+    axes.set_xlabel("% of samples")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     figure.savefig(path, dpi=120)

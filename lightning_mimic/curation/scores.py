@@ -1,13 +1,12 @@
 """A ledger's scores as tables: a row per scoring, and a row per sample."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from lightning_mimic.curation.database import CurationError, Database, quoted
+from lightning_mimic.curation.database import Database, quoted
 from lightning_mimic.ledger import Ledger
 
 #: Samples drawn to fit clusters, mixtures and the label model.
@@ -63,7 +62,8 @@ class Scores:
         parts: The ledger's files.
         samples: Name of the table with a row per sample that was ever in a batch: ``id``, ``score`` (mean over its
             scorings, null where none has a score), ``scorings`` (those with a score), ``lift`` (mean of ``w · B``),
-            ``label`` and ``predicted`` (last; null where not recorded), ``flag`` (why there is no score, or null).
+            ``label`` (of several the largest) and ``predicted`` (last), null where not recorded, ``flag`` (why there is
+            no score, or null).
         id_type: ``BIGINT`` or ``VARCHAR``.
     """
 
@@ -128,9 +128,11 @@ class Scores:
 
     def _means_of(self, rows: str) -> str:
         first, last = self.database.arrays(f"SELECT min(epoch) AS a, max(epoch) AS b FROM {rows}").values()
-        classes = "arg_max({0}, step) AS {0}" if self.parts.has_labels else "NULL::BIGINT AS {0}"
-        return f"""SELECT id, avg(score) AS score, count(score) AS scorings, avg(lift) AS lift,
-            {classes.format("label")}, {classes.format("predicted")},
+        classes = "NULL::BIGINT AS label, NULL::BIGINT AS predicted"
+        if self.parts.has_labels:
+            # Epoch and class in one number: the last of each sample for a fifth of the time.
+            classes = "max(label) AS label, max((epoch::BIGINT << 32) | predicted) & 4294967295 AS predicted"
+        return f"""SELECT id, avg(score) AS score, count(score) AS scorings, avg(lift) AS lift, {classes},
             any_value(flag) FILTER (score IS NULL) AS flag,
             count(*) AS seen, bit_count(bitstring_agg(epoch, {first[0]}, {last[0]})) AS epochs
             FROM {rows} GROUP BY id"""

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from lightning_mimic.curation.database import CurationError, Database, first_line, named
+from lightning_mimic.curation.database import CurationError, Database, Progress, named
 from lightning_mimic.curation.manifest import Manifest, write_manifest
 from lightning_mimic.version import __version__
 
@@ -15,8 +15,8 @@ _JOINTS = {"and": "INTERSECT", "or": "UNION", "minus": "EXCEPT"}
 _TERM = re.compile(r"(?P<path>\S+?\.(?:parquet|csv))(?::(?P<column>\S+)\s+(?P<end>top|bottom)\s+(?P<amount>\S+))?")
 _AMOUNT = re.compile(r"(?P<percent>\d+(?:\.\d+)?)\s*%|(?P<count>\d+)")
 _GRAMMAR = (
-    "expected PATH (a manifest: what it keeps) or PATH:COLUMN top|bottom AMOUNT (as 30% or a count), joined from left to "
-    "right by and, or, minus"
+    "expected PATH (a manifest: what it keeps) or PATH:COLUMN top|bottom AMOUNT (as 30% or a count), joined from left "
+    "to right by and, or, minus"
 )
 
 
@@ -66,7 +66,14 @@ class Recipe:
         return cls(tuple(_term(piece.strip()) for piece in pieces[::2]), tuple(pieces[1::2]))
 
 
-def select(recipe: str | Recipe, out: str | Path, *, allow_unknown: bool = False, memory: str = "2GB") -> Manifest:
+def select(
+    recipe: str | Recipe,
+    out: str | Path,
+    *,
+    allow_unknown: bool = False,
+    memory: str = "2GB",
+    progress: Progress | None = None,
+) -> Manifest:
     """Composes filters into a manifest of its own.
 
     Args:
@@ -74,6 +81,7 @@ def select(recipe: str | Recipe, out: str | Path, *, allow_unknown: bool = False
         out: The manifest's path; it must not be there yet.
         allow_unknown: Tables need not all know the same samples; one that a table does not know is not in its term.
         memory: Of the database.
+        progress: Told what is being done.
 
     Returns:
         A manifest that decides on every sample that any of the tables knows. A sample that the first table lists
@@ -83,11 +91,12 @@ def select(recipe: str | Recipe, out: str | Path, *, allow_unknown: bool = False
         CurationError: A recipe or table that cannot be read, ids of two types, or tables of other samples.
 
     Example:
-        >>> import pyarrow as pa, pyarrow.csv
-        >>> pa.csv.write_csv(pa.table({"id": [1, 2, 3, 4], "clip": [0.9, 0.8, 0.1, 0.3]}), tmp / "clip.csv")
-        >>> pa.csv.write_csv(pa.table({"id": [1, 2, 3, 4], "score": [-2.0, 1.0, 1.0, 1.0]}), tmp / "mimic.csv")
-        >>> said = f"{tmp}/clip.csv:clip top 50% minus {tmp}/mimic.csv:score bottom 1"
-        >>> select(said, tmp / "both.parquet").table().to_pylist()[1]
+        >>> import tempfile, pyarrow as pa, pyarrow.csv
+        >>> folder = tempfile.mkdtemp()
+        >>> pa.csv.write_csv(pa.table({"id": [1, 2, 3, 4], "clip": [0.9, 0.8, 0.1, 0.3]}), f"{folder}/clip.csv")
+        >>> pa.csv.write_csv(pa.table({"id": [1, 2, 3, 4], "score": [-2.0, 1.0, 1.0, 1.0]}), f"{folder}/mimic.csv")
+        >>> recipe = f"{folder}/clip.csv:clip top 50% minus {folder}/mimic.csv:score bottom 1"
+        >>> select(recipe, f"{folder}/both.parquet").table().to_pylist()[1]
         {'id': 2, 'keep': True, 'reason': None}
     """
     read = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
@@ -96,7 +105,7 @@ def select(recipe: str | Recipe, out: str | Path, *, allow_unknown: bool = False
         raise CurationError(f"`out` is {out}; a manifest is a .parquet file.")
     if out.exists():
         raise CurationError(f"`out`: {out} is there already; name another file, or delete it.")
-    with Database(memory) as database:
+    with Database(memory, progress) as database:
         kind = _kind(database, read.terms)
         for k, term in enumerate(read.terms):
             _load(database, k, term, kind)
@@ -111,12 +120,17 @@ def select(recipe: str | Recipe, out: str | Path, *, allow_unknown: bool = False
         others = " UNION ".join(f"SELECT id FROM term{k}" for k in range(1, len(read.terms)))
         if others:
             everyone += f" UNION ALL (({others}) EXCEPT SELECT id FROM term0)"
+        samples, kept = database.row(
+            f"SELECT count(*), count(selected.id) FROM ({everyone}) AS everyone LEFT JOIN selected USING (id)"
+        )
         why = "CASE WHEN selected.id IS NULL THEN 'not in the recipe' END"
         provenance = {
             "package_version": __version__,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "recipe": recipe if isinstance(recipe, str) else repr(recipe),
             "sizes": [database.value(f"SELECT count_if(chosen) FROM term{k}") for k in range(len(read.terms))],
+            "samples": samples,
+            "kept": kept,
         }
         out.parent.mkdir(parents=True, exist_ok=True)
         return write_manifest(
@@ -167,15 +181,24 @@ def _load(database: Database, k: int, term: Term, kind: str) -> None:
         chosen = f"coalesce({typed}, false)"
     else:
         valued = f"{typed} IS NOT NULL AND NOT isnan({typed})"
-        most = str(term.count) if term.fraction is None else f"round({term.fraction} * count(*) OVER (PARTITION BY {valued}))"
+        most = (
+            str(term.count)
+            if term.fraction is None
+            else f"round({term.fraction} * count(*) OVER (PARTITION BY {valued}))"
+        )
         order = "DESC" if term.end == "top" else "ASC"
         chosen = f"{valued} AND row_number() OVER (PARTITION BY {valued} ORDER BY {typed} {order}, id) <= {most}"
-    database.run(f"CREATE TABLE term{k} AS SELECT id, ({chosen}) AS chosen FROM {ids}", f"reading {Path(term.path).name}")
+    database.run(
+        f"CREATE TABLE term{k} AS SELECT id, ({chosen}) AS chosen FROM {ids}", f"reading {Path(term.path).name}"
+    )
 
 
 def _same_samples(database: Database, terms: tuple[Term, ...]) -> None:
     for k, term in enumerate(terms[1:], start=1):
-        for one, other, (first, second) in (("term0", f"term{k}", (terms[0], term)), (f"term{k}", "term0", (term, terms[0]))):
+        for one, other, (first, second) in (
+            ("term0", f"term{k}", (terms[0], term)),
+            (f"term{k}", "term0", (term, terms[0])),
+        ):
             strangers = f"FROM {one} WHERE id NOT IN (SELECT id FROM {other})"
             count = database.value(f"SELECT count(*) {strangers}")
             if count:

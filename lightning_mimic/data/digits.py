@@ -1,5 +1,6 @@
 """Scikit-learn's handwritten digits: 1,797 real images that come with a package, for runs without a network."""
 
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -9,10 +10,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mimic.data.ids import WithIds, collate_with_ids
+from lightning_mimic.data.kept import kept_of
 from lightning_mimic.data.noise import LabelNoise, SymmetricNoise
 
-#: Which images train: those with trusted labels, a part of them, or the many with doubtful labels.
-Part = Literal["trusted", "trusted_fit", "noisy"]
+#: Which images train (or are scored): those with trusted labels, a part of them, the other part, or the many with
+#: doubtful labels.
+Part = Literal["trusted", "trusted_fit", "trusted_held", "noisy"]
 
 
 class DigitsDataModule(pl.LightningDataModule):
@@ -20,15 +23,22 @@ class DigitsDataModule(pl.LightningDataModule):
 
     500 test images, 200 trusted ones with true labels, 1,097 others whose labels ``noise`` may spoil. 50 of
     the trusted images can validate: they do so for ``train="trusted_fit"`` and ``train="noisy"``, and train
-    with the other 150 for ``train="trusted"``. Ids are row numbers of ``sklearn.datasets.load_digits``.
+    with the other 150 for ``train="trusted"``. These 50 can also calibrate what scores say of the noisy part
+    (``train="trusted_held"``, with true labels or, spoilt by ``noise``, with wrong ones). Ids are row numbers of
+    ``sklearn.datasets.load_digits``.
 
     Args:
-        train: What trains: ``"trusted"`` (200), ``"trusted_fit"`` (150) or ``"noisy"`` (1,097).
-        noise: Spoils the labels of the noisy part.
+        train: What trains: ``"trusted"`` (200), ``"trusted_fit"`` (150), ``"trusted_held"`` (50) or ``"noisy"``
+            (1,097).
+        noise: Spoils the labels of the noisy part, or of ``"trusted_held"``.
+        keep: A manifest; only what it keeps of the noisy part trains.
         augment: Shift every training batch by up to one pixel.
         seed: Of the split, of the order in training and of the shifts.
         batch_size: Images per batch and process.
         num_workers: Loader processes.
+
+    Raises:
+        ValueError: Another part, or a manifest for one that is not noisy.
 
     Example:
         >>> digits = DigitsDataModule(train="noisy", noise=SymmetricNoise(rate=0.4), seed=0)
@@ -46,6 +56,7 @@ class DigitsDataModule(pl.LightningDataModule):
         self,
         train: Part = "noisy",
         noise: LabelNoise | None = None,
+        keep: str | Path | None = None,
         augment: bool = False,
         seed: int = 0,
         batch_size: int = 32,
@@ -54,7 +65,10 @@ class DigitsDataModule(pl.LightningDataModule):
         super().__init__()
         if train not in get_args(Part):
             raise ValueError(f"`train` is {train!r}; expected one of {', '.join(map(repr, get_args(Part)))}.")
+        if keep is not None and train != "noisy":
+            raise ValueError(f"`keep` is a choice among the noisy images, and `train` is {train!r}.")
         self.train = train
+        self.keep = keep
         self.noise = noise if noise is not None else SymmetricNoise()
         self.augment = augment
         self.seed = seed
@@ -82,6 +96,9 @@ class DigitsDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         if self.train == "noisy":
             ids, labels = self.noisy_ids, self.given_labels
+        elif self.train == "trusted_held":
+            ids = self._trusted[150:]
+            labels, _ = self.noise(self._labels[ids], self.num_classes)
         else:
             ids = self._trusted if self.train == "trusted" else self._trusted[:150]
             labels = self._labels[ids]
@@ -105,8 +122,11 @@ class DigitsDataModule(pl.LightningDataModule):
         return self._images[ids]
 
     def _loader(self, ids: Tensor, labels: Tensor, *, shuffle: bool = False) -> DataLoader:
+        samples: Any = WithIds(TensorDataset(self.images(ids), labels), ids.tolist())
+        if shuffle and self.keep is not None:
+            samples = kept_of(samples, self.keep)
         return DataLoader(
-            WithIds(TensorDataset(self.images(ids), labels), ids.tolist()),
+            samples,
             batch_size=self.batch_size if shuffle else 500,
             shuffle=shuffle,
             num_workers=self.num_workers,

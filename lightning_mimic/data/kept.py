@@ -21,9 +21,10 @@ def kept_of(dataset: Any, manifest: str | Path) -> Subset:
         ValueError: No manifest; it is of other samples; or it keeps none.
 
     Example:
-        >>> import pyarrow as pa
-        >>> pq.write_table(pa.table({"id": [0, 1, 2], "keep": [True, False, True]}), tmp / "manifest.parquet")
-        >>> list(kept_of(["a", "b", "c"], tmp / "manifest.parquet"))
+        >>> import tempfile, pyarrow as pa
+        >>> path = tempfile.mkdtemp() + "/manifest.parquet"
+        >>> pq.write_table(pa.table({"id": [0, 1, 2], "keep": [True, False, True]}), path)
+        >>> list(kept_of(["a", "b", "c"], path))
         ['a', 'c']
     """
     try:
@@ -37,11 +38,11 @@ def kept_of(dataset: Any, manifest: str | Path) -> Subset:
     unlike = sorted(set(ids) ^ set(known), key=str)
     if unlike:
         raise ValueError(
-            f"{manifest} decides on {len(set(known))} samples and the data set has {len(ids)}; {len(unlike)} ids are in "
-            f"one of them alone, such as {unlike[0]!r}. Curate the scores of this data set (with `pool`, if some were "
-            "never scored)."
+            f"{manifest} decides on {len(set(known))} samples and the data set has {len(ids)}; {len(unlike)} ids are "
+            f"in one of them alone, such as {unlike[0]!r}. Curate the scores of this data set (with `pool`, if some "
+            "were never scored)."
         )
-    times = Counter(id for id, stays in zip(known, keep, strict=True) if stays)
+    times = Counter(each for each, stays in zip(known, keep, strict=True) if stays)
     if not times:
         raise ValueError(f"{manifest} keeps none of its {len(known)} samples.")
-    return Subset(dataset, [place for place, id in enumerate(ids) for _ in range(times[id])])
+    return Subset(dataset, [place for place, each in enumerate(ids) for _ in range(times[each])])

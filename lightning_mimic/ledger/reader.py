@@ -91,10 +91,10 @@ class Ledger:
             raise LedgerError(f"{self.directory} mixes int and str ids; its ranks were given different ones.")
         # From this step on a later attempt went over an earlier one's rows again.
         until = {
-            number: min((attempts[later]["start_step"] for later in written if later > number), default=None)
+            number: min((attempts[later]["start_step"] for later in written if later > number), default=math.inf)
             for number in written
         }
-        left = sorted({n for _, n, seen in whole if until[n] is None or seen.first_step < until[n]})
+        left = sorted({n for _, n, seen in whole if seen.first_step < until[n]})
         if len({attempts[number]["config_hash"] for number in left}) > 1:
             differing = differences([attempts[number]["config"] for number in left])
             raise LedgerError(
@@ -104,7 +104,7 @@ class Ledger:
         return Parts(
             paths=tuple(path for path, _, _ in whole),
             id_type=whole[0][2].id_type,
-            until={number: step for number, step in until.items() if step is not None},
+            until={number: int(step) for number, step in until.items() if step < math.inf},
             has_labels=any(seen.has_labels for _, _, seen in whole),
             attempts=tuple(left),
             lost=tuple(lost),

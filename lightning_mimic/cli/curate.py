@@ -1,0 +1,154 @@
+"""``mimic-curate``, ``mimic-select`` and ``mimic-compare``: from recorded scores to decisions."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import hydra
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from lightning_mimic.curation import Comparison, Curation, CurationError, Manifest, compare, curate, select
+from lightning_mimic.curation.manifest import EXPORTS, checked_exports
+from lightning_mimic.ledger import LedgerError
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name="curate")
+def curate_main(config: DictConfig) -> None:
+    """Decides which samples of a ledger stay."""
+    console = Console()
+    with _said("mimic-curate"):
+        settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        del settings["filter"]
+        with _progress(console) as progress:
+            done = curate(filter=instantiate(config.filter), progress=progress, **settings)
+    show(console, done)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name="select")
+def select_main(config: DictConfig) -> None:
+    """Composes filters."""
+    with _said("mimic-select"):
+        settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        exports = checked_exports(settings.pop("exports"))
+        with _progress(Console()) as progress:
+            manifest = select(**settings, progress=progress)
+            for name in exports:
+                EXPORTS[name].write(manifest, manifest.path.with_name(f"{manifest.path.stem}.{EXPORTS[name].file}"))
+    said = manifest.provenance
+    kept, samples = said["kept"], said["samples"]
+    print(f"{manifest.path}: {kept:,} of {samples:,} samples kept ({kept / samples:.1%})")  # noqa: T201
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name="compare")
+def compare_main(config: DictConfig) -> None:
+    """Puts data sets beside each other."""
+    with _said("mimic-compare"):
+        settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        manifests = {str(name): Manifest(path) for name, path in settings["manifests"].items()}
+        comparison = compare(manifests, {str(name): share for name, share in (settings["noise"] or {}).items()})
+        show_comparison(Console(), comparison)
+        if settings["plot"]:
+            from lightning_mimic.curation.report import plot_quality
+
+            plot_quality(settings["plot"], comparison)
+            print(f"\n{settings['plot']}")  # noqa: T201
+
+
+def show(console: Console, done: Curation) -> None:
+    """What came of a ledger, as a table."""
+    table = Table(show_header=False, title=f"by {done.manifest.provenance['filter']}", title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(style="dim")
+    scored = done.samples - done.unscored
+    policy = done.manifest.provenance["unscored"]["are"]
+    rest = {"keep": f"{done.unscored:,} without a score are kept", "drop": f"{done.unscored:,} without a score go"}
+    dropped = done.samples - done.kept
+    table.add_row("samples", f"{done.samples:,}", "in the pool, or else in the ledger")
+    table.add_row("kept", f"{done.kept:,}", f"{done.kept / done.samples:.1%}")
+    table.add_row("dropped", f"{dropped:,}", f"{dropped / done.samples:.1%}")
+    table.add_row(
+        "coverage", f"{scored / done.samples:.1%}", rest[policy] if done.unscored else "every sample has a score"
+    )
+    table.add_row("by sign", f"{done.share_kept:.1%}", "share kept by the sign of the mean score, whatever the filter")
+    if done.quality is None:
+        table.add_row("quality", "–", "unknown without trusted samples")
+    else:
+        interval = f"95 % interval {done.quality.low:.1%} to {done.quality.high:.1%}"
+        table.add_row(
+            "quality", f"{done.quality.estimate:.1%}", f"{interval}, by {done.quality.trusted} trusted samples"
+        )
+    if done.lost:
+        table.add_row(
+            "left out", f"{len(done.lost)}", f"damaged or missing parts of the ledger: {'; '.join(done.lost[:2])}"
+        )
+    console.print(table)
+    for path in done.files:
+        console.print(f"  {path}", highlight=False, soft_wrap=True)
+
+
+def show_comparison(console: Console, comparison: Comparison) -> None:
+    """Data sets as a table."""
+    table = Table()
+    for head in ("data set", "samples", "kept", "score of 0 or more", "quality", "95 % interval", "truly good"):
+        table.add_column(head, justify="left" if head == "data set" else "right", no_wrap=head == "data set")
+    for each in comparison.datasets:
+        known = each.low is not None and each.high is not None
+        table.add_row(
+            each.name,
+            f"{each.samples:,}",
+            _percent(each.kept),
+            _percent(each.share_kept),
+            _percent(each.quality),
+            f"{_percent(each.low)} to {_percent(each.high)}" if known else "–",
+            _percent(each.right),
+        )
+    console.print(table)
+    if comparison.pearson is not None:
+        console.print(
+            f"Correlation with the truth: {comparison.pearson:.3f} (Pearson), {comparison.spearman:.3f} (Spearman)."
+        )
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}"
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Any]:
+    """A bar per stage of the work."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def tell(what: str, share: float) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=1.0)
+            progress.update(tasks[what], completed=share)
+
+        yield tell
+
+
+@contextlib.contextmanager
+def _said(command: str) -> Iterator[None]:
+    """Ends with a sentence, not with a traceback, where the input is at fault."""
+    try:
+        yield
+    except MissingMandatoryValue as error:
+        raise SystemExit(f"{command}: `{error.full_key}` is missing; `{command} --help` shows what it takes.") from None
+    except InstantiationException as error:
+        raise SystemExit(f"{command}: {error.__cause__ or error}") from None
+    except (CurationError, LedgerError) as error:
+        raise SystemExit(f"{command}: {error}") from None

@@ -1,0 +1,52 @@
+"""``mimic-score``: score a data set at checkpoints, without training."""
+
+import warnings
+from pathlib import Path
+
+import hydra
+import lightning as L
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from lightning_mimic.callbacks import AtCheckpoints
+from lightning_mimic.ledger import Ledger
+
+
+def score(config: DictConfig) -> Ledger:
+    """Scores what the configuration names.
+
+    Args:
+        config: As composed from ``conf/score.yaml``.
+
+    Returns:
+        The ledger, an epoch per checkpoint.
+    """
+    if not config.get("mimic"):
+        raise SystemExit("mimic-score: mimic=none scores nothing; leave it out, or name a scorer (mimic=cosine).")
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    data, model = instantiate(config.data), instantiate(config.model)
+    mimic = instantiate(config.mimic, reweight=False, ledger=config.ledger)
+    checkpoints = AtCheckpoints(list(config.checkpoints))
+    trainer: L.Trainer = instantiate(
+        config.trainer,
+        callbacks=[mimic, checkpoints],
+        logger=False,
+        max_epochs=len(config.checkpoints),
+        limit_val_batches=0,
+        enable_checkpointing=False,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # as it should be
+        trainer.fit(model, datamodule=data)
+    return Ledger(config.ledger)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name="score")
+def main(config: DictConfig) -> None:
+    """The command line."""
+    ledger = score(config)
+    print(Path(ledger.directory))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Several data sets side by side."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
+
+from lightning_mimic.curation.database import CurationError
+from lightning_mimic.curation.manifest import Manifest
+from lightning_mimic.gradients import nearest_names
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What is known of one data set; shares from 0 to 1.
+
+    Attributes:
+        name: Its own.
+        samples: In it.
+        kept: Share that its filter keeps.
+        share_kept: Share of the scored samples with a mean score of 0 or more.
+        quality: Estimated share of good samples; ``None`` without trusted samples.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        right: True share of good samples, where it is known.
+    """
+
+    name: str
+    samples: int
+    kept: float
+    share_kept: float
+    quality: float | None = None
+    low: float | None = None
+    high: float | None = None
+    right: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Data sets, the best first, and how what is estimated goes with the truth.
+
+    Attributes:
+        datasets: By quality, or by the share kept where not all have a quality.
+        pearson: Correlation of that figure with the true share of good samples, -1 to 1; ``None`` where fewer than
+            three are known.
+        spearman: Of their ranks.
+    """
+
+    datasets: tuple[DataSet, ...]
+    pearson: float | None
+    spearman: float | None
+
+
+def compare(manifests: Mapping[str, Manifest], noise: Mapping[str, float] | None = None) -> Comparison:
+    """Puts data sets beside each other.
+
+    Args:
+        manifests: Name to what :func:`~lightning_mimic.curation.curate` wrote.
+        noise: Name to the true share of bad samples, where it is known.
+
+    Raises:
+        CurationError: No manifests, one that was not made from a ledger, an unknown name, a share outside 0 to 1.
+
+    Example:
+        >>> compare({})
+        Traceback (most recent call last):
+            ...
+        lightning_mimic.curation.database.CurationError: there are no manifests to compare.
+    """
+    if not manifests:
+        raise CurationError("there are no manifests to compare.")
+    known = dict(noise or {})
+    for name, share in known.items():
+        if name not in manifests:
+            raise CurationError(f"`noise`: no manifest is called {name!r}; {nearest_names(name, manifests)}.")
+        if not 0 <= share <= 1:
+            raise CurationError(f"`noise` of {name!r} is {share!r}; it is a share, 0 to 1.")
+    found = [_data_set(name, manifest, known.get(name)) for name, manifest in manifests.items()]
+    calibrated = all(each.quality is not None for each in found)
+
+    def figure(each: DataSet) -> float:
+        return each.quality if calibrated and each.quality is not None else each.share_kept
+
+    pairs = [(figure(each), each.right) for each in found if each.right is not None]
+    pearson = spearman = None
+    if len(pairs) >= 3 and all(len(set(values)) > 1 for values in zip(*pairs, strict=True)):
+        estimated, right = torch.tensor(pairs, dtype=torch.float64).T
+        pearson, spearman = float(pearson_corrcoef(estimated, right)), float(spearman_corrcoef(estimated, right))
+    return Comparison(tuple(sorted(found, key=figure, reverse=True)), pearson, spearman)
+
+
+def _data_set(name: str, manifest: Manifest, noise: float | None) -> DataSet:
+    said = manifest.provenance
+    if "share_kept" not in said:
+        raise CurationError(f"{manifest.path} was not made from a ledger; curate one.")
+    quality = said["quality"] or {}
+    return DataSet(
+        name=name,
+        samples=said["samples"],
+        kept=said["kept"] / said["samples"],
+        share_kept=said["share_kept"],
+        quality=quality.get("estimate"),
+        low=quality.get("low"),
+        high=quality.get("high"),
+        right=None if noise is None else 1 - noise,
+    )
