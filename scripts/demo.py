@@ -28,8 +28,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from lightning_mimic import Ledger
-from lightning_mimic.curation import detect, summarise
+from lightning_mimic.curation import curate, detect
 from lightning_mimic.curation.report import plot_scores
 from lightning_mimic.data.digits import DigitsDataModule
 from lightning_mimic.data.noise import SymmetricNoise
@@ -81,12 +80,13 @@ def compare(
     run(curves["plain"], out, *noisy_run(seed, reference, noise_rate, rate, epochs), "mimic=none")
     run(curves["grad_mimic"], out, *noisy_run(seed, reference, noise_rate, rate, epochs))
 
-    summary = summarise(Ledger(out / "scores").table())
+    manifest = curate(out / "scores", out=out / "curated", exports=["csv"]).manifest
+    summary = manifest.table()
     wrong = are_wrong(digits, summary["id"].to_pylist())
     scores = torch.tensor(summary["score"].to_pylist())
     loss = F.cross_entropy(logits, digits.given_labels, reduction="none")
     rows: dict[str, dict[str, float]] = {method: accuracies(curve) for method, curve in curves.items()}
-    rows["grad_mimic"] |= asdict(detect(scores, scores < 0, wrong))
+    rows["grad_mimic"] |= asdict(detect(scores, ~torch.tensor(summary["keep"].to_pylist()), wrong))
     rows["reference_loss"] = asdict(detect(-loss, logits.argmax(1) != digits.given_labels, digits.wrong))
     write_files(out, digits, summary.to_pylist(), scores, wrong)
     return [{"method": method, "seed": seed} | dict.fromkeys(FIGURES) | rows[method] for method in METHODS]
@@ -103,16 +103,12 @@ def write_files(
     scores: torch.Tensor,
     wrong: torch.Tensor,
 ) -> None:
-    """The noise mask, the ids judged wrong and the picture."""
+    """The noise mask and the picture."""
     with (out / "noise.csv").open("w", newline="") as file:
         columns = (digits.noisy_ids, digits.true_labels, digits.given_labels, digits.wrong.long())
         writer = csv.writer(file)
         writer.writerow(["id", "true_label", "given_label", "wrong"])
         writer.writerows(zip(*(c.tolist() for c in columns), strict=True))
-    with (out / "judged_wrong.csv").open("w", newline="") as file:
-        judged = csv.DictWriter(file, ["id", "score", "scorings", "label", "predicted"])
-        judged.writeheader()
-        judged.writerows(row for row in summary if row["score"] < 0)
     lowest = summary[:10]
     plot_scores(
         out / "scores.png",
@@ -164,7 +160,7 @@ def main() -> None:
     for path, what in (
         (out / "results.json", "the figures above, per seed and method"),
         (first / "scores.png", "what the scores look like, and the ten lowest"),
-        (first / "judged_wrong.csv", "ids judged wrong, the most suspicious first"),
+        (first / "curated", "the manifest: which to keep, the most suspicious first; also as CSV"),
         (first / "noise.csv", "which labels are really wrong"),
         (first / "scores", "the ledger: every score of every epoch"),
     ):

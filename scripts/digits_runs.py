@@ -22,7 +22,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from lightning_mimic import Ledger
 from lightning_mimic.cli.train import train
-from lightning_mimic.curation import detect, summarise
+from lightning_mimic.curation import curate, detect
 from lightning_mimic.data.digits import DigitsDataModule
 
 MAX_EPOCHS = 10
@@ -90,13 +90,12 @@ def are_wrong(digits: DigitsDataModule, ids: Sequence[int]) -> torch.Tensor:
 def detection(digits: DigitsDataModule, ledger: Path) -> dict[str, Any]:
     """How well the mean scores, of all epochs and of each, find the wrong labels."""
     rows = Ledger(ledger).table()
-    rows = rows.filter(pc.is_valid(rows["score"]))  # before a reference is aligned there are none
     epochs = [rows.filter(pc.equal(rows["epoch"], epoch)) for epoch in pc.unique(rows["epoch"]).to_pylist()]
     auroc = []
-    for part in (rows, *epochs):
-        summary = summarise(part)
-        scores = torch.tensor(summary["score"].to_pylist())
-        auroc.append(detect(scores, scores < 0, are_wrong(digits, summary["id"].to_pylist())).auroc)
+    for part in (curate(ledger, unscored="keep").manifest.table(), *epochs):
+        part = part.filter(pc.is_valid(part["score"]))  # before a reference is aligned there are none
+        scores = torch.tensor(part["score"].to_pylist())
+        auroc.append(detect(scores, scores < 0, are_wrong(digits, part["id"].to_pylist())).auroc)
     return {"auroc": auroc[0], "first_auroc": auroc[1], "auroc_by_epoch": auroc[1:]}
 
 

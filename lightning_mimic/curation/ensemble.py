@@ -57,7 +57,7 @@ class Ensemble:
                 "epochs are fewer. Score more epochs, add filters, or decide by the majority."
             )
         votes = [one.vote(rows) for one in self.filters]
-        view = Rows(rows.database, f"{rows.name}_votes", rows.epochs)
+        view = Rows(rows.database, f"{rows.name}_votes", rows.epochs, rows.samples)
         columns = ", ".join(f"({vote.keep}) AS v{k}" for k, vote in enumerate(votes))
         rows.database.run(f"CREATE OR REPLACE VIEW {view.name} AS SELECT id, epoch, score, {columns} FROM {rows.name}")
         facts: dict[str, Any] = {"voters": voters}
@@ -72,7 +72,9 @@ class Ensemble:
         import numpy as np
 
         columns = ", ".join(f"coalesce(v{k}::INT, -1) AS v{k}" for k in range(filters))
-        drawn = view.drawn(f"id, epoch, score, {columns}")
+        drawn = view.database.arrays(
+            f"SELECT id, epoch, score, {columns} FROM {view.name} WHERE {view.drawn} ORDER BY id, epoch"
+        )
         ids, row = np.unique(drawn["id"], return_inverse=True)
         column = np.searchsorted(view.epochs, drawn["epoch"])
         votes = np.full((len(ids), filters * len(view.epochs)), -1, dtype=np.int64)
@@ -92,18 +94,22 @@ class Ensemble:
 
 def _tally(view: Rows, votes: Sequence[Vote], weights: list[dict[bool, dict[int, float]]] | None, prior: float) -> str:
     names = [f"v{k}" for k in range(len(votes))]
-    yes = " + ".join(f"count_if({v})" for v in names)
-    cast = " + ".join(f"count({v})" for v in names)
-    if weights is None:
-        odds = f"2 * ({yes}) - ({cast})"
-    else:
+    yes = " + ".join(f"coalesce({v}::INT, 0)" for v in names)
+    cast = " + ".join(f"({v} IS NOT NULL)::INT" for v in names)
+    worth, verdict = "", "2 * votes_keep - votes"
+    if weights is not None:
         parts = [
-            f"coalesce(CASE WHEN {v} THEN {by_epoch(view.epochs, by[True])} "
-            f"WHEN NOT {v} THEN {by_epoch(view.epochs, by[False])} END, 0)"
+            f"CASE WHEN {v} THEN {by_epoch(view.epochs, by[True])} "
+            f"WHEN NOT {v} THEN {by_epoch(view.epochs, by[False])} ELSE 0 END"
             for v, by in zip(names, weights, strict=True)
         ]
-        odds = f"{prior!r} + sum({' + '.join(parts)})"
-    return (
-        f"SELECT id, CASE WHEN {cast} > 0 THEN {odds} >= 0 END AS keep, ({yes})::BIGINT AS votes_keep, "
-        f"({cast})::BIGINT AS votes FROM {view.name} GROUP BY id"
-    )
+        worth, verdict = f", sum({' + '.join(parts)}) AS worth", f"{prior!r} + worth"
+    # Both counts in one exact number: a sample's sums are kept for each of its rows until they meet.
+    both = f"sum(({yes} + {_SHIFT} * ({cast}))::DOUBLE)"
+    return f"""SELECT id, CASE WHEN votes > 0 THEN {verdict} >= 0 END AS keep, votes_keep, votes FROM (
+        SELECT *, (tally // {_SHIFT})::BIGINT AS votes, (tally % {_SHIFT})::BIGINT AS votes_keep
+        FROM (SELECT id, {both} AS tally{worth} FROM {view.name} GROUP BY id))"""
+
+
+#: More than a sample can have votes.
+_SHIFT = 2**26

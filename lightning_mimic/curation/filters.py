@@ -213,10 +213,7 @@ _PART = "PARTITION BY "
 
 def _by_cut(rows: Rows, cut: Any, reason: str) -> Vote:
     """A score at least that of its epoch's cut, found on drawn scores in rising order."""
-    import numpy as np
-
-    drawn = rows.drawn("epoch, score")
-    cuts = {int(e): cut(np.sort(drawn["score"][drawn["epoch"] == e])) for e in np.unique(drawn["epoch"])}
+    cuts = {epoch: cut(scores) for epoch, scores in rows.drawn_scores.items()}
     keep = f"score >= {by_epoch(rows.epochs, cuts)}"
     (first, *more) = cuts.values()
     return Vote(keep, reason.format("the cut of its epoch" if more else f"{first:.4g}"))

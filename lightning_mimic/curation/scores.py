@@ -1,6 +1,7 @@
 """A ledger's scores as tables: a row per scoring, and a row per sample."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from lightning_mimic.curation.database import Database, quoted
 from lightning_mimic.ledger import Ledger
 
 #: Samples drawn to fit clusters, mixtures and the label model.
-DRAWN = 100_000
+DRAWN = 20_000
 
 
 @dataclass(frozen=True)
@@ -24,26 +25,29 @@ class Rows:
         database: Where they are.
         name: Of the table or view.
         epochs: Those that there are, in order.
+        samples: How many different ones.
     """
 
     database: Database
     name: str
     epochs: tuple[int, ...]
+    samples: int
 
-    def drawn(self, columns: str, most: int = DRAWN) -> dict[str, Any]:
-        """Arrays of about ``most`` samples' rows, or of all if there are fewer, in order of id and epoch.
+    @property
+    def drawn(self) -> str:
+        """SQL that is true for about :data:`DRAWN` samples, or for all if there are fewer.
 
-        The same samples in every epoch, drawn by their ids and not by chance, so that a decision can be repeated.
-
-        Args:
-            columns: SQL expressions over the columns.
-            most: How many samples.
+        By their ids and not by chance, so that they are the same in every epoch, and a decision can be repeated.
         """
-        count = self.database.value(f"SELECT max(n) FROM (SELECT count(*) AS n FROM {self.name} GROUP BY epoch)")
-        share = -(-count // most)
-        return self.database.arrays(
-            f"SELECT {columns} FROM {self.name} WHERE hash(id) % {share} = 0 ORDER BY id, epoch"
-        )
+        return f"hash(id) % {max(-(-self.samples // DRAWN), 1)} = 0"
+
+    @cached_property
+    def drawn_scores(self) -> dict[int, Any]:
+        """Drawn samples' scores in rising order, by epoch."""
+        import numpy as np
+
+        found = self.database.arrays(f"SELECT epoch, score FROM {self.name} WHERE {self.drawn}")
+        return {e: np.sort(found["score"][found["epoch"] == e]) for e in self.epochs if (found["epoch"] == e).any()}
 
 
 class Scores:
@@ -62,8 +66,8 @@ class Scores:
         parts: The ledger's files.
         samples: Name of the table with a row per sample that was ever in a batch: ``id``, ``score`` (mean over its
             scorings, null where none has a score), ``scorings`` (those with a score), ``lift`` (mean of ``w · B``),
-            ``label`` (of several the largest) and ``predicted`` (last), null where not recorded, ``flag`` (why there is
-            no score, or null).
+            ``label`` and ``predicted`` (of its last epoch, null where not recorded), ``flag`` (why there is no score,
+            or null).
         id_type: ``BIGINT`` or ``VARCHAR``.
     """
 
@@ -89,13 +93,13 @@ class Scores:
             f"CREATE OR REPLACE VIEW {name} AS SELECT id, 0 AS epoch, score, lift, label FROM {self.samples} "
             "WHERE score IS NOT NULL"
         )
-        return Rows(self.database, name, (0,))
+        return Rows(self.database, name, (0,), self._count)
 
     def scorings(self) -> Rows:
         """A row per sample and epoch."""
         name = f"{self._name}_rows"
         epochs = self.database.column(f"SELECT DISTINCT epoch FROM {name} ORDER BY epoch")
-        return Rows(self.database, name, tuple(epochs))
+        return Rows(self.database, name, tuple(epochs), self._count)
 
     def _make(self) -> None:
         run, name = self.database.run, self._name
@@ -109,9 +113,8 @@ class Scores:
                 CASE WHEN isfinite(score) AND flag <> 'alone' THEN weight::DOUBLE * batch_size END AS lift
             FROM read_parquet([{files}]) {f"WHERE NOT ({over})" if over else ""}"""
         )
-        means = self._means_of(f"{name}_everything")
-        run(f"CREATE TABLE {self.samples} AS {means}", f"reading {name}")
-        run(f"CREATE TABLE {name}_repeated AS SELECT id FROM {self.samples} WHERE seen > epochs")
+        run(f"CREATE TABLE {name}_summary AS {self._means_of(f'{name}_everything')}", f"reading {name}")
+        run(f"CREATE TABLE {name}_repeated AS SELECT id FROM {name}_summary WHERE seen > epochs")
         scored = "SELECT id, epoch, score, lift, label FROM {} WHERE score IS NOT NULL"
         rows = scored.format(f"{name}_everything")
         # A distributed sampler repeats some samples; a run resumed within an epoch starts that epoch's data again.
@@ -121,21 +124,57 @@ class Scores:
                 QUALIFY row_number() OVER (PARTITION BY id, epoch ORDER BY step, batch, rank, position) = 1""",
                 f"repeats of {name}",
             )
-            run(f"DELETE FROM {self.samples} WHERE id IN (FROM {name}_repeated)")
-            run(f"INSERT INTO {self.samples} {self._means_of(f'{name}_once')}")
+            run(f"DELETE FROM {name}_summary WHERE id IN (FROM {name}_repeated)")
+            run(f"INSERT INTO {name}_summary {self._means_of(f'{name}_once')}")
             rows += f" AND id NOT IN (FROM {name}_repeated) UNION ALL {scored.format(f'{name}_once')}"
         run(f"CREATE VIEW {name}_rows AS {rows}")
+        self._add_unscored()
+        self._add_classes()
+        self._count = int(self.database.value(f"SELECT count(*) FROM {self.samples}"))
 
     def _means_of(self, rows: str) -> str:
-        first, last = self.database.arrays(f"SELECT min(epoch) AS a, max(epoch) AS b FROM {rows}").values()
-        classes = "NULL::BIGINT AS label, NULL::BIGINT AS predicted"
-        if self.parts.has_labels:
-            # Epoch and class in one number: the last of each sample for a fifth of the time.
-            classes = "max(label) AS label, max((epoch::BIGINT << 32) | predicted) & 4294967295 AS predicted"
-        return f"""SELECT id, avg(score) AS score, count(score) AS scorings, avg(lift) AS lift, {classes},
-            any_value(flag) FILTER (score IS NULL) AS flag,
-            count(*) AS seen, bit_count(bitstring_agg(epoch, {first[0]}, {last[0]})) AS epochs
-            FROM {rows} GROUP BY id"""
+        first, last = self.database.row(f"SELECT min(epoch), max(epoch) FROM {rows}")
+        # Every state counts: each row has its own until rows of a sample meet.
+        epochs = (
+            f"bitstring_agg(epoch, {first}, {last})" if last - first > 62 else f"bit_or(1::BIGINT << (epoch - {first}))"
+        )
+        return f"""SELECT id, avg(score) AS score, count(*) AS scorings, avg(lift) AS lift, NULL::VARCHAR AS flag,
+            count(*) AS seen, bit_count({epochs}) AS epochs FROM {rows} WHERE score IS NOT NULL GROUP BY id"""
+
+    def _add_unscored(self) -> None:
+        """Samples that were in a batch and have no score."""
+        without = f"FROM {self._name}_everything WHERE score IS NULL"
+        if self.database.value(f"SELECT count(*) {without}"):
+            self.database.run(
+                f"""INSERT INTO {self._name}_summary SELECT id, NULL, 0, NULL, max(flag), 0, 0 {without}
+                AND id NOT IN (SELECT id FROM {self._name}_summary) GROUP BY id"""
+            )
+
+    def _add_classes(self) -> None:
+        """Labels and predictions as of each sample's last epoch; for most that is the ledger's last."""
+        run, name = self.database.run, self._name
+        kept = "id, score, scorings, lift, flag, seen"
+        if not self.parts.has_labels:
+            nothing = "NULL::BIGINT AS label, NULL::BIGINT AS predicted"
+            run(f"CREATE VIEW {self.samples} AS SELECT {kept}, {nothing} FROM {name}_summary")
+            return
+        last = self.database.value(f"SELECT max(epoch) FROM {name}_everything")
+        classes = "SELECT id, arg_max(label, step) AS label, arg_max(predicted, step) AS predicted"
+        run(
+            f"CREATE TABLE {name}_classes AS {classes} FROM {name}_everything WHERE epoch = {last} GROUP BY id",
+            f"labels of {name}",
+        )
+        others = f"FROM {name}_summary WHERE id NOT IN (SELECT id FROM {name}_classes)"
+        if self.database.value(f"SELECT count(*) {others}"):
+            run(
+                f"INSERT INTO {name}_classes {classes} FROM {name}_everything WHERE id IN (SELECT id {others}) "
+                "GROUP BY id",
+                f"labels of {name}",
+            )
+        run(
+            f"CREATE VIEW {self.samples} AS SELECT {kept}, label, predicted FROM {name}_summary "
+            f"LEFT JOIN {name}_classes USING (id)"
+        )
 
 
 _COLUMNS = ("id", "epoch", "step", "batch", "rank", "position", "attempt", "score", "weight", "batch_size", "flag")
