@@ -117,9 +117,13 @@ def setting(options: argparse.Namespace) -> dict[str, Any]:
 def machine(options: argparse.Namespace) -> str:
     if options.device == "cuda":
         return torch.cuda.get_device_name()
+    return f"{processor()}, threads per process: {options.threads}"
+
+
+def processor() -> str:
+    """What computes, without a GPU."""
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    name = names[0] if names else "CPU"
-    return f"{name}, {len(os.sched_getaffinity(0))} cores, threads per process: {options.threads}"
+    return f"{names[0] if names else 'CPU'}, {len(os.sched_getaffinity(0))} cores"
 
 
 def show(console: Console, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:

@@ -213,7 +213,10 @@ _PART = "PARTITION BY "
 
 def _by_cut(rows: Rows, cut: Any, reason: str) -> Vote:
     """A score at least that of its epoch's cut, found on drawn scores in rising order."""
-    cuts = {epoch: cut(scores) for epoch, scores in rows.drawn_scores.items()}
+    from threadpoolctl import threadpool_limits  # scikit-learn's own
+
+    with threadpool_limits(1):  # for so little, more threads wait for each other
+        cuts = {epoch: cut(scores) for epoch, scores in rows.drawn_scores.items()}
     keep = f"score >= {by_epoch(rows.epochs, cuts)}"
     (first, *more) = cuts.values()
     return Vote(keep, reason.format("the cut of its epoch" if more else f"{first:.4g}"))

@@ -61,6 +61,7 @@ def fit_label_model(votes: Any, balance: float, seed: int = 0) -> FittedLabelMod
 
     try:
         from snorkel.labeling.model import LabelModel
+        from threadpoolctl import threadpool_limits
     except ModuleNotFoundError as error:
         raise CurationError(
             "the label model needs snorkel: pip install 'lightning-mimic[curation]', or decide by the majority."
@@ -73,7 +74,7 @@ def fit_label_model(votes: Any, balance: float, seed: int = 0) -> FittedLabelMod
             "same of every sample. Score more epochs, add filters, or decide by the majority."
         )
     balance = min(max(balance, _EXTREME), 1 - _EXTREME)
-    with _own_random_numbers():
+    with _own_random_numbers(), threadpool_limits(1):  # for so little, more threads wait for each other
         model = LabelModel(cardinality=2, verbose=False)
         model.fit(
             votes[:, informed], class_balance=[1 - balance, balance], seed=seed, n_epochs=_STEPS, progress_bar=False
