@@ -36,9 +36,6 @@ from lightning_mimic.data.digits import DigitsDataModule
 from lightning_mimic.data.noise import SymmetricNoise
 
 RATES = (0.0, 0.1, 0.2, 0.4, 0.6)
-# Chosen on seeds 10 to 15, see docs/results.md.
-EPOCHS = 5
-SCORED = ["model.optimizer.lr=2e-4", "mimic.temperature=0.3", f"trainer.max_epochs={EPOCHS}"]
 SCRATCH = ["experiment=digits_scratch", "mimic=none", "model.optimizer.lr=1e-3", "trainer.max_epochs=20"]
 #: On whose samples a network is trained from scratch.
 TRAINED = ("everything", "sign", "gmm", "reference's loss, share known")
@@ -82,11 +79,11 @@ def curated(work: Work) -> dict[str, Any]:
     digits = DigitsDataModule(seed=work.seed, noise=SymmetricNoise(work.rate, seed=work.seed))
     digits.setup()
     test = next(iter(digits.test_dataloader()))
-    noisy = ["experiment=digits_noisy", f"seed={work.seed}", f"paths.reference={reference}", f"paths.output={out}"]
+    noisy = ["experiment=digits_curation", f"seed={work.seed}", f"paths.reference={reference}", f"paths.output={out}"]
     noise = f"data.noise.rate={work.rate}"
     saved = [f"save_epochs_to={out / 'epochs'}", "trainer.enable_checkpointing=true"]
-    run(Curve(*test), out, *noisy, *SCORED, noise, *saved)
-    checkpoints = f"checkpoints=[{','.join(str(out / 'epochs' / f'{epoch}.ckpt') for epoch in range(EPOCHS))}]"
+    run(Curve(*test), out, *noisy, noise, *saved)
+    checkpoints = f"checkpoints={out / 'epochs'}"
     scored(out / "at_checkpoints", *noisy, noise, checkpoints)
     held = [*noisy, checkpoints, "data.train=trusted_held"]
     scored(out / "trusted", *held, "data.noise.rate=0")
@@ -196,8 +193,8 @@ def members(work: Work) -> dict[str, Any]:
     test = next(iter(digits.test_dataloader()))
     only = ["data.train=noisy", f"data.keep={out / 'half.parquet'}", "data.augment=false"]
     run(Curve(*test), out, *reference_run(work.seed, reference), *only)
-    noisy = ["experiment=digits_noisy", f"seed={work.seed}", f"paths.reference={reference}", "data.noise.rate=0"]
-    run(Curve(*test), out, *noisy, *SCORED)
+    noisy = ["experiment=digits_curation", f"seed={work.seed}", f"paths.reference={reference}", "data.noise.rate=0"]
+    run(Curve(*test), out, *noisy)
     found = membership(curate(out / "scores").manifest, inside)
     return {"seed": work.seed} | {name: getattr(found, name) for name in ("auroc", "jaccard", "chance")}
 

@@ -23,8 +23,9 @@ class AtCheckpoints(Callback):
     is left at the last checkpoint, otherwise as it was.
 
     Args:
-        checkpoints: Files with the whole module's weights, ``.ckpt``, ``.pt`` or ``.safetensors``; the trainer's
-            ``max_epochs`` is their number.
+        checkpoints: Files with the whole module's weights, ``.ckpt``, ``.pt`` or ``.safetensors``; or a directory,
+            which stands for its ``.ckpt`` files in the order of their names. The trainer's ``max_epochs`` is their
+            number.
 
     Raises:
         ValueError: No checkpoints, another number of epochs, a trainer without GradMimic; with an
@@ -38,9 +39,17 @@ class AtCheckpoints(Callback):
         >>> callbacks = [mimic, AtCheckpoints(["epoch1.ckpt", "epoch2.ckpt"])]
     """
 
-    def __init__(self, checkpoints: Sequence[str | Path]) -> None:
-        if isinstance(checkpoints, str | Path) or not checkpoints:
-            raise ValueError(f"`checkpoints` is {checkpoints!r}; expected a list of at least one file.")
+    def __init__(self, checkpoints: str | Path | Sequence[str | Path]) -> None:
+        if isinstance(checkpoints, str | Path):
+            given, folder = checkpoints, Path(checkpoints).expanduser()
+            checkpoints = sorted(folder.glob("*.ckpt")) if folder.is_dir() else []
+            if not checkpoints:
+                raise ValueError(
+                    f"`checkpoints` is {str(given)!r}; expected a directory of .ckpt files, or a list of files."
+                )
+        if not checkpoints:
+            raise ValueError("`checkpoints` is empty; expected a directory of .ckpt files, or a list of files.")
+        #: In the order of the ledger's epochs.
         self.checkpoints = [Path(path).expanduser() for path in checkpoints]
         self._undo: Callable[[], None] | None = None
         self._trainable: list[torch.nn.Parameter] = []

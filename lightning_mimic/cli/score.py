@@ -26,12 +26,13 @@ def score(config: DictConfig) -> Ledger:
     L.seed_everything(config.seed, workers=True, verbose=False)
     data, model = instantiate(config.data), instantiate(config.model)
     mimic = instantiate(config.mimic, reweight=False, ledger=config.ledger)
-    checkpoints = AtCheckpoints(list(config.checkpoints))
+    given = config.checkpoints
+    checkpoints = AtCheckpoints(given if isinstance(given, str) else list(given))
     trainer: L.Trainer = instantiate(
         config.trainer,
         callbacks=[mimic, checkpoints],
         logger=False,
-        max_epochs=len(config.checkpoints),
+        max_epochs=len(checkpoints.checkpoints),
         limit_val_batches=0,
         enable_checkpointing=False,
     )

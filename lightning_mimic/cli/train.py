@@ -27,7 +27,7 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
         callbacks.append(
             ModelCheckpoint(
                 config.save_epochs_to,
-                "{epoch}",
+                "{epoch:03d}",
                 auto_insert_metric_name=False,
                 save_top_k=-1,
                 every_n_epochs=1,

@@ -89,6 +89,7 @@ def plot_quality(path: str | Path, comparison: Comparison) -> None:
             axes.plot(x, y, mark, color=colour, label=name)
     axes.set_yticks(list(places), [each.name for each in datasets])
     axes.set_xlim(-2, 102)
+    axes.set_ylim(-0.6, len(datasets) - 0.4)
     axes.set_xlabel("% of samples")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)
