@@ -67,7 +67,7 @@ def generate(folder: Path, ids: int, epochs: int, rows_per_part: int, seed: int 
             writer.flush()
 
 
-def measured(folder: Path, method: str, out: Path) -> dict[str, Any]:
+def measured(folder: Path, method: str, out: Path, memory: str) -> dict[str, Any]:
     """One run in this process: its seconds and its greatest memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
@@ -76,7 +76,7 @@ def measured(folder: Path, method: str, out: Path) -> dict[str, Any]:
     if chosen is None:
         Ledger(folder).parts()
     else:
-        kept = curate(folder, chosen, out).kept
+        kept = curate(folder, chosen, out, memory=memory).kept
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"method": method, "seconds": seconds, "kept": kept, "peak_gib": peak / 2**20, "start_gib": before / 2**20}
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--memory", default="2GB", help="of the database (%(default)s)")
     parser.add_argument("--folder", type=Path, default=None, help="for the ledgers; 15 GB for 10^9 rows")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_curation.json"))
     arguments = parser.parse_args()
@@ -103,15 +104,15 @@ def main() -> None:
                     for method in arguments.methods:
                         place = folder / f"out_{turn}"
                         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                            run = pool.submit(measured, folder / "ledger", method, place).result()
+                            run = pool.submit(measured, folder / "ledger", method, place, arguments.memory).result()
                         found.append(run | {"ids": ids, "rows": ids * arguments.epochs, "ledger_bytes": size})
                         shutil.rmtree(place, ignore_errors=True)
         finally:
             shutil.rmtree(folder)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"machine": processor(), "runs": found}, indent=2))
+    arguments.out.write_text(json.dumps({"machine": processor(), "memory": arguments.memory, "runs": found}, indent=2))
     show(console, found)
-    console.print(f"{processor()}. {arguments.out}")
+    console.print(f"{processor()}; the database may hold {arguments.memory}. {arguments.out}")
 
 
 def show(console: Console, found: list[dict[str, Any]]) -> None:

@@ -1,5 +1,6 @@
 """Every file of conf/ composes and builds what it names; every experiment trains a batch; the command line works."""
 
+import configparser
 import shutil
 import subprocess
 import sys
@@ -19,16 +20,27 @@ from lightning_mimic.cli.train import train
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
 GROUPS = sorted(p.relative_to(CONF) for p in CONF.rglob("*.yaml") if p.parent.name not in ("conf", "experiment"))
+ROOTS = sorted(p.stem for p in CONF.glob("*.yaml"))
+# What else than mimic-train may have a group, and what such a command cannot do without.
+SCORE, CURATE = ["ledger=scores", "checkpoints=[a.ckpt]"], ["ledger=scores"]
+SCORED = ("data", "data/noise", "model", "model/backbone", "mimic", "trainer", "paths")
+COMMANDS = {
+    "train": ("train", "mimic-train experiment=digits_noisy", "digits_noisy, digits_reference"),
+    "score": ("score", "mimic-score experiment=", "checkpoints: ???"),
+    "curate": ("curate:curate_main", "mimic-curate ledger=scores/", "filter: ensemble, gmm, kmeans, sign, threshold"),
+    "select": ("curate:select_main", "mimic-select 'recipe=", "recipe: ???"),
+    "compare": ("curate:compare_main", "mimic-compare 'manifests=", "manifests: ???"),
+}
 EXPERIMENTS = sorted(p.stem for p in CONF.glob("experiment/*.yaml"))
 QUIET = ["trainer.enable_progress_bar=false", "logger=none", "trainer.enable_checkpointing=false"]
 # Two packages' habits: a deprecated call within Lightning, and an unused trainer flag under fast_dev_run.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fast_dev_run.*")
 
 
-def composed(folder: Path, *overrides: str):
+def composed(folder: Path, *overrides: str, root: str = "train"):
     with initialize_config_module("lightning_mimic.conf", version_base="1.3"):
         paths = [f"paths.output={folder}", f"paths.reference={folder / 'reference.ckpt'}"]
-        return compose("train", overrides=[*paths, *overrides])
+        return compose(root, overrides=[*(paths if root in ("train", "score") else []), *overrides])
 
 
 def reference(folder: Path) -> Path:
@@ -36,12 +48,27 @@ def reference(folder: Path) -> Path:
     return folder / "reference.ckpt"
 
 
-@pytest.mark.parametrize("path", GROUPS, ids=str)
-def test_every_file_builds_what_it_names(path, tmp_path):
+def test_every_root_is_a_command_and_every_group_has_one():
+    assert sorted(COMMANDS) == ROOTS
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    said = dict(line.split(" = ") for line in setup["options.entry_points"]["console_scripts"].strip().splitlines())
+    modules = {name: module if ":" in module else f"{module}:main" for name, (module, *_) in COMMANDS.items()}
+    assert said == {f"mimic-{name}": f"lightning_mimic.cli.{module}" for name, module in modules.items()}
+
+
+WHERE = [("train", path) for path in GROUPS if path.parent.name != "filter"]
+WHERE += [("score", path) for path in GROUPS if path.parent.as_posix() in SCORED]
+WHERE += [("curate", path) for path in GROUPS if path.parent.name == "filter"]
+
+
+@pytest.mark.parametrize(("root", "path"), WHERE, ids=str)
+def test_every_file_builds_what_it_names(root, path, tmp_path):
     group, option = path.parent.as_posix(), path.stem
     if option == "aligned_architecture":  # which puts weights into the module that it makes
         reference(tmp_path)
-    node = composed(tmp_path, f"{group}={option}")
+    given = {"train": [], "score": SCORE, "curate": CURATE}[root]
+    node = composed(tmp_path, f"{group}={option}", *given, root=root)
     for part in group.split("/"):
         node = node[part]
     if option == "none":
@@ -101,21 +128,38 @@ def test_a_list_of_parameters_can_be_said(tmp_path):
     assert callback.parameters == ["head.weight", "head.bias"]
 
 
-def run(folder: Path, *words: str) -> str:
-    command = [sys.executable, "-m", "lightning_mimic.cli.train", *words]
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_for_scoring(experiment, tmp_path):
+    config = composed(tmp_path, f"experiment={experiment}", *SCORE, root="score")
+    assert config.checkpoints == ["a.ckpt"]
+    assert instantiate(config.data).train == {"digits_reference": "trusted"}.get(experiment, "noisy")
+
+
+def test_what_a_command_cannot_do_without_is_missing_until_it_is_said(tmp_path):
+    needed = {"train": set(), "score": {"checkpoints", "ledger"}, "curate": {"ledger"}}
+    needed |= {"select": {"recipe", "out"}, "compare": {"manifests"}}
+    for root in ROOTS:
+        assert OmegaConf.missing_keys(composed(tmp_path, root=root)) == needed[root], root
+
+
+def run(folder: Path, *words: str, module: str = "train") -> str:
+    name, _, function = module.partition(":")
+    call = f"import sys, lightning_mimic.cli.{name} as m; sys.argv[0] = 'mimic'; m.{function}()"
+    how = ["-c", call] if function else ["-m", f"lightning_mimic.cli.{name}"]
+    command = [sys.executable, *how, *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def test_help_says_how_to_start(tmp_path):
-    text = run(tmp_path, "--help")
-    for part in (
-        "mimic-train experiment=digits_noisy",
-        "experiment: digits_noisy, digits_reference",
-        "temperature: 1.0",
-    ):
+@pytest.mark.parametrize("root", COMMANDS)
+def test_help_says_how_to_start(root, tmp_path):
+    module, *parts = COMMANDS[root]
+    text = run(tmp_path, "--help", module=module)
+    own = {"train": ["temperature: 1.0"], "score": ["reweight: true"], "curate": ["unscored: fail"]}
+    for part in [f"mimic-{root}: ", *parts, *own.get(root, [])]:
         assert part in text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_processes_by_the_command_line(tmp_path):

@@ -6,6 +6,8 @@ import pickle
 import re
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -201,13 +203,15 @@ def read(batches):
 
 
 def test_the_digits_parts_are_disjoint_and_together_all():
-    parts = {name: read(digits(name).train_dataloader())[0] for name in ("trusted", "trusted_fit", "noisy")}
+    names = ("trusted", "trusted_fit", "trusted_held", "noisy")
+    parts = {name: read(digits(name).train_dataloader())[0] for name in names}
     parts |= {"val": read(digits().val_dataloader())[0], "test": read(digits().test_dataloader())[0]}
-    sizes = {"trusted": 200, "trusted_fit": 150, "noisy": 1097, "val": 50, "test": 500}
+    sizes = {"trusted": 200, "trusted_fit": 150, "trusted_held": 50, "noisy": 1097, "val": 50, "test": 500}
     assert {name: len(part) for name, part in parts.items()} == sizes
     ids = {name: set(part.tolist()) for name, part in parts.items()}
     assert ids["test"] | ids["trusted"] | ids["noisy"] == set(range(1797))
     assert ids["trusted_fit"] | ids["val"] == ids["trusted"]
+    assert ids["trusted_held"] == ids["val"]
 
 
 def test_the_digits_ids_are_rows_and_only_noisy_labels_are_spoilt():
@@ -234,8 +238,53 @@ def test_the_digits_split_and_order_depend_on_the_seed():
     assert set(first) != set(other)
 
 
+@pytest.mark.parametrize(("rate", "wrong"), [(0, 0), (0.4, 20), (1, 50)])
+def test_the_trusted_images_that_are_held_out_are_spoilt_by_the_noise_alone(rate, wrong):
+    labels = torch.tensor(load_digits().target)
+    module = digits("trusted_held", rate=rate)
+    ids, given, shown = read(module.train_dataloader())
+    assert int((given != labels[ids]).sum()) == wrong
+    assert torch.equal(shown, module.images(ids))
+    others, again, _ = read(digits("trusted_held", rate=rate, batch_size=7).train_dataloader())
+    assert set(zip(others.tolist(), again.tolist(), strict=True)) == set(zip(ids.tolist(), given.tolist(), strict=True))
+    val_ids, val_labels, _ = read(module.val_dataloader())
+    assert torch.equal(val_labels, labels[val_ids])
+
+
+def manifest(folder, ids, keep):
+    pq.write_table(pa.table({"id": ids, "keep": keep}), folder / "manifest.parquet")
+    return folder / "manifest.parquet"
+
+
+def test_the_digits_that_a_manifest_keeps_train_with_their_labels_and_no_others(tmp_path):
+    whole = digits()
+    ids = whole.noisy_ids.tolist()
+    given = dict(zip(ids, whole.given_labels.tolist(), strict=True))
+    backwards = sorted(ids, reverse=True)
+    path = manifest(tmp_path, backwards, [each % 3 == 0 for each in backwards])
+    for named in (path, str(path)):
+        module = digits(keep=named)
+        shown, labels, images = read(module.train_dataloader())
+        assert sorted(shown.tolist()) == sorted(each for each in ids if each % 3 == 0)
+        assert labels.tolist() == [given[each] for each in shown.tolist()]
+        torch.testing.assert_close(images, whole.images(shown))
+    for name in ("val_dataloader", "test_dataloader"):
+        assert torch.equal(read(getattr(module, name)())[0], read(getattr(whole, name)())[0])
+
+
+def test_a_manifest_for_other_digits_or_parts_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`keep` is a choice among the noisy images, and `train` is 'trusted_held'"):
+        digits("trusted_held", keep="curated/manifest.parquet")
+    ids = digits(seed=1).noisy_ids.tolist()
+    with pytest.raises(ValueError, match="decides on 1097 samples and the data set has 1097"):
+        digits(keep=manifest(tmp_path, ids, [True] * 1097)).train_dataloader()
+    with pytest.raises(ValueError, match="keeps none of its 1097 samples"):
+        digits(keep=manifest(tmp_path, digits().noisy_ids.tolist(), [False] * 1097)).train_dataloader()
+
+
 def test_an_unknown_part_is_refused_with_the_known():
-    with pytest.raises(ValueError, match="`train` is 'nosy'; expected one of 'trusted', 'trusted_fit', 'noisy'"):
+    known = "'trusted', 'trusted_fit', 'trusted_held', 'noisy'"
+    with pytest.raises(ValueError, match=f"`train` is 'nosy'; expected one of {known}"):
         DigitsDataModule("nosy")
 
 

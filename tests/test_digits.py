@@ -8,8 +8,8 @@ import pytest
 import torch
 from toys import trainer
 
-from lightning_mimic import GradMimic, Ledger
-from lightning_mimic.curation import detect, summarise
+from lightning_mimic import GradMimic
+from lightning_mimic.curation import curate, detect
 from lightning_mimic.data.digits import DigitsDataModule
 from lightning_mimic.data.noise import SymmetricNoise
 from lightning_mimic.models import ImageClassifier, SmallConvNet
@@ -68,7 +68,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, 
         )
         with doubt:
             accuracy, data = fitted(good, GradMimic(source, "head", ledger=folder / name))
-        summary = summarise(Ledger(folder / name).table())
+        summary = curate(folder / name, unscored="keep").manifest.table()
         place = {sample: k for k, sample in enumerate(data.noisy_ids.tolist())}
         scores = torch.tensor(summary["score"].to_pylist())
         wrong = data.wrong[[place[sample] for sample in summary["id"].to_pylist()]]

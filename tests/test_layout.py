@@ -78,7 +78,7 @@ def test_files_stay_readable():
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_importing_needs_the_core_only(path):
     # Optional packages are imported within the one function or file that owns them.
-    owners = {"curation/report.py": {"matplotlib"}}
+    owners = {"curation/report.py": {"matplotlib"}, "cli/curate.py": {"rich"}}
     allowed = {"lightning", "lightning_utilities", "torch", "torchmetrics", "hydra", "omegaconf", "pyarrow"}
     allowed |= owners.get(path.relative_to(ROOT / "lightning_mimic").as_posix(), set()) | {"lightning_mimic"}
     tops = set()
@@ -87,6 +87,50 @@ def test_importing_needs_the_core_only(path):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
             tops |= {name.split(".")[0] for name in names}
     assert tops <= allowed | set(sys.stdlib_module_names)
+
+
+# Who may import what is optional at all, if only within a function.
+OPTIONAL = {
+    "duckdb": {"curation/database.py"},
+    "snorkel": {"curation/label_model.py"},
+    "sklearn": {"curation/filters.py", "data/digits.py"},
+    "rich": {"cli/curate.py"},
+    "matplotlib": {"curation/report.py"},
+    "safetensors": {"reference/read.py"},
+    "torchvision": {"models/backbones.py"},
+}
+
+
+@pytest.mark.parametrize("package", OPTIONAL)
+def test_an_optional_package_has_its_owners(package):
+    users = {p.relative_to(ROOT / "lightning_mimic").as_posix() for p in FILES if package in tops_of(p)}
+    assert users == OPTIONAL[package]
+
+
+def tops_of(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def reached(path: Path, seen: set[Path]) -> set[Path]:
+    """All files of the package that importing one of them runs, without the package's front."""
+    if path not in seen:
+        seen.add(path)
+        for name in imports(path):
+            parts = name.split(".")
+            for last in range(2, len(parts) + 1 if parts[0] == "lightning_mimic" else 0):
+                there = ROOT.joinpath(*parts[:last])
+                for file in (there / "__init__.py", there.with_suffix(".py")):
+                    if file.exists():
+                        reached(file, seen)
+    return seen
+
+
+@pytest.mark.parametrize(("room", "others"), [("curation", {"data/ids.py"}), ("ledger", set())])
+def test_deciding_and_recording_reach_no_lightning_by_way_of_another_room(room, others):
+    files = set().union(*(reached(path, set()) for path in FILES if path.parent.name == room))
+    users = {p for p in files if tops_of(p) & {"lightning", "pytorch_lightning", "hydra"}}
+    # A manifest picks samples of a data set with ids, whose batches know how to move to a device.
+    assert {p.relative_to(ROOT / "lightning_mimic").as_posix() for p in users} == others
 
 
 def test_the_front_does_not_open_the_picture_room():

@@ -1,5 +1,6 @@
 """Scoring without training: a fit whose optimizer stands still, at one checkpoint per epoch."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,17 +52,70 @@ class AtCheckpoints(Callback):
             raise ValueError("`checkpoints` is empty; expected a directory of .ckpt files, or a list of files.")
         #: In the order of the ledger's epochs.
         self.checkpoints = [Path(path).expanduser() for path in checkpoints]
-        self._undo: Callable[[], None] | None = None
-        self._trainable: list[torch.nn.Parameter] = []
-        self._was_training: list[torch.nn.Module] = []
+        self._undo: list[Callable[[], None]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Checks all files, and takes the optimizer's place."""
+        if stage != "fit":
+            return
         mimic = _mimic_of(trainer)
-        if trainer.max_epochs != len(self.checkpoints):
+        self._check(trainer, mimic)
+        pl_module.configure_model()  # so that layers which a module builds there can be compared
+        for path in self.checkpoints:
+            _tensors(path, pl_module)
+        states = [(mimic, "examines"), *((p, "requires_grad") for p in pl_module.parameters())]
+        states += [(part, "training") for part in pl_module.modules()]
+        self._undo = [functools.partial(setattr, each, name, getattr(each, name)) for each, name in states]
+        self._undo.append(wrap_method(pl_module, "configure_optimizers", lambda call: _Still(pl_module)))
+        # A model that has trained may be as good as its reference; that says nothing against either.
+        mimic.examines = False
+        pl_module.load_state_dict(_tensors(self.checkpoints[0], pl_module))
+        scored = select_parameters(pl_module, "all" if mimic.parameters is None else mimic.parameters)
+        pl_module.requires_grad_(False)
+        for parameter in scored.values():
+            parameter.requires_grad_()
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuses to go on with a training."""
+        raise ValueError("`ckpt_path` resumes a training, and AtCheckpoints trains nothing; leave it out.")
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Goes to the epoch's checkpoint."""
+        pl_module.load_state_dict(_tensors(self.checkpoints[trainer.current_epoch], pl_module))
+        if trainer.current_epoch == 0:
+            said = [{"file": str(each), "sha256": _digest(each)} for each in self.checkpoints]
+            _mimic_of(trainer).note(trainer, {"checkpoints": said})
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Evaluation mode, whatever the module's own hooks have set."""
+        pl_module.eval()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Checks that every checkpoint had its turn."""
+        if trainer.current_epoch < len(self.checkpoints):
+            raise RuntimeError(
+                f"the fit ended after {trainer.current_epoch} of {len(self.checkpoints)} checkpoints, so the ledger "
+                "lacks the others; leave out what stops it early (`max_time`, EarlyStopping)."
+            )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leaves the module as it was."""
+        self._restore()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leaves the module as it was."""
+        self._restore()
+
+    def _check(self, trainer: pl.Trainer, mimic: GradMimic) -> None:
+        count = len(self.checkpoints)
+        if trainer.max_epochs != count or trainer.max_steps != -1:
             raise ValueError(
-                f"{len(self.checkpoints)} checkpoints need max_epochs={len(self.checkpoints)}, and the trainer has "
-                f"max_epochs={trainer.max_epochs}."
+                f"{count} checkpoints need max_epochs={count} and no max_steps, and the trainer "
+                f"has max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}."
             )
         if isinstance(mimic.reference, Aligned) and len(set(self.checkpoints)) > 1:
             raise ValueError(
@@ -73,48 +127,18 @@ class AtCheckpoints(Callback):
                 "`on_doubtful='align'` decides while a model begins to train; for scoring give the reference as it is, "
                 "or as lightning_mimic.Aligned(...)."
             )
-        for path in reversed(self.checkpoints):
-            _load(path, pl_module)
-        scored = select_parameters(pl_module, "all" if mimic.parameters is None else mimic.parameters)
-        kept = {id(parameter) for parameter in scored.values()}
-        self._trainable = [p for p in pl_module.parameters() if p.requires_grad and id(p) not in kept]
-        for parameter in self._trainable:
-            parameter.requires_grad_(False)
-        self._was_training = [part for part in pl_module.modules() if part.training]
-        pl_module.eval()
-        self._undo = wrap_method(pl_module, "configure_optimizers", lambda call: _Still(pl_module))
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Goes to the epoch's checkpoint."""
-        _load(self.checkpoints[trainer.current_epoch], pl_module)
-        if trainer.current_epoch == 0:
-            said = [{"file": str(each), "sha256": _digest(each)} for each in self.checkpoints]
-            _mimic_of(trainer).note(trainer, {"checkpoints": said})
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves the module as it was."""
-        self._restore()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves the module as it was."""
-        self._restore()
 
     def _restore(self) -> None:
-        if self._undo is None:
-            return
-        self._undo()
-        for parameter in self._trainable:
-            parameter.requires_grad_()
-        for part in self._was_training:
-            part.training = True
-        self._undo, self._trainable, self._was_training = None, [], []
+        for undo in self._undo:
+            undo()
+        self._undo = []
 
 
 class _Still(torch.optim.Optimizer):
     """Has gradients computed, and does nothing with them."""
 
     def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__([p for p in module.parameters() if p.requires_grad], {})
+        super().__init__([p for p in module.parameters() if p.requires_grad], {"lr": 0.0})
 
     def step(self, closure: Any = None) -> Any:
         return None if closure is None else closure()
@@ -124,27 +148,27 @@ def _mimic_of(trainer: pl.Trainer) -> GradMimic:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, GradMimic):
             return callback
-    raise ValueError("AtCheckpoints scores with a GradMimic; add one to the trainer's callbacks, in front of it.")
+    raise ValueError("AtCheckpoints scores with a GradMimic; add one to the trainer's callbacks.")
 
 
-def _load(path: Path, module: torch.nn.Module) -> None:
+def _tensors(path: Path, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A file's tensors, one for every one of the module's."""
     try:
         tensors = read_reference(path)
     except ReferenceLoadError as error:
         raise ReferenceLoadError(str(error).replace("`reference`", "`checkpoints`")) from error
     own = module.state_dict()
-    missing = sorted(set(own) - set(tensors))
-    strange = sorted(set(tensors) - set(own))
-    if missing or strange:
-        name, there = (missing[0], tensors) if missing else (strange[0], own)
-        where = f"{path} lacks" if missing else f"{type(module).__name__} does not have, and {path} does,"
-        raise ReferenceLoadError(
-            f"{where} {name!r} ({nearest_names(name, there)}); a checkpoint of this very module is needed."
-        )
-    try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ReferenceLoadError(f"{path} does not fit {type(module).__name__}: {error}") from error
+    only = "a checkpoint of this very module is needed."
+    for name in sorted(set(own) - set(tensors)):
+        raise ReferenceLoadError(f"{path} lacks {name!r} ({nearest_names(name, tensors)}); {only}")
+    for name in sorted(set(tensors) - set(own)):
+        module_name = type(module).__name__
+        raise ReferenceLoadError(f"{module_name} has no {name!r}, and {path} does ({nearest_names(name, own)}); {only}")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            shapes = f"{tuple(tensor.shape)} in {path} and {tuple(own[name].shape)} in {type(module).__name__}"
+            raise ReferenceLoadError(f"{name!r} is {shapes}; {only}")
+    return tensors
 
 
 def _digest(path: Path) -> str:

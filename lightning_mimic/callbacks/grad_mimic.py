@@ -116,6 +116,8 @@ class GradMimic(Callback):
         self.on_nonfinite = on_nonfinite
         self.math_attention = math_attention
         self.on_doubtful = on_doubtful
+        #: Look at the reference while the first samples train.
+        self.examines = True
         self._run: str | None = None
         self._attempt = 0
         self._aim: Aim | None = None
@@ -205,9 +207,7 @@ class GradMimic(Callback):
             return
         columns, figures = scored
         assert self._aim is not None
-        diagnosis = None
-        if pl_module.training:  # one that is only scored has trained already, and may be as good as its reference
-            diagnosis = self._aim.examine(batch, self._session.towards, columns)
+        diagnosis = self._aim.examine(batch, self._session.towards, columns) if self.examines else None
         self._checked_epoch = trainer.current_epoch
         columns |= class_columns(outputs, len(columns["flag"]))
         self._recorder.add(*self._place, self._ids, columns, self._session.doubt())

@@ -5,24 +5,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import hydra
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from lightning_mimic.cli.sentences import said
 from lightning_mimic.curation import Comparison, Curation, CurationError, Manifest, compare, curate, select
-from lightning_mimic.curation.manifest import EXPORTS, checked_exports
-from lightning_mimic.ledger import LedgerError
 
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name="curate")
 def curate_main(config: DictConfig) -> None:
     """Decides which samples of a ledger stay."""
     console = Console()
-    with _said("mimic-curate"):
+    with said("mimic-curate"):
         settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         del settings["filter"]
         with _progress(console) as progress:
@@ -33,23 +30,23 @@ def curate_main(config: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name="select")
 def select_main(config: DictConfig) -> None:
     """Composes filters."""
-    with _said("mimic-select"):
+    with said("mimic-select"):
         settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        exports = checked_exports(settings.pop("exports"))
         with _progress(Console()) as progress:
             manifest = select(**settings, progress=progress)
-            for name in exports:
-                EXPORTS[name].write(manifest, manifest.path.with_name(f"{manifest.path.stem}.{EXPORTS[name].file}"))
-    said = manifest.provenance
-    kept, samples = said["kept"], said["samples"]
-    print(f"{manifest.path}: {kept:,} of {samples:,} samples kept ({kept / samples:.1%})")  # noqa: T201
+    kept, samples = (manifest.provenance[name] for name in ("kept", "samples"))
+    print(f"{manifest.path}: {kept:,} of {samples:,} samples kept ({kept / max(samples, 1):.1%})")  # noqa: T201
 
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name="compare")
 def compare_main(config: DictConfig) -> None:
     """Puts data sets beside each other."""
-    with _said("mimic-compare"):
+    with said("mimic-compare"):
         settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        if not isinstance(settings["manifests"], dict):
+            raise CurationError(
+                f"`manifests` is {settings['manifests']!r}; expected names, as in {{new: a/manifest.parquet}}."
+            )
         manifests = {str(name): Manifest(path) for name, path in settings["manifests"].items()}
         comparison = compare(manifests, {str(name): share for name, share in (settings["noise"] or {}).items()})
         show_comparison(Console(), comparison)
@@ -130,7 +127,7 @@ def _progress(console: Console) -> Iterator[Any]:
         TaskProgressColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         tasks: dict[str, Any] = {}
 
         def tell(what: str, share: float) -> None:
@@ -139,16 +136,3 @@ def _progress(console: Console) -> Iterator[Any]:
             progress.update(tasks[what], completed=share)
 
         yield tell
-
-
-@contextlib.contextmanager
-def _said(command: str) -> Iterator[None]:
-    """Ends with a sentence, not with a traceback, where the input is at fault."""
-    try:
-        yield
-    except MissingMandatoryValue as error:
-        raise SystemExit(f"{command}: `{error.full_key}` is missing; `{command} --help` shows what it takes.") from None
-    except InstantiationException as error:
-        raise SystemExit(f"{command}: {error.__cause__ or error}") from None
-    except (CurationError, LedgerError) as error:
-        raise SystemExit(f"{command}: {error}") from None

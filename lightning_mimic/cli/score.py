@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from lightning_mimic.callbacks import AtCheckpoints
+from lightning_mimic.cli.sentences import said
 from lightning_mimic.ledger import Ledger
 
 
@@ -45,7 +46,8 @@ def score(config: DictConfig) -> Ledger:
 @hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name="score")
 def main(config: DictConfig) -> None:
     """The command line."""
-    ledger = score(config)
+    with said("mimic-score"):
+        ledger = score(config)
     print(Path(ledger.directory))  # noqa: T201
 
 

@@ -24,6 +24,9 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
     data, model = instantiate(config.data), instantiate(config.model)
     callbacks = [*([instantiate(config.mimic)] if config.get("mimic") else []), *more_callbacks]
     if config.save_epochs_to:
+        there = sorted(Path(config.save_epochs_to).glob("*.ckpt"))
+        if there and not config.resume:
+            raise ValueError(f"`save_epochs_to`: {there[0]} is there already, of another run; name another directory.")
         callbacks.append(
             ModelCheckpoint(
                 config.save_epochs_to,
@@ -32,6 +35,7 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
                 save_top_k=-1,
                 every_n_epochs=1,
                 save_on_train_epoch_end=True,
+                enable_version_counter=False,
             )
         )
     logger = instantiate(config.logger) if config.get("logger") else False

@@ -172,7 +172,8 @@ def _decide(database: Database, data: Scores, everyone: str, decision: Decision,
         f"""CREATE TABLE decided AS SELECT everyone.id, scores.score, coalesce(scores.scorings, 0) AS scorings,
             scores.lift, scores.label, scores.predicted, decision.keep AS opinion, votes_keep, votes,
             coalesce(decision.keep, {unscored == "keep"}) AS keep,
-            CASE WHEN decision.keep IS NULL THEN coalesce('no score: ' || scores.flag, 'never scored')
+            CASE WHEN decision.keep IS NULL THEN coalesce(
+                    'no score: ' || scores.flag, CASE WHEN scores.scorings > 0 THEN 'no vote on it' END, 'never scored')
                 WHEN NOT decision.keep THEN '{why}' END AS reason
         FROM {everyone} AS everyone
         LEFT JOIN {data.samples} AS scores ON everyone.id = scores.id
@@ -185,7 +186,7 @@ def _no_opinion(database: Database, count: int, samples: int) -> str:
     """The message for samples that no filter can judge."""
     example, reason = database.row("SELECT id, reason FROM decided WHERE opinion IS NULL ORDER BY id LIMIT 1")
     return (
-        f"{count} of {samples} samples have no score, such as {example!r} ({reason}), so nothing can be said of them. "
+        f"{count} of {samples} samples cannot be judged, such as {example!r} ({reason}). "
         "`unscored='keep'` keeps them, `unscored='drop'` drops them."
     )
 
@@ -225,7 +226,7 @@ def _calibration(
     signs = ", ".join(f"{name}.score >= 0" for name in (first, *others))
     joined = " ".join([first, *(f"JOIN {name} USING (id)" for name in others)])
     scored = " AND ".join(f"{name}.score IS NOT NULL" for name in (first, *others))
-    rows = database.connection.execute(f"SELECT {signs} FROM {joined} WHERE {scored}").fetchall()
+    rows = database.rows(f"SELECT {signs} FROM {joined} WHERE {scored}")
     return [row[0] for row in rows], [list(row[1:]) for row in rows]
 
 
@@ -261,7 +262,8 @@ def _placed(folder: Path, final: Path | None) -> Path:
     if final is None:
         return folder
     folder.chmod(0o755)  # mkdtemp's is its owner's alone
-    if final.is_dir():
-        final.rmdir()
-    os.replace(folder, final)
+    place = final.resolve()  # a link's target, if it is one
+    if place.is_dir():
+        place.rmdir()
+    os.replace(folder, place)
     return final

@@ -1,14 +1,16 @@
 """DuckDB, and nothing else in the package imports it: tables that need not fit into memory."""
 
 import contextlib
+import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from lightning_mimic.gradients import nearest_names
 
@@ -47,7 +49,7 @@ class Database:
         except ModuleNotFoundError as error:
             raise CurationError("curation needs DuckDB: pip install 'lightning-mimic[curation]'.") from error
         self._progress = progress
-        self._errors = duckdb.Error
+        self._errors, self._memory = duckdb.Error, memory
         self._spill = tempfile.mkdtemp(prefix="mimic-curate-")
         self.connection = duckdb.connect()
         # Order costs memory; where it matters, a query says so.
@@ -78,11 +80,15 @@ class Database:
     def run(self, sql: str, what: str = "") -> None:
         """Runs a statement; one that may take long says what it does."""
         with self._told(what):
-            self.connection.execute(sql)
+            self._answer(sql)
+
+    def rows(self, sql: str) -> list[tuple[Any, ...]]:
+        """All rows of a short answer."""
+        return list(self._answer(sql).fetchall())
 
     def row(self, sql: str) -> tuple[Any, ...]:
-        """The first row of a query that has one."""
-        return tuple(self.connection.execute(sql).fetchall()[0])
+        """The first row of an answer that has one."""
+        return self.rows(sql)[0]
 
     def value(self, sql: str) -> Any:
         """The one value of a query."""
@@ -90,45 +96,58 @@ class Database:
 
     def column(self, sql: str) -> list[Any]:
         """The first column of a short answer."""
-        return [row[0] for row in self.connection.execute(sql).fetchall()]
+        return [row[0] for row in self.rows(sql)]
 
     def arrays(self, sql: str) -> dict[str, Any]:
         """An answer as NumPy arrays by column."""
-        return dict(self.connection.execute(sql).fetchnumpy())
+        return dict(self._answer(sql).fetchnumpy())
 
-    def batches(self, sql: str, what: str = "") -> Iterator[pa.RecordBatch]:
+    def _answer(self, sql: str) -> Any:
+        try:
+            return self.connection.execute(sql)
+        except self._errors as error:
+            raise CurationError(
+                f"the database gave up: {first_line(error)} (It may hold {self._memory}; `memory` sets that.)"
+            ) from error
+
+    @contextlib.contextmanager
+    def reader(self, sql: str, what: str = "") -> Iterator[pa.RecordBatchReader]:
         """An answer piece by piece, in its order."""
         with self._told(what):
-            yield from self.connection.sql(sql).to_arrow_reader(1 << 17)
+            yield self.connection.sql(sql).to_arrow_reader(1 << 17)
 
     def columns(self, table: str) -> dict[str, str]:
         """Names and DuckDB's types of a table's columns."""
-        return {row[0]: row[1] for row in self.connection.execute(f"DESCRIBE SELECT * FROM {table}").fetchall()}
+        return {row[0]: row[1] for row in self.rows(f"DESCRIBE SELECT * FROM {table}")}
 
-    def file(self, path: str | Path, needed: tuple[str, ...]) -> str:
+    def file(self, path: str | Path, needed: Sequence[str]) -> str:
         """A Parquet or CSV file as something to select from; a CSV's columns are all text.
 
         Args:
             path: Of the file.
-            needed: Columns that it must have.
+            needed: Columns that it must have; a Parquet file's pages of these are read through, so that no damage that
+                a checksum tells goes unnoticed.
 
         Raises:
             CurationError: No such file, another kind of file, one that cannot be read, or a column that it lacks.
         """
         path = Path(path).expanduser()
-        readers = {".parquet": "read_parquet({})", ".csv": "read_csv({}, header = true, all_varchar = true)"}
-        if path.suffix not in readers:
+        if path.suffix not in (".parquet", ".csv"):
             raise CurationError(f"{path} is neither Parquet nor CSV by its name (.parquet, .csv).")
         if not path.is_file():
             raise CurationError(f"{path} is not there.")
-        table = readers[path.suffix].format(quoted(str(path)))
+        table = parquet(path) if path.suffix == ".parquet" else _csv(path)
         try:
-            there = self.columns(table)
-        except self._errors as error:
+            there = [row[0] for row in self.connection.execute(f"DESCRIBE SELECT * FROM {table}").fetchall()]
+            for name in needed:
+                if name not in there:
+                    raise CurationError(f"{path} has no column {name!r}; {nearest_names(name, there)}.")
+            if path.suffix == ".parquet":
+                with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+                    for _ in file.iter_batches(columns=list(needed)):
+                        pass
+        except (self._errors, OSError, pa.ArrowException) as error:
             raise CurationError(f"{path} cannot be read: {first_line(error)}") from error
-        for name in needed:
-            if name not in there:
-                raise CurationError(f"{path} has no column {name!r}; {nearest_names(name, there)}.")
         return table
 
     def ids(self, path: str | Path, kind: str, column: str = "id") -> str:
@@ -143,8 +162,8 @@ class Database:
             CurationError: As for :meth:`file`; missing ids, or ids of another type.
         """
         table, name = self.file(path, (column,)), named(column)
-        typed = f"TRY_CAST({name} AS {kind})"
         text = Path(path).suffix == ".csv"
+        typed = f"CASE WHEN {is_whole(name)} THEN TRY_CAST({name} AS BIGINT) END" if kind == "BIGINT" else name
         is_number = self.columns(table)[column] in _WHOLE
         if not text and is_number != (kind == "BIGINT"):
             said = {True: "whole numbers", False: "text"}
@@ -180,6 +199,31 @@ class Database:
             over.set()
             watcher.join()
         self.tell(what, 1.0)
+
+
+def parquet(*paths: Path) -> str:
+    """Parquet files as something to select from; nothing in their names means more than a name.
+
+    Example:
+        >>> parquet(Path("run[1]/a.parquet"))
+        "read_parquet(['run[[]1]/a.parquet'], hive_partitioning = false)"
+    """
+    return f"read_parquet([{', '.join(_literal(path) for path in paths)}], hive_partitioning = false)"
+
+
+def _csv(path: Path) -> str:
+    # Nothing is guessed: what looks like a number may be a name.
+    form = "delim = ',', quote = '\"', escape = '\"', comment = '', allow_quoted_nulls = false"
+    return f"read_csv({_literal(path)}, header = true, all_varchar = true, hive_partitioning = false, {form})"
+
+
+def _literal(path: Path) -> str:
+    return quoted(re.sub(r"[\[*?]", r"[\g<0>]", str(path)))
+
+
+def is_whole(column: str) -> str:
+    """SQL that is true where text is a whole number in the one way to write it."""
+    return f"regexp_full_match({column}::VARCHAR, '0|-?[1-9][0-9]*')"
 
 
 def quoted(text: str) -> str:

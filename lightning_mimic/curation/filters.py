@@ -1,6 +1,7 @@
 """Who stays: one vote on each sample's mean score, or on every scoring for an :class:`Ensemble`."""
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -112,12 +113,15 @@ class KMeans(Filter):
     def vote(self, rows: Rows) -> Vote:
         """Score against the middle between the two centres."""
         from sklearn.cluster import KMeans as Clusters
+        from sklearn.exceptions import ConvergenceWarning
 
         def cut(scores: Any) -> float:
-            if scores[0] == scores[-1]:
+            if len(scores) < 2:
                 return -math.inf
-            found = Clusters(2, n_init=1, random_state=self.seed).fit(scores[:, None])
-            return float(found.cluster_centers_.mean())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)  # of scores that are all the same
+                found = Clusters(2, n_init=1, random_state=self.seed).fit(scores[:, None])
+            return float(found.cluster_centers_.mean()) if len(set(found.labels_.tolist())) == 2 else -math.inf
 
         return _by_cut(rows, cut, "mean score in the lower of two clusters (below {})")
 
@@ -148,7 +152,7 @@ class Mixture(Filter):
         from sklearn.mixture import GaussianMixture
 
         spread = float(scores.std())
-        if len(scores) < 4 or spread == 0:
+        if len(scores) < 4 or spread <= 1e-12 * float(abs(scores).max()):
             return -math.inf
         # In units of their spread, because the smallest variance allowed is an absolute one.
         values = ((scores - scores.mean()) / spread)[:, None]

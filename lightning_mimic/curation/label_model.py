@@ -76,9 +76,11 @@ def fit_label_model(votes: Any, balance: float, seed: int = 0) -> FittedLabelMod
     balance = min(max(balance, _EXTREME), 1 - _EXTREME)
     with _own_random_numbers(), threadpool_limits(1):  # for so little, more threads wait for each other
         model = LabelModel(cardinality=2, verbose=False)
-        model.fit(
-            votes[:, informed], class_balance=[1 - balance, balance], seed=seed, n_epochs=_STEPS, progress_bar=False
-        )
+        shares = [1 - balance, balance]
+        try:
+            model.fit(votes[:, informed], class_balance=shares, seed=seed, n_epochs=_STEPS, progress_bar=False)
+        except Exception as error:  # snorkel has no type of its own for a fit that diverges
+            raise CurationError(f"the label model cannot be fitted ({error}); decide by the majority.") from error
         # By voter, vote (drop, keep) and truth (drop, keep).
         table = np.log(model.get_conditional_probs()[:, 1:])
     keep, drop = np.zeros(votes.shape[1]), np.zeros(votes.shape[1])

@@ -52,7 +52,7 @@ class Manifest:
             raise CurationError(f"{self.path} is no manifest: there is no such file.")
         try:
             form = pq.read_schema(self.path)
-        except (OSError, ValueError) as error:
+        except (OSError, pa.ArrowException) as error:
             raise CurationError(f"{self.path} is no manifest: {first_line(error)}") from error
         if not {"id", "keep"} <= set(form.names):
             raise CurationError(f"{self.path} is no manifest: its columns are {', '.join(form.names)}.")
@@ -78,7 +78,7 @@ class Manifest:
     def to_csv(self, path: str | Path) -> None:
         """Writes the table as CSV."""
         with Database() as database:
-            _copy(database, f"SELECT * FROM {self._read()}", Path(path))
+            _copy(database, f"SELECT * FROM {self._read(database)}", Path(path))
 
     def to_datacomp(self, path: str | Path) -> None:
         """Writes the kept ids as DataComp's resharder wants them: ``.npy`` of ``u8,u8``, sorted, repeats kept.
@@ -88,18 +88,19 @@ class Manifest:
         """
         import numpy as np
 
-        kept = f"FROM {self._read()} WHERE keep"
         with Database() as database:
-            need_uids(database, self._read())
+            kept = f"FROM {self._read(database)} WHERE keep"
+            need_uids(database, self._read(database))
             count = database.value(f"SELECT count(*) {kept}")
             form = np.dtype("u8,u8")
             temporary = _beside(Path(path))
             with temporary.open("wb") as file:
                 header = {"descr": np.lib.format.dtype_to_descr(form), "fortran_order": False, "shape": (count,)}
                 np.lib.format.write_array_header_1_0(file, header)
-                for batch in database.batches(f"SELECT lower(id) AS id {kept} ORDER BY lower(id)"):
-                    digits = bytes.fromhex("".join(batch["id"].to_pylist()))
-                    file.write(np.frombuffer(digits, ">u8").astype("<u8").tobytes())
+                with database.reader(f"SELECT lower(id) AS id {kept} ORDER BY lower(id)") as batches:
+                    for batch in batches:
+                        digits = bytes.fromhex("".join(batch["id"].to_pylist()))
+                        file.write(np.frombuffer(digits, ">u8").astype("<u8").tobytes())
                 _sync(file)
         commit(temporary, Path(path))
 
@@ -113,17 +114,18 @@ class Manifest:
             CurationError: No labels were recorded.
         """
         with Database() as database:
-            need_labels(database, self._read())
+            table = self._read(database)
+            need_labels(database, table)
             rank = "percent_rank() OVER (PARTITION BY score IS NULL ORDER BY score)"
             _copy(
                 database,
                 f"SELECT id, NOT keep AS is_label_issue, CASE WHEN score IS NOT NULL THEN {rank} END AS label_quality, "
-                f"label AS given_label, predicted AS predicted_label FROM {self._read()} ORDER BY id",
+                f"label AS given_label, predicted AS predicted_label FROM {table} ORDER BY id",
                 Path(path),
             )
 
-    def _read(self) -> str:
-        return f"read_parquet({quoted(str(self.path))})"
+    def _read(self, database: Database) -> str:
+        return database.file(self.path, pq.read_schema(self.path).names)
 
 
 def need_uids(database: Database, table: str) -> None:
@@ -185,12 +187,11 @@ def write_manifest(path: Path, database: Database, query: str, provenance: Mappi
         provenance: What it was made of and how.
     """
     temporary = _beside(path)
-    batches = database.batches(query, "writing")
-    first = next(batches)
-    form = first.schema.with_metadata({_KEY: json.dumps(dict(provenance))})
-    with temporary.open("wb") as file:
-        with pq.ParquetWriter(file, form, compression="zstd", write_page_checksum=True) as writer:
-            writer.write_batch(first.replace_schema_metadata(form.metadata))
+    with temporary.open("wb") as file, database.reader(query, "writing") as batches:
+        form = batches.schema.with_metadata({_KEY: json.dumps(dict(provenance))})
+        with pq.ParquetWriter(
+            file, form, compression="zstd", write_page_checksum=True, write_statistics=False
+        ) as writer:
             for batch in batches:
                 writer.write_batch(batch.replace_schema_metadata(form.metadata))
         _sync(file)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
+from torchmetrics.utilities import dim_zero_cat
 
 from lightning_mimic.curation.detection import suspicion
 from lightning_mimic.curation.quality import estimate_quality
@@ -88,10 +89,17 @@ class DataQuality(Metric):
 
         Args:
             right: Mean scores with their true labels, shape ``(n,)``.
-            wrong: Of the same samples with wrong labels.
+            wrong: Of the same samples with wrong labels, shape ``(n,)``, or ``(n, k)`` for k of them; a sample with NaN
+                anywhere is left out.
         """
-        self.right.append(right >= 0)
-        self.wrong.append(wrong >= 0)
+        scored = ~(right.isnan() | wrong.reshape(len(right), -1).isnan().any(1))
+        self.right.append(right[scored] >= 0)
+        self.wrong.append(wrong[scored] >= 0)
+        self._computed = None  # what was computed before does not hold any more
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        """Counts a batch, as :meth:`update`; of one batch there is nothing to say."""
+        self.update(*args, **kwargs)
 
     def compute(self) -> Tensor:
         """The estimate, a scalar.
@@ -99,6 +107,6 @@ class DataQuality(Metric):
         Raises:
             CurationError: No samples, no trusted samples, or trusted ones that are not told apart.
         """
-        right, wrong = (torch.cat(list(part)) if len(part) else torch.zeros(0) for part in (self.right, self.wrong))
+        right, wrong = (dim_zero_cat(part) if len(part) else torch.zeros(0) for part in (self.right, self.wrong))
         quality = estimate_quality(int(self.kept), int(self.samples), right.cpu().numpy(), wrong.cpu().numpy())
         return torch.tensor(quality.estimate, device=self.kept.device)

@@ -66,11 +66,13 @@ def estimate_quality(
 
     right, wrong = np.asarray(right, dtype=float), np.asarray(wrong, dtype=float)
     wrong = wrong.mean(1) if wrong.ndim > 1 and wrong.size else wrong
-    if len(right) != len(wrong) or not len(right):
+    if len(right) != len(wrong) or not wrong.size:
         raise CurationError(
             f"{len(right)} trusted samples with true labels and {len(wrong)} with wrong ones; each must be scored both "
             "ways."
         )
+    if not (np.isfinite(right).all() and np.isfinite(wrong).all()):
+        raise CurationError("some trusted samples are neither kept nor not (NaN); leave those without a score out.")
     if not 0 <= kept <= samples or not samples:
         raise CurationError(f"{kept} kept of {samples} samples; there must be samples, and no more kept than these.")
     t, f = float(right.mean()), float(wrong.mean())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from lightning_mimic.curation.database import Database, quoted
+from lightning_mimic.curation.database import Database, parquet
 from lightning_mimic.ledger import Ledger
 
 #: Samples drawn to fit clusters, mixtures and the label model.
@@ -52,6 +52,8 @@ class Rows:
 
 class Scores:
     """A ledger, in a database.
+
+    Of a sample that an epoch repeats, the first scoring that gave a score counts.
 
     Args:
         ledger: Its directory.
@@ -103,7 +105,6 @@ class Scores:
 
     def _make(self) -> None:
         run, name = self.database.run, self._name
-        files = ", ".join(quoted(str(path)) for path in self.parts.paths)
         over = " OR ".join(f"(attempt = {number} AND step >= {step})" for number, step in self.parts.until.items())
         # NaN is no score, whoever wrote it; a sample alone in its batch has no weight to speak of.
         run(
@@ -111,50 +112,51 @@ class Scores:
             SELECT id, epoch, step, batch, rank, position, label, predicted, flag,
                 CASE WHEN isfinite(score) THEN score::DOUBLE END AS score,
                 CASE WHEN isfinite(score) AND flag <> 'alone' THEN weight::DOUBLE * batch_size END AS lift
-            FROM read_parquet([{files}]) {f"WHERE NOT ({over})" if over else ""}"""
+            FROM {parquet(*self.parts.paths)} {f"WHERE NOT ({over})" if over else ""}"""
         )
-        run(f"CREATE TABLE {name}_summary AS {self._means_of(f'{name}_everything')}", f"reading {name}")
-        run(f"CREATE TABLE {name}_repeated AS SELECT id FROM {name}_summary WHERE seen > epochs")
-        scored = "SELECT id, epoch, score, lift, label FROM {} WHERE score IS NOT NULL"
-        rows = scored.format(f"{name}_everything")
-        # A distributed sampler repeats some samples; a run resumed within an epoch starts that epoch's data again.
-        if self.database.value(f"SELECT count(*) FROM {name}_repeated"):
+        scored = "FROM {} WHERE score IS NOT NULL"
+        run(
+            f"CREATE TABLE {name}_summary AS {self._means_of(scored.format(f'{name}_everything'))}",
+            f"reading {name}",
+        )
+        # Not as simple as a mean of all rows: samples with a row without a score, and those that an epoch repeats (a
+        # distributed sampler repeats some; a run resumed within an epoch starts that epoch's data again).
+        run(
+            f"""CREATE TABLE {name}_odd AS SELECT id FROM {name}_summary WHERE seen > epochs
+            UNION SELECT id FROM {name}_everything WHERE score IS NULL"""
+        )
+        rows = f"SELECT id, epoch, score, lift, label {scored.format(f'{name}_everything')}"
+        if self.database.value(f"SELECT count(*) FROM {name}_odd"):
             run(
-                f"""CREATE TABLE {name}_once AS SELECT * FROM {name}_everything WHERE id IN (FROM {name}_repeated)
+                f"""CREATE TABLE {name}_once AS SELECT * FROM {name}_everything WHERE id IN (FROM {name}_odd)
                 QUALIFY row_number() OVER (PARTITION BY id, epoch ORDER BY step, batch, rank, position) = 1""",
                 f"repeats of {name}",
             )
-            run(f"DELETE FROM {name}_summary WHERE id IN (FROM {name}_repeated)")
-            run(f"INSERT INTO {name}_summary {self._means_of(f'{name}_once')}")
-            rows += f" AND id NOT IN (FROM {name}_repeated) UNION ALL {scored.format(f'{name}_once')}"
+            run(f"DELETE FROM {name}_summary WHERE id IN (FROM {name}_odd)")
+            run(f"INSERT INTO {name}_summary {self._means_of(f'FROM {name}_once')}")
+            rows += f""" AND id NOT IN (FROM {name}_odd)
+            UNION ALL SELECT id, epoch, score, lift, label {scored.format(f"{name}_once")}"""
         run(f"CREATE VIEW {name}_rows AS {rows}")
-        self._add_unscored()
         self._add_classes()
         self._count = int(self.database.value(f"SELECT count(*) FROM {self.samples}"))
 
     def _means_of(self, rows: str) -> str:
-        first, last = self.database.row(f"SELECT min(epoch), max(epoch) FROM {rows}")
+        first, last = self.database.row(f"SELECT min(epoch), max(epoch) FROM {self._name}_everything")
         # Every state counts: each row has its own until rows of a sample meet.
-        epochs = (
-            f"bitstring_agg(epoch, {first}, {last})" if last - first > 62 else f"bit_or(1::BIGINT << (epoch - {first}))"
+        bits = (
+            f"bit_or(1::BIGINT << (epoch - {first}))" if last - first < 63 else f"bitstring_agg(epoch, {first}, {last})"
         )
-        return f"""SELECT id, avg(score) AS score, count(*) AS scorings, avg(lift) AS lift, NULL::VARCHAR AS flag,
-            count(*) AS seen, bit_count({epochs}) AS epochs FROM {rows} WHERE score IS NOT NULL GROUP BY id"""
-
-    def _add_unscored(self) -> None:
-        """Samples that were in a batch and have no score."""
-        without = f"FROM {self._name}_everything WHERE score IS NULL"
-        if self.database.value(f"SELECT count(*) {without}"):
-            self.database.run(
-                f"""INSERT INTO {self._name}_summary SELECT id, NULL, 0, NULL, max(flag), 0, 0 {without}
-                AND id NOT IN (SELECT id FROM {self._name}_summary) GROUP BY id"""
-            )
+        odd = rows.endswith("_once")
+        scorings, flag = ("count(score)", "max(flag) FILTER (score IS NULL)") if odd else ("count(*)", "NULL::VARCHAR")
+        return f"""SELECT id, avg(score) AS score, {scorings} AS scorings, avg(lift) AS lift,
+            CASE WHEN {scorings} = 0 THEN {flag} END AS flag, count(*) AS seen, bit_count({bits}) AS epochs
+            {rows} GROUP BY id"""
 
     def _add_classes(self) -> None:
         """Labels and predictions as of each sample's last epoch; for most that is the ledger's last."""
         run, name = self.database.run, self._name
         kept = "id, score, scorings, lift, flag, seen"
-        if not self.parts.has_labels:
+        if not self.parts.has_classes:
             nothing = "NULL::BIGINT AS label, NULL::BIGINT AS predicted"
             run(f"CREATE VIEW {self.samples} AS SELECT {kept}, {nothing} FROM {name}_summary")
             return

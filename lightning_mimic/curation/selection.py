@@ -1,13 +1,14 @@
 """Other filters' tables and manifests, put together: and, or, minus, top and bottom."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from lightning_mimic.curation.database import CurationError, Database, Progress, named
-from lightning_mimic.curation.manifest import Manifest, write_manifest
+from lightning_mimic.curation.database import CurationError, Database, Progress, is_whole, named
+from lightning_mimic.curation.manifest import EXPORTS, Manifest, checked_exports, write_manifest
 from lightning_mimic.version import __version__
 
 End = Literal["top", "bottom"]
@@ -70,6 +71,7 @@ def select(
     recipe: str | Recipe,
     out: str | Path,
     *,
+    exports: Sequence[str] = (),
     allow_unknown: bool = False,
     memory: str = "2GB",
     progress: Progress | None = None,
@@ -79,6 +81,7 @@ def select(
     Args:
         recipe: What to select, see :meth:`Recipe.parse`. Equal values at an edge go by their ids.
         out: The manifest's path; it must not be there yet.
+        exports: ``"csv"`` or ``"datacomp"``, beside the manifest and named after it.
         allow_unknown: Tables need not all know the same samples; one that a table does not know is not in its term.
         memory: Of the database.
         progress: Told what is being done.
@@ -103,6 +106,7 @@ def select(
     out = Path(out).expanduser()
     if out.suffix != ".parquet":
         raise CurationError(f"`out` is {out}; a manifest is a .parquet file.")
+    checked_exports(exports)
     if out.exists():
         raise CurationError(f"`out`: {out} is there already; name another file, or delete it.")
     with Database(memory, progress) as database:
@@ -111,6 +115,8 @@ def select(
             _load(database, k, term, kind)
         if not allow_unknown:
             _same_samples(database, read.terms)
+        for name in exports:
+            EXPORTS[name].check(database, "term0")
         chosen = "SELECT DISTINCT id FROM term0 WHERE chosen"
         for k, joint in enumerate(read.joints, start=1):
             chosen = f"({chosen}) {_JOINTS[joint]} (SELECT id FROM term{k} WHERE chosen)"
@@ -133,13 +139,16 @@ def select(
             "kept": kept,
         }
         out.parent.mkdir(parents=True, exist_ok=True)
-        return write_manifest(
+        manifest = write_manifest(
             out,
             database,
             f"SELECT everyone.id, selected.id IS NOT NULL AS keep, {why} AS reason FROM ({everyone}) AS everyone "
             "LEFT JOIN selected ON everyone.id = selected.id ORDER BY everyone.id",
             provenance,
         )
+    for name in exports:
+        EXPORTS[name].write(manifest, out.with_name(f"{out.stem}.{EXPORTS[name].file}"))
+    return manifest
 
 
 def _term(text: str) -> Term:
@@ -165,7 +174,9 @@ def _kind(database: Database, terms: tuple[Term, ...]) -> str:
             return "VARCHAR" if database.columns(table)["id"] == "VARCHAR" else "BIGINT"
     # CSVs say only text.
     tables = [database.file(term.path, ("id",)) for term in terms]
-    numbers = all(not database.value(f"SELECT count(*) FROM {t} WHERE TRY_CAST(id AS BIGINT) IS NULL") for t in tables)
+    numbers = all(
+        not database.value(f"SELECT count(*) FROM {t} WHERE NOT coalesce({is_whole('id')}, false)") for t in tables
+    )
     return "BIGINT" if numbers else "VARCHAR"
 
 

@@ -95,6 +95,8 @@ class Ledger:
             for number in written
         }
         left = sorted({n for _, n, seen in whole if seen.first_step < until[n]})
+        if not left:
+            raise LedgerError(f"{self.directory} holds no rows that a later attempt did not go over again.")
         if len({attempts[number]["config_hash"] for number in left}) > 1:
             differing = differences([attempts[number]["config"] for number in left])
             raise LedgerError(
@@ -105,7 +107,7 @@ class Ledger:
             paths=tuple(path for path, _, _ in whole),
             id_type=whole[0][2].id_type,
             until={number: int(step) for number, step in until.items() if step < math.inf},
-            has_labels=any(seen.has_labels for _, _, seen in whole),
+            has_classes=any(seen.has_classes for _, _, seen in whole),
             attempts=tuple(left),
             lost=tuple(lost),
         )
@@ -141,7 +143,7 @@ class Parts:
         paths: Of the files.
         id_type: ``int64`` or ``string``.
         until: By attempt, the step from which on its rows were gone over again by a later one.
-        has_labels: Some row has a ``label``.
+        has_classes: Some row has a ``label`` or a ``predicted``.
         attempts: Those that have rows which hold.
         lost: What is damaged or missing, with the rows it held.
     """
@@ -149,7 +151,7 @@ class Parts:
     paths: tuple[Path, ...]
     id_type: pa.DataType
     until: Mapping[int, int]
-    has_labels: bool
+    has_classes: bool
     attempts: tuple[int, ...]
     lost: tuple[str, ...]
 
@@ -162,25 +164,24 @@ _READERS = 2
 class _Seen:
     id_type: pa.DataType
     first_step: int
-    has_labels: bool
+    has_classes: bool
 
 
 def _look(path: Path, rows: int, columns: Sequence[str] | None) -> _Seen:
     """Reads a part through, verifying every page's checksum, without keeping it."""
     with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
         form = file.schema_arrow
-        # Checksums do not cover a part's own description.
         if not form.equals(schema(form.field("id").type)) or file.metadata.num_rows != rows:
             raise ValueError(f"holds {file.metadata.num_rows} rows of columns {', '.join(form.names)}")
-        wanted = None if columns is None else sorted({*columns, "step", "label"})
-        read, first_step, has_labels = 0, math.inf, False
+        wanted = form.names if columns is None else sorted({*columns, "step", "label", "predicted"})
+        read, first_step, has_classes = 0, math.inf, False
         for batch in file.iter_batches(batch_size=1 << 16, columns=wanted, use_threads=False):
             read += batch.num_rows
             first_step = min(first_step, pc.min(batch["step"]).as_py())
-            has_labels = has_labels or batch["label"].null_count < batch.num_rows
+            has_classes = has_classes or any(batch[name].null_count < batch.num_rows for name in ("label", "predicted"))
     if read != rows:
         raise ValueError(f"holds {read} rows")
-    return _Seen(form.field("id").type, int(first_step), has_labels)
+    return _Seen(form.field("id").type, int(first_step), has_classes)
 
 
 def _missing(named: Sequence[tuple[Path, re.Match[str]]]) -> list[str]:

@@ -162,7 +162,8 @@ class LedgerWriter:
         temporary = self._directory / f".{name}.tmp"
         try:
             with temporary.open("wb") as file:
-                pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+                # No statistics: checksums do not cover them, and a query engine would believe them.
+                pq.write_table(table, file, compression="zstd", write_page_checksum=True, write_statistics=False)
                 file.flush()
                 os.fsync(file.fileno())
             commit(temporary, self._directory / name)

@@ -1,0 +1,286 @@
+"""Scoring at checkpoints: what a loop over per-sample gradients gives at just these weights, and nothing moves."""
+
+import hashlib
+import os
+
+import lightning.pytorch as pl
+import oracles
+import pytest
+import torch
+import torch.multiprocessing
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from safetensors.torch import save_file
+from test_aligned import Listed, stranger
+from torch import nn
+from toys import FEATURES, HIDDEN, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
+
+from lightning_mimic import Aligned, GradMimic, Ledger, WithIds, collate_with_ids
+from lightning_mimic.callbacks import AtCheckpoints
+from lightning_mimic.scorers import CosineSimilarity, GradNorm, ReferenceLoss, RhoLoss, Uniform
+
+CLOSE = {"rtol": 1e-6, "atol": 1e-6}
+
+
+class Moody(Toy):
+    """Is another network while it trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(HIDDEN)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.head(self.drop(torch.tanh(self.norm(self.body(x)))))
+
+
+class MoodyWithLosses(Moody, WithLosses):
+    pass
+
+
+class Decays(Moody):
+    """An optimizer that moves weights without a gradient, and a schedule."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.5, weight_decay=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1)}
+
+
+class Fails(Moody):
+    error = None
+
+    def training_step(self, batch, batch_idx):
+        if self.error and (self.trainer.current_epoch, batch_idx) == (1, 1):
+            raise self.error
+        return super().training_step(batch, batch_idx)
+
+
+class Watch(pl.Callback):
+    """Keeps the module's state as it is after each batch, and which parameters needed gradients."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        state = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
+        needed = {name for name, p in pl_module.named_parameters() if p.requires_grad}
+        self.seen.append((trainer.current_epoch, state, needed, pl_module.training))
+
+
+def toy_at(kind, k):
+    """The module of checkpoint k; its running statistics are no longer those of a fresh one."""
+    module = toy(kind, seed=10 + k)
+    module(1 + torch.randn(20, FEATURES, dtype=torch.float64, generator=torch.Generator().manual_seed(k)))
+    return module.eval()
+
+
+def checkpoints(folder, kind=Moody, count=3):
+    """Files in several formats."""
+    paths = [folder / f"{kind.__name__}{k}{('.ckpt', '.safetensors', '.pt')[k % 3]}" for k in range(count)]
+    for k, path in enumerate(paths):
+        state = toy_at(kind, k).state_dict()
+        if path.suffix == ".safetensors":
+            save_file(state, path)
+        else:
+            torch.save({"state_dict": state, "epoch": 7} if path.suffix == ".ckpt" else state, path)
+    return paths
+
+
+def scored(folder, module, paths, *, data=None, trainer_options=None, more=(), **options):
+    """Rows of the ledger, in order of epoch and id."""
+    data = toy_data(14) if data is None else data
+    settings = {"reference": parameters_of(toy(type(module), seed=1)), "parameters": "head", "reweight": False}
+    mimic = GradMimic(ledger=folder / "scores", **(settings | options))
+    fit = trainer(mimic, AtCheckpoints(paths), *more, epochs=len(paths), **(trainer_options or {}))
+    fit.fit(module, loader(data, shuffle=True, generator=torch.Generator().manual_seed(3)))
+    return Ledger(folder / "scores").table(deduplicate=False).sort_by([("epoch", "ascending"), ("id", "ascending")])
+
+
+def column(rows, name, epoch):
+    picked = [row[name] for row in rows.to_pylist() if row["epoch"] == epoch]
+    return torch.tensor([float("nan") if value is None else value for value in picked], dtype=torch.float64)
+
+
+TARGETS = {"head": ["head"], "norm": ["norm"], "two": ["body", "head"], "all": ["body", "norm", "head"]}
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("kind", [Moody, MoodyWithLosses])
+def test_every_epoch_has_the_scores_at_its_checkpoint(kind, targets, tmp_path):
+    data, reference, layers = toy_data(14), parameters_of(toy(kind, seed=1)), TARGETS[targets]
+    rows = scored(tmp_path, toy(kind), checkpoints(tmp_path, kind), parameters="all" if targets == "all" else layers)
+    assert rows["id"].to_pylist() == 3 * list(range(14))  # each once an epoch
+    for epoch in range(3):
+        module = toy_at(kind, epoch)
+        gradients = oracles.per_sample_gradients(module, losses_of, data[:])
+        chosen = {n: p for n, p in module.named_parameters() if n.split(".")[0] in layers}
+        expected = oracles.mimic_scores(gradients, reference, chosen)
+        torch.testing.assert_close(column(rows, "score", epoch), expected, **CLOSE)
+        if kind is MoodyWithLosses:
+            torch.testing.assert_close(column(rows, "loss", epoch), losses_of(module, data[:]).detach(), **CLOSE)
+            assert column(rows, "label", epoch).tolist() == data[:][1].tolist()
+    assert Ledger(tmp_path / "scores").meta["attempts"][0]["score_kind"] == "own_loss"
+
+
+def by_hand(scorer, module, reference, batch):
+    gradients = oracles.per_sample_gradients(module, losses_of, batch)
+    head = {n: p for n, p in module.named_parameters() if n.startswith("head")}
+    norms = torch.cat([gradients[n].flatten(1) for n in head], 1).norm(dim=1)
+    own, others = (losses_of(m, batch).detach() for m in (module, reference))
+    return {
+        "CosineSimilarity": lambda: oracles.mimic_scores(gradients, parameters_of(reference), head) / norms,
+        "GradNorm": lambda: norms,
+        "RhoLoss": lambda: own - others,
+        "ReferenceLoss": lambda: -others,
+        "Uniform": lambda: torch.zeros_like(own),
+    }[type(scorer).__name__]()
+
+
+@pytest.mark.parametrize("scorer", [CosineSimilarity(), GradNorm(), RhoLoss(), ReferenceLoss(), Uniform()])
+def test_other_scorers_score_at_checkpoints(scorer, tmp_path):
+    reference = toy_at(MoodyWithLosses, 8)
+    options = {"scorer": scorer, "reference": reference if scorer.needs & {"dot", "reference_losses"} else None}
+    options["parameters"] = "head" if scorer.needs & {"dot", "norms"} else None
+    rows = scored(tmp_path, toy(MoodyWithLosses), checkpoints(tmp_path, MoodyWithLosses), **options)
+    for epoch in range(3):
+        expected = by_hand(scorer, toy_at(MoodyWithLosses, epoch), reference, toy_data(14)[:])
+        torch.testing.assert_close(column(rows, "score", epoch), expected, **CLOSE)
+
+
+STEPS = {"plain": {}, "clipped": {"gradient_clip_val": 0.01}, "accumulated": {"accumulate_grad_batches": 3}}
+
+
+@pytest.mark.filterwarnings("ignore:.*samples held NaN")
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("reweight", [False, True])
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("kind", [Moody, MoodyWithLosses, Decays])
+def test_nothing_moves_to_the_bit(kind, steps, reweight, broken, tmp_path):
+    data, watch, module, paths = toy_data(14), Watch(), toy(kind), checkpoints(tmp_path, kind)
+    data.tensors[0][[2, 5]] = float("nan") if broken else 1.0
+    options = {"on_nonfinite": "mask_loss", "reweight": reweight}
+    scored(tmp_path, module, paths, data=data, trainer_options=STEPS[steps], more=[watch], **options)
+    assert len(watch.seen) == 3 * 4
+    for epoch, state, _, _ in watch.seen:
+        torch.testing.assert_close(state, dict(toy_at(kind, epoch).state_dict()), rtol=0, atol=0)
+    torch.testing.assert_close(dict(module.state_dict()), dict(toy_at(kind, 2).state_dict()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("chosen", "needed"), [("head", {"head.weight", "head.bias"}), ("norm.bias", {"norm.bias"})])
+def test_only_the_scored_parameters_need_gradients_in_evaluation_mode(chosen, needed, tmp_path):
+    watch = Watch()
+    scored(tmp_path, toy(Moody), checkpoints(tmp_path), parameters=chosen, more=[watch])
+    assert all(seen == needed and not training for _, _, seen, training in watch.seen)
+
+
+def traces(module):
+    """What a fit could have left on a module."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    left = [(name, h) for name, part in module.named_modules() for h in hooks if getattr(part, h)]
+    left += [name for name, p in module.named_parameters() if p._backward_hooks or p._post_accumulate_grad_hooks]
+    left += sorted({"configure_optimizers", "training_step", "sample_losses", "forward"} & vars(module).keys())
+    modes = {name: part.training for name, part in module.named_modules()}
+    return left, modes, {name: p.requires_grad for name, p in module.named_parameters()}
+
+
+class FailsInSetup(pl.Callback):
+    def setup(self, trainer, pl_module, stage):
+        raise RuntimeError("late")
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("boom"), KeyboardInterrupt(), "setup"])
+def test_the_module_is_left_as_it_was_however_it_ends(error, tmp_path):
+    module = toy(Fails)
+    module.norm.eval()
+    module.body.bias.requires_grad_(False)
+    before, module.error = traces(module), None if error == "setup" else error
+    run = {"more": [FailsInSetup()] if error == "setup" else []}
+    if error is None:
+        scored(tmp_path, module, checkpoints(tmp_path, Fails), **run)
+    else:
+        with pytest.raises(SystemExit if isinstance(error, KeyboardInterrupt) else RuntimeError):
+            scored(tmp_path, module, checkpoints(tmp_path, Fails), **run)
+    assert traces(module) == before
+    assert before[0] == []
+    assert isinstance(module.configure_optimizers(), torch.optim.SGD)
+    # And trains as one that was never scored.
+    module.error, fresh = None, toy(Fails)
+    fresh.load_state_dict(module.state_dict())
+    fresh.norm.eval()
+    fresh.body.bias.requires_grad_(False)
+    for each in (module, fresh):
+        torch.manual_seed(0)
+        trainer().fit(each, loader(toy_data(8)))
+    torch.testing.assert_close(parameters_of(module), parameters_of(fresh), rtol=0, atol=0)
+    assert not torch.equal(module.head.weight, toy_at(Fails, 2).head.weight)
+
+
+def test_the_ledger_names_the_checkpoints_by_content(tmp_path):
+    paths = checkpoints(tmp_path)
+    scored(tmp_path, toy(Moody), [str(path) for path in paths])
+    said = Ledger(tmp_path / "scores").meta["attempts"][0]["checkpoints"]
+    assert said == [{"file": str(p), "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in paths]
+    assert len({each["sha256"] for each in said}) == 3
+
+
+PAIRED = {"head": Moody, "all": MoodyWithLosses}
+
+
+def on_rank(rank, folder):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
+    for parameters, kind in PAIRED.items():
+        module = toy(kind)
+        batches = [list(range(start + 2 * rank, start + 2 * rank + 2)) for start in range(0, 16, 4)]
+        mine = torch.utils.data.DataLoader(WithIds(toy_data(16)), batch_sampler=batches, collate_fn=collate_with_ids)
+        paths = sorted(folder.glob(f"{kind.__name__}[0-9].*"))
+        reference = parameters_of(toy(kind, seed=1))
+        mimic = GradMimic(reference, parameters, reweight=False, ledger=folder / "two" / parameters)
+        options = {"devices": 2, "use_distributed_sampler": False, "plugins": [TorchElasticEnvironment()]}
+        strategy = DDPStrategy(process_group_backend="gloo")
+        trainer(mimic, AtCheckpoints(paths), epochs=3, strategy=strategy, **options).fit(module, mine)
+        torch.save(module.state_dict(), folder / f"{parameters}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_score_as_one(tmp_path):
+    for kind in PAIRED.values():
+        checkpoints(tmp_path, kind)
+    torch.multiprocessing.spawn(on_rank, (tmp_path,), nprocs=2)
+    for parameters, kind in PAIRED.items():
+        (tmp_path / "one" / parameters).mkdir(parents=True)
+        one = scored(
+            tmp_path / "one" / parameters,
+            toy(kind),
+            sorted(tmp_path.glob(f"{kind.__name__}[0-9].*")),
+            data=toy_data(16),
+            parameters=parameters,
+        )
+        ledger = Ledger(tmp_path / "two" / parameters)
+        two = ledger.table().sort_by([("epoch", "ascending"), ("id", "ascending")])
+        assert one["id"].to_pylist() == two["id"].to_pylist() == 3 * list(range(16))
+        for epoch in range(3):
+            torch.testing.assert_close(column(two, "score", epoch), column(one, "score", epoch), **CLOSE)
+        assert set(two["rank"].to_pylist()) == {0, 1}
+        assert len(ledger.meta["attempts"][0]["checkpoints"]) == 3
+        for rank in (0, 1):
+            state = torch.load(tmp_path / f"{parameters}-{rank}.pt", weights_only=True)
+            torch.testing.assert_close(state, toy_at(kind, 2).state_dict(), rtol=0, atol=0)
+
+
+def test_the_same_checkpoint_twice_scores_all_against_an_aligned_reference(tmp_path):
+    (path,), data, reference = checkpoints(tmp_path, count=1), toy_data(40), stranger()
+    mimic = GradMimic(Aligned(reference, every=3), "head", reweight=False, ledger=tmp_path / "s")
+    trainer(mimic, AtCheckpoints([path, path]), epochs=2).fit(toy(Moody), loader(data))
+    module, listed = toy_at(Moody, 0), Listed(reference, 3)
+    batches = [data[k : k + 4] for k in range(0, 40, 4)]
+    found = [listed(module, b, oracles.per_sample_gradients(module, losses_of, b)) for b in 2 * batches]
+    rows = Ledger(tmp_path / "s").table().sort_by([("epoch", "ascending"), ("id", "ascending")])
+    assert [score is not None for score in rows["score"].to_pylist()] == listed.known
+    assert listed.known == [False] * 28 + [True] * 52  # four samples per feature with the eighth batch
+    scores = torch.cat([column(rows, "score", epoch) for epoch in (0, 1)])
+    torch.testing.assert_close(scores[28:], torch.cat(found)[28:], **CLOSE)
