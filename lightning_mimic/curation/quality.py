@@ -84,7 +84,10 @@ def estimate_quality(
     generator = np.random.default_rng(seed)
     # A sample's answers are drawn together; there are few different ones.
     answers, counts = np.unique(np.stack([right, wrong], 1), axis=0, return_counts=True)
-    drawn = generator.multinomial(len(right), counts / len(right), _RESAMPLES) @ answers / len(right)
+    # Half a sample of either kind is drawn from as well: fifty of fifty have no spread, and could have been 49.
+    answers = np.concatenate([answers, [[1.0, 0.0], [0.0, 1.0]]])
+    chances = np.concatenate([counts, [0.5, 0.5]]) / (len(right) + 1)
+    drawn = generator.multinomial(len(right), chances, _RESAMPLES) @ answers / len(right)
     shares = generator.binomial(samples, kept / samples, _RESAMPLES) / samples
     difference = drawn[:, 0] - drawn[:, 1]
     with np.errstate(divide="ignore", invalid="ignore"):
