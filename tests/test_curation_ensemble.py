@@ -257,15 +257,15 @@ def test_the_model_is_fitted_on_drawn_samples_and_decides_on_all(tmp_path, monke
     write_scores(tmp_path, as_scores(votes))
     whole, _ = decided(tmp_path, Ensemble([Sign()]))
     monkeypatch.setattr("lightning_mimic.curation.scores.DRAWN", 1000)
-    sizes = []
+    given = []
 
-    def fit(votes, *more):
-        sizes.append(votes.shape)
-        return fit_label_model(votes, *more)
+    def fit(votes, balance, seed):
+        given.append((votes.shape, seed))
+        return fit_label_model(votes, balance, seed)
 
     monkeypatch.setattr("lightning_mimic.curation.ensemble.fit_label_model", fit)
-    drawn, _ = decided(tmp_path, Ensemble([Sign()]))
-    assert sizes[0] == (pytest.approx(1000, rel=0.15), 5)
+    drawn, _ = decided(tmp_path, Ensemble([Sign()], seed=4))
+    assert given == [((pytest.approx(1000, rel=0.15), 5), 4)]
     assert drawn.keys() == whole.keys()
     right = [np.mean([found[i][0] == truth[i] for i in found]) for found in (whole, drawn)]
     assert right[1] == pytest.approx(right[0], abs=0.02)

@@ -233,13 +233,14 @@ def test_every_epoch_has_its_own_cut(tmp_path):
     scores = np.stack([two(1, 600), 100 + 10 * two(2, 600), two(3, 600) / 100]).astype(np.float32).astype(np.float64)
     scores[1, :50] = np.nan
     (tmp_path / "alone").mkdir()
-    write_scores(tmp_path, scores, epochs=epochs)
-    for one in (KMeans(), Mixture(), TopK(fraction=0.1), Sign()):
+    labels = np.arange(600) % 3
+    write_scores(tmp_path, scores, epochs=epochs, label=labels)
+    for one in (KMeans(), Mixture(), TopK(fraction=0.1), TopK(count=9, per_class=True), Sign()):
         together = voted(tmp_path, one)
         assert len(together) == 3 * 600 - 50
         for k, epoch in enumerate(epochs):
             there = np.flatnonzero(np.isfinite(scores[k]))
-            alone, _ = on(tmp_path / "alone", scores[k, there], one)
+            alone, _ = on(tmp_path / "alone", scores[k, there], one, label=labels[there])
             assert [together[epoch, i] for i in there.tolist()] == alone.tolist(), (one, epoch)
     with Database() as database:
         reason = KMeans().vote(Scores(tmp_path, database).scorings()).reason

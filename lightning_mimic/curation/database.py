@@ -106,9 +106,8 @@ class Database:
         try:
             return self.connection.execute(sql)
         except self._errors as error:
-            raise CurationError(
-                f"the database gave up: {first_line(error)} (It may hold {self._memory}; `memory` sets that.)"
-            ) from error
+            hint = f"; it may hold {self._memory}, which `memory` sets" if "Memory" in type(error).__name__ else ""
+            raise CurationError(f"the database gave up: {first_line(error)}{hint}.") from error
 
     @contextlib.contextmanager
     def reader(self, sql: str, what: str = "") -> Iterator[pa.RecordBatchReader]:

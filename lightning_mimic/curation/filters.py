@@ -193,9 +193,9 @@ class TopK(Filter):
     def __post_init__(self) -> None:
         if (self.fraction is None) == (self.count is None):
             raise CurationError("top k needs either `fraction` or `count`.")
-        if self.fraction is not None and not 0 < self.fraction <= 1:
+        if self.fraction is not None and (isinstance(self.fraction, bool) or not 0 < self.fraction <= 1):
             raise CurationError(f"`fraction` is {self.fraction!r}; expected above 0 and at most 1.")
-        if self.count is not None and not (isinstance(self.count, int) and self.count > 0):
+        if self.count is not None and (type(self.count) is not int or self.count <= 0):
             raise CurationError(f"`count` is {self.count!r}; expected a whole number above 0.")
 
     def vote(self, rows: Rows) -> Vote:
@@ -221,6 +221,8 @@ def _by_cut(rows: Rows, cut: Any, reason: str) -> Vote:
 
     with threadpool_limits(1):  # for so little, more threads wait for each other
         cuts = {epoch: cut(scores) for epoch, scores in rows.drawn_scores.items()}
+    if not cuts:
+        raise CurationError("no sample has a score, so there is nothing to cut.")
     keep = f"score >= {by_epoch(rows.epochs, cuts)}"
     (first, *more) = cuts.values()
     return Vote(keep, reason.format("the cut of its epoch" if more else f"{first:.4g}"))

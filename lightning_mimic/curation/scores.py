@@ -53,7 +53,7 @@ class Rows:
 class Scores:
     """A ledger, in a database.
 
-    Of a sample that an epoch repeats, the first scoring that gave a score counts.
+    Of a sample that an epoch repeats, the first row counts, as in :meth:`lightning_mimic.Ledger.table`.
 
     Args:
         ledger: Its directory.

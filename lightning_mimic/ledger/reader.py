@@ -76,7 +76,7 @@ class Ledger:
             for done, ((path, match), look) in enumerate(zip(named, looks, strict=True), start=1):
                 try:
                     whole.append((path, int(match[2]), look.result()))
-                except (OSError, ValueError, KeyError) as error:  # pyarrow's errors among them
+                except (OSError, ValueError, KeyError, pa.ArrowException) as error:
                     lost.append(f"{path.name} ({match[5]} rows: {str(error).splitlines()[0]})")
                 if advance is not None:
                     advance(done, len(named))
