@@ -168,6 +168,8 @@ def _everyone(data: Scores, pool: str | Path | None) -> str:
 def _decide(database: Database, data: Scores, everyone: str, decision: Decision, unscored: Unscored) -> None:
     """The table ``decided``: all samples, the filter's opinion, and what is done."""
     why = decision.reason.replace("'", "''")
+    # On its own, so that its sums and the joins do not need their memory at once.
+    database.run(f"CREATE TABLE opinions AS {decision.query}", "deciding")
     database.run(
         f"""CREATE TABLE decided AS SELECT everyone.id, scores.score, coalesce(scores.scorings, 0) AS scorings,
             scores.lift, scores.label, scores.predicted, decision.keep AS opinion, votes_keep, votes,
@@ -177,8 +179,8 @@ def _decide(database: Database, data: Scores, everyone: str, decision: Decision,
                 WHEN NOT decision.keep THEN '{why}' END AS reason
         FROM {everyone} AS everyone
         LEFT JOIN {data.samples} AS scores ON everyone.id = scores.id
-        LEFT JOIN ({decision.query}) AS decision ON everyone.id = decision.id""",
-        "deciding",
+        LEFT JOIN opinions AS decision ON everyone.id = decision.id""",
+        "putting together",
     )
 
 

@@ -189,9 +189,9 @@ def write_manifest(path: Path, database: Database, query: str, provenance: Mappi
     temporary = _beside(path)
     with temporary.open("wb") as file, database.reader(query, "writing") as batches:
         form = batches.schema.with_metadata({_KEY: json.dumps(dict(provenance))})
-        with pq.ParquetWriter(
-            file, form, compression="zstd", write_page_checksum=True, write_statistics=False
-        ) as writer:
+        # Nothing but reasons repeats itself.
+        how = {"compression": "zstd", "use_dictionary": ["reason"], "write_statistics": False}
+        with pq.ParquetWriter(file, form, write_page_checksum=True, **how) as writer:
             for batch in batches:
                 writer.write_batch(batch.replace_schema_metadata(form.metadata))
         _sync(file)
