@@ -279,7 +279,15 @@ def test_progress_says_what_is_done_and_how_far_it_is(tmp_path):
     pool = tmp_path / "pool.parquet"
     curate(tmp_path / "scores", pool=pool, exports=["csv"], progress=lambda what, share: told.append((what, share)))
     stages = list(dict.fromkeys(what for what, _ in told))
-    assert stages == ["checking data", "reading data", "reading the pool", "deciding", "writing", "exporting csv"]
+    assert stages == [
+        "checking data",
+        "reading data",
+        "reading the pool",
+        "deciding",
+        "putting together",
+        "writing",
+        "exporting csv",
+    ]
     for stage in stages:
         shares = [share for what, share in told if what == stage]
         assert shares == sorted(shares)
