@@ -115,10 +115,8 @@ class Scores:
             FROM {parquet(*self.parts.paths)} {f"WHERE NOT ({over})" if over else ""}"""
         )
         scored = "FROM {} WHERE score IS NOT NULL"
-        run(
-            f"CREATE TABLE {name}_summary AS {self._means_of(scored.format(f'{name}_everything'))}",
-            f"reading {name}",
-        )
+        means = self._means_of(f"{name}_everything", only_scored=True)
+        run(f"CREATE TABLE {name}_summary AS {means}", f"reading {name}")
         # Not as simple as a mean of all rows: samples with a row without a score, and those that an epoch repeats (a
         # distributed sampler repeats some; a run resumed within an epoch starts that epoch's data again).
         run(
@@ -133,24 +131,25 @@ class Scores:
                 f"repeats of {name}",
             )
             run(f"DELETE FROM {name}_summary WHERE id IN (FROM {name}_odd)")
-            run(f"INSERT INTO {name}_summary {self._means_of(f'FROM {name}_once')}")
+            run(f"INSERT INTO {name}_summary {self._means_of(f'{name}_once', only_scored=False)}")
             rows += f""" AND id NOT IN (FROM {name}_odd)
             UNION ALL SELECT id, epoch, score, lift, label {scored.format(f"{name}_once")}"""
         run(f"CREATE VIEW {name}_rows AS {rows}")
         self._add_classes()
         self._count = int(self.database.value(f"SELECT count(*) FROM {self.samples}"))
 
-    def _means_of(self, rows: str) -> str:
+    def _means_of(self, table: str, *, only_scored: bool) -> str:
         first, last = self.database.row(f"SELECT min(epoch), max(epoch) FROM {self._name}_everything")
         # Every state counts: each row has its own until rows of a sample meet.
         bits = (
             f"bit_or(1::BIGINT << (epoch - {first}))" if last - first < 63 else f"bitstring_agg(epoch, {first}, {last})"
         )
-        odd = rows.endswith("_once")
-        scorings, flag = ("count(score)", "max(flag) FILTER (score IS NULL)") if odd else ("count(*)", "NULL::VARCHAR")
-        return f"""SELECT id, avg(score) AS score, {scorings} AS scorings, avg(lift) AS lift,
-            CASE WHEN {scorings} = 0 THEN {flag} END AS flag, count(*) AS seen, bit_count({bits}) AS epochs
-            {rows} GROUP BY id"""
+        scorings, flag = "count(*)", "NULL::VARCHAR"
+        if not only_scored:
+            scorings, flag = "count(score)", "CASE WHEN count(score) = 0 THEN max(flag) END"
+        return f"""SELECT id, avg(score) AS score, {scorings} AS scorings, avg(lift) AS lift, {flag} AS flag,
+            count(*) AS seen, bit_count({bits}) AS epochs
+            FROM {table} {"WHERE score IS NOT NULL" if only_scored else ""} GROUP BY id"""
 
     def _add_classes(self) -> None:
         """Labels and predictions as of each sample's last epoch; for most that is the ledger's last."""
