@@ -69,11 +69,11 @@ class AtCheckpoints(Callback):
         self._undo.append(wrap_method(pl_module, "configure_optimizers", lambda call: _Still(pl_module)))
         # A model that has trained may be as good as its reference; that says nothing against either.
         mimic.examines = False
-        pl_module.load_state_dict(_tensors(self.checkpoints[0], pl_module))
         scored = select_parameters(pl_module, "all" if mimic.parameters is None else mimic.parameters)
         pl_module.requires_grad_(False)
         for parameter in scored.values():
             parameter.requires_grad_()
+        pl_module.load_state_dict(_tensors(self.checkpoints[0], pl_module))
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
