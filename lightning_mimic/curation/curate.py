@@ -101,40 +101,46 @@ def curate(
     final = None if out is None else Path(out).expanduser()
     if final is not None and final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise CurationError(f"`out`: {final} is there already; name another directory, or delete it.")
-    with Database(memory, progress) as database, _folder(final) as folder:
-        data = Scores(ledger, database, allow_partial=allow_partial)
-        calibration = None if trusted is None or mislabelled is None else _calibration(data, trusted, mislabelled)
+    with _folder(final) as folder:
+        with Database(memory, progress) as database:
+            data = Scores(ledger, database, allow_partial=allow_partial)
+            calibration = None if trusted is None or mislabelled is None else _calibration(data, trusted, mislabelled)
+            for name in exports:
+                EXPORTS[name].check(database, data.samples)
+            everyone = _everyone(data, pool)
+            positive, scored = database.row(f"SELECT count_if(score >= 0), count(score) FROM {data.samples}")
+            if not scored:
+                raise CurationError(f"{data.ledger.directory}: none of its samples has a score.")
+            quality = None if calibration is None else estimate_quality(positive, scored, *calibration)
+            decision = chosen.decide(data)
+            _decide(database, data, everyone, decision, unscored)
+            samples, kept, without = database.row(
+                "SELECT count(*), count_if(keep), count_if(opinion IS NULL) FROM decided"
+            )
+            if without and unscored == "fail":
+                raise CurationError(_no_opinion(database, without, samples))
+            provenance = {
+                "package_version": __version__,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "ledger": {"directory": str(data.ledger.directory), "run": data.ledger.meta["run"], **_attempt(data)},
+                "filter": repr(chosen),
+                "facts": decision.facts,
+                "pool": None if pool is None else str(pool),
+                "unscored": {"samples": without, "are": unscored},
+                "lost": list(data.parts.lost),
+                "samples": samples,
+                "kept": kept,
+                "share_kept": positive / scored,
+                "quality": None if quality is None else asdict(quality),
+            }
+            written = write_manifest(folder / "manifest.parquet", database, _ORDERED, provenance)
+        # The database has let go of its memory by now; an export opens its own.
         for name in exports:
-            EXPORTS[name].check(database, data.samples)
-        everyone = _everyone(data, pool)
-        positive, scored = database.row(f"SELECT count_if(score >= 0), count(score) FROM {data.samples}")
-        if not scored:
-            raise CurationError(f"{data.ledger.directory}: none of its samples has a score.")
-        quality = None if calibration is None else estimate_quality(positive, scored, *calibration)
-        decision = chosen.decide(data)
-        _decide(database, data, everyone, decision, unscored)
-        samples, kept, without = database.row("SELECT count(*), count_if(keep), count_if(opinion IS NULL) FROM decided")
-        if without and unscored == "fail":
-            raise CurationError(_no_opinion(database, without, samples))
-        provenance = {
-            "package_version": __version__,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "ledger": {"directory": str(data.ledger.directory), "run": data.ledger.meta["run"], **_attempt(data)},
-            "filter": repr(chosen),
-            "facts": decision.facts,
-            "pool": None if pool is None else str(pool),
-            "unscored": {"samples": without, "are": unscored},
-            "lost": list(data.parts.lost),
-            "samples": samples,
-            "kept": kept,
-            "share_kept": positive / scored,
-            "quality": None if quality is None else asdict(quality),
-        }
-        written = write_manifest(folder / "manifest.parquet", database, _ORDERED, provenance)
-        for name in exports:
-            database.tell(f"exporting {name}", 0.0)
+            if progress is not None:
+                progress(f"exporting {name}", 0.0)
             EXPORTS[name].write(written, folder / EXPORTS[name].file)
-            database.tell(f"exporting {name}", 1.0)
+            if progress is not None:
+                progress(f"exporting {name}", 1.0)
         names = sorted(path.name for path in folder.iterdir())
         place = _placed(folder, final)
     manifest = Manifest(place / "manifest.parquet")
