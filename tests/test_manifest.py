@@ -275,3 +275,14 @@ def test_another_file_of_a_like_name_is_not_read(tmp_path):
     manifest(tmp_path / "run1.parquet", [8, 9])
     manifest(tmp_path / "run[1].parquet", [4, 5]).to_csv(tmp_path / "a.csv")
     assert [row["id"] for row in read_csv(tmp_path / "a.csv")] == ["4", "5"]
+
+
+def test_a_flipped_bit_of_an_id_is_not_another_sample(tmp_path):
+    path, ids = tmp_path / "manifest.parquet", list(range(1000, 1040))
+    table = pa.table({"id": ids, "keep": [True] * 40})
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
+    content = path.read_bytes()
+    place = content.index((1017).to_bytes(8, "little"))
+    path.write_bytes(content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :])  # 1017 becomes 953
+    with pytest.raises(ValueError, match=r"manifest\.parquet is no manifest: .*CRC"):
+        kept_of(WithIds(ids, [953 if i == 1017 else i for i in ids]), path)
