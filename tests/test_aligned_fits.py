@@ -9,7 +9,8 @@ from torch import nn
 from toys import CLASSES, FEATURES, HIDDEN, loader, parameters_of, toy, toy_data, trainer
 
 from lightning_mimic import Aligned, GradMimic, Ledger
-from lightning_mimic.reference import AlignedDirection, ridge
+from lightning_mimic.reference import ridge
+from lightning_mimic.reference.aligned_layer import AlignedLayer
 
 
 def sentences(warned):
@@ -160,13 +161,13 @@ def test_constant_features_leave_training_plain_and_are_said(value):
 def test_an_alignment_that_fails_leaves_the_last_one_that_worked():
     module = toy()
     targets = dict(module.head.named_parameters(prefix="head"))
-    direction = AlignedDirection(Aligned(stranger(), every=1), module, targets)
+    direction = AlignedLayer(Aligned(stranger(), every=1), module, targets)
     x = toy_data(40).tensors[0]
     assert bool(direction.vanishes(torch.tensor(1.0)))
-    direction.observe((x,), None, torch.tanh(module.body(x)))
+    direction.observe((x,), None, lambda: {"head.weight": torch.tanh(module.body(x))})
     before = dict(direction)
     assert not bool(direction.vanishes(direction.norm()))
-    direction.observe((x,), None, 1e200 * torch.tanh(module.body(x)))  # its square is no float64
+    direction.observe((x,), None, lambda: {"head.weight": 1e200 * torch.tanh(module.body(x))})  # its square is no float64
     torch.testing.assert_close(dict(direction), before, rtol=0, atol=0)
     assert int(direction.failed) == 1
     assert not bool(direction.vanishes(direction.norm()))

@@ -1,6 +1,6 @@
 """What the scores of a fit are taken against: the target parameters, and the way to the reference."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -22,6 +22,7 @@ from lightning_mimic.reference import (
     ReferenceLoadError,
     ReferenceSource,
     aliases_of,
+    aligned_direction,
     below_moves,
     fingerprint,
     match_reference,
@@ -111,12 +112,20 @@ class Aim:
         with torch.no_grad():
             return same_samples(self._model.sample_losses(batch), losses)  # type: ignore[operator]
 
-    def observe(self, batch: Any, ids: Ids | None, features: Tensor, clean: Tensor | None) -> None:
-        """Takes in what the target layer got of the clean samples, for the alignment."""
+    def observe(
+        self, batch: Any, ids: Ids | None, inputs: Callable[[], Mapping[str, Tensor]], clean: Tensor | None
+    ) -> None:
+        """Takes in what the target parameters were multiplied with, of the clean samples, for the alignment."""
         assert self._aligned is not None
-        if clean is not None:  # the features of a blanked sample belong to no sample
-            features = torch.where(clean.view(-1, *[1] * (features.ndim - 1)), features, torch.nan)
-        self._aligned.observe(batch, ids, features)
+
+        def known() -> Mapping[str, Tensor]:
+            if clean is None:
+                return inputs()
+            # The features of a blanked sample belong to no sample.
+            views = {name: (x, clean.view(-1, *[1] * (x.ndim - 1))) for name, x in inputs().items()}
+            return {name: torch.where(counts, x, torch.nan) for name, (x, counts) in views.items()}
+
+        self._aligned.observe(batch, ids, known)
 
     def examine(self, batch: Any, towards: Tensor | None, columns: Mapping[str, Tensor]) -> Diagnosis | None:
         """Looks at the reference in the first scored steps; with the last of them, says what it is worth.
@@ -219,10 +228,10 @@ class Aim:
         self.direction = Direction(held, self.targets)
         self.fingerprint = fingerprint(held)
         if self._on_doubtful == "align":
-            self._aligned = AlignedDirection(Aligned(source), module, self.targets)
+            self._aligned = aligned_direction(Aligned(source), module, self.targets)
             self.undecided = True
         return resemblance(module, tensors, self.targets, held) | {"below_moves": below_moves(module, self.targets)}
 
     def _align(self, aligned: Aligned, module: pl.LightningModule) -> None:
-        self.direction = self._aligned = AlignedDirection(aligned, module, self.targets)
+        self.direction = self._aligned = aligned_direction(aligned, module, self.targets)
         self.fingerprint = self._aligned.fingerprint

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_mimic.callbacks.aim import Aim
 from lightning_mimic.callbacks.batch import Ids, blank_nan_samples, sample_count
+from lightning_mimic.callbacks.features import target_features
 from lightning_mimic.callbacks.gating import Gate, Scope
 from lightning_mimic.callbacks.hooks import LossTap, wrap_method
 from lightning_mimic.callbacks.judgement import Judgement, judge
@@ -202,16 +203,18 @@ class Session:
         self._plan.tap.armed = False
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and loss.grad_fn is not None:
+            step = self._step = taken(loss, self._loss_tap, self._rows)
             self._reference_losses = self._aim.reference_losses(batch, self._loss_tap)
             if self._aim.aligns:
-                self._aim.observe(batch, self._ids, self._plan.call.inputs, self._clean)
+                self._aim.observe(
+                    batch, self._ids, lambda: target_features(self._plan, self._aim.targets, step), self._clean
+                )
             # Here, within DDP's forward, and not later: beyond it lies a node that must be passed once.
             with torch.autocast(loss.device.type, enabled=False):
-                self._after_forward(loss)
+                self._after_forward(step)
         return outputs
 
-    def _after_forward(self, loss: Tensor) -> None:
-        step = self._step = taken(loss, self._loss_tap, self._rows)
+    def _after_forward(self, step: Step) -> None:
         if self._check:
             self._decide(step)
         if self._loss_tap is not None:  # before the gate, which changes what is compared
@@ -219,12 +222,12 @@ class Session:
             self._loss_tap.compare(lambda: None if self._factor is None else self._factor / rows, self._compared)
         gate = self._plan.gate(step)
         if step.losses is None:
-            self._left_out = targets_left_out(made_by(loss), gate.node)
+            self._left_out = targets_left_out(made_by(step.loss), gate.node)
         if self._plan.way is Way.IN_PASS:
             hook_gradient(gate, self._on_gradient)
             return
         dot = norms = None
-        scale = torch.ones((), device=loss.device) if self._scale is None else self._scale
+        scale = torch.ones((), device=step.loss.device) if self._scale is None else self._scale
         if self._plan.way is not Way.NONE:
             dot, norms = self._plan.dot_and_norms(step, gate, self._aim.direction or {}, scale)
         judged = self._judge(dot, norms)

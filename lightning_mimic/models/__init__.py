@@ -1,6 +1,18 @@
 """LightningModules to train, and the backbones they stand on."""
 
 from lightning_mimic.models.backbones import SmallConvNet, torchvision_backbone
+from lightning_mimic.models.clip import CLIP
+from lightning_mimic.models.contrastive import global_pair_losses, pair_losses
 from lightning_mimic.models.image_classifier import ImageClassifier
+from lightning_mimic.models.zero_shot import ZeroShot, recalls
 
-__all__ = ["ImageClassifier", "SmallConvNet", "torchvision_backbone"]
+__all__ = [
+    "CLIP",
+    "ImageClassifier",
+    "SmallConvNet",
+    "ZeroShot",
+    "global_pair_losses",
+    "pair_losses",
+    "recalls",
+    "torchvision_backbone",
+]

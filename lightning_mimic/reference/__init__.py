@@ -1,6 +1,7 @@
 """The reference checkpoint: read, matched to the model, aligned when it is a stranger."""
 
 from lightning_mimic.reference.aligned import Aligned, AlignedDirection
+from lightning_mimic.reference.aligned_towers import aligned_direction
 from lightning_mimic.reference.diagnose import below_moves, diagnose, resemblance
 from lightning_mimic.reference.diagnosis import Diagnosis
 from lightning_mimic.reference.match import aliases_of, fingerprint, match_reference
@@ -14,6 +15,7 @@ __all__ = [
     "ReferenceLoadError",
     "ReferenceSource",
     "aliases_of",
+    "aligned_direction",
     "below_moves",
     "diagnose",
     "fingerprint",

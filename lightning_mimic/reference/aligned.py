@@ -6,18 +6,17 @@ outputs is a point in the model's own weights, and the direction to it means wha
 """
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mimic.gradients import Direction, owning_layer
+from lightning_mimic.gradients import Direction
 from lightning_mimic.reference.match import fingerprint
-from lightning_mimic.reference.model import reference_model
 from lightning_mimic.reference.moments import FORGETTING, Moments
 from lightning_mimic.reference.read import ReferenceSource
-from lightning_mimic.reference.ridge import ridge_fit
 
 #: Samples per feature without which the fit is not used.
 SAMPLES_PER_FEATURE = 4
@@ -27,13 +26,18 @@ class Aligned:
     """A reference of which only the outputs are used, because its weights mean something else than the model's.
 
     The target layer is refitted by ridge regression, so that from the model's current features it gives the
-    reference's outputs; the direction leads to that layer. The reference runs without gradients in one of ``every``
-    steps, and in each of the first until four samples per feature have been seen; until then weights are uniform.
+    reference's outputs; the direction leads to that layer. Of a CLIP (a module with ``encode_image`` and
+    ``encode_text``) both projections are refitted, after the reference's embeddings have been rotated into the model's
+    frame. The reference runs without gradients in one of ``every`` steps, and in each of the first until four samples
+    per feature have been seen; until then weights are uniform.
 
     Args:
         reference: A module of any architecture that gives what the target layer gives (the same classes in the
-            same order), or weights for the trained module's own architecture: a path or a state dict.
-        inputs: From a batch to what the reference is called with; the first of a tuple or list, if left out.
+            same order; for a CLIP one that has ``encode_image`` and ``encode_text``, of any width), or weights for the
+            trained module's own architecture: a path or a state dict. For a CLIP also
+            ``"open_clip:ARCHITECTURE/TAG"``, of any architecture.
+        inputs: From a batch to what the reference is called with; the first of a tuple or list, if left out, and the
+            first two for a CLIP.
         every: Scored micro-batches between two refits.
         cache: Keep the reference's outputs by sample id instead of asking for them again. Where a sample is
             the same in every epoch: not with random augmentation.
@@ -58,82 +62,80 @@ class Aligned:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"`every` counts micro-batches between two refits, 1 or more, not {every!r}.")
         self.reference = reference
-        self.inputs = first if inputs is None else inputs
+        self.inputs = inputs
         self.every = every
         self.cache = cache
 
 
-def first(batch: Any) -> Any:
-    """The first of a batch's parts, which is what most models are called with; ``ValueError`` if it has none."""
-    if isinstance(batch, list | tuple) and batch:
-        return batch[0]
-    raise ValueError(
-        f"the batch is a {type(batch).__name__}; say what of it the reference is called with: "
-        "`Aligned(..., inputs=lambda batch: batch['image'])`."
-    )
-
-
 class AlignedDirection(Direction):
-    """From the target layer to the layer that would give the reference's outputs; zero until that is known.
+    """From target parameters to those that would give the reference's outputs; zero until these are known.
 
     Args:
         aligned: The reference and how to ask it.
-        module: The module that is trained.
-        targets: All parameters of its target layer, by full name.
-
-    Raises:
-        ValueError: The target is not one whole linear layer.
+        model: The reference as a module that can be run.
+        targets: The target parameters, by full name.
+        features: As many as the widest of their layers takes.
+        moments: What is summed up, by name.
     """
 
-    def __init__(self, aligned: Aligned, module: nn.Module, targets: Mapping[str, nn.Parameter]) -> None:
-        path, layer = owning_layer(module, targets)
-        whole = {f"{path}.{name}" for name, _ in layer.named_parameters(recurse=False)}
-        if not isinstance(layer, nn.Linear) or set(targets) != whole:
-            raise ValueError(
-                f"`parameters`: an aligned reference refits one whole nn.Linear, not {', '.join(sorted(targets))} of a "
-                f"{type(layer).__name__}. Name the path of the model's last linear layer."
-            )
+    def __init__(
+        self,
+        aligned: Aligned,
+        model: nn.Module,
+        targets: Mapping[str, nn.Parameter],
+        features: int,
+        moments: Mapping[str, Moments],
+    ) -> None:
         super().__init__(targets, targets)
+        some = next(iter(targets.values()))
         self._aligned = aligned
         # In the trained model's precision, which is that of its batches.
-        self._model = reference_model(aligned.reference, module, method="forward").to(layer.weight.dtype)
-        self._weight, self._bias = f"{path}.weight", f"{path}.bias" if layer.bias is not None else None
-        self._needed = SAMPLES_PER_FEATURE * layer.in_features
-        # Without a bias the layer's outputs are fitted about zero.
-        self._moments = Moments(centred=layer.bias is not None)
+        self._model = model.to(some.dtype)
+        self._needed = SAMPLES_PER_FEATURE * features
+        self._moments = dict(moments)
         self._outputs: dict[int | str, Tensor] = {}
         self._steps = 0
         self._enough = False
-        device = layer.weight.device
-        self._fitted = torch.zeros((), dtype=torch.bool, device=device)
+        self._fitted = torch.zeros((), dtype=torch.bool, device=some.device)
         #: Of the reference's weights.
         self.fingerprint = fingerprint(self._model.state_dict())
         #: Refits whose equations could not be solved; what was fitted before them stays.
-        self.failed = torch.zeros((), dtype=torch.int64, device=device)
+        self.failed = torch.zeros((), dtype=torch.int64, device=some.device)
 
     @torch.no_grad()
-    def observe(self, batch: Any, ids: Tensor | Sequence[int] | Sequence[str] | None, features: Tensor) -> None:
+    def observe(
+        self,
+        batch: Any,
+        ids: Tensor | Sequence[int] | Sequence[str] | None,
+        inputs: Callable[[], Mapping[str, Tensor]],
+    ) -> None:
         """Takes in a micro-batch where its turn has come; after its forward pass, on every rank.
 
         Args:
             batch: What training_step got.
             ids: Its samples', for the cache.
-            features: What the target layer got, shape ``(B, ..., D)``.
+            inputs: Gives what each target parameter was multiplied with, by name, shape ``(B, ..., D)``; called if
+                it is needed.
 
         Raises:
-            ValueError: The reference does not give what the layer gives.
+            ValueError: The reference does not give what the model gives.
         """
         due = not self._enough or self._steps % self._aligned.every == 0
         self._steps += 1
         if not due:
             return
-        outputs = self._ask(batch, ids, (*features.shape[:-1], len(self[self._weight])))
+        features = inputs()
         forgetting = FORGETTING if self._enough else 1.0
-        held = self._moments.add(features.flatten(0, -2), outputs.flatten(0, -2), forgetting)
+        held = self._add(features, self._ask(batch, ids, features), forgetting)
         # A host sync, in the first steps only; of all ranks' samples, so that they agree.
-        self._enough = self._enough or bool(self._moments.count >= self._needed)
+        count = next(iter(self._moments.values())).count
+        self._enough = self._enough or bool(count >= self._needed)
         if self._enough:
-            self._refit(held)
+            fitted, sound = self._fit()
+            sound = sound & held
+            self.point_to({name: torch.where(sound, t, self._reference[name]) for name, t in fitted.items()})
+            self._fitted = self._fitted | sound
+            self.failed = self.failed + ~sound
 
     def vanishes(self, norm: Tensor) -> Tensor:
         """Whether there is no direction yet, or none any more (a boolean scalar, no host sync)."""
@@ -142,8 +144,9 @@ class AlignedDirection(Direction):
     def complaint(self) -> str | None:
         """What did not work out, as a sentence (a host sync); ``None`` if all did."""
         if not self._enough and self._steps:
+            count = int(next(iter(self._moments.values())).count)
             return (
-                f"the reference was never aligned, so all weights were uniform: {int(self._moments.count)} samples of "
+                f"the reference was never aligned, so all weights were uniform: {count} samples of "
                 f"the {self._needed} that it takes were seen. Train longer, or name a narrower layer."
             )
         if self.failed:
@@ -161,7 +164,7 @@ class AlignedDirection(Direction):
             "enough": self._enough,
             "fitted": self._fitted,
             "failed": self.failed,
-            "moments": self._moments.state_dict(),
+            "moments": {name: moments.state_dict() for name, moments in self._moments.items()},
             "reference": dict(self._reference),
         }
 
@@ -176,15 +179,34 @@ class AlignedDirection(Direction):
         device = self._fitted.device
         self._steps, self._enough = state["steps"], state["enough"]
         self._fitted, self.failed = state["fitted"].to(device), state["failed"].to(device)
-        self._moments.load_state_dict({name: tensor.to(device) for name, tensor in state["moments"].items()})
+        for name, moments in self._moments.items():
+            moments.load_state_dict({key: tensor.to(device) for key, tensor in state["moments"][name].items()})
         self.point_to({name: tensor.to(device) for name, tensor in state["reference"].items()})
 
-    def _key(self) -> str:
-        return f"{self.fingerprint} {self._weight} {tuple(self[self._weight].shape)}"
+    @abstractmethod
+    def _run(self, batch: Any, features: Mapping[str, Tensor]) -> Tensor:
+        """What the reference says of a batch, a row per sample; ``ValueError`` unless it fits the features."""
 
-    def _ask(self, batch: Any, ids: Tensor | Sequence[int] | Sequence[str] | None, shape: tuple[int, ...]) -> Tensor:
+    @abstractmethod
+    def _add(self, features: Mapping[str, Tensor], outputs: Tensor, forgetting: float) -> Tensor:
+        """Sums up what was seen; whether the sums could hold it, a boolean scalar."""
+
+    @abstractmethod
+    def _fit(self) -> tuple[dict[str, Tensor], Tensor]:
+        """The parameters that would give the reference's outputs, and whether that worked, a boolean scalar."""
+
+    def _key(self) -> str:
+        shapes = " ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self._reference.items())
+        return f"{self.fingerprint} {shapes}"
+
+    def _ask(
+        self,
+        batch: Any,
+        ids: Tensor | Sequence[int] | Sequence[str] | None,
+        features: Mapping[str, Tensor],
+    ) -> Tensor:
         if not self._aligned.cache:
-            return self._run(batch, shape)
+            return self._run(batch, features)
         if ids is None:
             raise ValueError(
                 "`Aligned(cache=True)` keeps outputs by sample id, and the batch carries none. Use "
@@ -192,25 +214,5 @@ class AlignedDirection(Direction):
             )
         keys: list[int | str] = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         if not all(key in self._outputs for key in keys):
-            self._outputs.update(zip(keys, self._run(batch, shape).cpu(), strict=True))
+            self._outputs.update(zip(keys, self._run(batch, features).cpu(), strict=True))
         return torch.stack([self._outputs[key] for key in keys]).to(self._fitted.device)
-
-    def _run(self, batch: Any, shape: tuple[int, ...]) -> Tensor:
-        with torch.inference_mode():
-            outputs = self._model(self._aligned.inputs(batch))
-        if not isinstance(outputs, Tensor):
-            raise ValueError(f"`Aligned`: the reference gives a {type(outputs).__name__}; expected a tensor.")
-        if outputs.shape != shape:
-            raise ValueError(
-                f"`Aligned`: the reference gives shape {tuple(outputs.shape)} where the target layer gives {shape}; "
-                "both must say the same things (classes, in one order) of the same samples."
-            )
-        return outputs
-
-    def _refit(self, held: Tensor) -> None:
-        fit = ridge_fit(self._moments)
-        sound = fit.sound & held
-        found = {self._weight: fit.weight} | ({} if self._bias is None else {self._bias: fit.bias})
-        self.point_to({name: torch.where(sound, tensor, self._reference[name]) for name, tensor in found.items()})
-        self._fitted = self._fitted | sound
-        self.failed = self.failed + ~sound

@@ -5,14 +5,16 @@ import copy
 from torch import nn
 
 from lightning_mimic.reference.match import aliases_of, match_reference
-from lightning_mimic.reference.read import ReferenceSource, read_reference
+from lightning_mimic.reference.pretrained import open_clip_model
+from lightning_mimic.reference.read import PUBLISHED, ReferenceSource, read_reference
 
 
 def reference_model(source: ReferenceSource, module: nn.Module, method: str = "sample_losses") -> nn.Module:
     """The reference with a method that it is asked by, frozen and in evaluation mode.
 
     Args:
-        source: A module that has this method, of whatever architecture, or weights for ``module``'s own.
+        source: A module that has this method, of whatever architecture, or weights for ``module``'s own;
+            ``"open_clip:ARCHITECTURE/TAG"`` is a module where towers are asked for.
         module: The module that is trained; has the method.
         method: Its name.
 
@@ -27,6 +29,8 @@ def reference_model(source: ReferenceSource, module: nn.Module, method: str = "s
         >>> reference_model({"weight": torch.ones(1, 1)}, nn.Linear(1, 1, bias=False)).weight.requires_grad
         False
     """
+    if isinstance(source, str) and source.startswith(PUBLISHED) and method.startswith("encode_"):
+        source = open_clip_model(source)
     if isinstance(source, nn.Module) and callable(getattr(source, method, None)):
         model = copy.deepcopy(source).to(next(module.parameters()).device)
     else:

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 #: What a reference may be given as.
 ReferenceSource = str | Path | nn.Module | Mapping[str, Tensor]
 
+#: What the name of one of open_clip's published models begins with.
+PUBLISHED = "open_clip:"
+
 # Where training code puts a model's weights within a checkpoint, Lightning's own key first.
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
 _CONVERT = (
@@ -31,7 +34,8 @@ def read_reference(source: ReferenceSource) -> dict[str, Tensor]:
 
     Args:
         source: Path of a Lightning ``.ckpt``, a ``.pt``/``.pth`` state dict or a ``.safetensors`` file, or
-            a module, or a state dict. Files are read with ``weights_only=True``, always.
+            a module, or a state dict, or one of open_clip's models, ``"open_clip:ARCHITECTURE/TAG"``. Files are read
+            with ``weights_only=True``, always.
 
     Returns:
         Name to tensor, on the CPU for files; dtypes as stored.
@@ -50,9 +54,13 @@ def read_reference(source: ReferenceSource) -> dict[str, Tensor]:
         return _tensors(source, "the given state dict")
     if not isinstance(source, str | Path):
         raise ReferenceLoadError(
-            f"`reference` has type {type(source).__name__}; expected a path (.ckpt, .pt, .safetensors), a module or a "
-            "state dict."
+            f"`reference` has type {type(source).__name__}; expected a path (.ckpt, .pt, .safetensors), a module, a "
+            "state dict or 'open_clip:ARCHITECTURE/TAG'."
         )
+    if str(source).startswith(PUBLISHED):
+        from lightning_mimic.reference.pretrained import open_clip_model  # it imports from here
+
+        return dict(open_clip_model(str(source)).state_dict())
     if "://" in str(source):
         raise ReferenceLoadError(f"`reference`: {source} is an address; download the file and give its path.")
     path = Path(source).expanduser()

@@ -1,0 +1,250 @@
+"""A CLIP over open_clip's towers, trained on image-text pairs."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_mimic.gradients import nearest_names
+from lightning_mimic.models.contrastive import global_pair_losses, pair_losses
+from lightning_mimic.models.zero_shot import ZeroShot, recalls
+from lightning_mimic.reference import match_reference, read_reference
+
+Tower = Literal["image", "text"]
+#: Cosines are multiplied with at most this, as CLIP was trained.
+MAX_SCALE = 100.0
+#: As open_clip and DataComp train.
+ADAMW = partial(torch.optim.AdamW, lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
+# Where open_clip's towers end in the space that they share; timm's, ResNet's and HuggingFace's towers included.
+_PROJECTIONS: dict[str, tuple[str, ...]] = {
+    "image": ("visual.proj", "visual.head.proj", "visual.head.mlp.fc2", "visual.attnpool.c_proj"),
+    "text": ("text_projection", "text.text_projection", "text.proj"),
+}
+
+
+class CLIP(pl.LightningModule):
+    """Two towers of open_clip under a contrastive loss over the pairs of all ranks.
+
+    A batch is ``(images, texts)``: ``(B, 3, H, W)`` as the towers' transform makes them, and int64 tokens ``(B, L)``.
+    A batch that evaluates may also be ``(images, labels)``, int64 ``(B,)``, which are classified by ``zero_shot``. Logs
+    ``train/loss``, ``val/loss`` (of a process's batch; depends on its size), ``val/image_to_text_recall@k``,
+    ``val/text_to_image_recall@k`` and ``val/zero_shot_accuracy``, and the same as ``test/``.
+
+    Args:
+        towers: ``open_clip.create_model(...)``, ``open_clip.CLIP(...)`` or ``open_clip.CustomTextCLIP(...)``.
+        pretrained: A checkpoint (anything a reference may be: a path, or ``open_clip:ARCHITECTURE/TAG``) whose weights
+            are taken over.
+        locked: Towers that do not train, ``"image"`` and ``"text"``, but for their projections into the shared space.
+        grad_checkpointing: Compute activations anew in the backward pass, to save memory.
+        zero_shot: Names and templates of the classes of labelled images.
+        optimizer: From parameter groups to an optimizer. The groups are two: weight decay is none for biases, norms,
+            other vectors and the logit scale.
+        warmup_steps: Over which the learning rate rises from zero, linearly; then it falls as a cosine, to zero at
+            the end of the fit.
+
+    Raises:
+        ValueError: Towers of another kind, or an unknown one to lock.
+        ReferenceLoadError: ``pretrained`` cannot be read or does not fit.
+
+    Example:
+        >>> import open_clip
+        >>> vision, text = {"layers": 1, "width": 64, "patch_size": 8, "image_size": 16}, {"layers": 1, "width": 64}
+        >>> model = CLIP(open_clip.CLIP(32, vision, text | {"context_length": 8, "heads": 2}))
+        >>> model.sample_losses((torch.zeros(3, 3, 16, 16), torch.ones(3, 8, dtype=torch.int64))).shape
+        torch.Size([3])
+    """
+
+    def __init__(
+        self,
+        towers: nn.Module,
+        pretrained: str | Path | None = None,
+        locked: Sequence[Tower] = (),
+        grad_checkpointing: bool = False,
+        zero_shot: ZeroShot | None = None,
+        optimizer: Callable[..., torch.optim.Optimizer] = ADAMW,
+        warmup_steps: int = 500,
+    ) -> None:
+        super().__init__()
+        if not callable(getattr(towers, "encode_text", None)) or not hasattr(towers, "logit_scale"):
+            raise ValueError(
+                f"`towers` is a {type(towers).__name__}; expected a CLIP of open_clip: `open_clip.create_model(...)`."
+            )
+        if getattr(towers, "logit_bias", None) is not None:
+            raise ValueError(
+                "`towers` has a logit bias, as SigLIP's models do, which are trained with another loss than CLIP's. "
+                "Take an architecture without one."
+            )
+        self.towers = towers
+        if pretrained is not None:
+            wanted = {n: t for n, t in towers.state_dict().items() if t.is_floating_point()}
+            towers.load_state_dict(match_reference(read_reference(pretrained), wanted), strict=False)
+        self.locked = [_known(tower) for tower in locked]
+        for tower in self.locked:
+            self._lock(tower)
+        if grad_checkpointing:
+            towers.set_grad_checkpointing()  # type: ignore[operator]
+        self.zero_shot = zero_shot
+        self._optimizer = optimizer
+        self.warmup_steps = warmup_steps
+        self._classifier: Tensor | None = None
+        self._evaluated: list[tuple[Tensor, Tensor, Tensor]] = []
+        classes = 2 if zero_shot is None else max(2, len(zero_shot.class_names))
+        self.val_accuracy = MulticlassAccuracy(classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(classes, average="micro")
+
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        """Embeddings of images, shape ``(B, K)``."""
+        embeddings: Tensor = self.towers.encode_image(images, normalize=normalize)  # type: ignore[operator]
+        return embeddings
+
+    def encode_text(self, texts: Tensor, normalize: bool = False) -> Tensor:
+        """Embeddings of captions, shape ``(B, K)``."""
+        embeddings: Tensor = self.towers.encode_text(texts, normalize=normalize)  # type: ignore[operator]
+        return embeddings
+
+    @property
+    def scale(self) -> Tensor:
+        """What cosines are multiplied with, a scalar."""
+        return self._logit_scale.exp().reshape(())
+
+    def sample_losses(self, batch: Any) -> Tensor:
+        """One loss per pair, the contract with the callback.
+
+        Args:
+            batch: Images and tokens.
+
+        Returns:
+            The mean of both cross-entropies, shape ``(B,)``; ``(B · ranks,)`` where there are several, of all ranks'
+            pairs in their order (:func:`~lightning_mimic.models.global_pair_losses`).
+        """
+        images, texts = batch
+        return global_pair_losses(self.encode_image(images), self.encode_text(texts), self.scale)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        losses = self.sample_losses(batch)
+        rows = len(batch[0])
+        self.log("train/loss", losses.detach().mean(), on_step=True, on_epoch=True, batch_size=rows)
+        # DDP averages over ranks, and each holds its own part of every pair's gradient.
+        return losses.mean() * (len(losses) // rows)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._logit_scale.clamp_(0, math.log(MAX_SCALE))
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, "val", self.val_accuracy)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, "test", self.test_accuracy)
+
+    def on_validation_epoch_end(self) -> None:
+        self._retrieve("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._retrieve("test")
+
+    def train(self, mode: bool = True) -> "CLIP":
+        """Training mode, in which locked towers stay in evaluation mode."""
+        super().train(mode)
+        for name, child in self.towers.named_children():
+            if ("image" if name == "visual" else "text") in self.locked:
+                child.eval()
+        return self
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        trained = {n: p for n, p in self.named_parameters() if p.requires_grad}
+        vectors = [p for p in trained.values() if p.ndim < 2]
+        matrices = [p for p in trained.values() if p.ndim >= 2]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = self._optimizer(groups)
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ValueError(
+                "the learning rate falls to zero at the end of the fit, and it is not known where that is: give the "
+                "trainer `max_steps`, or the data a length (`samples_per_epoch`, `sizes.json` beside the shards) and "
+                "the trainer `max_epochs`."
+            )
+        factor = partial(_warmup_cosine, warmup=self.warmup_steps, steps=int(steps))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def _logit_scale(self) -> Tensor:
+        scale = self.towers.logit_scale
+        assert isinstance(scale, Tensor)
+        return scale
+
+    def _evaluate(self, batch: Any, stage: str, accuracy: MulticlassAccuracy) -> None:
+        images, others = batch
+        embedded = self.encode_image(images, normalize=True)
+        # Each of the loaders has its own figures.
+        log = partial(self.log, on_epoch=True, add_dataloader_idx=False, batch_size=len(images))
+        if others.ndim == 1:
+            if self.zero_shot is None:
+                raise ValueError("labelled images came to evaluate, and the model has no `zero_shot` to name classes.")
+            if self._classifier is None:
+                self._classifier = self.zero_shot.weights(self)
+            accuracy(embedded @ self._classifier.to(embedded.dtype), others)
+            log(f"{stage}/zero_shot_accuracy", accuracy, prog_bar=True)
+            return
+        texts = self.encode_text(others, normalize=True)
+        losses = pair_losses(embedded, texts, self.scale)
+        log(f"{stage}/loss", losses.mean(), sync_dist=True)
+        self._evaluated.append((embedded.float(), texts.float(), others))
+
+    def _retrieve(self, stage: str) -> None:
+        evaluated, self._evaluated, self._classifier = self._evaluated, [], None
+        if not evaluated:
+            return
+        images, texts, tokens = map(torch.cat, zip(*evaluated, strict=True))
+        if self.trainer.world_size > 1:
+            images, texts, tokens = (_gathered(self, each) for each in (images, texts, tokens))
+        _, which = torch.unique(tokens, dim=0, return_inverse=True)
+        found = recalls(images, texts, which.unsqueeze(0) == which.unsqueeze(1))
+        self.log_dict({f"{stage}/{name}": value for name, value in found.items()}, sync_dist=True)
+
+    def _lock(self, tower: Tower) -> None:
+        of_images = tower == "image"
+        kept = [path for path in _PROJECTIONS[tower] if _is_there(self.towers, path)]
+        if not kept:
+            raise ValueError(
+                f"`locked`: the {tower} tower of {type(self.towers).__name__} has none of the projections that could "
+                f"go on training: {', '.join(_PROJECTIONS[tower])}."
+            )
+        for name, parameter in self.towers.named_parameters():
+            inside = name.startswith("visual.") == of_images and not name.startswith("logit_")
+            if inside and not any(name == path or name.startswith(f"{path}.") for path in kept):
+                parameter.requires_grad_(False)
+
+
+def _gathered(module: pl.LightningModule, rows: Tensor) -> Tensor:
+    gathered = module.all_gather(rows)
+    assert isinstance(gathered, Tensor)
+    return gathered.flatten(0, 1)
+
+
+def _known(tower: str) -> Tower:
+    for known in get_args(Tower):
+        if tower == known:
+            return known  # type: ignore[no-any-return]
+    raise ValueError(f"`locked`: there is no tower {tower!r}; {nearest_names(tower, get_args(Tower))}.")
+
+
+def _is_there(towers: nn.Module, path: str) -> bool:
+    at: Any = towers
+    for part in path.split("."):
+        at = getattr(at, part, None)
+    return isinstance(at, nn.Parameter | nn.Module)
+
+
+def _warmup_cosine(step: int, warmup: int, steps: int) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))

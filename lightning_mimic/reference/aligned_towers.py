@@ -1,0 +1,132 @@
+"""Both projections of a CLIP, fitted to the embeddings of a reference after these were brought into its frame."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_mimic.gradients.parameters import few
+from lightning_mimic.reference.aligned import Aligned, AlignedDirection
+from lightning_mimic.reference.aligned_layer import AlignedLayer
+from lightning_mimic.reference.gauge import procrustes
+from lightning_mimic.reference.model import reference_model
+from lightning_mimic.reference.moments import Moments
+from lightning_mimic.reference.ridge import ridge_fit
+
+
+def aligned_direction(aligned: Aligned, module: nn.Module, targets: Mapping[str, nn.Parameter]) -> AlignedDirection:
+    """The direction to an aligned reference: of a CLIP both projections are fitted, else one linear layer."""
+    clip = all(callable(getattr(module, f"encode_{tower}", None)) for tower in ("image", "text"))
+    return AlignedTowers(aligned, module, targets) if clip else AlignedLayer(aligned, module, targets)
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """The end of a tower, with what is known of it so far."""
+
+    weight: str
+    bias: str | None
+    transposed: bool  # an nn.Linear's; a bare matrix has the features first
+    frame: Moments  # the reference's normalised embeddings beside the model's
+    layer: Moments  # the model's features beside the reference's embeddings, as long as the model's
+
+
+class AlignedTowers(AlignedDirection):
+    """From a CLIP's two projections to those that would give the reference's embeddings.
+
+    A contrastive loss does not change when images and texts are rotated together, so embeddings of two CLIPs can only
+    be compared after a rotation (:func:`~lightning_mimic.reference.gauge.procrustes`). Ridge regression is linear in
+    its targets: the projections are fitted in the reference's own frame, and the fit is rotated by what is known by
+    then, so that the sums of early steps stay good when the rotation gets better.
+
+    Args:
+        aligned: The reference and how to ask it.
+        module: The module that is trained; has ``encode_image`` and ``encode_text``.
+        targets: The two projections, by full name: that of the images below a part called ``visual``.
+
+    Raises:
+        ValueError: The targets are not two whole projections.
+    """
+
+    def __init__(self, aligned: Aligned, module: nn.Module, targets: Mapping[str, nn.Parameter]) -> None:
+        self._images, self._texts = _projections(module, targets)
+        self._both = (self._images, self._texts)
+        widths = [targets[p.weight].shape[1 if p.transposed else 0] for p in self._both]
+        moments = {"image_frame": self._images.frame, "text_frame": self._texts.frame}
+        moments |= {"image_layer": self._images.layer, "text_layer": self._texts.layer}
+        model = reference_model(aligned.reference, module, method="encode_image")
+        super().__init__(aligned, model, targets, max(widths), moments)
+
+    def _run(self, batch: Any, features: Mapping[str, Tensor]) -> Tensor:
+        images, texts = (self._aligned.inputs or _pair)(batch)
+        with torch.inference_mode():
+            embeddings = [self._model.encode_image(images), self._model.encode_text(texts)]  # type: ignore[operator]
+            normalised = [F.normalize(each.to(torch.promote_types(each.dtype, torch.float32))) for each in embeddings]
+        rows = len(features[self._images.weight])
+        if any(each.ndim != 2 or len(each) != rows for each in normalised):
+            shapes = " and ".join(str(tuple(each.shape)) for each in normalised)
+            raise ValueError(f"`Aligned`: the reference gives shapes {shapes} for {rows} pairs; expected one row each.")
+        return torch.cat(normalised, 1)
+
+    def _add(self, features: Mapping[str, Tensor], outputs: Tensor, forgetting: float) -> Tensor:
+        held = []
+        for projection, reference in zip(self._both, outputs.chunk(2, dim=1), strict=True):
+            x = features[projection.weight]
+            own = self._projected(projection, x)
+            length = torch.linalg.vector_norm(own, dim=1, keepdim=True)
+            held.append(projection.frame.add(reference, own / length, forgetting))
+            held.append(projection.layer.add(x, reference * length, forgetting))
+        return torch.stack(held).all()
+
+    def _fit(self) -> tuple[dict[str, Tensor], Tensor]:
+        rotation = procrustes([projection.frame for projection in self._both]).matrix  # (d_ref, d)
+        fitted, sound = {}, []
+        for projection in self._both:
+            fit = ridge_fit(projection.layer)  # from the features to the reference's frame
+            weight = fit.weight.T @ rotation
+            fitted[projection.weight] = weight.T if projection.transposed else weight
+            if projection.bias is not None:
+                fitted[projection.bias] = fit.bias @ rotation
+            sound.append(fit.sound & torch.isfinite(weight).all())
+        return fitted, torch.stack(sound).all()
+
+    def _projected(self, projection: _Projection, features: Tensor) -> Tensor:
+        weight = self._parameters[projection.weight].detach()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        with torch.autocast(features.device.type, enabled=False):
+            own = features.to(dtype) @ (weight.T if projection.transposed else weight).to(dtype)
+        return own if projection.bias is None else own + self._parameters[projection.bias].detach().to(dtype)
+
+
+def _projections(module: nn.Module, targets: Mapping[str, nn.Parameter]) -> list[_Projection]:
+    """Of the images and of the texts."""
+    found = []
+    for of_images in (True, False):
+        names = [name for name in targets if ("visual" in name.split(".")) == of_images]
+        weights = [name for name in names if targets[name].ndim == 2]
+        biases = [name for name in names if name not in weights]
+        path = weights[0].rpartition(".")[0] if weights else ""
+        layer = module.get_submodule(path)
+        linear = isinstance(layer, nn.Linear)
+        whole = {f"{path}.{n}" for n, _ in layer.named_parameters(recurse=False)} if linear else set(weights)
+        if len(weights) != 1 or set(names) != whole:
+            raise ValueError(
+                "`parameters`: an aligned CLIP refits both of its projections, that of the images (below `visual`) "
+                f"and that of the texts, each a matrix or a whole nn.Linear; not {few(sorted(targets))}. Of "
+                "open_clip's ViTs these are `towers.visual.proj` and `towers.text_projection`."
+            )
+        moments = (Moments(), Moments(centred=bool(biases)))
+        found.append(_Projection(weights[0], biases[0] if biases else None, linear, *moments))
+    return found
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    if isinstance(batch, list | tuple) and len(batch) > 1:
+        return batch[0], batch[1]
+    raise ValueError(
+        f"the batch is a {type(batch).__name__}; say which images and texts of it the reference is called with: "
+        "`Aligned(..., inputs=lambda batch: (batch['image'], batch['text']))`."
+    )
