@@ -72,6 +72,7 @@ def test_curate_prints_a_table_and_writes_into_out_alone(run, tmp_path, here):
         ["dropped", "1,997", "99.9%"],
         ["coverage", "0.2%", "1,996 without a score go"],
         ["by sign", "75.0%", "share kept by the sign of the mean score, whatever the filter"],
+        ["mean score", "+2", "of what is kept; +1.25 of all"],
         ["quality", "–", "unknown without trusted samples"],
     ]
     names = ["label_issues.csv", "manifest.csv", "manifest.parquet"]
@@ -93,6 +94,7 @@ def test_curate_shows_a_calibrated_quality_and_what_is_left_out(run, tmp_path):
     assert cells(text)[3:] == [
         ["coverage", "100.0%", "every sample has a score"],
         ["by sign", "50.0%", "share kept by the sign of the mean score, whatever the filter"],
+        ["mean score", "+1", "of what is kept; +0 of all"],
         ["quality", "50.0%", f"95 % interval {found.low:.1%} to {found.high:.1%}, by 20 trusted samples"],
         ["left out", "1", "damaged or missing parts of the ledger: attempt 0, rank 0, part 0 (missing)"],
     ]
@@ -230,11 +232,12 @@ def test_compare_shows_the_best_first_and_draws_it(run, tmp_path, here):
     manifests = "manifests={" + ", ".join(f"{name}: {path}" for name, path in kept.items()) + "}"
     text = run("mimic-compare", manifests, "noise={low: 0.7, high: 0.3, middle: 0.5}", "plot=quality.png")
     head, *rows = cells(text)
-    assert head == ["data set", "samples", "kept", "score of 0 or more", "quality", "95 % interval", "truly good"]
+    heads = ["data set", "samples", "kept", "mean score", "score of 0 or more", "quality", "95 % interval", "truly good"]
+    assert head == heads
     assert rows == [
-        ["high", "20", "75.0%", "75.0%", "–", "–", "70.0%"],
-        ["middle", "20", "50.0%", "50.0%", "–", "–", "50.0%"],
-        ["low", "20", "25.0%", "25.0%", "–", "–", "30.0%"],
+        ["high", "20", "75.0%", "+1", "75.0%", "–", "–", "70.0%"],
+        ["middle", "20", "50.0%", "+1", "50.0%", "–", "–", "50.0%"],
+        ["low", "20", "25.0%", "+1", "25.0%", "–", "–", "30.0%"],
     ]
     assert "Correlation with the truth: 1.000 (Pearson), 1.000 (Spearman)." in text
     assert text.splitlines()[-1] == "quality.png"
@@ -249,7 +252,7 @@ def test_compare_shows_intervals_where_the_quality_is_known(run, tmp_path, here)
     done = curate(tmp_path / "data", None, tmp_path / "out", trusted=tmp_path / "right", mislabelled=tmp_path / "wrong")
     text = run("mimic-compare", f"manifests={{7: {done.manifest.path}}}")
     interval = f"{done.quality.low:.1%} to {done.quality.high:.1%}"
-    assert cells(text)[1:] == [["7", "2", "50.0%", "50.0%", "50.0%", interval, "–"]]
+    assert cells(text)[1:] == [["7", "2", "50.0%", "+1", "50.0%", "50.0%", interval, "–"]]
     assert "Correlation" not in text
     assert os.listdir(here) == []
 

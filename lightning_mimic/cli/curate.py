@@ -74,6 +74,7 @@ def show(console: Console, done: Curation) -> None:
         "coverage", f"{scored / done.samples:.1%}", rest[policy] if done.unscored else "every sample has a score"
     )
     table.add_row("by sign", f"{done.share_kept:.1%}", "share kept by the sign of the mean score, whatever the filter")
+    table.add_row("mean score", _score(done.mean_score_kept), f"of what is kept; {_score(done.mean_score)} of all")
     if done.quality is None:
         table.add_row("quality", "–", "unknown without trusted samples")
     else:
@@ -93,7 +94,7 @@ def show(console: Console, done: Curation) -> None:
 def show_comparison(console: Console, comparison: Comparison) -> None:
     """Data sets as a table."""
     table = Table()
-    for head in ("data set", "samples", "kept", "score of 0 or more", "quality", "95 % interval", "truly good"):
+    for head in ("data set", "samples", "kept", "mean score", "score of 0 or more", "quality", "95 % interval", "truly good"):
         table.add_column(head, justify="left" if head == "data set" else "right", no_wrap=head == "data set")
     for each in comparison.datasets:
         known = each.low is not None and each.high is not None
@@ -101,6 +102,7 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
             each.name,
             f"{each.samples:,}",
             _percent(each.kept),
+            _score(each.mean_score_kept),
             _percent(each.share_kept),
             _percent(each.quality),
             f"{_percent(each.low)} to {_percent(each.high)}" if known else "–",
@@ -111,6 +113,10 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
         console.print(
             f"Correlation with the truth: {comparison.pearson:.3f} (Pearson), {comparison.spearman:.3f} (Spearman)."
         )
+
+
+def _score(score: float | None) -> str:
+    return "–" if score is None else f"{score:+.3g}"
 
 
 def _percent(share: float | None) -> str:

@@ -20,6 +20,8 @@ class DataSet:
         samples: In it.
         kept: Share that its filter keeps.
         share_kept: Share of the scored samples with a mean score of 0 or more.
+        mean_score_kept: Mean score of what is kept, loss per unit of weight distance; comparable between pools that
+            one model scored in one run.
         quality: Estimated share of good samples; ``None`` without trusted samples.
         low: Lower end of its 95 % interval.
         high: Upper end.
@@ -30,6 +32,7 @@ class DataSet:
     samples: int
     kept: float
     share_kept: float
+    mean_score_kept: float | None = None
     quality: float | None = None
     low: float | None = None
     high: float | None = None
@@ -100,6 +103,7 @@ def _data_set(name: str, manifest: Manifest, noise: float | None) -> DataSet:
         samples=said["samples"],
         kept=said["kept"] / said["samples"],
         share_kept=said["share_kept"],
+        mean_score_kept=said.get("mean_score", {}).get("kept"),
         quality=quality.get("estimate"),
         low=quality.get("low"),
         high=quality.get("high"),

@@ -34,6 +34,9 @@ class Curation:
         kept: Those that stay.
         unscored: Those without a score, among ``samples``.
         share_kept: Share of the scored samples with a mean score of 0 or more, whatever the filter.
+        mean_score: Of the scored samples, loss per unit of weight distance.
+        mean_score_kept: Of those that stay; ``None`` if none of these has a score. Pools that one model scored in one
+            run can be compared by it.
         quality: Calibrated by trusted samples; ``None`` without them.
         lost: Damaged or missing parts of the ledger that were left out.
         files: All that was written.
@@ -44,6 +47,8 @@ class Curation:
     kept: int
     unscored: int
     share_kept: float
+    mean_score: float
+    mean_score_kept: float | None
     quality: Quality | None
     lost: tuple[str, ...]
     files: tuple[Path, ...]
@@ -114,8 +119,9 @@ def curate(
             quality = None if calibration is None else estimate_quality(positive, scored, *calibration)
             decision = chosen.decide(data)
             _decide(database, data, everyone, decision, unscored)
-            samples, kept, without = database.row(
-                "SELECT count(*), count_if(keep), count_if(opinion IS NULL) FROM decided"
+            samples, kept, without, *means = database.row(
+                "SELECT count(*), count_if(keep), count_if(opinion IS NULL), avg(score), avg(score) FILTER (keep) "
+                "FROM decided"
             )
             if without and unscored == "fail":
                 raise CurationError(_no_opinion(database, without, samples))
@@ -131,6 +137,7 @@ def curate(
                 "samples": samples,
                 "kept": kept,
                 "share_kept": positive / scored,
+                "mean_score": {"all": means[0], "kept": means[1]},
                 "quality": None if quality is None else asdict(quality),
             }
             written = write_manifest(folder / "manifest.parquet", database, _ORDERED, provenance)
@@ -147,7 +154,7 @@ def curate(
     if final is None:
         weakref.finalize(manifest, shutil.rmtree, place, ignore_errors=True)
     files = tuple(place / name for name in names)
-    return Curation(manifest, samples, kept, without, positive / scored, quality, data.parts.lost, files)
+    return Curation(manifest, samples, kept, without, positive / scored, *means, quality, data.parts.lost, files)
 
 
 _ORDERED = """SELECT id, keep, score, scorings::INT AS scorings, lift, votes_keep::INT AS votes_keep,
