@@ -18,7 +18,7 @@ from lightning_mimic.version import __version__
 
 GRAMMAR = (
     "expected PATH (a manifest: what it keeps) or PATH:COLUMN top|bottom AMOUNT (as 30% or a count), joined from left "
-    "to right by and, or, minus"
+    "to right by and, or, minus; a PATH ends in .parquet, .csv, or, a directory of Parquet files, in /"
 )
 
 
@@ -286,3 +286,23 @@ def test_told_stages_have_shares_from_0_to_1(tmp_path):
     select(f"{path}", tmp_path / "b.parquet", progress=lambda what, share: told.append((what, share)))
     assert list(dict.fromkeys(what for what, _ in told)) == ["reading a.csv", "selecting", "writing"]
     assert all(0 <= share <= 1 for _, share in told)
+
+
+def test_datacomps_metadata_are_a_directory_of_files_with_uids(tmp_path):
+    metadata = tmp_path / "metadata"
+    metadata.mkdir()
+    uids = [f"{k:032x}" for k in range(6)]
+    write(metadata / "0.parquet", uid=uids[:3], s=[1.0, 6.0, 2.0])
+    write(metadata / "1.parquet", uid=uids[3:], s=[5.0, 3.0, 4.0])
+    (metadata / "0.npz").write_bytes(b"features")
+    kept = write(tmp_path / "kept.parquet", id=uids, keep=[True, True, True, False, True, True])
+    assert selected(f"{metadata}/:s top 50%", tmp_path)[0] == [uids[k] for k in (1, 3, 5)]
+    assert selected(f"{metadata}/:s top 50% and {kept}", tmp_path)[0] == [uids[1], uids[5]]
+    write_scores(tmp_path / "scores", [1.0, -1.0], ids=uids[:2])
+    done = curate(tmp_path / "scores", pool=metadata, unscored="drop")
+    assert (done.samples, done.kept, done.unscored) == (6, 1, 4)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(CurationError, match=r"none is a directory without Parquet files \(\*\.parquet\)\.$"):
+        select(f"{tmp_path}/none/:s top 1", tmp_path / "o.parquet")
+    with pytest.raises(CurationError, match=r"metadata has no column 't'; there are: 's', 'uid'\.$"):
+        select(f"{metadata}/:t top 1", tmp_path / "o.parquet")

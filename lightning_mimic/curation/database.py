@@ -123,7 +123,8 @@ class Database:
         """A Parquet or CSV file as something to select from; a CSV's columns are all text.
 
         Args:
-            path: Of the file.
+            path: Of the file, or of a directory with Parquet files of one kind, as DataComp's metadata are. A column
+                ``uid`` serves as ``id`` where there is none.
             needed: Columns that it must have; a Parquet file's pages of these are read through, so that no damage that
                 a checksum tells goes unnoticed.
 
@@ -131,23 +132,29 @@ class Database:
             CurationError: No such file, another kind of file, one that cannot be read, or a column that it lacks.
         """
         path = Path(path).expanduser()
-        if path.suffix not in (".parquet", ".csv"):
+        files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        if not files:
+            raise CurationError(f"{path} is a directory without Parquet files (*.parquet).")
+        if not path.is_dir() and path.suffix not in (".parquet", ".csv"):
             raise CurationError(f"{path} is neither Parquet nor CSV by its name (.parquet, .csv).")
-        if not path.is_file():
+        if not path.exists():
             raise CurationError(f"{path} is not there.")
-        table = parquet(path) if path.suffix == ".parquet" else _csv(path)
+        is_csv = path.suffix == ".csv" and not path.is_dir()
+        table = _csv(path) if is_csv else parquet(*files)
         try:
             there = [row[0] for row in self.connection.execute(f"DESCRIBE SELECT * FROM {table}").fetchall()]
-            for name in needed:
+            by_uid = "id" not in there and "uid" in there
+            stored = ["uid" if by_uid and name == "id" else name for name in needed]
+            for name in stored:
                 if name not in there:
                     raise CurationError(f"{path} has no column {name!r}; {nearest_names(name, there)}.")
-            if path.suffix == ".parquet":
-                with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
-                    for _ in file.iter_batches(columns=list(needed)):
+            for file in [] if is_csv else files:
+                with pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False) as content:
+                    for _ in content.iter_batches(columns=stored):
                         pass
         except (self._errors, OSError, pa.ArrowException) as error:
             raise CurationError(f"{path} cannot be read: {first_line(error)}") from error
-        return table
+        return f"(SELECT uid AS id, * EXCLUDE (uid) FROM {table})" if by_uid else table
 
     def ids(self, path: str | Path, kind: str, column: str = "id") -> str:
         """A file's ids as something to select ``id`` from, of the type that they have elsewhere.

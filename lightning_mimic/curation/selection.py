@@ -13,11 +13,11 @@ from lightning_mimic.version import __version__
 
 End = Literal["top", "bottom"]
 _JOINTS = {"and": "INTERSECT", "or": "UNION", "minus": "EXCEPT"}
-_TERM = re.compile(r"(?P<path>\S+?\.(?:parquet|csv))(?::(?P<column>\S+)\s+(?P<end>top|bottom)\s+(?P<amount>\S+))?")
+_TERM = re.compile(r"(?P<path>\S+?(?:\.(?:parquet|csv)|/))(?::(?P<column>\S+)\s+(?P<end>top|bottom)\s+(?P<amount>\S+))?")
 _AMOUNT = re.compile(r"(?P<percent>\d+(?:\.\d+)?)\s*%|(?P<count>\d+)")
 _GRAMMAR = (
     "expected PATH (a manifest: what it keeps) or PATH:COLUMN top|bottom AMOUNT (as 30% or a count), joined from left "
-    "to right by and, or, minus"
+    "to right by and, or, minus; a PATH ends in .parquet, .csv, or, a directory of Parquet files, in /"
 )
 
 
