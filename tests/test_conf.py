@@ -1,6 +1,7 @@
 """Every file of conf/ composes and builds what it names; every experiment trains a batch; the command line works."""
 
 import configparser
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from pair_shards import write_shards
 
 from lightning_mimic import GradMimic, Ledger
 from lightning_mimic.cli.train import train
@@ -31,7 +33,8 @@ COMMANDS = {
     "select": ("curate:select_main", "mimic-select 'recipe=", "recipe: ???"),
     "compare": ("curate:compare_main", "mimic-compare 'manifests=", "manifests: ???"),
 }
-EXPERIMENTS = sorted(p.stem for p in CONF.glob("experiment/*.yaml"))
+EXPERIMENTS = sorted(p.stem for p in CONF.glob("experiment/*.yaml") if p.stem.startswith("digits"))
+PAIRS = sorted(p.stem for p in CONF.glob("experiment/*.yaml") if not p.stem.startswith("digits"))
 QUIET = ["trainer.enable_progress_bar=false", "logger=none", "trainer.enable_checkpointing=false"]
 # Two packages' habits: a deprecated call within Lightning, and an unused trainer flag under fast_dev_run.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fast_dev_run.*")
@@ -68,6 +71,9 @@ def test_every_file_builds_what_it_names(root, path, tmp_path):
     if option == "aligned_architecture":  # which puts weights into the module that it makes
         reference(tmp_path)
     given = {"train": [], "score": SCORE, "curate": CURATE}[root]
+    # What has no default of its own, and what is a part of another.
+    given = [*given, *{"data/image_text": ["data.shards=a.tar"]}.get(f"{group}/{option}", [])]
+    given += ["model=clip"] if group == "model/towers" else []
     node = composed(tmp_path, f"{group}={option}", *given, root=root)
     for part in group.split("/"):
         node = node[part]
@@ -84,6 +90,59 @@ def test_every_file_builds_what_it_names(root, path, tmp_path):
 def test_every_experiment_trains_a_batch(experiment, tmp_path):
     reference(tmp_path)
     train(composed(tmp_path, f"experiment={experiment}", "trainer.fast_dev_run=true", *QUIET))
+
+
+def tiny(folder: Path) -> list[str]:
+    """Makes an experiment on image-text pairs one of two shards and of small towers."""
+    shards = write_shards(folder / "shards", 8, 8)
+    config = composed(folder, "model=clip", "model/towers=digits")
+    torch.save(instantiate(config.model).state_dict(), folder / "reference.ckpt")
+    transforms = [f"++data.{name}.image_size=32" for name in ("transform", "eval_transform")]
+    return [
+        "model/towers=digits", f"data.shards={[str(path) for path in shards]}", "++data.tokenizer.context_length=16",
+        *transforms, "data.batch_size=8", "data.num_workers=0", "data.val_shards=null",
+        "mimic.parameters=[towers.visual.head.proj,towers.text_projection]", "trainer.accelerator=cpu",
+        "trainer.devices=1", "trainer.strategy=auto",
+    ]  # fmt: skip
+
+
+WAYS = [*((experiment, "") for experiment in PAIRS), ("clip_digits", "clip_same_start"), ("clip_digits", "none")]
+
+
+@pytest.mark.parametrize(("experiment", "mimic"), WAYS)
+def test_every_experiment_on_pairs_trains_a_batch(experiment, mimic, tmp_path):
+    how = [*tiny(tmp_path), "trainer.fast_dev_run=true", *QUIET, *([f"mimic={mimic}"] if mimic else [])]
+    aligns = not mimic and experiment != "clip_digits_reference"
+    with pytest.warns(UserWarning, match="never aligned") if aligns else contextlib.nullcontext():
+        trainer = train(composed(tmp_path, f"experiment={experiment}", *how))
+    assert trainer.global_step == 1
+    scored = any(isinstance(callback, GradMimic) for callback in trainer.callbacks)
+    assert scored == (mimic != "none" and experiment != "clip_digits_reference")
+
+
+@pytest.mark.parametrize("experiment", PAIRS)
+def test_every_experiment_on_pairs_composes_for_scoring(experiment, tmp_path):
+    shards = ["data.shards=a.tar"] if experiment.startswith("datacomp") else []
+    config = composed(tmp_path, f"experiment={experiment}", *shards, *SCORE, root="score")
+    assert config.checkpoints == ["a.ckpt"]
+    assert instantiate(config.data).seed == 0
+
+
+def test_datacomps_recipe_is_the_fixed_one(tmp_path):
+    for scale, seen in (("small", 12_800_000), ("medium", 128_000_000)):
+        config = composed(tmp_path, f"experiment=datacomp_{scale}", "data.shards=a.tar")
+        assert config.data.samples_per_epoch * config.trainer.max_epochs == seen
+        assert config.data.batch_size * config.trainer.devices == 4096
+        assert config.data.samples_per_epoch / 4096 % config.data.num_workers == 0  # nothing is rounded up
+        assert (config.model.optimizer.lr, config.model.warmup_steps) == (5e-4, 500)
+        assert (config.model.towers.model_name, config.mimic.temperature) == ("ViT-B-32", 0.05)
+        missing = compose_missing(f"experiment=datacomp_{scale}")
+        assert missing == {"data.shards", "paths.reference"}
+
+
+def compose_missing(*overrides: str) -> set[str]:
+    with initialize_config_module("lightning_mimic.conf", version_base="1.3"):
+        return set(OmegaConf.missing_keys(compose("train", overrides=["paths.output=x", *overrides])))
 
 
 STRANGERS = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import hydra
 import lightning as L
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lightning_mimic.callbacks import AtCheckpoints
 from lightning_mimic.cli.sentences import said
@@ -22,7 +22,7 @@ def score(config: DictConfig) -> Ledger:
     Returns:
         The ledger, an epoch per checkpoint.
     """
-    if not config.get("mimic"):
+    if OmegaConf.select(config, "mimic._target_") is None:
         raise SystemExit("mimic-score: mimic=none scores nothing; leave it out, or name a scorer (mimic=cosine).")
     L.seed_everything(config.seed, workers=True, verbose=False)
     data, model = instantiate(config.data), instantiate(config.model)

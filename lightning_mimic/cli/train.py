@@ -22,7 +22,9 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
     """
     L.seed_everything(config.seed, workers=True, verbose=False)
     data, model = instantiate(config.data), instantiate(config.model)
-    callbacks = [*([instantiate(config.mimic)] if config.get("mimic") else []), *more_callbacks]
+    # Of mimic=none an experiment's own settings may be left.
+    scores = OmegaConf.select(config, "mimic._target_") is not None
+    callbacks = [*([instantiate(config.mimic)] if scores else []), *more_callbacks]
     if config.save_epochs_to:
         there = sorted(Path(config.save_epochs_to).glob("*.ckpt"))
         if there and not config.resume:

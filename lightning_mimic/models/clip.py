@@ -98,6 +98,7 @@ class CLIP(pl.LightningModule):
         classes = 2 if zero_shot is None else max(2, len(zero_shot.class_names))
         self.val_accuracy = MulticlassAccuracy(classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(classes, average="micro")
+        self.train()
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         """Embeddings of images, shape ``(B, K)``."""
@@ -165,7 +166,7 @@ class CLIP(pl.LightningModule):
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         optimizer = self._optimizer(groups)
         steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
+        if steps < 0 or math.isinf(steps):  # it says -1 where the data has no length
             raise ValueError(
                 "the learning rate falls to zero at the end of the fit, and it is not known where that is: give the "
                 "trainer `max_steps`, or the data a length (`samples_per_epoch`, `sizes.json` beside the shards) and "

@@ -196,7 +196,7 @@ class AlignedDirection(Direction):
         """The parameters that would give the reference's outputs, and whether that worked, a boolean scalar."""
 
     def _key(self) -> str:
-        shapes = " ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self._reference.items())
+        shapes = " ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(self._reference.items()))
         return f"{self.fingerprint} {shapes}"
 
     def _ask(

@@ -66,9 +66,12 @@ class AlignedTowers(AlignedDirection):
             embeddings = [self._model.encode_image(images), self._model.encode_text(texts)]  # type: ignore[operator]
             normalised = [F.normalize(each.to(torch.promote_types(each.dtype, torch.float32))) for each in embeddings]
         rows = len(features[self._images.weight])
-        if any(each.ndim != 2 or len(each) != rows for each in normalised):
-            shapes = " and ".join(str(tuple(each.shape)) for each in normalised)
-            raise ValueError(f"`Aligned`: the reference gives shapes {shapes} for {rows} pairs; expected one row each.")
+        shapes = [tuple(each.shape) for each in normalised]
+        if shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][0] != rows:
+            raise ValueError(
+                f"`Aligned`: the reference gives shapes {shapes[0]} and {shapes[1]} for {rows} pairs; expected a row "
+                "each, images and texts of one width."
+            )
         return torch.cat(normalised, 1)
 
     def _add(self, features: Mapping[str, Tensor], outputs: Tensor, forgetting: float) -> Tensor:
