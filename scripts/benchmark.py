@@ -117,6 +117,7 @@ class Worker:
     target: str
     method: str
     rounds: int
+    job: Callable[..., None] = work
     seconds: list[float] = field(default_factory=list)
     memory: int | None = None
     flops: int | None = None
@@ -126,8 +127,8 @@ class Worker:
         # Nothing of torch survives a fork.
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        job = (theirs, self.model, self.target, self.method, options)
-        self.process = context.Process(target=work, args=job, daemon=True)
+        given = (theirs, self.model, self.target, self.method, options)
+        self.process = context.Process(target=self.job, args=given, daemon=True)
         self.process.start()
         theirs.close()
 

@@ -167,7 +167,9 @@ def test_an_alignment_that_fails_leaves_the_last_one_that_worked():
     direction.observe((x,), None, lambda: {"head.weight": torch.tanh(module.body(x))})
     before = dict(direction)
     assert not bool(direction.vanishes(direction.norm()))
-    direction.observe((x,), None, lambda: {"head.weight": 1e200 * torch.tanh(module.body(x))})  # its square is no float64
+    direction.observe(
+        (x,), None, lambda: {"head.weight": 1e200 * torch.tanh(module.body(x))}
+    )  # its square is no float64
     torch.testing.assert_close(dict(direction), before, rtol=0, atol=0)
     assert int(direction.failed) == 1
     assert not bool(direction.vanishes(direction.norm()))

@@ -232,7 +232,16 @@ def test_compare_shows_the_best_first_and_draws_it(run, tmp_path, here):
     manifests = "manifests={" + ", ".join(f"{name}: {path}" for name, path in kept.items()) + "}"
     text = run("mimic-compare", manifests, "noise={low: 0.7, high: 0.3, middle: 0.5}", "plot=quality.png")
     head, *rows = cells(text)
-    heads = ["data set", "samples", "kept", "mean score", "score of 0 or more", "quality", "95 % interval", "truly good"]
+    heads = [
+        "data set",
+        "samples",
+        "kept",
+        "mean score",
+        "score of 0 or more",
+        "quality",
+        "95 % interval",
+        "truly good",
+    ]
     assert head == heads
     assert rows == [
         ["high", "20", "75.0%", "+1", "75.0%", "–", "–", "70.0%"],

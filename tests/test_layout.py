@@ -98,6 +98,9 @@ OPTIONAL = {
     "matplotlib": {"curation/report.py"},
     "safetensors": {"reference/read.py"},
     "torchvision": {"models/backbones.py"},
+    "open_clip": {"models/zero_shot.py", "reference/pretrained.py"},
+    "webdataset": {"data/shards.py"},
+    "PIL": {"data/pairs.py", "data/labelled.py"},
 }
 
 

@@ -94,7 +94,8 @@ def show(console: Console, done: Curation) -> None:
 def show_comparison(console: Console, comparison: Comparison) -> None:
     """Data sets as a table."""
     table = Table()
-    for head in ("data set", "samples", "kept", "mean score", "score of 0 or more", "quality", "95 % interval", "truly good"):
+    shares = ("score of 0 or more", "quality", "95 % interval", "truly good")
+    for head in ("data set", "samples", "kept", "mean score", *shares):
         table.add_column(head, justify="left" if head == "data set" else "right", no_wrap=head == "data set")
     for each in comparison.datasets:
         known = each.low is not None and each.high is not None

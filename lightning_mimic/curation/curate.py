@@ -119,7 +119,7 @@ def curate(
             quality = None if calibration is None else estimate_quality(positive, scored, *calibration)
             decision = chosen.decide(data)
             _decide(database, data, everyone, decision, unscored)
-            samples, kept, without, *means = database.row(
+            samples, kept, without, mean, mean_kept = database.row(
                 "SELECT count(*), count_if(keep), count_if(opinion IS NULL), avg(score), avg(score) FILTER (keep) "
                 "FROM decided"
             )
@@ -137,7 +137,7 @@ def curate(
                 "samples": samples,
                 "kept": kept,
                 "share_kept": positive / scored,
-                "mean_score": {"all": means[0], "kept": means[1]},
+                "mean_score": {"all": mean, "kept": mean_kept},
                 "quality": None if quality is None else asdict(quality),
             }
             written = write_manifest(folder / "manifest.parquet", database, _ORDERED, provenance)
@@ -154,7 +154,8 @@ def curate(
     if final is None:
         weakref.finalize(manifest, shutil.rmtree, place, ignore_errors=True)
     files = tuple(place / name for name in names)
-    return Curation(manifest, samples, kept, without, positive / scored, *means, quality, data.parts.lost, files)
+    share = positive / scored
+    return Curation(manifest, samples, kept, without, share, mean, mean_kept, quality, data.parts.lost, files)
 
 
 _ORDERED = """SELECT id, keep, score, scorings::INT AS scorings, lift, votes_keep::INT AS votes_keep,

@@ -13,7 +13,8 @@ from lightning_mimic.version import __version__
 
 End = Literal["top", "bottom"]
 _JOINTS = {"and": "INTERSECT", "or": "UNION", "minus": "EXCEPT"}
-_TERM = re.compile(r"(?P<path>\S+?(?:\.(?:parquet|csv)|/))(?::(?P<column>\S+)\s+(?P<end>top|bottom)\s+(?P<amount>\S+))?")
+_PATH = r"(?P<path>\S+?(?:\.(?:parquet|csv)|/))"
+_TERM = re.compile(_PATH + r"(?::(?P<column>\S+)\s+(?P<end>top|bottom)\s+(?P<amount>\S+))?")
 _AMOUNT = re.compile(r"(?P<percent>\d+(?:\.\d+)?)\s*%|(?P<count>\d+)")
 _GRAMMAR = (
     "expected PATH (a manifest: what it keeps) or PATH:COLUMN top|bottom AMOUNT (as 30% or a count), joined from left "

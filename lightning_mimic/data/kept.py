@@ -1,9 +1,11 @@
-"""What a manifest keeps of a data set."""
+"""What a manifest keeps of a data set, or of a stream whose samples come by one by one."""
 
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from torch.utils.data import Subset
 
@@ -27,13 +29,8 @@ def kept_of(dataset: Any, manifest: str | Path) -> Subset:
         >>> list(kept_of(["a", "b", "c"], path))
         ['a', 'c']
     """
-    try:
-        # Checksums, because a flipped bit would be another sample.
-        with pq.ParquetFile(manifest, page_checksum_verification=True) as file:
-            rows = file.read(["id", "keep"])
-        known, keep = rows["id"].to_pylist(), rows["keep"].to_pylist()
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{manifest} is no manifest: {str(error).splitlines()[0]}") from error
+    rows = _rows(manifest)
+    known, keep = rows["id"].to_pylist(), rows["keep"].to_pylist()
     ids = dataset.ids if isinstance(dataset, WithIds) and dataset.ids is not None else list(range(len(dataset)))
     unlike = sorted(set(ids) ^ set(known), key=str)
     if unlike:
@@ -46,3 +43,95 @@ def kept_of(dataset: Any, manifest: str | Path) -> Subset:
     if not times:
         raise ValueError(f"{manifest} keeps none of its {len(known)} samples.")
     return Subset(dataset, [place for place, each in enumerate(ids) for _ in range(times[each])])
+
+
+class KeptIds:
+    """How often a manifest keeps an id, for as many ids as DataComp has.
+
+    Ids of 32 hex digits are two sorted columns of 64 bits (18 bytes an id, shared by forked workers), others a dict.
+
+    Args:
+        manifest: Parquet with columns ``id`` (text) and ``keep``.
+
+    Raises:
+        ValueError: No manifest, ids that are no text, or it keeps none.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/manifest.parquet"
+        >>> pq.write_table(pa.table({"id": ["a", "b", "b"], "keep": [False, True, True]}), path)
+        >>> kept = KeptIds(path)
+        >>> kept.times("a"), kept.times("b"), kept.times("c")
+        (0, 2, None)
+    """
+
+    def __init__(self, manifest: str | Path) -> None:
+        rows = _rows(manifest)
+        ids, keep = rows["id"], rows["keep"]
+        if not (pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type)):
+            raise ValueError(f"{manifest} has ids of type {ids.type}; ids of image-text pairs are text.")
+        if ids.null_count or keep.null_count:
+            raise ValueError(
+                f"{manifest} has {ids.null_count} rows without an id, {keep.null_count} without a decision."
+            )
+        if not pc.any(keep).as_py():
+            raise ValueError(f"{manifest} keeps none of its {len(ids)} samples.")
+        self._times: dict[str, int] = {}
+        self._columns: Any = None
+        if pc.all(pc.match_substring_regex(ids, "^[0-9a-f]{32}$")).as_py():
+            self._columns = _sorted_columns(ids, keep)
+        else:
+            for each, stays in zip(ids.to_pylist(), keep.to_pylist(), strict=True):
+                self._times[each] = self._times.get(each, 0) + bool(stays)
+
+    def times(self, id: str) -> int | None:
+        """How often the id is kept: 0 or more, ``None`` if the manifest does not know it."""
+        if self._columns is None:
+            return self._times.get(id)
+        if len(id) != 32 or not set(id) <= _DIGITS:
+            return None
+        import numpy as np
+
+        high, low, times = self._columns
+        first, second = (np.uint64(int(half, 16)) for half in (id[:16], id[16:]))
+        begin, end = np.searchsorted(high, first, "left"), np.searchsorted(high, first, "right")
+        place = begin + np.searchsorted(low[begin:end], second)
+        return int(times[place]) if place < end and low[place] == second else None
+
+
+_DIGITS = frozenset("0123456789abcdef")
+
+
+def _sorted_columns(ids: pa.ChunkedArray, keep: pa.ChunkedArray) -> Any:
+    """Upper and lower halves of the ids, ascending, each id once, and how often it is kept."""
+    import numpy as np
+
+    halves = np.empty((len(ids), 2), dtype=np.uint64)
+    start = 0
+    for chunk in ids.chunks:  # by the chunk, so that the text is never there twice
+        if not len(chunk):
+            continue
+        _, offsets, text = chunk.buffers()
+        kind = np.int64 if pa.types.is_large_string(chunk.type) else np.int32
+        first = int(np.frombuffer(offsets, dtype=kind)[chunk.offset])
+        flat = np.frombuffer(text, dtype=np.uint8)[first : first + 32 * len(chunk)]
+        digits = np.where(flat < ord("a"), flat - ord("0"), flat - ord("a") + 10).reshape(len(chunk), 2, 8, 2)
+        octets = (digits[..., 0] << 4 | digits[..., 1]).astype(np.uint8)
+        halves[start : start + len(chunk)] = octets.copy().view(">u8")[..., 0]
+        start += len(chunk)
+    order = np.lexsort((halves[:, 1], halves[:, 0]))
+    high, low = halves[order, 0], halves[order, 1]
+    stays = keep.to_numpy().astype(np.uint16)[order]
+    new = np.ones(len(high), dtype=bool)
+    new[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
+    return high[new], low[new], np.add.reduceat(stays, np.flatnonzero(new)).astype(np.uint16)
+
+
+def _rows(manifest: str | Path) -> pa.Table:
+    try:
+        # Checksums, because a flipped bit would be another sample.
+        with pq.ParquetFile(manifest, page_checksum_verification=True) as file:
+            rows = file.read(["id", "keep"])
+            return pa.table({name: rows[name] for name in ("id", "keep")})
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{manifest} is no manifest: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,162 @@
+"""Goes through one rank's batches of image-text pairs, epoch by epoch, and goes on where it was."""
+
+import random
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_mimic.data.pair_stream import PairStream, Place, Reading
+
+
+@dataclass(eq=False)
+class PairLoader:
+    """Goes through a rank's batches, another order each epoch, and can go on in the middle of one.
+
+    Not a DataLoader itself: Lightning warns of any whose data set has no indices and whose length is known.
+
+    Args:
+        reading: How shards become batches.
+        rank: Of this process.
+        world: Number of ranks.
+        promised: As for :class:`PairStream`; their sum is the length.
+        exact: As for :class:`PairStream`.
+        num_workers: Processes, 0 for none.
+        trainer: Knows the first epoch, and which batches have been trained; without one every pass is another epoch,
+            and a batch that was given counts as done.
+
+    Example:
+        Loaders are made by :meth:`ImageTextDataModule.train_dataloader
+        <lightning_mimic.data.image_text.ImageTextDataModule.train_dataloader>`.
+    """
+
+    reading: Reading
+    rank: int
+    world: int
+    promised: list[int] | None
+    exact: bool
+    num_workers: int
+    trainer: Any = None
+    _epoch: int = field(default=-1, init=False)
+    _place: Place = field(init=False)
+    _begun: bool = field(default=True, init=False)
+    _ended: bool = field(default=False, init=False)
+    _loaded: dict[str, Any] | None = field(default=None, init=False)
+    _untaken: deque[tuple[int, int, int]] = field(default_factory=deque, init=False)
+    _running: weakref.ref[Generator[Any, None, None]] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._place = self._start()
+
+    def __len__(self) -> int:
+        if self.promised is None:
+            raise TypeError("the number of pairs in these shards is not known; sizes.json beside them tells it")
+        return sum(self.promised)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.close()
+        self._epoch, self._place = self._next_epoch()
+        self._loaded = None
+        self._begun, self._ended = self._place != self._start(), False
+        self._untaken.clear()
+        stream = PairStream(self.reading, self.rank, self.world, self.promised, self.exact, self._epoch, self._place)
+        source = DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=self.num_workers,
+            collate_fn=_unchanged,
+            pin_memory=torch.cuda.is_available(),
+            # The workers' seeds, for random transforms; the global generator is not touched.
+            generator=torch.Generator().manual_seed(
+                random.Random(f"{self.reading.seed} {self._epoch}").getrandbits(63)
+            ),
+        )
+        batches = self._batches(iter(source))
+        # Weakly: nobody else's batches are wanted, and a circle would keep worker processes until it is collected.
+        self._running = weakref.ref(batches)
+        return batches
+
+    def _batches(self, source: Iterator[tuple[int, int, int, Any]]) -> Generator[Any, None, None]:
+        empty = True
+        for slot, given, drawn, batch in source:
+            empty = False
+            self._untaken.append((slot, given, drawn))
+            if self.trainer is None:
+                self.take()
+            yield batch
+        self._begun = self._ended = True
+        if empty and not any(given for given, _ in self._place.workers):
+            raise RuntimeError(
+                f"none of the {len(self.reading.shards)} shards gave a pair to rank {self.rank}, such as "
+                f"{self.reading.shards[0]}; why is listed in {self.reading.rejects}"
+            )
+
+    def take(self) -> None:
+        """Notes that the next batch of those given is being trained on; Lightning may fetch one ahead."""
+        if self._untaken:
+            slot, given, drawn = self._untaken.popleft()
+            workers = list(self._place.workers)
+            workers[slot] = [given, drawn]
+            self._place = Place(workers, (slot + 1) % self.reading.workers)
+            self._begun = True
+
+    def close(self) -> None:
+        """Ends the epoch and its processes, which write what they have rejected."""
+        batches = None if self._running is None else self._running()
+        if batches is not None:
+            batches.close()
+        self._running = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where every rank is; all ranks call it, as they do for a checkpoint."""
+        ended = self._ended and not self._untaken if self.trainer is None else self.trainer.is_last_batch
+        place = {"workers": self._place.workers, "turn": self._place.turn}
+        ranks: list[Any] = [place]
+        if self.world > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
+            ranks = [None] * self.world
+            torch.distributed.all_gather_object(ranks, place)
+        return {"epoch": max(self._epoch, 0), "ended": bool(ended), "setting": self._setting(), "ranks": ranks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes effect on the next ``iter()``; a state of other shards, ranks or workers starts its epoch anew."""
+        unlike = [name for name, value in self._setting().items() if state["setting"].get(name) != value]
+        if unlike:
+            changed = ", ".join(f"{name}: {state['setting'].get(name)}, now {self._setting()[name]}" for name in unlike)
+            warnings.warn(
+                f"the order of image-text pairs is another one than when the checkpoint was written ({changed}); its "
+                "epoch starts anew, so some pairs of it are seen twice and others not at all.",
+                stacklevel=2,
+            )
+            state = {**state, "ranks": []}
+        self._loaded = state
+
+    def _next_epoch(self) -> tuple[int, Place]:
+        """What the next ``iter()`` goes through."""
+        state = self._loaded
+        if state is not None and not state["ended"] and state["ranks"]:
+            own = state["ranks"][self.rank if len(state["ranks"]) > 1 else 0]
+            return state["epoch"], Place([list(each) for each in own["workers"]], own["turn"])
+        if state is not None:
+            return state["epoch"] + bool(state["ended"]), self._start()
+        if self._epoch < 0 and self.trainer is not None:
+            # At an epoch's end Lightning saves the number of the next one, and loads no state.
+            return self.trainer.fit_loop.epoch_progress.current.processed, self._start()
+        # Lightning may ask again before it has taken a batch, and count an epoch that it has left out.
+        return self._epoch + self._begun, self._start()
+
+    def _start(self) -> Place:
+        return Place([[0, 0] for _ in range(self.reading.workers)])
+
+    def _setting(self) -> dict[str, int]:
+        """What an order depends on."""
+        names = ("seed", "batch_size", "workers", "shuffle")
+        return {"ranks": self.world, "shards": len(self.reading.shards)} | {n: getattr(self.reading, n) for n in names}
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

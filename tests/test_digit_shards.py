@@ -1,0 +1,140 @@
+"""The digits with captions: parts that do not overlap, captions that say what `truth.parquet` says, and the layout."""
+
+import hashlib
+import io
+import json
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from lightning_mimic.data.digits import DigitsDataModule
+from lightning_mimic.data.noise import SymmetricNoise
+
+sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+from make_digit_shards import CLASS_NAMES, TEMPLATES, main, parts, png, uid, write
+
+SEED = 10
+PARTS = {"reference": 300, "val": 100, "pool": 897}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "digits"
+    write(folder, SEED, 0.4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digits() -> DigitsDataModule:
+    digits = DigitsDataModule(train="trusted", seed=SEED)
+    digits.setup()
+    return digits
+
+
+def pairs_of(tar: Path) -> list[dict[str, bytes]]:
+    """In the order of the shard; the parts of one pair stand together."""
+    pairs: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(tar) as opened:
+        for member in opened:
+            key, _, suffix = member.name.partition(".")
+            assert not pairs or key not in list(pairs)[:-1]
+            pairs.setdefault(key, {})[suffix] = opened.extractfile(member).read()  # type: ignore[union-attr]
+    return list(pairs.values())
+
+
+def truth_of(out: Path) -> dict[str, dict[str, Any]]:
+    rows = pq.read_table(out / "truth.parquet").to_pylist()
+    assert len({row["id"] for row in rows}) == len(rows)
+    return {row["id"]: row for row in rows}
+
+
+def test_parts_share_no_image_and_leave_out_the_test_images(digits: DigitsDataModule) -> None:
+    rows = {part: rows.tolist() for part, (rows, _, _) in parts(SEED, 0.4).items()}
+    assert {part: len(of_part) for part, of_part in rows.items()} == PARTS
+    trusted = [sample.id for sample in digits.train_dataloader().dataset]
+    assert rows["reference"][:150] == trusted[:150]
+    assert rows["val"][:50] == trusted[150:]  # those that DigitsDataModule validates on
+    test = [sample.id for sample in digits.test_dataloader().dataset]
+    assert sorted(sum(rows.values(), test)) == list(range(1797))
+
+
+def test_only_captions_of_the_pool_are_wrong_and_as_many_as_asked_for() -> None:
+    _, shown, named = (pieces := parts(SEED, 0.4))["pool"]
+    assert torch.equal(named, SymmetricNoise(0.4, SEED)(shown, 10)[0])
+    assert int((shown != named).sum()) == int(0.4 * 897)
+    assert all(torch.equal(*pieces[part][1:]) for part in ("reference", "val"))
+    assert torch.equal(*parts(SEED, 0.0)["pool"][1:])
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_pair_is_complete_and_its_caption_is_what_the_truth_says(
+    out: Path, digits: DigitsDataModule, part: str
+) -> None:
+    from PIL import Image
+
+    truth = truth_of(out)
+    target = load_digits().target
+    row_of = {uid(SEED, row): row for row in parts(SEED, 0.4)[part][0].tolist()}
+    captions = {t.format(name): digit for digit, name in enumerate(CLASS_NAMES) for t in TEMPLATES}
+    sizes, seen = json.loads((out / part / "sizes.json").read_text()), []
+    assert list(sizes) == sorted(path.name for path in (out / part).glob("*.tar"))
+    for shard, size in sizes.items():
+        pairs = pairs_of(out / part / shard)
+        metadata = pq.read_table((out / part / shard).with_suffix(".parquet")).to_pylist()
+        assert len(pairs) == size == len(metadata)
+        for pair, about in zip(pairs, metadata, strict=True):
+            described = json.loads(pair["json"])
+            assert described["caption"] == pair["txt"].decode() == about["text"]
+            assert described["uid"] == about["uid"]
+            assert hashlib.sha256(pair["png"]).hexdigest() == about["sha256"]
+            row = row_of[described["uid"]]
+            digit = target[row]
+            stated = truth[described["uid"]]
+            assert stated["digit"] == digit
+            assert stated["mismatched"] == (captions[described["caption"]] != digit)
+            image = Image.open(io.BytesIO(pair["png"]))
+            grey = digits.images(torch.tensor(row))[0].mul(255).byte()
+            assert image.mode == "RGB"
+            assert image.tobytes() == bytes(grey.flatten().repeat_interleave(3).tolist())
+            seen.append(described["uid"])
+    assert sorted(seen) == sorted(row_of)
+
+
+def test_every_template_is_used(out: Path) -> None:
+    captions = {row["text"] for path in out.glob("*/*.parquet") for row in pq.read_table(path).to_pylist()}
+    assert captions == {template.format(name) for name in CLASS_NAMES for template in TEMPLATES}
+
+
+def test_images_are_those_zero_shot_sees(digits: DigitsDataModule) -> None:
+    pytest.importorskip("torchvision")
+    from PIL import Image
+    from torchvision.transforms.functional import to_pil_image
+
+    image = digits.images(torch.tensor(0))
+    assert Image.open(io.BytesIO(png(image))).tobytes() == to_pil_image(image).convert("RGB").tobytes()
+
+
+def test_the_same_arguments_write_the_same_bytes(out: Path, tmp_path: Path) -> None:
+    write(tmp_path / "again", SEED, 0.4)
+    write(tmp_path / "other", SEED + 1, 0.4)
+    files = [path.relative_to(out) for path in out.rglob("*.*") if path.is_file()]
+    assert len(files) == 13 * 2 + 3 + 1
+    assert all((out / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
+    assert not set(truth_of(out)) & set(truth_of(tmp_path / "other"))
+
+
+def test_a_folder_with_something_in_it_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").touch()
+    monkeypatch.setattr(sys, "argv", ["make_digit_shards.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "is not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
