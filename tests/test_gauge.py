@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_mimic.reference.gauge import Rotation, procrustes, targets
+from lightning_mimic.reference.gauge import Rotation, procrustes
 from lightning_mimic.reference.moments import Moments
 from lightning_mimic.reference.ridge import ridge_fit
 
@@ -195,33 +195,13 @@ def test_where_nothing_finite_was_seen_nothing_is_determined_and_nothing_is_nan(
     assert bool(torch.isfinite(rotation.matrix).all() & torch.isfinite(rotation.kept))
 
 
-@pytest.mark.parametrize("widths", [(16, 16), (16, 20)])
-def test_targets_are_as_similar_to_one_another_as_the_reference_has_them(widths):
-    reference, norm = towers().reference, torch.tensor(7.5, dtype=torch.float64)
-    model = [x @ isometry(*widths, seed=4) + normal(widths[1], seed=5 + i) for i, x in enumerate(reference)]
-    rotation = rotation_of(reference, model)
-    images, captions = (targets(3 * x, rotation, norm) for x in reference)  # of any length
-    torch.testing.assert_close(images @ captions.T / norm**2, reference[IMAGE] @ reference[TEXT].T, **EXACT)
-
-
-def test_targets_of_a_wider_reference_have_the_norm_asked_for():
-    rotation = Rotation(torch.eye(3)[:, :2], torch.tensor(0.5), torch.tensor(True))
-    given = torch.tensor([[0.3, 0.4, 0.0], [0.0, 0.1, 0.9]], dtype=torch.float16)
-    found = targets(given, rotation, torch.tensor(10.0))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, torch.tensor([[6.0, 8.0], [0.0, 10.0]]), rtol=1e-3, atol=0)
-    assert not targets(given.float().requires_grad_(), rotation, torch.tensor(10.0)).requires_grad
-
-
 def test_autocast_takes_no_digits():
     reference, model = normal(40, 8, seed=1, dtype=torch.float32), normal(40, 5, seed=2, dtype=torch.float32)
-    moments, norm = moments_of([reference], [model]), torch.tensor(3.0)
+    moments = moments_of([reference], [model])
     plain = procrustes(moments)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = procrustes(moments)
-        found = targets(reference, cast, norm)
     torch.testing.assert_close(cast.matrix, plain.matrix, rtol=0, atol=0)
-    torch.testing.assert_close(found, targets(reference, plain, norm), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("modality", [IMAGE, TEXT])
@@ -239,7 +219,7 @@ def test_the_projection_fitted_to_rotated_targets_is_that_of_the_models_own_fram
     expected = both.reference[modality] @ both.truth
     for rotation, near in ((found, True), (identity(16), False)):
         moments, norm = Moments(), outputs[modality].norm(dim=1).mean()
-        moments.add(features[modality], targets(both.reference[modality], rotation, norm))
+        moments.add(features[modality], norm * both.reference[modality] @ rotation.matrix)
         fit = ridge_fit(moments)
         predicted = features[modality] @ fit.weight.T
         angles = [
@@ -248,7 +228,7 @@ def test_the_projection_fitted_to_rotated_targets_is_that_of_the_models_own_fram
         ]
         assert all(angle > 0.9 if near else abs(angle) < 0.3 for angle in angles), angles
         if near:  # with its bias, the fit has the reference's own gap and the model's own length
-            given = targets(both.reference[modality], rotation, norm)
+            given = norm * both.reference[modality] @ rotation.matrix
             torch.testing.assert_close((predicted + fit.bias).mean(0), given.mean(0), **EXACT)
             torch.testing.assert_close(given.norm(dim=1), norm.expand(600), **EXACT)
 

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_mimic.gradients import nearest_names
 from lightning_mimic.models.contrastive import global_pair_losses, pair_losses
@@ -34,8 +35,8 @@ class CLIP(pl.LightningModule):
 
     A batch is ``(images, texts)``: ``(B, 3, H, W)`` as the towers' transform makes them, and int64 tokens ``(B, L)``.
     A batch that evaluates may also be ``(images, labels)``, int64 ``(B,)``, which are classified by ``zero_shot``. Logs
-    ``train/loss``, ``val/loss`` (of a process's batch; depends on its size), ``val/image_to_text_recall@k``,
-    ``val/text_to_image_recall@k`` and ``val/zero_shot_accuracy``, and the same as ``test/``.
+    ``train/loss``, ``val/loss`` (of a process's batch; depends on its size), ``val/image_to_text_R@k``,
+    ``val/text_to_image_R@k`` and ``val/zero_shot_accuracy``, and the same as ``test/``.
 
     Args:
         towers: ``open_clip.create_model(...)``, ``open_clip.CLIP(...)`` or ``open_clip.CustomTextCLIP(...)``.
@@ -206,7 +207,8 @@ class CLIP(pl.LightningModule):
             return
         images, texts, tokens = map(torch.cat, zip(*evaluated, strict=True))
         if self.trainer.world_size > 1:
-            images, texts, tokens = (_gathered(self, each) for each in (images, texts, tokens))
+            # Of as many pairs as each rank has had.
+            images, texts, tokens = (torch.cat(gather_all_tensors(each)) for each in (images, texts, tokens))
         _, which = torch.unique(tokens, dim=0, return_inverse=True)
         found = recalls(images, texts, which.unsqueeze(0) == which.unsqueeze(1))
         self.log_dict({f"{stage}/{name}": value for name, value in found.items()}, sync_dist=True)
@@ -223,12 +225,6 @@ class CLIP(pl.LightningModule):
             inside = name.startswith("visual.") == of_images and not name.startswith("logit_")
             if inside and not any(name == path or name.startswith(f"{path}.") for path in kept):
                 parameter.requires_grad_(False)
-
-
-def _gathered(module: pl.LightningModule, rows: Tensor) -> Tensor:
-    gathered = module.all_gather(rows)
-    assert isinstance(gathered, Tensor)
-    return gathered.flatten(0, 1)
 
 
 def _known(tower: str) -> Tower:

@@ -63,11 +63,11 @@ def recalls(images: Tensor, texts: Tensor, same: Tensor, ks: Sequence[int] = (1,
         ks: How many answers are looked at; those above N are left out.
 
     Returns:
-        ``image_to_text_recall@k`` and ``text_to_image_recall@k``, 0 to 1.
+        ``image_to_text_R@k`` and ``text_to_image_R@k``, 0 to 1.
 
     Example:
         >>> recalls(torch.eye(2), torch.eye(2).flip(0), torch.eye(2, dtype=torch.bool), ks=[1, 2])  # doctest: +ELLIPSIS
-        {'image_to_text_recall@1': 0.0, 'image_to_text_recall@2': 1.0, 'text_to_image_recall@1': 0.0, ...}
+        {'image_to_text_R@1': 0.0, 'image_to_text_R@2': 1.0, 'text_to_image_R@1': 0.0, ...}
     """
     cosines = nn.functional.normalize(images.float(), dim=1) @ nn.functional.normalize(texts.float(), dim=1).T
     found = {}
@@ -75,5 +75,5 @@ def recalls(images: Tensor, texts: Tensor, same: Tensor, ks: Sequence[int] = (1,
         for k in ks:
             if k <= len(cosines):
                 hits = [retrieval_hit_rate(s, r, top_k=k) for s, r in zip(similarity, right, strict=True)]
-                found[f"{name}_recall@{k}"] = float(torch.stack(hits).mean())
+                found[f"{name}_R@{k}"] = float(torch.stack(hits).mean())
     return found

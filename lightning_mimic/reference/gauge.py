@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_mimic.reference.moments import Moments
@@ -68,33 +67,6 @@ def procrustes(moments: Sequence[Moments]) -> Rotation:
         matrix = matrix if basis is None else basis @ matrix
     rounding = max(cross.shape) * torch.finfo(cross.dtype).eps
     return Rotation(matrix, kept.clamp(0, 1), sizes[-1] > rounding * sizes[0])
-
-
-@torch.no_grad()
-def targets(embeddings: Tensor, rotation: Rotation, norm: Tensor) -> Tensor:
-    """The reference's embeddings as outputs of the model's projection: rotated, and of the model's length.
-
-    Where the reference is no wider, similarities between them stay as they were. The gap between the modalities stays
-    the reference's own.
-
-    Args:
-        embeddings: Shape ``(n, d_ref)``, of either modality, of any length.
-        rotation: From :func:`procrustes`.
-        norm: Length of the model's own outputs before they are normalised; a scalar, or shape ``(n, 1)``.
-
-    Returns:
-        Shape ``(n, d_model)``, float32 or higher.
-
-    Example:
-        >>> rotation = Rotation(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor(1.0), torch.tensor(True))
-        >>> targets(torch.tensor([[0.6, 0.8]]), rotation, torch.tensor(10.0))
-        tensor([[8., 6.]])
-    """
-    dtype = torch.promote_types(embeddings.dtype, rotation.matrix.dtype)
-    with torch.autocast(embeddings.device.type, enabled=False):
-        rotated = embeddings.to(dtype) @ rotation.matrix.to(dtype)
-        # Only now: a projection shortens, and by how much differs between samples.
-        return F.normalize(rotated, dim=1) * norm
 
 
 def _check(moments: Sequence[Moments]) -> None:

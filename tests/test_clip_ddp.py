@@ -1,0 +1,211 @@
+"""CLIPs on two gloo processes against one with the same global batches; every case runs inside one spawned pair."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.multiprocessing
+from clips import KINDS, clip, losses_of, pairs
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from toys import loader, parameters_of, trainer
+
+from lightning_mimic import Aligned, GradMimic, Ledger, WithIds, collate_with_ids
+from lightning_mimic.models import CLIP, global_pair_losses
+
+WORLD, ROWS = 2, 4  # of each rank
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+STATIC = {"static_graph": True}
+
+# kind, count of pairs, options of the module, of DDP, of the callback (None: without) and of the Trainer
+CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any], dict[str, Any] | None, dict[str, Any]]] = {
+    "plain": ("vit", 24, {}, {}, None, {}),
+    "as they are": ("vit", 24, {}, {}, {}, {}),
+    "static_graph": ("vit", 24, {}, STATIC, {}, {}),
+    "accumulated": ("vit", 48, {}, {}, {}, {"accumulate_grad_batches": 2}),
+    "locked": ("vit", 24, {"locked": ["image"]}, {}, {}, {}),
+    "both locked": ("biases", 24, {"locked": ["image", "text"]}, {}, {}, {}),
+    "the scale": ("vit", 24, {}, {}, {"parameters": "towers.logit_scale"}, {}),
+    "aligned": ("vit", 96, {}, {}, {"reference": "vit"}, {}),
+    "aligned, wider": ("vit", 96, {}, {}, {"reference": "wide"}, {}),
+    "aligned, narrower, cached": ("vit", 96, {}, {}, {"reference": "narrow", "cache": True}, {}),
+    "aligned, another architecture": ("vit", 96, {}, STATIC, {"reference": "biases"}, {}),
+    "aligned, accumulated, locked": (
+        "vit",
+        96,
+        {"locked": ["image", "text"]},
+        {},
+        {"reference": "vit"},
+        {"accumulate_grad_batches": 2},
+    ),
+    "aligned, a broken image": ("vit", 96, {}, {}, {"reference": "vit"}, {}),
+}
+ALIGNED = [case for case in CASES if case.startswith("aligned")]
+
+
+class Keep(pl.Callback):
+    """Holds the losses that a fit logged, and what was aligned."""
+
+    def __init__(self, callback: GradMimic | None) -> None:
+        self.callback, self.losses, self.aligned = callback, [], None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.losses.append(float(trainer.callback_metrics["train/loss_step"]))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        aim = {} if self.callback is None else self.callback.state_dict().get("aim", {})
+        self.aligned = aim.get("aligned")
+
+
+def data_of(case: str) -> torch.utils.data.TensorDataset:
+    data = pairs(CASES[case][1])
+    if "broken" in case:
+        data.tensors[0][[5, 14, 15, 21], 0, 0, 0] = float("nan")  # each in the second rank's half of a batch
+    return data
+
+
+def module_of(case: str) -> CLIP:
+    return clip(CASES[case][0], **CASES[case][2])
+
+
+def callback_of(case: str, ledger: Path) -> GradMimic | None:
+    options = CASES[case][4]
+    if options is None:
+        return None
+    options = {"parameters": KINDS[CASES[case][0]][-1], "temperature": 0.05, "min_ess": 0.0, "ledger": ledger} | options
+    stranger, cache = options.pop("reference", None), options.pop("cache", False)
+    if stranger is None:
+        reference = parameters_of(clip(CASES[case][0], seed=1))
+        return GradMimic(reference | {"towers.logit_scale": torch.tensor(3.0).double()}, **options)
+    return GradMimic(Aligned(clip(stranger, seed=1), every=2, cache=cache), **options)
+
+
+def fit(case: str, folder: Path, batches: Any, **options: Any) -> tuple[CLIP, Keep]:
+    module, callback = module_of(case), callback_of(case, folder / case)
+    keep = Keep(callback)
+    callbacks = [keep] if callback is None else [callback, keep]
+    trainer(*callbacks, **CASES[case][5], **options).fit(module, batches)
+    return module, keep
+
+
+def own_gradients(rank: int, rows: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Losses of all pairs, and this rank's part of the gradient of a weighted sum of them."""
+    module, data = clip(), pairs(WORLD * rows)
+    losses = module.sample_losses(data[rank * rows : (rank + 1) * rows])
+    (losses * torch.arange(1, 1 + WORLD * rows)).sum().backward()
+    return losses.detach(), {name: p.grad for name, p in module.named_parameters()}
+
+
+def on_rank(rank: int, folder: Path) -> None:
+    """All cases on one of the two ranks; what comes out is saved."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
+    os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
+    two: dict[str, Any] = {"devices": 2, "use_distributed_sampler": False, "plugins": [TorchElasticEnvironment()]}
+
+    def strategy(**options: Any) -> DDPStrategy:
+        return DDPStrategy(process_group_backend="gloo", **options)
+
+    for case, (_, count, _, ddp, _, _) in CASES.items():
+        starts = range(rank * ROWS, count, WORLD * ROWS)
+        mine = [list(range(start, start + ROWS)) for start in starts]
+        batches = torch.utils.data.DataLoader(WithIds(data_of(case)), batch_sampler=mine, collate_fn=collate_with_ids)
+        module, keep = fit(case, folder / "two", batches, strategy=strategy(**ddp), **two)
+        torch.save([module.state_dict(), keep.losses, keep.aligned], folder / f"{case}-{rank}.pt")
+    torch.save(own_gradients(rank, 3), folder / f"gradients-{rank}.pt")
+    # Retrieval and zero-shot accuracy over the pairs of both.
+    module, starts = clip(), range(rank * ROWS, 24, WORLD * ROWS)
+    mine = [list(range(start, start + ROWS)) for start in starts]
+    batches = torch.utils.data.DataLoader(pairs(24), batch_sampler=mine)
+    (figures,) = trainer(strategy=strategy(), **two).validate(module, batches, verbose=False)
+    torch.save(figures, folder / f"figures-{rank}.pt")
+    # One rank has a pair less.
+    images = torch.randn(3 - rank, 5)
+    for what, call in {
+        "losses": lambda: global_pair_losses(images, images, torch.tensor(1.0)),
+        "fit": lambda: trainer(strategy=strategy(), **two).fit(clip(), loader(pairs(4 - rank))),
+        "scored fit": lambda: trainer(
+            GradMimic(Aligned(clip(seed=1)), KINDS["vit"][-1]), strategy=strategy(), **two
+        ).fit(clip(), loader(pairs(4 - rank))),
+    }.items():
+        try:
+            call()
+        except ValueError as error:
+            (folder / f"{what}-{rank}").write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ddp")
+    torch.multiprocessing.spawn(on_rank, (folder,), nprocs=WORLD)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.*samples held NaN")
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(case, folder):
+    module, keep = fit(case, folder / "one", loader(data_of(case), WORLD * ROWS))
+    ends = [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    for state, losses, aligned in ends:
+        torch.testing.assert_close(state, module.state_dict(), **CLOSE)
+        torch.testing.assert_close(losses, keep.losses, **CLOSE)
+        if case in ALIGNED:
+            assert aligned["enough"]
+            assert bool(aligned["fitted"])
+            for part in ("moments", "reference"):
+                torch.testing.assert_close(aligned[part], keep.aligned[part], **CLOSE)
+    torch.testing.assert_close(ends[0][0], ends[1][0], rtol=0, atol=0)
+    moved = [n for n, p in module_of(case).named_parameters() if not torch.equal(p, module.get_parameter(n))]
+    assert set(moved) == {n for n, p in module.named_parameters() if p.requires_grad}
+    if CASES[case][4] is None:
+        return
+    one, two = (Ledger(folder / n / case).table().sort_by([("id", "ascending")]) for n in ("one", "two"))
+    for column in ("id", "epoch", "step", "batch", "batch_size", "flag"):
+        assert one[column].to_pylist() == two[column].to_pylist(), column
+    for column in ("score", "weight", "loss"):
+        pair = [torch.tensor([float("nan") if v is None else v for v in t[column].to_pylist()]) for t in (one, two)]
+        torch.testing.assert_close(*pair, **CLOSE, equal_nan=True)
+    weights = torch.tensor(two["weight"].to_pylist())
+    assert float(weights.max()) > 1.2 / (WORLD * ROWS), "weights that hardly differ"
+    assert two["rank"].to_pylist().count(0) == CASES[case][1] // 2
+
+
+def test_losses_of_all_ranks_and_their_gradients_add_up(folder):
+    module, data, parts = clip(), pairs(6), []
+    expected = losses_of(module, data[:6])
+    (expected * torch.arange(1, 7)).sum().backward()
+    for rank in range(WORLD):
+        losses, gradients = torch.load(folder / f"gradients-{rank}.pt", weights_only=True)
+        torch.testing.assert_close(losses, expected.detach(), rtol=1e-9, atol=1e-12)
+        parts.append(gradients)
+    whole = {name: parts[0][name] + parts[1][name] for name in parts[0]}
+    torch.testing.assert_close(whole, {n: p.grad for n, p in module.named_parameters()}, rtol=1e-8, atol=1e-12)
+    assert not torch.allclose(parts[0]["towers.logit_scale"], parts[1]["towers.logit_scale"])
+
+
+def test_retrieval_is_among_the_pairs_of_all_ranks(folder):
+    one, two = (torch.load(folder / f"figures-{rank}.pt", weights_only=True) for rank in range(WORLD))
+    assert one == two
+    (expected,) = trainer().validate(clip(), loader(pairs(24), 24), verbose=False)
+    expected.pop("val/loss")  # of a process's batch
+    losses = [float(losses_of(clip(), pairs(24)[start : start + ROWS]).mean().detach()) for start in range(0, 24, ROWS)]
+    assert one.pop("val/loss") == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert one == pytest.approx(expected)
+    assert {f"val/{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)} == set(one)
+
+
+@pytest.mark.parametrize(("what", "sizes"), [("losses", [3, 2]), ("fit", [4, 3]), ("scored fit", [4, 3])])
+def test_ranks_with_unlike_batches_are_refused(what, sizes, folder):
+    message = (
+        "a contrastive loss is taken over the pairs of all ranks, which must have as many each; these have "
+        f"{sizes}. Leave out the last incomplete batch (`drop_last=True`)."
+    )
+    for rank in range(WORLD):
+        assert re.fullmatch(re.escape(message), (folder / f"{what}-{rank}").read_text())
