@@ -19,6 +19,7 @@ from lightning_mimic import Aligned, GradMimic, Ledger, WithIds, collate_with_id
 from lightning_mimic.models import CLIP, global_pair_losses
 
 WORLD, ROWS = 2, 4  # of each rank
+UNEVEN = ([0, 8, 16], [4])  # where each rank's batches begin
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 STATIC = {"static_graph": True}
 
@@ -125,6 +126,11 @@ def on_rank(rank: int, folder: Path) -> None:
     batches = torch.utils.data.DataLoader(pairs(24), batch_sampler=mine)
     (figures,) = trainer(strategy=strategy(), **two).validate(module, batches, verbose=False)
     torch.save(figures, folder / f"figures-{rank}.pt")
+    # One rank has three batches, the other one.
+    mine = [list(range(start, start + ROWS)) for start in UNEVEN[rank]]
+    batches = torch.utils.data.DataLoader(pairs(24), batch_sampler=mine)
+    (figures,) = trainer(strategy=strategy(), **two).validate(module, batches, verbose=False)
+    torch.save(figures, folder / f"uneven-{rank}.pt")
     # One rank has a pair less.
     images = torch.randn(3 - rank, 5)
     for what, call in {
@@ -199,6 +205,14 @@ def test_retrieval_is_among_the_pairs_of_all_ranks(folder):
     assert one.pop("val/loss") == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert one == pytest.approx(expected)
     assert {f"val/{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)} == set(one)
+
+
+def test_ranks_of_unlike_length_can_be_evaluated(folder):
+    one, two = (torch.load(folder / f"uneven-{rank}.pt", weights_only=True) for rank in range(WORLD))
+    assert one == two
+    seen = [row for starts in UNEVEN for start in starts for row in range(start, start + ROWS)]
+    (expected,) = trainer().validate(clip(), loader(torch.utils.data.Subset(pairs(24), seen), 16), verbose=False)
+    assert one | {"val/loss": 0} == pytest.approx(expected | {"val/loss": 0})
 
 
 @pytest.mark.parametrize(("what", "sizes"), [("losses", [3, 2]), ("fit", [4, 3]), ("scored fit", [4, 3])])
