@@ -74,18 +74,24 @@ class Baton(L.Callback):
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self.resident
 
 
-def work(connection: Connection, model: str, target: str, method: str, options: argparse.Namespace) -> None:
-    """A worker's life: one fit, whose steps the parent calls for."""
+Made = tuple[L.LightningModule, list[L.Callback], tuple[torch.Tensor, ...]]
+
+
+def live(connection: Connection, options: argparse.Namespace, made: Callable[[Path], Made]) -> None:
+    """A worker's life: one fit, whose steps the parent calls for.
+
+    Args:
+        connection: To the parent.
+        options: Of the command.
+        made: Module, callbacks and batch; given a folder for the reference.
+    """
     silence()
     try:
         torch.set_num_threads(options.threads)
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
         torch.manual_seed(SEED)
-        net, path = MODELS[model].build(), MODELS[model].path(target)
         with tempfile.TemporaryDirectory() as folder:
-            reference = save_reference(net, Path(folder) / "reference.pt")
-            module, callbacks = method_of(method, net, path, reference)
-            batch = torch.randn(options.batch_size, *IMAGE), torch.randint(CLASSES, (options.batch_size,))
+            module, callbacks, batch = made(Path(folder))
             # There already, so that no method pays for its way to the device.
             loader = Repeated(tuple(tensor.to(options.device) for tensor in batch), WARM_UP + options.steps + 2)
             count = FlopCount()
@@ -96,6 +102,18 @@ def work(connection: Connection, model: str, target: str, method: str, options: 
         connection.send(("failed", str(reason)))
     except BaseException as error:  # whatever it is, it belongs in the table
         connection.send(("failed", f"failed: {first_line(error)}"))
+
+
+def work(connection: Connection, model: str, target: str, method: str, options: argparse.Namespace) -> None:
+    """Trains a classifier."""
+
+    def made(folder: Path) -> Made:
+        net, path = MODELS[model].build(), MODELS[model].path(target)
+        module, callbacks = method_of(method, net, path, save_reference(net, folder / "reference.pt"))
+        batch = torch.randn(options.batch_size, *IMAGE), torch.randint(CLASSES, (options.batch_size,))
+        return module, callbacks, batch
+
+    live(connection, options, made)
 
 
 def silence() -> None:

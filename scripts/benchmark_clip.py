@@ -7,17 +7,16 @@ On a GPU, whose memory holds all methods at once:
 
 import argparse
 import os
-import resource
-import tempfile
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import lightning as L
 import open_clip
 import torch
-from benchmark import Baton, Worker, first_line, measure, silence
-from benchmark_methods import FlopCount, Repeated, quiet_trainer, save_reference
-from benchmark_tables import SEED, WARM_UP, cells, processor, rows_of
+from benchmark import Made, Worker, live, measure, silence
+from benchmark_methods import save_reference
+from benchmark_tables import WARM_UP, cells, processor, rows_of
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -45,31 +44,18 @@ METHODS: dict[str, tuple[str, Callable[[Path], list[GradMimic]]]] = {
 
 
 def work(connection: Connection, model: str, target: str, method: str, options: argparse.Namespace) -> None:
-    """A worker's life: one fit, whose steps the parent calls for."""
-    silence()
-    try:
-        torch.set_num_threads(options.threads)
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-        torch.manual_seed(SEED)
+    """Trains a CLIP."""
+
+    def made(folder: Path) -> Made:
         clip = CLIP(open_clip.create_model(model), warmup_steps=0)
-        batch = (
-            torch.randn(options.batch_size, 3, 224, 224),
-            torch.randint(1, 49408, (options.batch_size, 77)),
-        )
-        # There already, so that no method pays for its way to the device.
-        loader = Repeated(tuple(part.to(options.device) for part in batch), WARM_UP + options.steps + 2)
-        count = FlopCount()
-        with tempfile.TemporaryDirectory() as folder:
-            reference = save_reference(clip, Path(folder) / "reference.pt")
-            callbacks = METHODS[method][1](reference)
-            for callback in callbacks:
-                callback.examines = False  # the look at the reference is over after 512 pairs
-            baton = Baton(connection, count, options.device, resident)
-            accelerator = "gpu" if options.device == "cuda" else "cpu"
-            trainer = quiet_trainer([*callbacks, count, baton], accelerator=accelerator, precision=options.precision)
-            trainer.fit(clip, loader)
-    except BaseException as error:  # whatever it is, it belongs in the table
-        connection.send(("failed", f"failed: {first_line(error)}"))
+        callbacks: list[L.Callback] = []
+        for callback in METHODS[method][1](save_reference(clip, folder / "reference.pt")):
+            callback.examines = False  # the look at the reference is over after 512 pairs
+            callbacks.append(callback)
+        texts = torch.randint(1, 49408, (options.batch_size, 77))
+        return clip, callbacks, (torch.randn(options.batch_size, 3, 224, 224), texts)
+
+    live(connection, options, made)
 
 
 def parsed() -> argparse.Namespace:

@@ -1,6 +1,5 @@
 """CLIPs on two gloo processes against one with the same global batches; every case runs inside one spawned pair."""
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -8,17 +7,15 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.multiprocessing
 from clips import KINDS, clip, losses_of, pairs
-from lightning.pytorch.plugins.environments import TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy
+from ranks import WORLD, on_two_ranks, strategy, two
 from torch import Tensor
 from toys import loader, parameters_of, trainer
 
 from lightning_mimic import Aligned, GradMimic, Ledger, WithIds, collate_with_ids
 from lightning_mimic.models import CLIP, global_pair_losses
 
-WORLD, ROWS = 2, 4  # of each rank
+ROWS = 4  # of each rank
 UNEVEN = ([0, 8, 16], [4])  # where each rank's batches begin
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 STATIC = {"static_graph": True}
@@ -104,54 +101,43 @@ def own_gradients(rank: int, rows: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 def on_rank(rank: int, folder: Path) -> None:
     """All cases on one of the two ranks; what comes out is saved."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
-    os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
-    two: dict[str, Any] = {"devices": 2, "use_distributed_sampler": False, "plugins": [TorchElasticEnvironment()]}
-
-    def strategy(**options: Any) -> DDPStrategy:
-        return DDPStrategy(process_group_backend="gloo", **options)
-
+    options = two()
     for case, (_, count, _, ddp, _, _) in CASES.items():
         starts = range(rank * ROWS, count, WORLD * ROWS)
         mine = [list(range(start, start + ROWS)) for start in starts]
         batches = torch.utils.data.DataLoader(WithIds(data_of(case)), batch_sampler=mine, collate_fn=collate_with_ids)
-        module, keep = fit(case, folder / "two", batches, strategy=strategy(**ddp), **two)
+        module, keep = fit(case, folder / "two", batches, strategy=strategy(**ddp), **options)
         torch.save([module.state_dict(), keep.losses, keep.aligned], folder / f"{case}-{rank}.pt")
     torch.save(own_gradients(rank, 3), folder / f"gradients-{rank}.pt")
     # Retrieval and zero-shot accuracy over the pairs of both.
     module, starts = clip(), range(rank * ROWS, 24, WORLD * ROWS)
     mine = [list(range(start, start + ROWS)) for start in starts]
     batches = torch.utils.data.DataLoader(pairs(24), batch_sampler=mine)
-    (figures,) = trainer(strategy=strategy(), **two).validate(module, batches, verbose=False)
+    (figures,) = trainer(strategy=strategy(), **options).validate(module, batches, verbose=False)
     torch.save(figures, folder / f"figures-{rank}.pt")
     # One rank has three batches, the other one.
     mine = [list(range(start, start + ROWS)) for start in UNEVEN[rank]]
     batches = torch.utils.data.DataLoader(pairs(24), batch_sampler=mine)
-    (figures,) = trainer(strategy=strategy(), **two).validate(module, batches, verbose=False)
+    (figures,) = trainer(strategy=strategy(), **options).validate(module, batches, verbose=False)
     torch.save(figures, folder / f"uneven-{rank}.pt")
     # One rank has a pair less.
     images = torch.randn(3 - rank, 5)
     for what, call in {
         "losses": lambda: global_pair_losses(images, images, torch.tensor(1.0)),
-        "fit": lambda: trainer(strategy=strategy(), **two).fit(clip(), loader(pairs(4 - rank))),
+        "fit": lambda: trainer(strategy=strategy(), **options).fit(clip(), loader(pairs(4 - rank))),
         "scored fit": lambda: trainer(
-            GradMimic(Aligned(clip(seed=1)), KINDS["vit"][-1]), strategy=strategy(), **two
+            GradMimic(Aligned(clip(seed=1)), KINDS["vit"][-1]), strategy=strategy(), **options
         ).fit(clip(), loader(pairs(4 - rank))),
     }.items():
         try:
             call()
         except ValueError as error:
             (folder / f"{what}-{rank}").write_text(str(error))
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ddp")
-    torch.multiprocessing.spawn(on_rank, (folder,), nprocs=WORLD)
-    return folder
+    return on_two_ranks(on_rank, tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.filterwarnings("ignore:.*samples held NaN")

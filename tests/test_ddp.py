@@ -1,16 +1,14 @@
 """Two gloo processes against one with the same global micro-batches; every case runs inside one spawned pair."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.multiprocessing
 import torch.nn.functional as F
-from lightning.pytorch.plugins.environments import TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy
+from ranks import WORLD, on_two_ranks, two
+from ranks import strategy as strategy_of
 from torch import Tensor, nn
 from toys import FEATURES, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
@@ -114,7 +112,6 @@ CASES: dict[str, tuple[type[Toy], tuple[int, int], dict[str, Any], dict[str, Any
     "broken samples, aligned": (Toy, UNEVEN, {}, CACHED, {}),
 }
 ALIGNED = [case for case in CASES if "aligned" in case]
-WORLD = 2
 JUDGED: dict[str, type[Toy]] = {"doubtful": WithLosses, "doubtful, contrastive": Named}
 
 
@@ -140,16 +137,12 @@ def one_process(case: str, folder: Path) -> Toy:
 
 def on_rank(rank: int, folder: Path) -> None:
     """All cases on one of the two ranks; what comes out is saved."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
-    os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
-    fit_on_two = {"devices": 2, "use_distributed_sampler": False, "plugins": [TorchElasticEnvironment()]}
+    fit_on_two = two()
     for case, (kind, rows, ddp, _, options) in CASES.items():
         module, first, data = toy(kind), sum(rows[:rank]), data_of(case)
         batches = [list(range(start + first, start + first + rows[rank])) for start in range(0, len(data), 4)]
         mine = torch.utils.data.DataLoader(WithIds(data), batch_sampler=batches, collate_fn=collate_with_ids)
-        strategy = DDPStrategy(process_group_backend="gloo", **ddp)
+        strategy = strategy_of(**ddp)
         callback = callback_of(case, folder / "two" / case)
         more = [Keep(callback, folder / f"{case}-{rank}-aligned.pt")] if case in ALIGNED else []
         trainer(callback, *more, epochs=2, strategy=strategy, **fit_on_two, **options).fit(module, mine)
@@ -160,7 +153,7 @@ def on_rank(rank: int, folder: Path) -> None:
         batches = [list(range(start + first, start + first + rows)) for start in range(0, 600, 40)]
         mine = torch.utils.data.DataLoader(WithIds(toy_data(600)), batch_sampler=batches, collate_fn=collate_with_ids)
         callback = GradMimic(toy(kind, seed=1), "head", on_doubtful="raise", ledger=folder / case)
-        module, strategy = toy(kind), DDPStrategy(process_group_backend="gloo")
+        module, strategy = toy(kind), strategy_of()
         module.lr = 0.0
         try:
             trainer(callback, strategy=strategy, **fit_on_two).fit(module, mine)
@@ -169,19 +162,14 @@ def on_rank(rank: int, folder: Path) -> None:
     # Only the second rank's reference is bad, and both stop.
     bad = {"head.weight": torch.zeros(1), "head.bias": torch.zeros(1)} if rank else parameters_of(toy(seed=1))
     try:
-        trainer(GradMimic(bad, "head"), strategy=DDPStrategy(process_group_backend="gloo"), **fit_on_two).fit(
-            toy(), loader(toy_data(4))
-        )
+        trainer(GradMimic(bad, "head"), strategy=strategy_of(), **fit_on_two).fit(toy(), loader(toy_data(4)))
     except ValueError as error:
         (folder / f"error-{rank}").write_text(str(error))
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ddp")
-    torch.multiprocessing.spawn(on_rank, (folder,), nprocs=WORLD)
-    return folder
+    return on_two_ranks(on_rank, tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.filterwarnings("ignore:.*samples held NaN")

@@ -123,6 +123,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         self._kept: KeptIds | None = None
         self._loaders: list[PairLoader] = []
         self._train: PairLoader | None = None
+        self._resumed: dict[str, Any] | None = None
         self._directory: Path | None = None
 
     def prepare_data(self) -> None:
@@ -142,7 +143,17 @@ class ImageTextDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> PairLoader:
         self._train = self._loader(self._train_urls, "shards", self.transform)
+        if self._resumed is not None:
+            self._train.load_state_dict(self._resumed)
+            self._resumed = None
         return self._train
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training pairs are; a loader that is asked for its length early would not be told by Lightning."""
+        return {} if self._train is None else {"train": self._train.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = state_dict.get("train")
 
     def val_dataloader(self) -> list[Any]:
         return [*self._pairs_to_evaluate(), *self._labelled("val_dataloader")]

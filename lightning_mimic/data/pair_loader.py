@@ -44,14 +44,16 @@ class PairLoader:
     trainer: Any = None
     _epoch: int = field(default=-1, init=False)
     _place: Place = field(init=False)
+    _entry: Place = field(init=False)
     _begun: bool = field(default=True, init=False)
     _ended: bool = field(default=False, init=False)
     _loaded: dict[str, Any] | None = field(default=None, init=False)
+    _given: dict[str, Any] | None = field(default=None, init=False)
     _untaken: deque[tuple[int, int, int]] = field(default_factory=deque, init=False)
     _running: weakref.ref[Generator[Any, None, None]] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self._place = self._start()
+        self._place = self._entry = self._start()
 
     def __len__(self) -> int:
         if self.promised is None:
@@ -62,7 +64,7 @@ class PairLoader:
         self.close()
         self._epoch, self._place = self._next_epoch()
         self._loaded = None
-        self._begun, self._ended = self._place != self._start(), False
+        self._entry, self._begun, self._ended = self._place, False, False
         self._untaken.clear()
         stream = PairStream(self.reading, self.rank, self.world, self.promised, self.exact, self._epoch, self._place)
         source = DataLoader(
@@ -124,6 +126,9 @@ class PairLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes effect on the next ``iter()``; a state of other shards, ranks or workers starts its epoch anew."""
+        if state == self._given:  # Lightning tells it as well
+            return
+        self._given = state
         unlike = [name for name, value in self._setting().items() if state["setting"].get(name) != value]
         if unlike:
             changed = ", ".join(f"{name}: {state['setting'].get(name)}, now {self._setting()[name]}" for name in unlike)
@@ -146,8 +151,8 @@ class PairLoader:
         if self._epoch < 0 and self.trainer is not None:
             # At an epoch's end Lightning saves the number of the next one, and loads no state.
             return self.trainer.fit_loop.epoch_progress.current.processed, self._start()
-        # Lightning may ask again before it has taken a batch, and count an epoch that it has left out.
-        return self._epoch + self._begun, self._start()
+        # Lightning may ask again before it has taken a batch.
+        return (self._epoch + 1, self._start()) if self._begun else (self._epoch, self._entry)
 
     def _start(self) -> Place:
         return Place([[0, 0] for _ in range(self.reading.workers)])

@@ -1,0 +1,39 @@
+"""Two gloo processes on one machine, in which tests run their cases."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+
+WORLD = 2
+
+
+def on_two_ranks(act: Callable[[int, Path], None], folder: Path) -> Path:
+    """Has both ranks act, each with its number and the folder; returns the folder."""
+    torch.multiprocessing.spawn(_run, (act, folder), nprocs=WORLD)
+    return folder
+
+
+def strategy(**options: Any) -> DDPStrategy:
+    return DDPStrategy(process_group_backend="gloo", **options)
+
+
+def two() -> dict[str, Any]:
+    """Of a Trainer on one of the ranks, whose batches are its own already."""
+    return {"devices": WORLD, "use_distributed_sampler": False, "plugins": [TorchElasticEnvironment()]}
+
+
+def _run(rank: int, act: Callable[[int, Path], None], folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
+    os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=WORLD
+    )
+    act(rank, folder)
+    torch.distributed.destroy_process_group()
