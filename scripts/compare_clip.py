@@ -31,8 +31,8 @@ from lightning_mimic.models import CLIP, pair_losses
 from lightning_mimic.reference.gauge import Rotation
 from lightning_mimic.reference.moments import Moments
 
-STARTS = {"scratch": "from scratch", "locked": "reference's towers, locked"}
-METHODS = {"plain": "plain", "weighted": "Grad-Mimic", "sign": "plain, kept by sign", "rival": "plain, kept by rival"}
+STARTS = {"scratch": "from scratch", "locked": "locked towers"}
+METHODS = {"plain": "plain", "weighted": "Grad-Mimic", "sign": "kept by sign", "rival": "kept by rival"}
 TEMPERATURES = (0.3, 0.1, 0.05)
 DIRECTIONS = {"aligned": "rotation and ridge", "ridge": "ridge only", "as_is": "weights as they are"}
 PROJECTIONS = ("towers.visual.head.proj.weight", "towers.text_projection")
@@ -222,7 +222,7 @@ def chosen_temperature(rows: Sequence[Mapping[str, Any]]) -> float:
 def show(console: Console, results: list[dict[str, Any]], out: Path) -> dict[str, float]:
     """Two tables: what is learnt, and what is found; the temperatures that were chosen."""
     learnt, found = Table(title="What is learnt"), Table(title="Which pairs do not match")
-    figures = ("val.\nlast", "test\nlast", "test\nbest", "over plain's\nlast", "over its\nbest", "steps\nsaved")
+    figures = ("val.\nlast", "test\nlast", "test\nbest", "over\nlast", "over\nbest", "steps\nsaved")
     for table, heads in (
         (learnt, ("method", "\nτ", *figures)),
         (found, ("by", "AUROC", "F1", "share kept", "truly good")),
@@ -283,8 +283,10 @@ def main() -> None:
     (out / "results.json").write_text(json.dumps({"chosen": chosen, "results": results}, indent=2))
     console.print(
         "In %, mean and standard deviation over seeds. *: chosen on 100 validation images. Test: zero-shot on 500 "
-        "images; best: the best epoch on them, which no one can know. Steps saved: to the lowest loss of held-out "
-        "pairs that plain training has. Found: by the mean score of a short run. Rival: the reference's own similarity "
+        "images; best: the best epoch on them, which no one can know. Over last, over best: the last epoch less plain "
+        "training's last and best one. Kept by: plain training on what a filter keeps, as many steps. Steps saved: to "
+        "the lowest loss of held-out pairs that plain training has. Locked towers: the reference's, under projections "
+        "that begin anew. Found: by the mean score of a short run. Rival: the reference's own similarity "
         "of the pair.",
         style="dim",
     )
