@@ -1,5 +1,9 @@
 """What scoring image-text pairs costs: a ViT-B/32 CLIP with GradMimic beside plain training, step by step in turn.
 
+Every method is a process of its own, of some 5 GiB at a batch of 16; fewer --methods at a time where memory is short:
+
+    python scripts/benchmark_clip.py --steps 8 --methods plain again projections
+
 On a GPU, whose memory holds all methods at once:
 
     python scripts/benchmark_clip.py --device cuda --precision bf16-mixed --batch-size 1024 --steps 40
@@ -63,7 +67,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--model", default="ViT-B-32", help="of open_clip (%(default)s)")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--steps", type=int, default=10, help="rounds that count (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="%(default)s")
+    parser.add_argument("--batch-size", type=int, default=16, help="%(default)s")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", default="32-true", help="Lightning's (%(default)s)")
     cores = len(os.sched_getaffinity(0))
