@@ -117,3 +117,9 @@ def test_of_a_classifier_one_layer_is_fitted():
     net = nn.Sequential(nn.Linear(3, 4))
     direction = aligned_direction(Aligned(nn.Linear(3, 4)), net, dict(net.named_parameters()))
     assert type(direction).__name__ == "AlignedLayer"
+
+
+def test_a_matrix_that_is_added_and_not_multiplied_is_refused():
+    names = ["towers.visual.proj", "towers.positional_embedding"]
+    with pytest.raises(ValueError, match=r"'towers\.positional_embedding' is multiplied with, which is not known: it"):
+        trainer(GradMimic(Aligned(clip(seed=1)), names, math_attention=True)).fit(clip(), loader(pairs(8)))

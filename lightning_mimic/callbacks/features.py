@@ -30,10 +30,10 @@ def target_features(plan: Plan, targets: Collection[str], step: Step) -> dict[st
             for name in use.parts.values():
                 found[name].append(use.inputs)
         else:
-            found[use.name].append(*use.factors)
+            found[use.name].extend(use.factors)
     for name, features in found.items():
         if len(features) != 1:
-            why = unseen.get(name, f"used {len(features)} times")
+            why = unseen.get(name, "it does not meet the batch in one matrix product")
             raise ValueError(
                 f"`parameters`: an aligned reference needs what {name!r} is multiplied with, which is not known: "
                 f"{why}. Name the model's last projections."
