@@ -273,7 +273,7 @@ def classifier(seed=0, width=8):
 def digits():
     data, found = DigitsDataModule(train="noisy", noise=SymmetricNoise(0.4, seed=0)), {}
     data.setup()
-    images, labels = data.images(data._trusted), data._labels[data._trusted]
+    images, labels = data.images(data.rows["trusted"]), data.sources["train"].labels[data.rows["trusted"]]
     for name, seed, width, by in (("kin", 0, 8, 0), ("other", 1, 8, 0), ("wide", 0, 9, 0), ("shuffled", 0, 8, 1)):
         net = found[name] = classifier(seed, width)
         optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)

@@ -20,9 +20,9 @@ class ShuffledLabels(DigitsDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
-        self._labels = self._labels.clone()
+        labels, trusted = self.sources["train"].labels, self.rows["trusted"]
         order = torch.randperm(200, generator=torch.Generator().manual_seed(9))
-        self._labels[self._trusted] = self._labels[self._trusted][order]
+        labels[trusted] = labels[trusted][order]
 
 
 def classifier(pretrained: Path | None = None) -> ImageClassifier:

@@ -1,0 +1,210 @@
+"""Labelled images in parts that never overlap: many with doubtful labels, some with trusted ones, and a test split."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_mimic.data.ids import WithIds, collate_with_ids
+from lightning_mimic.data.kept import kept_of
+from lightning_mimic.data.noise import LabelNoise, SymmetricNoise
+
+#: Which images train (or are scored): those with trusted labels, three quarters of them, the other quarter, or the many
+#: with doubtful labels.
+Part = Literal["trusted", "trusted_fit", "trusted_held", "noisy"]
+
+
+@dataclass
+class Source:
+    """Images of one split.
+
+    Attributes:
+        images: By row: ``images[row]`` is one image, transformed; has a length.
+        labels: The true ones, int64, shape ``(rows,)``.
+        key: Says, when it is called, which images these are and how they are transformed, for a cache.
+        ids: One per row; the row numbers, if ``None``.
+    """
+
+    images: Any
+    labels: Tensor
+    key: Callable[[], str]
+    ids: list[str] | None = None
+
+
+class LabelledRows(Dataset[tuple[Any, Tensor]]):
+    """Some rows of a source with labels of their own.
+
+    Args:
+        images: By row.
+        rows: int64, shape ``(n,)``.
+        labels: int64, shape ``(n,)``.
+    """
+
+    def __init__(self, images: Any, rows: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.rows = rows
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Any, Tensor]:
+        return self.images[int(self.rows[index])], self.labels[index]
+
+
+class LabelledParts(pl.LightningDataModule, ABC):
+    """What data modules of labelled images have in common: parts, noise, choice, order and mirrored images.
+
+    A subclass reads its images (:meth:`read`) and divides them (:meth:`divide`).
+
+    Args:
+        train: What trains: ``"trusted"``, ``"trusted_fit"``, ``"trusted_held"`` or ``"noisy"``.
+        noise: Spoils the labels of the noisy part, or of ``"trusted_held"``.
+        keep: A manifest; only what it keeps of the noisy part trains.
+        flip: Mirror every other training image, another half in every epoch.
+        seed: Of the order in training and of what is mirrored.
+        batch_size: Images per batch and process.
+        num_workers: Loader processes.
+
+    Raises:
+        ValueError: Another part, or a manifest for one that is not noisy.
+    """
+
+    #: Set by the subclass.
+    num_classes: int
+    #: Images per batch in validation and test.
+    eval_batch_size = 500
+
+    def __init__(
+        self,
+        train: Part = "noisy",
+        noise: LabelNoise | None = None,
+        keep: str | Path | None = None,
+        flip: bool = False,
+        seed: int = 0,
+        batch_size: int = 32,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if train not in get_args(Part):
+            raise ValueError(f"`train` is {train!r}; expected one of {', '.join(map(repr, get_args(Part)))}.")
+        if keep is not None and train != "noisy":
+            raise ValueError(f"`keep` is a choice among the noisy images, and `train` is {train!r}.")
+        self.train = train
+        self.keep = keep
+        self.noise = noise if noise is not None else SymmetricNoise()
+        self.flip = flip
+        self.seed = seed
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        #: By name: "train", "test" and, where there is one, "val"; known after :meth:`setup`.
+        self.sources: dict[str, Source] = {}
+
+    @abstractmethod
+    def read(self) -> Mapping[str, Source]:
+        """The sources ``"train"``, ``"test"`` and, where there is one, ``"val"``."""
+
+    @abstractmethod
+    def divide(self, labels: Tensor) -> Mapping[str, Tensor]:
+        """Which rows are in which part.
+
+        Args:
+            labels: True ones of the source ``"train"``.
+
+        Returns:
+            Rows of the source ``"train"`` under ``"noisy"``, ``"trusted_fit"`` and ``"trusted_held"``, any of which
+            may be empty; rows of the source ``"test"`` under ``"test"``.
+        """
+
+    def setup(self, stage: str | None = None) -> None:
+        """Divides the images and spoils labels; the same for the same seeds, on every rank."""
+        if self.sources:
+            return
+        self.sources = dict(self.read())
+        labels = self.sources["train"].labels
+        #: Rows of each part.
+        self.rows = dict(self.divide(labels))
+        self.rows["trusted"] = torch.cat([self.rows["trusted_fit"], self.rows["trusted_held"]])
+        #: Rows of the noisy part; true and given labels, and which of these differ, in the same order.
+        self.noisy_ids = self.rows["noisy"]
+        self.true_labels = labels[self.noisy_ids]
+        self.given_labels, self.wrong = self.noise(self.true_labels, self.num_classes)
+        if not len(self.rows[self.train]):
+            raise ValueError(
+                f"`train` is {self.train!r}, and no image is in that part; its parts are "
+                f"{', '.join(f'{name} ({len(self.rows[name])})' for name in get_args(Part))}."
+            )
+
+    def train_dataloader(self) -> DataLoader:
+        rows = self.rows[self.train]
+        if self.train == "noisy":
+            labels = self.given_labels
+        else:
+            labels = self.sources["train"].labels[rows]
+            if self.train == "trusted_held":
+                labels, _ = self.noise(labels, self.num_classes)
+        samples: Any = self._samples("train", rows, labels)
+        if self.keep is not None:
+            samples = kept_of(samples, self.keep)
+        return DataLoader(
+            samples,
+            batch_size=self.batch_size,
+            shuffle=True,
+            num_workers=self.num_workers,
+            collate_fn=collate_with_ids,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def val_dataloader(self) -> Any:
+        """The held trusted images; where there are none the set's own validation split, if it has one."""
+        if len(held := self.rows["trusted_held"]):
+            return self._evaluation("train", held)
+        return self._evaluation("val") if "val" in self.sources else []
+
+    def test_dataloader(self) -> DataLoader:
+        return self._evaluation("test", self.rows["test"])
+
+    def mirrored(self, ids: Any, epoch: int) -> Tensor:
+        """Which training images are mirrored in an epoch: the same for any number of processes and after a resume.
+
+        Args:
+            ids: Of a training batch.
+            epoch: Counted from 0.
+
+        Returns:
+            Boolean, shape ``(B,)``.
+        """
+        source = self.sources["train"]
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+        drawn = torch.rand(len(source.labels), generator=generator) < 0.5
+        if source.ids is None:
+            return drawn[torch.as_tensor(ids)]
+        if not hasattr(self, "_row_of"):
+            self._row_of = {each: row for row, each in enumerate(source.ids)}
+        return drawn[[self._row_of[each] for each in ids]]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if self.flip and self.trainer is not None and self.trainer.training:
+            images = batch[0]
+            mirrored = self.mirrored(batch.ids, self.trainer.current_epoch).to(images.device)
+            batch[0] = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+        return batch
+
+    def _evaluation(self, source: str, rows: Tensor | None = None) -> DataLoader:
+        labels = self.sources[source].labels
+        rows = torch.arange(len(labels)) if rows is None else rows
+        samples = self._samples(source, rows, labels[rows])
+        return DataLoader(
+            samples, batch_size=self.eval_batch_size, num_workers=self.num_workers, collate_fn=collate_with_ids
+        )
+
+    def _samples(self, name: str, rows: Tensor, labels: Tensor) -> WithIds:
+        source = self.sources[name]
+        ids = rows.tolist() if source.ids is None else [source.ids[row] for row in rows.tolist()]
+        return WithIds(LabelledRows(source.images, rows, labels), ids)
