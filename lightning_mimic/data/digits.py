@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_mimic.data.noise import LabelNoise, SymmetricNoise
+from lightning_mimic.data.noise import LabelNoise
 from lightning_mimic.data.parts import LabelledParts, Part, Source
 
 
@@ -36,6 +36,7 @@ class DigitsDataModule(LabelledParts):
         ValueError: Another part, or a manifest for one that is not noisy.
 
     Example:
+        >>> from lightning_mimic.data.noise import SymmetricNoise
         >>> digits = DigitsDataModule(train="noisy", noise=SymmetricNoise(rate=0.4), seed=0)
         >>> digits.setup()
         >>> images, labels = batch = next(iter(digits.train_dataloader()))
