@@ -47,8 +47,9 @@ class ImageTextDataModule(pl.LightningDataModule):
         eval_transform: For pairs that validate, and labelled images; ``transform``, if left out.
         val_shards: Pairs that validate, in their order, dealt out to ranks and workers as those that train.
         zero_shot: A data module of labelled images (PIL, or tensors of shape ``(C, H, W)`` from 0 to 1), whose
-            validation and test images become batches of ``(images, labels)``, labels of shape ``(n,)``. They follow
-            the pairs in the lists of validation and test loaders; texts have two dimensions, labels one.
+            validation images (if it has any) and test images become batches of ``(images, labels)``, labels of shape
+            ``(n,)``. They follow the pairs in the lists of validation and test loaders; texts have two dimensions,
+            labels one.
         keep: A manifest; only what it keeps trains, as often as it keeps it.
         with_replacement: Draw shards with replacement, for ever, as DataComp trains.
         samples_per_epoch: Over all ranks, rounded up to whole batches of every worker; if drawn with replacement.
@@ -256,7 +257,10 @@ class ImageTextDataModule(pl.LightningDataModule):
     def _labelled(self, name: str) -> list[DataLoader]:
         if self.zero_shot is None:
             return []
-        dataset = getattr(getattr(self.zero_shot, name)(), "dataset", None)
+        loader: Any = getattr(self.zero_shot, name)()
+        if loader == []:  # it holds none back
+            return []
+        dataset = getattr(loader, "dataset", None)
         if dataset is None or isinstance(dataset, IterableDataset):
             raise ValueError(
                 f"`zero_shot`: {type(self.zero_shot).__name__}.{name}() is no loader of a map-style dataset."

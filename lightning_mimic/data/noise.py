@@ -2,9 +2,17 @@
 
 import math
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class LabelNoise(Protocol):
+    """What a data module accepts as noise: from labels, classes and rows to noisy labels and the mask of wrong ones."""
+
+    def __call__(self, labels: Tensor, num_classes: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Arguments and shapes as for :class:`SymmetricNoise`; ``rows`` are those of the training split."""
 
 
 class SymmetricNoise:
@@ -28,12 +36,13 @@ class SymmetricNoise:
         self.rate = _checked(rate)
         self.seed = seed
 
-    def __call__(self, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, labels: Tensor, num_classes: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noisy labels and the mask of wrong ones.
 
         Args:
             labels: int64, shape ``(n,)``.
             num_classes: At least 2.
+            rows: Of the labels in the training split; nothing depends on them here.
 
         Returns:
             Labels, and boolean of the same shape, ``True`` where the label is now wrong.
@@ -41,7 +50,7 @@ class SymmetricNoise:
         Raises:
             ValueError: Fewer than two classes, or labels outside them.
         """
-        _check_labels(labels, num_classes)
+        check_labels(labels, num_classes)
         generator = torch.Generator().manual_seed(self.seed)
         wrong = _drawn(len(labels), self.rate, generator)
         shift = torch.randint(1, num_classes, labels.shape, generator=generator)
@@ -72,9 +81,9 @@ class AsymmetricNoise:
             raise ValueError(f"`confusions`: {self.confusions} confuses a class with itself.")
         self.seed = seed
 
-    def __call__(self, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-        """Noisy labels and the mask of wrong ones; shapes as for :class:`SymmetricNoise`."""
-        _check_labels(labels, num_classes)
+    def __call__(self, labels: Tensor, num_classes: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Noisy labels and the mask of wrong ones; arguments and shapes as for :class:`SymmetricNoise`."""
+        check_labels(labels, num_classes)
         generator = torch.Generator().manual_seed(self.seed)
         cycle = {c: (c + 1) % num_classes for c in range(num_classes)}
         confusions = cycle if self.confusions is None else self.confusions
@@ -88,11 +97,22 @@ class AsymmetricNoise:
         return noisy, wrong
 
 
-#: What a data module accepts as noise.
-LabelNoise = SymmetricNoise | AsymmetricNoise
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Refuses labels outside the classes, and fewer than two of these.
 
+    Args:
+        labels: int64, shape ``(n,)``.
+        num_classes: Labels count from 0.
 
-def _check_labels(labels: Tensor, num_classes: int) -> None:
+    Raises:
+        ValueError: What it refuses.
+
+    Example:
+        >>> check_labels(torch.tensor([0, 3]), num_classes=3)
+        Traceback (most recent call last):
+        ...
+        ValueError: labels run from 0 to 3, outside the 3 classes.
+    """
     if num_classes < 2:
         raise ValueError(f"`num_classes` is {num_classes}; a wrong label needs at least 2 classes.")
     if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):

@@ -134,7 +134,7 @@ class LabelledParts(pl.LightningDataModule, ABC):
         #: Rows of the noisy part; true and given labels, and which of these differ, in the same order.
         self.noisy_ids = self.rows["noisy"]
         self.true_labels = labels[self.noisy_ids]
-        self.given_labels, self.wrong = self.noise(self.true_labels, self.num_classes)
+        self.given_labels, self.wrong = self.noise(self.true_labels, self.num_classes, self.noisy_ids)
         if not len(self.rows[self.train]):
             raise ValueError(
                 f"`train` is {self.train!r}, and no image is in that part; its parts are "
@@ -148,7 +148,7 @@ class LabelledParts(pl.LightningDataModule, ABC):
         else:
             labels = self.sources["train"].labels[rows]
             if self.train == "trusted_held":
-                labels, _ = self.noise(labels, self.num_classes)
+                labels, _ = self.noise(labels, self.num_classes, rows)
         samples: Any = self._samples("train", rows, labels)
         if self.keep is not None:
             samples = kept_of(samples, self.keep)

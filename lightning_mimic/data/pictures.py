@@ -1,0 +1,171 @@
+"""Labelled pictures on a disk, decoded when they are asked for; of some of each class the labels may be trusted."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_mimic.data.noise import LabelNoise
+from lightning_mimic.data.parts import LabelledParts, Part, Source
+
+#: From a PIL image of mode RGB to a tensor ``(C, H, W)``.
+Transform = Callable[[Any], Tensor]
+
+
+class Pictures:
+    """The pictures of one of torchvision's data sets by row, transformed.
+
+    Args:
+        dataset: Gives a PIL image and a label by row.
+        files: Of the pictures, one per row; ``None``, if they are in ``dataset.data``.
+        transform: ``None`` gives PIL images of mode RGB.
+    """
+
+    def __init__(self, dataset: Any, files: Sequence[Path] | None, transform: Transform | None) -> None:
+        self.dataset = dataset
+        self.files = files
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> Any:
+        try:
+            picture = self.dataset[row][0]  # of mode RGB: torchvision converts others
+        except Exception as error:  # Pillow has many types of error for a broken file
+            place = "" if self.files is None else f"{self.files[row]}: "
+            raise ValueError(
+                f"image {row} cannot be decoded: {place}{error}. Fetch it again; nothing is left out in silence."
+            ) from error
+        return picture if self.transform is None else self.transform(picture)
+
+    def key(self) -> str:
+        """Says which pictures these are and how they are transformed.
+
+        Files are told by path, size and time of change, not read.
+
+        Raises:
+            ValueError: A transform whose ``repr`` does not say what it does.
+        """
+        told = repr(self.transform)
+        if " at 0x" in told:
+            raise ValueError(
+                f"`transform` is {told}, which does not say what it does, so that a cache could not tell it from "
+                "another. Take one of lightning_mimic.data.transforms or of torchvision.transforms.v2, or give yours a "
+                "`__repr__` with all its settings."
+            )
+        digest = hashlib.sha256(told.encode())
+        if self.files is None:
+            digest.update(repr(self.dataset.data.shape).encode())
+            digest.update(self.dataset.data.tobytes())
+        for file in self.files or ():
+            state = file.stat()
+            digest.update(f"\n{file.absolute()}\t{state.st_size}\t{state.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+
+class PictureParts(LabelledParts):
+    """What data modules of pictures have in common: decoding, a transform, and trusted images of every class.
+
+    A subclass opens the pictures (:meth:`read`, by way of :meth:`source`).
+
+    Args:
+        train: What trains: ``"trusted"``, ``"trusted_fit"``, ``"trusted_held"`` or ``"noisy"``.
+        noise: Spoils the labels of the noisy part, or of ``"trusted_held"``.
+        keep: A manifest; only what it keeps of the noisy part trains.
+        transform: PIL image of mode RGB to tensor; ``None`` gives PIL images, for a zero-shot classifier.
+        trusted: Share of each class of the training split that is set apart with trusted labels: none, or at least two
+            images, of which a quarter, at least one, is held out (``"trusted_held"``).
+        split_seed: Of which these are. It is not ``seed``, so that a reference of another seed has not seen what is
+            scored.
+        flip: Mirror every other training image, another half in every epoch.
+        seed: Of the order in training and of what is mirrored.
+        batch_size: Images per batch and process.
+        num_workers: Loader processes.
+
+    Raises:
+        ValueError: Another part, a manifest for one that is not noisy, or a share outside 0 to 1.
+    """
+
+    #: A batch of 224 by 224 pixels takes 60 MB, and each worker holds several.
+    eval_batch_size = 100
+    #: Names of the classes, where the set has them; known after :meth:`setup`.
+    class_names: list[str]
+
+    def __init__(
+        self,
+        train: Part = "noisy",
+        noise: LabelNoise | None = None,
+        keep: str | Path | None = None,
+        transform: Transform | None = None,
+        trusted: float = 0.0,
+        split_seed: int = 0,
+        flip: bool = False,
+        seed: int = 0,
+        batch_size: int = 32,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(train, noise, keep, flip, seed, batch_size, num_workers)
+        if not 0 <= trusted < 1:
+            raise ValueError(f"`trusted` is a share of the training images, from 0 to below 1, not {trusted!r}.")
+        self.transform = transform
+        self.trusted = trusted
+        self.split_seed = split_seed
+
+    def source(
+        self, dataset: Any, labels: Any, files: Sequence[str | Path] | None = None, ids: list[str] | None = None
+    ) -> Source:
+        """One split.
+
+        Args:
+            dataset: One of torchvision's.
+            labels: Integers, one per row.
+            files: Of the pictures, if they are not in ``dataset.data``.
+            ids: One per row, if they are not row numbers.
+
+        Raises:
+            ValueError: Files that are not there, or labels outside the classes.
+        """
+        paths = None if files is None else [Path(file) for file in files]
+        if missing := [path for path in paths or () if not path.is_file()]:
+            raise ValueError(f"{len(missing)} of {len(paths or ())} images are not there, such as {missing[0]}")
+        found = torch.as_tensor(labels, dtype=torch.int64)
+        if len(found) and not 0 <= int(found.min()) <= int(found.max()) < self.num_classes:
+            raise ValueError(
+                f"labels run from {int(found.min())} to {int(found.max())}, outside the {self.num_classes} classes"
+            )
+        pictures = Pictures(dataset, paths, self.transform)
+        return Source(pictures, found, pictures.key, ids)
+
+    def divide(self, labels: Tensor) -> Mapping[str, Tensor]:
+        fit, held = [torch.arange(0)], [torch.arange(0)]
+        generator = torch.Generator().manual_seed(self.split_seed)
+        for label in range(self.num_classes if self.trusted else 0):
+            members = (labels == label).nonzero().flatten()
+            count = max(2, round(self.trusted * len(members)))
+            if count >= len(members):
+                raise ValueError(
+                    f"`trusted` is {self.trusted}, and class {label} has {len(members)} training images; {count} of "
+                    "them would be trusted, and at least one must be left to train on. Take a smaller share, or more "
+                    "images of that class."
+                )
+            chosen = members[torch.randperm(len(members), generator=generator)[:count]]
+            held.append(chosen[: max(1, count // 4)])
+            fit.append(chosen[max(1, count // 4) :])
+        parts = {"trusted_fit": torch.cat(fit).sort().values, "trusted_held": torch.cat(held).sort().values}
+        noisy = torch.ones(len(labels), dtype=torch.bool)
+        noisy[torch.cat(list(parts.values()))] = False
+        test = torch.arange(len(self.sources["test"].labels))
+        return {**parts, "noisy": noisy.nonzero().flatten(), "test": test}
+
+    def train_dataloader(self) -> DataLoader:
+        if self.transform is None:
+            raise ValueError(
+                "`transform` is None, so that images stay PIL images, which a zero-shot classifier takes and training "
+                "does not. Give one, such as lightning_mimic.data.transforms.paper_transform()."
+            )
+        return super().train_dataloader()

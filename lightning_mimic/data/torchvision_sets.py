@@ -1,0 +1,210 @@
+"""The six image data sets of the paper, read and downloaded by torchvision."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from lightning_mimic.data.noise import LabelNoise
+from lightning_mimic.data.parts import Part, Source
+from lightning_mimic.data.pictures import PictureParts, Transform
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """How torchvision has a data set.
+
+    Attributes:
+        reader: Class of ``torchvision.datasets``.
+        num_classes: Of its labels, which count from 0.
+        splits: Arguments of the class for ``"train"``, ``"test"`` and, where there is one, ``"val"``.
+        labels: Attribute with the labels, for which no image is decoded.
+        files: Attribute with the images' paths; ``None``, where the images themselves are in the attribute ``data``.
+        archives: Where the files to download are.
+        folder: Below the root, where these files belong.
+        unpacked: Below the root, what is in them.
+    """
+
+    reader: str
+    num_classes: int
+    splits: Mapping[str, Mapping[str, Any]]
+    labels: str
+    files: str | None
+    archives: tuple[str, ...]
+    folder: str
+    unpacked: tuple[str, ...]
+
+
+def _splits(argument: str, **values: Any) -> Mapping[str, Mapping[str, Any]]:
+    return MappingProxyType({name: MappingProxyType({argument: value}) for name, value in values.items()})
+
+
+_TORONTO = "https://www.cs.toronto.edu/~kriz/"
+_OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/"
+
+#: By name. Which split trains is as in the paper.
+SETS: Mapping[str, ImageSet] = MappingProxyType(
+    {
+        "cifar10": ImageSet(
+            reader="CIFAR10",
+            num_classes=10,
+            splits=_splits("train", train=True, test=False),
+            labels="targets",
+            files=None,
+            archives=(_TORONTO + "cifar-10-python.tar.gz",),
+            folder=".",
+            unpacked=("cifar-10-batches-py",),
+        ),
+        "cifar100": ImageSet(
+            reader="CIFAR100",
+            num_classes=100,
+            splits=_splits("train", train=True, test=False),
+            labels="targets",
+            files=None,
+            archives=(_TORONTO + "cifar-100-python.tar.gz",),
+            folder=".",
+            unpacked=("cifar-100-python",),
+        ),
+        "stl10": ImageSet(
+            reader="STL10",
+            num_classes=10,
+            splits=_splits("split", train="train", test="test"),
+            labels="labels",
+            files=None,
+            archives=("http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",),
+            folder=".",
+            unpacked=("stl10_binary",),
+        ),
+        "dtd": ImageSet(
+            reader="DTD",
+            num_classes=47,
+            splits=_splits("split", train="train", test="test", val="val"),
+            labels="_labels",
+            files="_image_files",
+            archives=(_OXFORD + "dtd/download/dtd-r1.0.1.tar.gz",),
+            folder="dtd",
+            unpacked=("dtd/dtd/images", "dtd/dtd/labels"),
+        ),
+        "flowers102": ImageSet(
+            reader="Flowers102",
+            num_classes=102,
+            splits=_splits("split", train="train", test="test", val="val"),
+            labels="_labels",
+            files="_image_files",
+            archives=tuple(
+                _OXFORD + "flowers/102/" + file for file in ("102flowers.tgz", "imagelabels.mat", "setid.mat")
+            ),
+            folder="flowers-102",
+            unpacked=("flowers-102/jpg",),
+        ),
+        "oxford_pet": ImageSet(
+            reader="OxfordIIITPet",
+            num_classes=37,
+            splits=_splits("split", train="trainval", test="test"),
+            labels="_labels",
+            files="_images",
+            archives=tuple(_OXFORD + "pets/data/" + file for file in ("images.tar.gz", "annotations.tar.gz")),
+            folder="oxford-iiit-pet",
+            unpacked=("oxford-iiit-pet/images", "oxford-iiit-pet/annotations"),
+        ),
+    }
+)
+
+
+class TorchvisionDataModule(PictureParts):
+    """CIFAR-10, CIFAR-100, STL-10, DTD (its first partition), Flowers-102 or Oxford-IIIT Pet.
+
+    With ``trusted=0`` all training images are the noisy part. Ids are row numbers of torchvision's training split.
+    Images are decoded one by one as they are asked for, labels are read without.
+
+    Args:
+        name: ``"cifar10"``, ``"cifar100"``, ``"stl10"``, ``"dtd"``, ``"flowers102"`` or ``"oxford_pet"``.
+        root: Folder that torchvision downloads to.
+        transform: PIL image of mode RGB to tensor; ``None`` gives PIL images, for a zero-shot classifier.
+        train: What trains: ``"trusted"``, ``"trusted_fit"``, ``"trusted_held"`` or ``"noisy"``.
+        noise: Spoils the labels of the noisy part, or of ``"trusted_held"``.
+        keep: A manifest; only what it keeps of the noisy part trains.
+        flip: Mirror every other training image, another half in every epoch.
+        trusted: Share of each class of the training split that is set apart with trusted labels: none, or at least two
+            images, of which a quarter, at least one, is held out.
+        split_seed: Of which these are; the same for a reference and for what it scores.
+        seed: Of the order in training and of what is mirrored.
+        batch_size: Images per batch and process.
+        num_workers: Loader processes.
+        download: Whether to fetch what is not in ``root``, or to unpack archives that are.
+
+    Raises:
+        ValueError: An unknown name (with the nearest), another part, a manifest for one that is not noisy, or a share
+            outside 0 to 1; in ``prepare_data`` and ``setup``, files that cannot be had or read, with where they belong.
+
+    Example:
+        >>> TorchvisionDataModule("cifar-10", "datasets")
+        Traceback (most recent call last):
+        ...
+        ValueError: `name` is 'cifar-10'; nearest: 'cifar10', 'cifar100'...
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: str | Path,
+        transform: Transform | None = None,
+        train: Part = "noisy",
+        noise: LabelNoise | None = None,
+        keep: str | Path | None = None,
+        flip: bool = False,
+        trusted: float = 0.0,
+        split_seed: int = 0,
+        seed: int = 0,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        download: bool = True,
+    ) -> None:
+        super().__init__(train, noise, keep, transform, trusted, split_seed, flip, seed, batch_size, num_workers)
+        if name not in SETS:
+            from lightning_mimic.gradients import nearest_names
+
+            raise ValueError(f"`name` is {name!r}; {nearest_names(name, SETS)}.")
+        self.name = name
+        self.spec = SETS[name]
+        self.num_classes = self.spec.num_classes
+        self.root = Path(root).expanduser()
+        self.download = download
+
+    def prepare_data(self) -> None:
+        """Downloads what is not there, by one process of a machine."""
+        if self.download and not self.sources:
+            self._read("train", download=True)
+
+    def read(self) -> Mapping[str, Source]:
+        return {split: self._read(split) for split in self.spec.splits}
+
+    def _read(self, split: str, download: bool = False) -> Source:
+        import torchvision.datasets
+
+        reader = getattr(torchvision.datasets, self.spec.reader)
+        try:
+            # CIFAR's files are pickles, which could run code. Before it opens any, torchvision compares all of them
+            # with the checksums of the published ones, and so it reads no others; a test holds it to that.
+            dataset = reader(self.root, download=download, **self.spec.splits[split])
+            names = list(getattr(dataset, "classes", []))
+            if names and len(names) != self.num_classes:
+                raise ValueError(f"there are {len(names)} classes instead of {self.num_classes}")
+            if split == "train":
+                self.class_names = names
+            files = None if self.spec.files is None else getattr(dataset, self.spec.files)
+            return self.source(dataset, getattr(dataset, self.spec.labels), files)
+        except ImportError:
+            raise  # of a package that torchvision wants
+        except Exception as error:  # of the network, an archive, the system, the files
+            raise ValueError(self._advice(error)) from error
+
+    def _advice(self, error: Exception) -> str:
+        spec = self.spec
+        return (
+            f"`data`: {spec.reader} cannot be read from {self.root}: {str(error).rstrip('.')}. `download=True` fetches "
+            f"it; without a network put {' and '.join(spec.archives)} into {self.root / spec.folder}, and "
+            f"`download=True` unpacks that to {' and '.join(str(self.root / path) for path in spec.unpacked)}. What is "
+            "there already and not whole must be removed first."
+        )

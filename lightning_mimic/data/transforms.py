@@ -1,0 +1,84 @@
+"""From a PIL image to what a network reads; nothing is drawn here, and the ``repr`` of each tells all its settings."""
+
+from typing import Any
+
+from lightning_mimic.data.pictures import Transform
+from lightning_mimic.gradients import nearest_names
+
+
+def paper_transform(size: int = 224) -> Transform:
+    """The paper's: ``size`` by ``size`` pixels whatever the shape was, and values from -1 to 1.
+
+    Images are mirrored by the data module (``flip=True``).
+
+    Args:
+        size: Height and width.
+
+    Returns:
+        PIL image of mode RGB to float32 tensor ``(3, size, size)``: mean 0.5 and deviation 0.5 are taken out of 0 to 1.
+
+    Example:
+        >>> from PIL import Image
+        >>> image = paper_transform(16)(Image.new("RGB", (4, 8), "white"))
+        >>> image.shape, float(image.min())
+        (torch.Size([3, 16, 16]), 1.0)
+    """
+    import torch
+    from torchvision.transforms import v2
+
+    steps = [v2.Resize((size, size)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
+    return v2.Compose(steps)  # type: ignore[no-any-return]
+
+
+def torchvision_preset(weights: str) -> Transform:
+    """The transform that torchvision publishes with weights, for inference.
+
+    Args:
+        weights: Such as ``"ViT_B_16_Weights.IMAGENET1K_V1"``.
+
+    Raises:
+        ValueError: Unknown weights (with the nearest ones).
+
+    Example:
+        >>> torchvision_preset("ViT_B_16_Weights.IMAGENET1K_V1")
+        ImageClassification(
+            crop_size=[224]
+            resize_size=[256]
+            mean=[0.485, 0.456, 0.406]
+            std=[0.229, 0.224, 0.225]
+            interpolation=InterpolationMode.BILINEAR
+        )
+    """
+    from torchvision import models
+
+    kinds = [models.get_model_weights(name) for name in models.list_models(models)]
+    known: dict[str, Any] = {str(each): each for kind in kinds for each in kind}
+    known |= {f"{kind.__name__}.DEFAULT": kind.DEFAULT for kind in kinds if len(kind)}
+    if weights not in known:
+        raise ValueError(f"`weights`: torchvision has no {weights!r}; {nearest_names(weights, known)}.")
+    return known[weights].transforms()  # type: ignore[no-any-return]
+
+
+def timm_preset(model_name: str) -> Transform:
+    """The transform that a model of timm was published with, for inference; nothing is downloaded.
+
+    Args:
+        model_name: Such as ``"vit_base_patch16_224.augreg_in21k"``; without a tag, timm's first.
+
+    Raises:
+        ValueError: An unknown model or tag (with the nearest ones).
+
+    Example:
+        >>> timm_preset("vit_base_patch16_224.augreg_in21k").transforms[1]
+        CenterCrop(size=(224, 224))
+    """
+    from timm.data.config import resolve_data_config
+    from timm.data.transforms_factory import create_transform
+    from timm.models import get_pretrained_cfg, list_models
+
+    known = {*list_models(), *list_models(pretrained=True)}
+    config = get_pretrained_cfg(model_name) if model_name in known else None
+    if config is None:
+        raise ValueError(f"`model_name`: timm has no {model_name!r}; {nearest_names(model_name, known)}.")
+    settings = resolve_data_config(pretrained_cfg=config.to_dict())
+    return create_transform(**settings, is_training=False)  # type: ignore[no-any-return]
