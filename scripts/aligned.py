@@ -35,7 +35,7 @@ NETWORKS = {
     "mlp": ["model/backbone=mlp"],
     "vit": [
         "model/backbone=timm",
-        "model.backbone.model_name=vit_tiny_patch16_224",
+        "model.backbone.name=vit_tiny_patch16_224",
         "model.backbone.in_chans=1",
         *(f"+model.backbone.{option}" for option in ("img_size=8", "patch_size=2", "embed_dim=64", "depth=2")),
         *(f"+model.backbone.{option}" for option in ("num_heads=4", "global_pool=avg", "weight_init=jax")),

@@ -1,6 +1,8 @@
 """Slow and obviously right versions of what the package computes fast. Imports torch and nothing else."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -103,3 +105,59 @@ def smallest_temperature(scores: Tensor, tau: float, min_ess: float) -> float:
         if float(1 / (weights * weights).sum()) >= min_ess * len(scores) * (1 - 1e-9):
             return temperature
     return float("inf")
+
+
+def flat(gradients: Named, names: Sequence[str]) -> Tensor:
+    """The named gradients of shape ``(B, *shape)`` as vectors of one row each, ``(B, P)`` in float64."""
+    return torch.cat([gradients[name].double().flatten(1) for name in names], 1)
+
+
+def mean_gradient(module: nn.Module, losses_of: Losses, batch: Any, names: Sequence[str]) -> Tensor:
+    """``ḡ`` as one vector: the gradient of the mean loss of a module in evaluation mode, which is left as it was."""
+    was = module.training
+    losses = losses_of(module.eval(), batch)
+    module.train(was)
+    found = torch.autograd.grad(losses.mean(), [module.get_parameter(name) for name in names])
+    return torch.cat([each.double().flatten() for each in found])
+
+
+def agreements(rows: Tensor, vector: Tensor) -> Tensor:
+    """The cosine of each of ``(B, P)`` with a vector, one after the other."""
+    return torch.stack([row @ vector / (math.sqrt(row @ row) * math.sqrt(vector @ vector)) for row in rows])
+
+
+def agra_weights(scores: Tensor) -> Tensor:
+    """Who agrees has an equal share, who does not has none; if nobody does, none at all."""
+    agrees = [i for i, score in enumerate(scores.tolist()) if score > 0]
+    return torch.tensor([1 / len(agrees) if i in agrees else 0.0 for i in range(len(scores))], dtype=torch.float64)
+
+
+def nonnegative_fit(rows: Tensor, target: Tensor, ridge: float) -> Tensor:
+    """``argmin ‖target − Σ wᵢ rowᵢ‖² + ridge ‖w‖²`` over w ≥ 0, by trying every support."""
+    best, least = torch.zeros(len(rows), dtype=torch.float64), float(target @ target)
+    for size in range(1, len(rows) + 1):
+        for support in map(list, combinations(range(len(rows)), size)):
+            some = rows[support]
+            fitted = torch.linalg.lstsq(some @ some.T + ridge * torch.eye(size).double(), some @ target).solution
+            missing = target - fitted @ some
+            cost = float(missing @ missing + ridge * fitted @ fitted)
+            if bool((fitted >= 0).all()) and cost < least:
+                best, least = (
+                    torch.zeros(len(rows), dtype=torch.float64).index_copy(0, torch.tensor(support), fitted),
+                    cost,
+                )
+    return best
+
+
+def matched(rows: Tensor, most: int, ridge: float, fit: Callable[..., Tensor] = nonnegative_fit) -> Tensor:
+    """Orthogonal matching pursuit of ``Σ rowᵢ`` on the vectors themselves: a weight per row, 0 if it is not chosen."""
+    target, chosen, weights = rows.sum(0), [], torch.zeros(len(rows), dtype=torch.float64)
+    while len(chosen) < most:
+        missing = target - weights @ rows
+        along = {i: float(rows[i] @ missing) for i in range(len(rows)) if i not in chosen}
+        best = max(along, key=lambda i: along[i])
+        if along[best] <= 1e-6 * max(map(abs, (rows @ target).tolist())):
+            break
+        chosen.append(best)
+        weights = torch.zeros_like(weights).index_copy(0, torch.tensor(chosen), fit(rows[chosen], target, ridge))
+    return weights

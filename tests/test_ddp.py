@@ -1,5 +1,6 @@
 """Two gloo processes against one with the same global micro-batches; every case runs inside one spawned pair."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +8,23 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from pictures import assert_alike, of_a_rank, train_on_a_rank
 from ranks import WORLD, on_two_ranks, two
 from ranks import strategy as strategy_of
 from torch import Tensor, nn
-from toys import FEATURES, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
+from toys import FEATURES, Residual, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
 from lightning_mimic import Aligned, GradMimic, Ledger, WithIds, collate_with_ids, diagnose
-from lightning_mimic.scorers import CosineSimilarity, GradNorm, ReferenceLoss, RhoLoss, Uniform
+from lightning_mimic.scorers import (
+    Agra,
+    CosineSimilarity,
+    GradMatch,
+    GradNorm,
+    Influence,
+    ReferenceLoss,
+    RhoLoss,
+    Uniform,
+)
 
 EVEN, UNEVEN = (2, 2), (3, 1)
 USED = ["all", "!spare"]
@@ -25,6 +36,10 @@ class Unused(Toy):
     def __init__(self) -> None:
         super().__init__()
         self.spare = torch.nn.Linear(2, 2)
+
+
+class Lossy(Unused, WithLosses):
+    """The same, with losses of its samples."""
 
 
 class Contrastive(WithLosses):
@@ -64,6 +79,19 @@ class Keep(pl.Callback):
         torch.save(self.callback.state_dict()["aim"]["aligned"], self.path)
 
 
+class Divided:
+    """Second batches of 4, of which each rank has its part."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __iter__(self) -> Any:
+        mine = slice(None)
+        if torch.distributed.is_initialized():
+            mine = slice(self.first) if torch.distributed.get_rank() == 0 else slice(self.first, None)
+        return iter([[part[mine] for part in toy_data(12, seed=6)[start : start + 4]] for start in (0, 4, 8)])
+
+
 def gathered(embeddings: Tensor) -> Tensor:
     if not torch.distributed.is_initialized():
         return embeddings
@@ -75,6 +103,9 @@ def gathered(embeddings: Tensor) -> Tensor:
 
 STRANGER = {"reference": Aligned(toy(seed=1), every=2)}
 CACHED = {"reference": Aligned(toy(seed=1), every=2, cache=True)}
+WHOLE = [toy_data(8, seed=5)[:3], toy_data(8, seed=5)[3:8]]  # second batches that every rank has
+SOFTMAX: dict[str, Any] = {"reference": None}
+SHARES: dict[str, Any] = {"reference": None, "temperature": None, "min_ess": None}
 
 # name: module, rows per rank, DDP's options, the callback's, the Trainer's
 CASES: dict[str, tuple[type[Toy], tuple[int, int], dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -110,13 +141,23 @@ CASES: dict[str, tuple[type[Toy], tuple[int, int], dict[str, Any], dict[str, Any
     "aligned, static_graph": (WithLosses, EVEN, {"static_graph": True}, CACHED | {"scope": "target"}, {}),
     "aligned, contrastive": (Contrastive, EVEN, {}, STRANGER, {}),
     "broken samples, aligned": (Toy, UNEVEN, {}, CACHED, {}),
+    "agra, last batch smaller": (WithLosses, EVEN, {}, SHARES | {"scorer": Agra(WHOLE)}, {}),
+    "agra, divided": (WithLosses, UNEVEN, {}, SHARES | {"scorer": Agra(Divided(3))}, {"accumulate_grad_batches": 2}),
+    "agra, target": (WithLosses, EVEN, {"static_graph": True}, SHARES | {"scorer": Agra(WHOLE), "scope": "target"}, {}),
+    "agra, residual": (Residual, EVEN, {}, SHARES | {"scorer": Agra(Divided(2))}, {}),
+    "influence": (Lossy, UNEVEN, {"find_unused_parameters": True}, SOFTMAX | {"scorer": Influence(Divided(1))}, {}),
+    "influence, all": (WithLosses, EVEN, {}, SOFTMAX | {"scorer": Influence(WHOLE), "parameters": "all"}, {}),
+    "influence, contrastive": (Contrastive, EVEN, {}, SOFTMAX | {"scorer": Influence(Divided(2))}, {}),
+    "grad_match, last batch smaller": (Toy, EVEN, {}, SHARES | {"scorer": GradMatch(0.5)}, {}),
+    "grad_match, residual": (Residual, UNEVEN, {"static_graph": True}, SHARES | {"scorer": GradMatch(0.75, 0.1)}, {}),
+    "broken samples, grad_match": (WithLosses, UNEVEN, {}, SHARES | {"scorer": GradMatch(0.75, 0.1)}, {}),
 }
 ALIGNED = [case for case in CASES if "aligned" in case]
 JUDGED: dict[str, type[Toy]] = {"doubtful": WithLosses, "doubtful, contrastive": Named}
 
 
 def data_of(case: str) -> torch.utils.data.TensorDataset:
-    data = toy_data(40 if case in ALIGNED else 16)
+    data = toy_data(40 if case in ALIGNED else 19 if "last batch" in case else 16)
     if case.startswith("broken"):
         data.tensors[0][[3, 7, 9]] = float("nan")  # 3 and 7 are all that the second rank has of their batches
     return data
@@ -140,7 +181,8 @@ def on_rank(rank: int, folder: Path) -> None:
     fit_on_two = two()
     for case, (kind, rows, ddp, _, options) in CASES.items():
         module, first, data = toy(kind), sum(rows[:rank]), data_of(case)
-        batches = [list(range(start + first, start + first + rows[rank])) for start in range(0, len(data), 4)]
+        starts = range(first, len(data), 4)
+        batches = [list(range(start, min(start + rows[rank], len(data)))) for start in starts]
         mine = torch.utils.data.DataLoader(WithIds(data), batch_sampler=batches, collate_fn=collate_with_ids)
         strategy = strategy_of(**ddp)
         callback = callback_of(case, folder / "two" / case)
@@ -159,6 +201,8 @@ def on_rank(rank: int, folder: Path) -> None:
             trainer(callback, strategy=strategy, **fit_on_two).fit(module, mine)
         except ValueError as error:
             (folder / f"{case}-{rank}").write_text(str(error).partition(" Looking")[0])
+    (folder / "pictures").mkdir(exist_ok=True)
+    train_on_a_rank(rank, folder / "pictures")
     # Only the second rank's reference is bad, and both stop.
     bad = {"head.weight": torch.zeros(1), "head.bias": torch.zeros(1)} if rank else parameters_of(toy(seed=1))
     try:
@@ -188,7 +232,7 @@ def test_two_processes_equal_one(case, folder):
         pair = [torch.tensor([float("nan") if v is None else v for v in t[column].to_pylist()]) for t in (one, two)]
         torch.testing.assert_close(*pair, rtol=1e-6, atol=1e-6, equal_nan=True)
     rows = CASES[case][1]
-    assert two["rank"].to_pylist().count(0) == 2 * len(data_of(case)) // 4 * rows[0]
+    assert two["rank"].to_pylist().count(0) == 2 * math.ceil(len(data_of(case)) / 4) * rows[0]
 
 
 @pytest.mark.parametrize("case", ALIGNED)
@@ -213,6 +257,14 @@ def test_a_fault_on_one_rank_stops_all_of_them(folder):
         "another rank could not start: rank 1: `reference`: 'head.weight' has shape (1,)"
         in (folder / "error-0").read_text()
     )
+
+
+def test_two_processes_train_on_one_file_of_features(folder):
+    for rank in range(WORLD):
+        plain, cached = (of_a_rank(rank, folder / "pictures", name) for name in ("plain", "cached"))
+        assert_alike(cached, plain)
+        assert set(cached["rows"]["rank"]) == {0, 1}
+    assert len(list((folder / "pictures" / "features").iterdir())) == 1
 
 
 @pytest.mark.parametrize("case", JUDGED)

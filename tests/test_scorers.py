@@ -14,6 +14,7 @@ from torch import nn
 from lightning_mimic.gradients import Direction, LayerGradients
 from lightning_mimic.scorers import (
     CosineSimilarity,
+    GradMatch,
     GradNorm,
     MimicScore,
     Need,
@@ -54,8 +55,8 @@ def test_a_scorer_is_its_formula(kind, dtype):
 
 
 def brought(need):
-    """A need's fields: the direction's norm comes with the dot."""
-    return {"dot", "direction_norm"} if need == "dot" else {need}
+    """A need's fields: the direction's norm comes with the dot, and which rows are this rank's with the Gram matrix."""
+    return {need} | {"dot": {"direction_norm"}, "gram": {"own"}}.get(need, set())
 
 
 @pytest.mark.parametrize("kind", FORMULAS)
@@ -83,14 +84,14 @@ def test_a_scorer_fails_without_any_of_its_needs(kind, need):
 def test_needs_are_named_as_products_are():
     fields = {field.name for field in dataclasses.fields(Products)}
     assert set(get_args(Need)) <= fields
-    assert set().union(*(kind().needs for kind in FORMULAS)) == set(get_args(Need))
+    assert set().union(GradMatch.needs, *(kind().needs for kind in FORMULAS)) == set(get_args(Need))
     assert set().union(*map(brought, get_args(Need))) == fields - {"samples"}
     assert all(isinstance(kind().needs, frozenset) for kind in FORMULAS)
 
 
 def test_products_are_unknown_until_given_and_stay_as_they_are():
     products = Products(torch.ones(2))
-    assert [getattr(products, field.name) for field in dataclasses.fields(products)[1:]] == [None] * 5
+    assert [getattr(products, field.name) for field in dataclasses.fields(products)[1:]] == [None] * 7
     with pytest.raises(dataclasses.FrozenInstanceError):
         products.dot = torch.ones(2)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracles import smallest_temperature, softmax_weights, weighted_gradient
 
 import lightning_mimic.scorers.weighting as weighting_module
-from lightning_mimic.scorers import SoftmaxWeighting
+from lightning_mimic.scorers import ShareWeighting, SoftmaxWeighting
 
 few = settings(max_examples=25, deadline=None)
 NAN, INF = float("nan"), float("inf")
@@ -212,3 +212,32 @@ def test_ranks_exchange_one_small_row_whatever_the_batch(monkeypatch):
     for rows in (1, 5000):
         SoftmaxWeighting(1.0, 0)(torch.randn(rows))
     assert sent == [(7,), (7,)]
+
+
+def test_own_shares_are_those_of_all_ranks(monkeypatch):
+    weighting = ShareWeighting(lambda scores: scores.clamp(min=0))
+    scores, counts = torch.tensor([2.0, -1.0, NAN, 1.0, 5.0, 0.0]), torch.tensor([1, 1, 0, 1, 1, 1]).bool()
+    whole = weighting(scores, counts)
+    torch.testing.assert_close(whole.weights, torch.tensor([2.0, 0, 0, 1, 5, 0]) / 8)
+    torch.testing.assert_close(whole.scale, torch.tensor([12.0, 0, 8, 6, 30, 0]) / 8)
+    torch.testing.assert_close(whole.ess, torch.tensor(64 / 30))
+    assert (whole.batch_size, whole.counted, whole.temperature) == (6, 5, None)
+    torch.testing.assert_close(torch.stack([whole.score_mean, whole.misaligned]), torch.tensor([7 / 5, 1 / 5]))
+    ranks = over_ranks(monkeypatch, weighting, scores.split([2, 4]), counts.split([2, 4]))
+    torch.testing.assert_close(torch.cat([rank.weights for rank in ranks]), whole.weights)
+    torch.testing.assert_close(torch.cat([rank.scale for rank in ranks]), torch.tensor([8.0, 0, 8, 8, 40, 0]) / 8)
+    for rank in ranks:
+        assert rank.temperature is None
+        for name in set(FIGURES) - {"temperature"}:
+            torch.testing.assert_close(getattr(rank, name), getattr(whole, name))
+
+
+def test_where_all_own_shares_are_zero_so_are_the_weights_unless_the_scores_say_nothing():
+    weighting = ShareWeighting(lambda scores: scores.clamp(min=0))
+    scores, counts = torch.tensor([-2.0, NAN, 0.0, -1.0]), torch.tensor([True, False, True, True])
+    none, alike = weighting(scores, counts), weighting(scores, counts, torch.tensor(True))
+    assert (none.weights.tolist(), none.scale.tolist(), float(none.ess)) == ([0, 0, 0, 0], [0, 1, 0, 0], 0)
+    torch.testing.assert_close(alike.weights, torch.tensor([1.0, 0, 1, 1]) / 3)
+    torch.testing.assert_close(torch.stack([alike.ess, alike.score_mean]), torch.tensor([3.0, 0.0]))
+    empty = weighting(scores, torch.zeros(4, dtype=torch.bool))
+    assert (empty.weights.tolist(), empty.scale.tolist(), int(empty.counted)) == ([0] * 4, [1] * 4, 0)

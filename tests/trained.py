@@ -23,8 +23,10 @@ def trained_by_oracle(
     targets: Sequence[str] = ("head.weight", "head.bias"),
     losses: Callable[[Toy, Any], Tensor] = losses_of,
     score: Callable[[Toy, Any, dict[str, Tensor]], Tensor] | None = None,
+    weigh: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Row]:
-    """SGD on Σ wᵢ gᵢ; ``score`` in place of the mimic score, from module, batch and gradients."""
+    """SGD on Σ wᵢ gᵢ; ``score`` in place of the mimic score, from module, batch and gradients, ``weigh`` in place
+    of the softmax."""
     seen: list[Row] = []
     window: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):
@@ -34,7 +36,7 @@ def trained_by_oracle(
             scores = oracles.mimic_scores(gradients, reference, chosen)
         else:
             scores = score(module, batch, gradients)
-        weights = oracles.softmax_weights(scores, tau)
+        weights = oracles.softmax_weights(scores, tau) if weigh is None else weigh(scores)
         seen.append((scores, weights))
         uniform = torch.full_like(weights, 1 / len(weights))
         step = oracles.weighted_gradient(gradients, weights if scope == "loss" else uniform)

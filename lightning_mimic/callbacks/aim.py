@@ -8,12 +8,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_mimic.callbacks.batch import Ids
+from lightning_mimic.callbacks.batch import Ids, describe
 from lightning_mimic.callbacks.checkup import Checkup
 from lightning_mimic.callbacks.hooks import LossTap
+from lightning_mimic.callbacks.second_batch import SecondBatches
 from lightning_mimic.callbacks.step import same_samples
 from lightning_mimic.callbacks.support import check_needs
-from lightning_mimic.gradients import Direction, select_parameters
+from lightning_mimic.gradients import Descent, Direction, select_parameters
 from lightning_mimic.ledger import Flag
 from lightning_mimic.reference import (
     Aligned,
@@ -31,7 +32,7 @@ from lightning_mimic.reference import (
     resemblance,
 )
 from lightning_mimic.reference.diagnose import SAMPLES, whole_reference
-from lightning_mimic.scorers import Scorer
+from lightning_mimic.scorers import Compares, Scorer
 
 OnDoubtful = Literal["warn", "raise", "align"]
 
@@ -62,8 +63,8 @@ class Aim:
         #: The target parameters by full name; empty for a scorer that needs no gradient.
         self.targets = {} if parameters is None else select_parameters(module, parameters)
         check_needs(scorer, module, self.targets)
-        #: From the trained weights to the reference; ``None`` if it is not needed.
-        self.direction: Direction | None = None
+        #: From the trained weights to the reference, or where a step on a second batch leads; ``None`` if not needed.
+        self.direction: Direction | Descent | None = None
         #: Of the reference; ``None`` without one.
         self.fingerprint: str | None = None
         #: It is not known yet where to; no sample is scored.
@@ -75,6 +76,19 @@ class Aim:
         self._diagnosis: Diagnosis | None = None
         self._compatible = False
         self._seconds = 0.0
+        self._second: SecondBatches | None = None
+        plain = {n: v for n, v in vars(scorer).items() if isinstance(v, str | int | float) and not n.startswith("_")}
+        self._config: dict[str, Any] = {
+            "scorer": type(scorer).__name__,
+            **({"scorer_settings": plain} if plain else {}),
+            "aligned_every": reference.every if isinstance(reference, Aligned) else None,
+            "align_doubtful": on_doubtful == "align",
+            "parameters": list(self.targets),
+        }
+        if isinstance(scorer, Compares) and "dot" in scorer.needs:
+            self._second = SecondBatches(scorer.loader, module, self.targets, type(scorer).__name__)
+            self.direction = self._second.direction
+            self._config["second_batches"] = describe(scorer.loader)
         if reference is None:
             return
         if isinstance(reference, Aligned) and "dot" not in scorer.needs:
@@ -96,6 +110,11 @@ class Aim:
             self._checkup = Checkup(facts, whole, module.device)
 
     @property
+    def config(self) -> dict[str, Any]:
+        """What decides the meaning of the scores."""
+        return self._config | {"reference": self.fingerprint}
+
+    @property
     def aligns(self) -> bool:
         """A direction is fitted while the model trains, so that there is none at first."""
         return self._aligned is not None
@@ -103,7 +122,12 @@ class Aim:
     def at_reference(self) -> bool:
         """Whether the model stands at its reference now (a host sync)."""
         direction = None if self.aligns else self.direction
-        return direction is not None and bool(direction.vanishes(direction.norm()))
+        return isinstance(direction, Direction) and bool(direction.vanishes(direction.norm()))
+
+    def advance(self) -> None:
+        """Takes the direction of the next second batch, where the scorer goes by such."""
+        if self._second is not None:
+            self._second.advance()
 
     def reference_losses(self, batch: Any, losses: LossTap | None) -> Tensor | None:
         """The reference's losses, if the scorer asks for them; ``ValueError`` unless as many as the model's."""
@@ -193,10 +217,13 @@ class Aim:
             "examined": self._checkup is None,
             "compatible": self._compatible if self._diagnosis is None else self._diagnosis.verdict == "compatible",
             "aligned": None if self._aligned is None else self._aligned.state_dict(),
+            "second": None if self._second is None else self._second.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from there; what was decided stays so."""
+        if self._second is not None and state.get("second"):
+            self._second.load_state_dict(state["second"])
         if self._aligned is not None and state["aligned"] is not None:
             self._aligned.load_state_dict(state["aligned"])
         self._compatible = state["compatible"]

@@ -93,7 +93,8 @@ def describe(loader: Any) -> dict[str, Any]:
     dataset = getattr(loader, "dataset", None)
     inner = getattr(dataset, "dataset", dataset)  # below WithIds or a Subset
     samples = len(dataset) if isinstance(dataset, Sized) else None
-    return {"dataset": f"{type(inner).__module__}.{type(inner).__qualname__}", "samples": samples}
+    kind = type(loader if inner is None else inner)
+    return {"dataset": f"{kind.__module__}.{kind.__qualname__}", "samples": samples}
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

@@ -19,7 +19,7 @@ from lightning_mimic.callbacks.support import amp_scale, check_packages, check_s
 from lightning_mimic.gradients import nearest_names
 from lightning_mimic.ledger import Flag, LedgerWriter, note_run
 from lightning_mimic.reference import Aligned, ReferenceSource
-from lightning_mimic.scorers import MimicScore, Scorer, SoftmaxWeighting
+from lightning_mimic.scorers import MimicScore, Scorer, weighting_of
 
 
 class GradMimic(Callback):
@@ -41,10 +41,11 @@ class GradMimic(Callback):
             (``"head.weight"``), a glob, ``"!"`` in front of any of these to leave them out, or a list. The fewer and
             the later, the cheaper: one last layer costs next to nothing, all about two thirds of a step.
         scorer: What makes scores of the gradients, see :mod:`lightning_mimic.scorers`. One that needs no gradient
-            takes no ``parameters``, one that needs no reference no ``reference``.
-        temperature: τ of the softmax, in the score's unit, loss per unit of weight distance.
+            takes no ``parameters``, one that needs no reference, or goes by a ``loader`` of its own, no ``reference``.
+        temperature: τ of the softmax, in the score's unit, loss per unit of weight distance; 1.0, if left out. Neither
+            this nor ``min_ess`` with a scorer that makes weights itself.
         min_ess: Floor on the effective sample size as a fraction of the batch; raises τ for a batch that would
-            fall below. 0: none.
+            fall below. 0: none; 0.25, if left out.
         scope: ``"loss"``: weights reach all that a sample's gradient reaches. ``"target"``: the chosen
             parameters only, all else gets the plain mean.
         escaping: Trainable parameters that the loss reaches around the layer: ``"refuse"`` names them in an
@@ -82,8 +83,8 @@ class GradMimic(Callback):
         parameters: str | Sequence[str] | None = None,
         *,
         scorer: Scorer | None = None,
-        temperature: float = 1.0,
-        min_ess: float = 0.25,
+        temperature: float | None = None,
+        min_ess: float | None = None,
         scope: Scope = "loss",
         escaping: Escaping = "refuse",
         reweight: bool = True,
@@ -107,7 +108,7 @@ class GradMimic(Callback):
             raise ValueError("`scope='target'` weights the target parameters, and this scorer has none.")
         self.reference = reference
         self.parameters = parameters
-        self.weighting = SoftmaxWeighting(temperature, min_ess)
+        self.weighting = weighting_of(self.scorer, temperature, min_ess)
         self.scope = scope
         self.escaping = escaping
         self.reweight = reweight
@@ -165,6 +166,7 @@ class GradMimic(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert self._session is not None
+        assert self._aim is not None
         if self._place is None and batch_idx > 0 and not hasattr(trainer.train_dataloader, "state_dict"):
             warnings.warn(
                 f"resumed after {batch_idx} batches of epoch {trainer.current_epoch}, but the loader starts that "
@@ -182,6 +184,7 @@ class GradMimic(Callback):
             scale = amp_scale(trainer, pl_module)
             # As the backward pass will be scaled, so that a pass before it overflows no sooner.
             scale = None if scale is None else scale / trainer.accumulate_grad_batches
+            self._aim.advance()
             self._session.arm(batch, self._ids, scale, check=check)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -265,11 +268,7 @@ class GradMimic(Callback):
             aim.load_state_dict(self._resumed)
             self._resumed = None
         self._config = {
-            "scorer": type(self.scorer).__name__,
-            "reference": aim.fingerprint,
-            "aligned_every": self.reference.every if isinstance(self.reference, Aligned) else None,
-            "align_doubtful": self.on_doubtful == "align",
-            "parameters": list(aim.targets),
+            **aim.config,
             "temperature": self.weighting.temperature,
             "min_ess": self.weighting.min_ess,
             "scope": self.scope,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_mimic.ledger import Flag
-from lightning_mimic.scorers import BatchWeights, SoftmaxWeighting
+from lightning_mimic.scorers import BatchWeights, Weighting
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,7 @@ class Judgement:
         }
 
 
-def judge(
-    scores: Tensor, clean: Tensor | None, vanishes: Tensor, weighting: SoftmaxWeighting, *, scaled: bool
-) -> Judgement:
+def judge(scores: Tensor, clean: Tensor | None, vanishes: Tensor, weighting: Weighting, *, scaled: bool) -> Judgement:
     """Weighs the rows whose score can be trusted and flags the others.
 
     Args:
@@ -64,12 +62,12 @@ def judge(
     clean = torch.ones_like(finite) if clean is None else clean
     broken = ~clean if scaled else ~(clean & finite)
     counts = clean & finite
-    # At the reference every direction is as good: equal scores, equal weights.
-    weights = weighting(torch.where(vanishes, torch.zeros_like(scores), scores), counts)
+    # Without a direction no sample is better than another.
+    weights = weighting(scores, counts, vanishes)
     flags = torch.full_like(scores, Flag.OK, dtype=torch.int8)
     # The later, the weightier; by where, because an assignment through a mask waits for the device.
     for flag, rows in (
-        (Flag.ALONE, weights.batch_size == 1),
+        (Flag.ALONE, (weights.batch_size == 1) & (weights.weights == 1)),
         (Flag.ZERO_DIRECTION, vanishes),
         (Flag.OVERFLOW, ~finite),
         (Flag.NONFINITE_LOSS, broken),

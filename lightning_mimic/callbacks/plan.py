@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from lightning_mimic.callbacks.products import Found, layer_products
 from lightning_mimic.callbacks.refusals import COMPILED, HOOKED, NOT_PLAIN
 from lightning_mimic.callbacks.step import Step, Way
-from lightning_mimic.callbacks.support import any_rank
+from lightning_mimic.callbacks.support import OF_ONE_LAYER, any_rank
 from lightning_mimic.gradients import Graph, LossGradients, ModelTap, WholeModelGradients
 from lightning_mimic.gradients.graph import (
     escaping_parameters,
@@ -134,9 +135,9 @@ class Plan:
             self._looked_like = looks_like
         return cuts[: self._cuts][-1]
 
-    def dot_and_norms(
-        self, step: Step, gate: GradientEdge, direction: Mapping[str, Tensor], scale: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def products(
+        self, step: Step, gate: GradientEdge, direction: Mapping[str, Tensor], scale: Tensor, clean: Tensor | None
+    ) -> Found:
         """The products that the scorer needs, from a pass before the backward pass.
 
         Args:
@@ -144,9 +145,7 @@ class Plan:
             gate: Where the weights will enter.
             direction: v by parameter name.
             scale: Against underflow in half precision; divided out.
-
-        Returns:
-            ``⟨gᵢ, v⟩`` and ``‖gᵢ‖`` of this rank's samples, shape ``(B,)``; ``None`` for what is not needed.
+            clean: Samples of this rank that are finite.
         """
         if self.way is Way.DOUBLE:
             assert step.losses is not None
@@ -155,15 +154,13 @@ class Plan:
                 # Every rank holds its own part of each sample's gradient.
                 torch.distributed.all_reduce(dots)
                 dots = dots[step.own]
-            return dots, None
+            return {"dot": dots}
         # As small as in the backward pass: what fits into half precision there must fit here.
         scale = scale / step.rows
         rows = self._rows(step, gate, step.seed * scale)
-        if "norms" not in self._needs:
-            return rows.dot(direction) / scale, None
-        layer, call = rows.only_layer(), self.call
-        local = {part: direction[name] for part, name in call.parts.items()} if "dot" in self._needs else {}
-        return layer.dot(local) / scale if local else None, layer.norms() / scale
+        if not OF_ONE_LAYER.keys() & set(self._needs):
+            return {"dot": rows.dot(direction) / scale}
+        return layer_products(self.call, rows.only_layer().divided(scale), self._needs, direction, clean)
 
     def _way(self, step: Step) -> tuple[Way, bool]:
         """The way for this step's graph, and whether a normalisation mixes samples above a target."""
@@ -240,10 +237,10 @@ class Plan:
     def _check_double(self, step: Step, refusal: ValueError | None) -> None:
         assert step.losses is not None
         _refuse_compiled(any(map(is_compiled, step.graph.order)))
-        if "norms" in self._needs:
+        for need in sorted(OF_ONE_LAYER.keys() & set(self._needs)):
             raise ValueError(
-                "the scorer needs the norms of per-sample gradients, which are known for one nn.Linear under a loss of "
-                "independent samples, and this is not such a case."
+                f"the scorer needs {OF_ONE_LAYER[need]}, which are known for one nn.Linear under a loss of independent "
+                "samples, and this is not such a case."
             )
         if self.hooked:
             raise ValueError(HOOKED.format(few(self.hooked)))

@@ -15,6 +15,7 @@ from lightning_mimic.callbacks.gating import Gate, Scope
 from lightning_mimic.callbacks.hooks import LossTap, wrap_method
 from lightning_mimic.callbacks.judgement import Judgement, judge
 from lightning_mimic.callbacks.plan import Plan, Reach
+from lightning_mimic.callbacks.products import Found, layer_products
 from lightning_mimic.callbacks.refusals import HOOKED, NOT_PLAIN, NOT_THE_MEAN
 from lightning_mimic.callbacks.step import Step, Way, taken
 from lightning_mimic.callbacks.support import on_all_ranks
@@ -22,7 +23,7 @@ from lightning_mimic.gradients import hook_gradient
 from lightning_mimic.gradients.graph import made_by, targets_left_out
 from lightning_mimic.gradients.parameters import few
 from lightning_mimic.ledger import Flag
-from lightning_mimic.scorers import Products, Scorer, SoftmaxWeighting
+from lightning_mimic.scorers import Products, Scorer, Weighting
 
 Escaping = Literal["refuse", "plain"]
 #: What a step's doubt says; 0: nothing.
@@ -55,7 +56,7 @@ class Session:
         self,
         module: nn.Module,
         scorer: Scorer,
-        weighting: SoftmaxWeighting,
+        weighting: Weighting,
         aim: Aim,
         *,
         scope: Scope,
@@ -226,11 +227,11 @@ class Session:
         if self._plan.way is Way.IN_PASS:
             hook_gradient(gate, self._on_gradient)
             return
-        dot = norms = None
+        found: Found = {}
         scale = torch.ones((), device=step.loss.device) if self._scale is None else self._scale
         if self._plan.way is not Way.NONE:
-            dot, norms = self._plan.dot_and_norms(step, gate, self._aim.direction or {}, scale)
-        judged = self._judge(dot, norms)
+            found = self._plan.products(step, gate, self._direction, scale, self._known_clean())
+        judged = self._judge(found)
         if self._gate is not None:
             self._gate.ahead(step, gate, judged, self._clean, scale)
         # The backward pass frees activations as it goes; nothing here may hold them.
@@ -248,13 +249,16 @@ class Session:
             )
         # From the mean loss's gradient, scaled and divided, back to that of each unreduced loss.
         unreduced = gradients.to(torch.promote_types(gradients.dtype, torch.float32)) * (rows / self._factor)
-        direction = self._aim.direction
-        dot = None if direction is None else call.dot(unreduced, direction)
-        norms = call.gradients(unreduced).norms() if "norms" in self._scorer.needs else None
-        judged = self._judge(dot, norms)
+        own, clean = call.gradients(unreduced), self._known_clean()
+        judged = self._judge(layer_products(call, own, self._scorer.needs, self._direction, clean))
         return None if self._gate is None else self._gate.in_pass(gradients, call, judged, self._clean)
 
-    def _judge(self, dot: Tensor | None, norms: Tensor | None) -> Judgement:
+    @property
+    def _direction(self) -> Mapping[str, Tensor]:
+        """Where to, by parameter name; empty if that is not asked for."""
+        return {} if self._aim.direction is None else self._aim.direction
+
+    def _judge(self, found: Found) -> Judgement:
         assert self._step is not None
         step, device = self._step, self._step.loss.device
         vanishes = torch.zeros((), dtype=torch.bool, device=device)
@@ -263,7 +267,7 @@ class Session:
             norm = self._norm = self._aim.direction.norm()
             vanishes = self._aim.direction.vanishes(norm)
             direction_norm = torch.where(vanishes, torch.ones_like(norm), norm)
-            if dot is not None:
+            if (dot := found.get("dot")) is not None:
                 clean = self._known_clean()
                 known = ~vanishes if clean is None else clean & ~vanishes
                 self.towards = torch.where(known, -dot / direction_norm, torch.nan)
@@ -271,11 +275,10 @@ class Session:
         scores = self._scorer(
             Products(
                 samples=torch.zeros(step.rows, device=device),
-                dot=dot,
                 direction_norm=direction_norm,
-                norms=norms,
                 losses=self._own_losses(),
                 reference_losses=self._own(self._reference_losses),
+                **found,
             )
         )
         judged = judge(scores, self._known_clean(), vanishes, self._weighting, scaled=self._scale is not None)

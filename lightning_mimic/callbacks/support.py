@@ -10,9 +10,15 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from lightning_mimic.gradients import LayerGradients, owning_layer
-from lightning_mimic.scorers import Scorer
+from lightning_mimic.scorers import Compares, Need, Scorer
 
 Result = TypeVar("Result")
+
+#: What only one layer's gradients have, in words.
+OF_ONE_LAYER: dict[Need, str] = {
+    "norms": "the norms of per-sample gradients",
+    "gram": "the inner products of per-sample gradients",
+}
 
 
 def check_packages(trainer: object, module: object) -> None:
@@ -62,9 +68,14 @@ def check_scorer(scorer: Scorer, *, reference: bool, parameters: bool) -> None:
     if isinstance(scorer, type) or not isinstance(getattr(scorer, "needs", None), frozenset) or not callable(scorer):
         raise ValueError(f"`scorer` is {scorer!r}; expected an object such as lightning_mimic.scorers.MimicScore().")
     name = type(scorer).__name__
+    of_reference = {"reference_losses"} if isinstance(scorer, Compares) else {"dot", "reference_losses"}
+    if reference and "dot" in scorer.needs - of_reference:
+        raise ValueError(
+            f"`reference` is given, but {name} takes its direction from the batches of its `loader`; leave it out."
+        )
     for argument, given, needed, example in (
-        ("reference", reference, {"dot", "reference_losses"}, "a checkpoint's path"),
-        ("parameters", parameters, {"dot", "norms"}, "a layer's path or 'all'"),
+        ("reference", reference, of_reference, "a checkpoint's path"),
+        ("parameters", parameters, {"dot", "norms", "gram"}, "a layer's path or 'all'"),
     ):
         if given and not scorer.needs & needed:
             raise ValueError(f"`{argument}` is given, but {name} takes none; leave it out.")
@@ -75,16 +86,17 @@ def check_scorer(scorer: Scorer, *, reference: bool, parameters: bool) -> None:
 def check_needs(scorer: Scorer, module: pl.LightningModule, targets: Mapping[str, nn.Parameter]) -> None:
     """Raises ``ValueError`` if the scorer needs what neither the module nor its parameters can give."""
     name = type(scorer).__name__
-    if scorer.needs & {"losses", "reference_losses"} and not callable(getattr(module, "sample_losses", None)):
+    by_losses = scorer.needs & {"losses", "reference_losses"} or isinstance(scorer, Compares)
+    if by_losses and not callable(getattr(module, "sample_losses", None)):
         raise ValueError(
             f"{name} needs the loss of every sample: give {type(module).__name__} a method `sample_losses(batch)` that "
             "returns one loss per sample, and average it in training_step."
         )
-    if "norms" in scorer.needs:
+    for need in sorted(scorer.needs & OF_ONE_LAYER.keys()):
         path, layer = owning_layer(module, targets)
-        if "norms" not in LayerGradients.products(layer):
+        if need not in LayerGradients.products(layer):
             raise ValueError(
-                f"{name} needs the norms of per-sample gradients, which are known for nn.Linear; {path!r} is a "
+                f"{name} needs {OF_ONE_LAYER[need]}, which are known for nn.Linear; {path!r} is a "
                 f"{type(layer).__name__}."
             )
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_mimic.callbacks import AtCheckpoints
 from lightning_mimic.cli.sentences import said
 from lightning_mimic.ledger import Ledger
+from lightning_mimic.models import CachedFeatures
 
 
 def score(config: DictConfig) -> Ledger:
@@ -26,6 +27,8 @@ def score(config: DictConfig) -> Ledger:
         raise SystemExit("mimic-score: mimic=none scores nothing; leave it out, or name a scorer (mimic=cosine).")
     L.seed_everything(config.seed, workers=True, verbose=False)
     data, model = instantiate(config.data), instantiate(config.model)
+    if config.features:
+        data = CachedFeatures(data, model, config.features)
     mimic = instantiate(config.mimic, reweight=False, ledger=config.ledger)
     given = config.checkpoints
     checkpoints = AtCheckpoints(given if isinstance(given, str) else list(given))

@@ -9,6 +9,8 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_mimic.models import CachedFeatures
+
 
 def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Trainer:
     """Builds what the configuration names, trains, tests and saves.
@@ -22,6 +24,8 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
     """
     L.seed_everything(config.seed, workers=True, verbose=False)
     data, model = instantiate(config.data), instantiate(config.model)
+    if config.features:
+        data = CachedFeatures(data, model, config.features)
     # Of mimic=none an experiment's own settings may be left.
     scores = OmegaConf.select(config, "mimic._target_") is not None
     callbacks = [*([instantiate(config.mimic)] if scores else []), *more_callbacks]

@@ -1,5 +1,6 @@
 """Per-sample gradients and what is done with them, in pure torch."""
 
+from lightning_mimic.gradients.descent import Descent
 from lightning_mimic.gradients.direction import Direction
 from lightning_mimic.gradients.gate import gate_rows, hook_gradient
 from lightning_mimic.gradients.graph import Graph
@@ -9,6 +10,7 @@ from lightning_mimic.gradients.model import ModelTap, WholeModelGradients
 from lightning_mimic.gradients.parameters import nearest_names, owning_layer, select_parameters
 
 __all__ = [
+    "Descent",
     "Direction",
     "Graph",
     "LayerGradients",

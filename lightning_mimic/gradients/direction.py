@@ -40,7 +40,7 @@ class Direction(Mapping[str, Tensor]):
         self._reference = dict(reference)
         # Parameters in half precision cannot come closer to the reference than their own rounding.
         rounding = max(torch.finfo(p.dtype).eps / 2 for p in self._parameters.values())
-        self._zero = max(RELATIVE_ZERO, rounding) * _norm(self._reference) + torch.finfo(torch.float32).tiny
+        self._zero = max(RELATIVE_ZERO, rounding) * norm_of(self._reference) + torch.finfo(torch.float32).tiny
 
     @torch.no_grad()
     def __getitem__(self, name: str) -> Tensor:
@@ -55,14 +55,15 @@ class Direction(Mapping[str, Tensor]):
 
     def norm(self) -> Tensor:
         """``‖v‖`` over all parameters, in their own unit: a scalar on their device, float32 or higher."""
-        return _norm(self)
+        return norm_of(self)
 
     def vanishes(self, norm: Tensor) -> Tensor:
         """Whether ``norm`` is so small that the model has met its reference (a boolean scalar, no host sync)."""
         return norm <= self._zero
 
 
-def _norm(tensors: Mapping[str, Tensor]) -> Tensor:
+def norm_of(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The length of all tensors together, as one vector: a scalar of the widest of their dtypes."""
     norms = [torch.linalg.vector_norm(tensor) for tensor in tensors.values()]
     dtype = max((norm.dtype for norm in norms), key=lambda d: torch.finfo(d).bits)
     norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(dtype) for norm in norms]))

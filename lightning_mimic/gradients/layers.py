@@ -138,6 +138,15 @@ class LayerGradients:
         axes = len(layer.normalized_shape) if isinstance(layer, nn.LayerNorm) else _rule(layer).axes
         return len(shape) > axes
 
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "LayerGradients":
+        """Rows of other samples, whose inputs and output gradients ``change`` makes of these."""
+        return LayerGradients(self._layer, change(self._inputs), change(self._output_gradients), self._parts)
+
+    def divided(self, scale: Tensor) -> "LayerGradients":
+        """The same rows, if these are ``scale`` times too large; in float32 or higher."""
+        dtype = torch.promote_types(self._output_gradients.dtype, torch.float32)
+        return LayerGradients(self._layer, self._inputs, self._output_gradients.to(dtype) / scale, self._parts)
+
     @torch.no_grad()
     def dot(self, vectors: Mapping[str, Tensor]) -> Tensor:
         """``⟨gᵢ, v⟩`` for every sample.

@@ -54,8 +54,11 @@ class LayerCall:
 
     def dot(self, output_gradients: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """This call's share in ``⟨gᵢ, v⟩``, shape ``(B,)``; ``vectors`` by full name."""
-        local = {part: vectors[name] for part, name in self.parts.items()}
-        return self.gradients(output_gradients).dot(local)
+        return self.gradients(output_gradients).dot(self.local(vectors))
+
+    def local(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The vectors of this layer by part, from those by full name."""
+        return {part: vectors[name] for part, name in self.parts.items()}
 
 
 class LayerTap:

@@ -1,34 +1,101 @@
-"""Backbones that give features: torchvision's without their classifier, and a small one for the digits."""
+"""Backbones that give features: torchvision's and timm's without their classifier, and a small one for the digits."""
+
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_mimic.gradients import nearest_names
 
-def torchvision_backbone(name: str, weights: str | None = None) -> nn.Module:
+
+def torchvision_backbone(name: str, weights: str | None = None, **options: Any) -> nn.Module:
     """A torchvision classification model whose last linear layer is left out.
 
     Args:
         name: As ``torchvision.models.get_model`` takes it, such as ``"resnet50"`` or ``"vit_b_16"``.
-        weights: A weights entry such as ``"DEFAULT"``; fetched by torchvision.
+        weights: The tag of published ones, such as ``"IMAGENET1K_V1"``, or ``"DEFAULT"``; fetched by torchvision once.
+            Random weights, if left out; those of a file are for
+            :class:`~lightning_mimic.models.ImageClassifier`'s ``pretrained``.
+        options: What else the model takes, such as ``image_size``.
 
     Returns:
         From images to features ``(B, D)``.
 
     Raises:
-        ValueError: An unknown name (with the nearest ones), or a model that does not end in a linear layer.
-    """
-    import torchvision  # only this function needs it
+        ValueError: An unknown name (with the nearest ones) or tag (with the model's), weights that cannot be fetched,
+            or a model that does not end in a linear layer.
 
-    from lightning_mimic.gradients import nearest_names
+    Example:
+        >>> import torch
+        >>> with torch.device("meta"):
+        ...     torchvision_backbone("vit_b_16")(torch.zeros(2, 3, 224, 224)).shape
+        torch.Size([2, 768])
+    """
+    import torchvision
 
     known = torchvision.models.list_models(torchvision.models)
     if name not in known:
         raise ValueError(f"`name`: torchvision has no classification model {name!r}; {nearest_names(name, known)}.")
-    model: nn.Module = torchvision.models.get_model(name, weights=weights)
+    published = None
+    if weights is not None:
+        entries = torchvision.models.get_model_weights(name)
+        published = entries[_tag(name, weights, entries.__name__, list(entries.__members__))]
+        try:
+            # The builder would unpickle whatever lies in torch's cache; after this it is known to be tensors.
+            published.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        except OSError as error:
+            raise ValueError(_NOT_FETCHED.format(name=name, why=error, where=published.url)) from error
+    model: nn.Module = torchvision.models.get_model(name, weights=published, **options)
     path, last = [(path, module) for path, module in model.named_modules() if not list(module.children())][-1]
     if type(last) is not nn.Linear:
         raise ValueError(f"`name`: {name!r} ends in a {type(last).__name__}, not in a linear layer to leave out.")
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, nn.Identity())
+    return model
+
+
+def timm_backbone(name: str, weights: str | None = None, **options: Any) -> nn.Module:
+    """A model of timm without its classifier.
+
+    Args:
+        name: As ``timm.list_models`` has it, such as ``"vit_base_patch16_224"``; without a tag.
+        weights: The tag of published ones, such as ``"augreg_in21k"``, or ``"DEFAULT"``; fetched by timm once. Random
+            weights, if left out; those of a file are for :class:`~lightning_mimic.models.ImageClassifier`'s
+            ``pretrained``.
+        options: What else ``timm.create_model`` takes, such as ``in_chans`` and ``img_size``.
+
+    Returns:
+        From images to features ``(B, D)``.
+
+    Raises:
+        ValueError: An unknown name (with the nearest ones) or tag (with the model's), or weights that cannot be
+            fetched.
+
+    Example:
+        >>> import torch
+        >>> with torch.device("meta"):
+        ...     timm_backbone("vit_base_patch16_224")(torch.zeros(2, 3, 224, 224)).shape
+        torch.Size([2, 768])
+    """
+    import timm
+
+    plain, _, tag = name.partition(".")
+    if not timm.is_model(plain):
+        raise ValueError(f"`name`: timm has no model {plain!r}; {nearest_names(plain, timm.list_models())}.")
+    if tag:
+        raise ValueError(f"`name`: {name!r} names weights as well; give name={plain!r} and weights={tag!r}.")
+    if weights is None:
+        model: nn.Module = timm.create_model(name, num_classes=0, **options)
+        return model
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
+    tag = _tag(name, weights, name, ["DEFAULT", *tags] if tags else [])
+    full = name if tag == "DEFAULT" else f"{name}.{tag}"
+    try:
+        model = timm.create_model(full, pretrained=True, num_classes=0, **options)
+    except OSError as error:
+        published = timm.get_pretrained_cfg(full)
+        where = f"model.safetensors of https://huggingface.co/{published.hf_hub_id if published else full}"
+        raise ValueError(_NOT_FETCHED.format(name=name, why=error, where=where)) from error
     return model
 
 
@@ -70,3 +137,21 @@ class SmallConvNet(nn.Module):
         """Features, shape ``(B, width · H · W)`` or ``(B, features)``."""
         features: Tensor = self.layers(images)
         return features
+
+
+_NOT_FETCHED = (
+    "`weights` of {name!r} could not be fetched ({why}). Fetch the file {where} where there is a network, and give its "
+    "path as ImageClassifier's `pretrained`, without `weights`."
+)
+
+
+def _tag(name: str, weights: str, prefix: str, tags: Sequence[str]) -> str:
+    """The tag, which may be said with what it belongs to."""
+    tag = weights.removeprefix(f"{prefix}.")
+    if tag not in tags:
+        there = f"its tags are {', '.join(map(repr, tags))}" if tags else "it has none"
+        raise ValueError(
+            f"`weights`: there are none {weights!r} of {name!r}; {there}. A file is given as ImageClassifier's "
+            "`pretrained`."
+        )
+    return tag

@@ -1,6 +1,6 @@
 """An image classifier over any backbone, as linear probe or trained whole."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,20 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_mimic.reference import match_reference, read_reference
+from lightning_mimic.reference import ReferenceLoadError, match_reference, read_reference
 
 
 class ImageClassifier(pl.LightningModule):
     """A backbone that gives features, a linear head, cross-entropy, and accuracy by torchmetrics.
 
     Args:
-        backbone: From images ``(B, C, H, W)`` to features ``(B, D)``; timm's models with ``num_classes=0``,
-            torchvision's by :func:`torchvision_backbone`, or your own.
+        backbone: From images ``(B, C, H, W)`` to features ``(B, D)``: torchvision's and timm's models by
+            :func:`torchvision_backbone` and :func:`timm_backbone`, or your own.
         num_classes: Width of the head.
         image_shape: ``(C, H, W)`` of the images, to find D by one forward pass over a blank image.
         freeze_backbone: Linear probe: only the head is trained, the backbone stays in evaluation mode.
-        pretrained: Checkpoint (any format a reference may have) whose backbone weights are taken over; the
-            head stays fresh.
+        pretrained: File (any format a reference may have) whose backbone weights are taken over: a checkpoint of
+            such a classifier, or the backbone's published weights. The head stays fresh.
         optimizer: From parameters to an optimizer.
         scheduler: From optimizer to a learning-rate schedule, stepped every epoch.
 
@@ -49,6 +49,9 @@ class ImageClassifier(pl.LightningModule):
         scheduler: Callable[..., torch.optim.lr_scheduler.LRScheduler] | None = None,
     ) -> None:
         super().__init__()
+        #: Batches hold the frozen backbone's features ``(B, D)`` in place of images; said by
+        #: :class:`~lightning_mimic.models.CachedFeatures` while it feeds the model.
+        self.takes_features = False
         self.backbone = backbone
         with torch.no_grad():
             backbone.eval()  # a blank image must not enter running statistics
@@ -58,7 +61,10 @@ class ImageClassifier(pl.LightningModule):
             raise ValueError(f"`backbone` gives shape {tuple(features.shape)} for one image; expected (1, D).")
         self.head = nn.Linear(features.shape[1], num_classes)
         if pretrained is not None:
-            weights = match_reference(read_reference(pretrained), self._backbone_weights())
+            try:
+                weights = match_reference(read_reference(pretrained), self._backbone_weights())
+            except ReferenceLoadError as error:
+                raise ReferenceLoadError(str(error).replace("`reference`", "`pretrained`")) from error
             self.load_state_dict(weights, strict=False)
         self.freeze_backbone = freeze_backbone
         if freeze_backbone:
@@ -68,6 +74,7 @@ class ImageClassifier(pl.LightningModule):
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.train()
 
     def train(self, mode: bool = True) -> "ImageClassifier":
         """Training mode, in which a frozen backbone stays in evaluation mode."""
@@ -76,10 +83,28 @@ class ImageClassifier(pl.LightningModule):
             self.backbone.eval()
         return self
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As ever; but a model that takes features keeps the backbone that they are of.
+
+        Raises:
+            ValueError: The weights are of another backbone, so that of these features the model would say anything.
+        """
+        for name, own in self._backbone_weights().items() if self.takes_features else ():
+            if name in state_dict and not torch.equal(own, state_dict[name].to(own)):
+                raise ValueError(
+                    f"the backbone of these weights is another ({name!r} differs) than the one whose features are "
+                    "cached, so its losses cannot be computed from them. Train without `features`, or begin with this "
+                    "backbone (`pretrained`)."
+                )
+        return super().load_state_dict(state_dict, strict, assign)
+
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, shape ``(B, num_classes)``."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
-            features = self.backbone(images)
+        """Logits, shape ``(B, num_classes)``, of images or, where the model takes them, of features ``(B, D)``."""
+        if self.takes_features and images.ndim == 2:
+            features = images
+        else:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
+                features = self.backbone(images)
         logits: Tensor = self.head(features)
         return logits
 

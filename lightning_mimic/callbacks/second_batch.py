@@ -1,0 +1,155 @@
+"""Batches that are not trained on, and where a step on each would lead."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+
+from lightning_mimic.callbacks.batch import sample_count
+from lightning_mimic.callbacks.refusals import HOOKED
+from lightning_mimic.callbacks.support import world_size
+from lightning_mimic.gradients import Descent
+from lightning_mimic.gradients.parameters import few
+from lightning_mimic.reference.diagnose import own_random_numbers
+
+
+class SecondBatches:
+    """Goes through a scorer's own loader beside the training, a batch for every scored one.
+
+    Nothing that trains notices: the module is in evaluation mode for the pass, no gradient is left behind, and random
+    numbers are the pass's own. Every rank goes through its loader; the gradients are averaged over all ranks' samples.
+    A host sync per scored batch, which sees that the gradient is finite.
+
+    Args:
+        loader: Batches as ``sample_losses`` takes them; its sampler's ``set_epoch`` is told the number of the pass.
+        module: The module that is trained.
+        targets: The target parameters by name; frozen ones, too.
+        scorer: The scorer's name, for messages.
+
+    Raises:
+        ValueError: Gradient hooks of somebody else would change the gradients.
+    """
+
+    def __init__(
+        self, loader: Iterable[Any], module: pl.LightningModule, targets: Mapping[str, nn.Parameter], scorer: str
+    ) -> None:
+        if hooked := [name for name, parameter in targets.items() if parameter._backward_hooks]:
+            raise ValueError(HOOKED.format(few(hooked)))
+        self._loader = loader
+        self._module = module
+        self._targets = dict(targets)
+        self._scorer = scorer
+        #: Where a step on the batch under way would lead.
+        self.direction = Descent()
+        self._go_to(0, 0)
+
+    def advance(self) -> None:
+        """Goes to the next batch, on every rank.
+
+        Raises:
+            ValueError: There is none, or its losses are not one per sample or do not depend on the targets.
+            FloatingPointError: Its gradient is not finite.
+        """
+        with own_random_numbers(self._module.device):
+            sums, rows = self._gradients(self._next())
+        if world_size() > 1:
+            for each in (*sums.values(), rows):
+                torch.distributed.all_reduce(each)
+        self.direction.follow({name: each / rows for name, each in sums.items()})
+        if not bool(torch.isfinite(self.direction.norm())):
+            raise FloatingPointError(
+                f"batch {self._taken - 1} of the `loader` of {self._scorer} has losses or gradients that are not "
+                "finite, so there is nothing to compare samples with. Leave out what holds NaN, or lower the learning "
+                "rate if it is the model."
+            )
+
+    def state_dict(self) -> dict[str, int]:
+        """How far it has come."""
+        return {"passes": self._passes, "taken": self._taken}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes on from there: the batches of this pass up to there are drawn and left out."""
+        with own_random_numbers(self._module.device):
+            self._go_to(state["passes"], state["taken"])
+
+    def _go_to(self, passes: int, taken: int) -> None:
+        self._passes, self._taken = passes, 0
+        set_epoch = getattr(getattr(self._loader, "sampler", None), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(passes)
+        self._batches: Iterator[Any] | None = None
+        for _ in range(taken):
+            self._draw()
+            self._taken += 1
+
+    def _draw(self) -> list[Any]:
+        """The next batch of this pass, in a list; an empty one at its end."""
+        # Only the CPU's: the order and the transforms of this draw are the same after a resume.
+        torch.default_generator.manual_seed(1_000_003 * self._passes + self._taken)
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        return list(islice(self._batches, 1))
+
+    def _next(self) -> Any:
+        drawn = self._draw()
+        if not drawn and self._taken:
+            self._go_to(self._passes + 1, 0)
+            drawn = self._draw()
+        if not drawn:
+            raise ValueError(f"the `loader` of {self._scorer} gave no batch; expected at least one in every pass.")
+        self._taken += 1
+        return drawn[0]
+
+    def _gradients(self, batch: Any) -> tuple[dict[str, Tensor], Tensor]:
+        """The sum over this rank's samples of their gradients, float32 or higher, and the number of samples."""
+        module, scorer = self._module, self._scorer
+        batch = module.trainer.precision_plugin.convert_input(move_data_to_device(batch, module.device))
+        with (
+            _undisturbed(module, self._targets),
+            torch.enable_grad(),
+            torch.autocast(module.device.type, enabled=False),
+        ):
+            losses = module.sample_losses(batch)  # type: ignore[operator]
+            rows = sample_count(batch) or len(losses)
+            if losses.shape not in ((rows,), (rows * world_size(),)):  # of contrastive losses each rank has all
+                raise ValueError(
+                    f"`sample_losses` returned shape {tuple(losses.shape)} for {rows} samples of the `loader` of "
+                    f"{scorer}; expected one loss per sample."
+                )
+            if not losses.requires_grad:
+                raise ValueError(
+                    f"the losses of the `loader` of {scorer} do not depend on {few(list(self._targets))}; name "
+                    "parameters that `sample_losses` uses."
+                )
+            found = torch.autograd.grad(
+                losses.sum(), list(self._targets.values()), allow_unused=True, materialize_grads=True
+            )
+        sums = {
+            name: gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+            for name, gradient in zip(self._targets, found, strict=True)
+        }
+        return sums, torch.tensor(float(rows), device=module.device)
+
+
+@contextmanager
+def _undisturbed(module: nn.Module, targets: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Within it every submodule is in evaluation mode, and the targets alone need gradients."""
+    modes = [(part, part.training) for part in module.modules()]
+    needs = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    wanted = {id(parameter) for parameter in targets.values()}
+    try:
+        for part, _ in modes:
+            part.training = False
+        for parameter, _ in needs:
+            parameter.requires_grad = id(parameter) in wanted
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+        for parameter, needed in needs:
+            parameter.requires_grad = needed

@@ -1,0 +1,277 @@
+"""A frozen backbone's features of a data set, computed once, from which heads are trained again and again."""
+
+import dataclasses
+import errno
+import hashlib
+import math
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_mimic.models.image_classifier import ImageClassifier
+from lightning_mimic.reference import Aligned, fingerprint
+
+#: Of the files; what is cached under another one is not used.
+FORMAT = 1
+# The sources that a stage of Lightning's reads; others read all.
+_READ = {"fit": ("train", "val"), "validate": ("train", "val"), "test": ("test",)}
+_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
+class FeatureRows:
+    """Features by row, from a memory-mapped file.
+
+    Args:
+        path: Of a file that :class:`CachedFeatures` wrote.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rows = _opened(path)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> Tensor:
+        return torch.from_numpy(self._rows[row].copy())
+
+    def __reduce__(self) -> Any:
+        # A worker that is spawned opens the file itself; the array would be copied to it.
+        return FeatureRows, (self.path,)
+
+
+class CachedFeatures(pl.LightningDataModule):
+    """Another data module, whose images are replaced by what a classifier's frozen backbone makes of them.
+
+    Loaders, parts, noise, choice, ids, order and the draws of mirrored images stay the wrapped module's, so that a head
+    is trained as it would be on the images, up to the rounding of float32: features are computed in batches of another
+    size. They are float32; under mixed precision, where the backbone would run in a lower one, they differ by that
+    one's rounding. Batches are features ``(B, D)`` and labels, with ids.
+
+    A file holds the features of all images of one split, plain and, where training mirrors, mirrored: float32, shape
+    ``(rows, views, D)``. It is named by a hash of data, transform, backbone and its weights, written by one process
+    under another name first, and used by any number of runs and processes. Its first and last rows are compared with
+    what the backbone says of these images.
+
+    Args:
+        data: A data module of labelled images, such as those of ``lightning_mimic.data``; nothing but mirroring may
+            change its training images.
+        model: The classifier that is trained, with ``freeze_backbone=True``.
+        directory: For the files.
+
+    Raises:
+        ValueError: Another kind of data module or model, a backbone that trains, or random changes of the images.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_mimic.data.digits import DigitsDataModule
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU())
+        >>> model = ImageClassifier(net, num_classes=10, image_shape=(1, 8, 8), freeze_backbone=True)
+        >>> cached = CachedFeatures(DigitsDataModule(), model, tempfile.mkdtemp())
+        >>> cached.prepare_data()
+        >>> cached.setup()
+        >>> cached.data.sources["train"].images[0].shape
+        torch.Size([1, 16])
+    """
+
+    def __init__(self, data: pl.LightningDataModule, model: pl.LightningModule, directory: str | Path) -> None:
+        super().__init__()
+        if not isinstance(data, pl.LightningDataModule) or not callable(getattr(data, "mirrored", None)):
+            raise ValueError(
+                f"features are cached of labelled images, and `data` is a {type(data).__name__}. Train without "
+                "`features`."
+            )
+        if not isinstance(model, ImageClassifier):
+            raise ValueError(
+                f"features are cached of an ImageClassifier's backbone, and `model` is a {type(model).__name__}. Train "
+                "without `features`."
+            )
+        if not model.freeze_backbone:
+            raise ValueError(
+                "the backbone trains, so that its features change with every step and cannot be cached. Set "
+                "`freeze_backbone=true`, or train without `features`."
+            )
+        if _augments(data):
+            raise ValueError(
+                f"{type(data).__name__} changes its training images at random, and the features of changed images are "
+                "not those that are cached. Set `augment=false` (mirroring by `flip` is cached), or train without "
+                "`features`."
+            )
+        self.data: Any = data
+        self.model = model
+        self.directory = Path(directory).expanduser()
+        self._plain: dict[str, Any] = {}
+
+    def prepare_data(self) -> None:
+        """Computes what is not there, on the trainer's device, in one process of a machine.
+
+        Raises:
+            ValueError: The trainer trains another model, a reference that would be asked about images, or no room.
+        """
+        self._check_trainer()
+        self.data.prepare_data()
+        self.data.setup()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.model.backbone.to(self._device).eval()
+        for name, path in self._paths(None if self.trainer is None else self.trainer.state.fn).items():
+            images = self._source(name).images
+            if not (path.exists() and self._holds(path, images, self._views(name))):
+                self._write(path, images, self._views(name))
+
+    def setup(self, stage: str | None = None) -> None:
+        """Puts features in the images' place; the model takes them from here on."""
+        self.data.setup(stage)
+        for name, path in self._paths(stage).items():
+            source = self._plain[name] = self._source(name)
+            self.data.sources[name] = dataclasses.replace(source, images=FeatureRows(path))
+        self.model.takes_features = True
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Gives the images back."""
+        self.data.sources |= self._plain
+        self._plain = {}
+        self.model.takes_features = False
+
+    def train_dataloader(self) -> Any:
+        return self.data.train_dataloader()
+
+    def val_dataloader(self) -> Any:
+        return self.data.val_dataloader()
+
+    def test_dataloader(self) -> Any:
+        return self.data.test_dataloader()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        views = batch[0]
+        view = torch.zeros(len(views), dtype=torch.int64)
+        if self.data.flip and self.trainer is not None and self.trainer.training:
+            view = self.data.mirrored(batch.ids, self.trainer.current_epoch).to(torch.int64)
+        batch[0] = views[torch.arange(len(views)), view]
+        return batch
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.device if self.trainer is None else self.trainer.strategy.root_device
+
+    def _source(self, name: str) -> Any:
+        """With the images themselves."""
+        return self._plain.get(name, self.data.sources[name])
+
+    def _views(self, name: str) -> int:
+        return 2 if self.data.flip and name == "train" else 1
+
+    def _paths(self, stage: str | None) -> dict[str, Path]:
+        """The files of the sources that are read, by name."""
+        names = tuple(self.data.sources) if stage is None else _READ.get(stage, tuple(self.data.sources))
+        weights = fingerprint(self.model.backbone.state_dict())
+        said = [FORMAT, str(self.model.backbone), weights, self.model.head.in_features]
+        paths = {}
+        for name in names:
+            if name in self.data.sources:
+                key = repr([*said, self._source(name).key(), self._views(name)])
+                paths[name] = self.directory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+        return paths
+
+    def _check_trainer(self) -> None:
+        if self.trainer is None:
+            return
+        if self.trainer.lightning_module is not self.model:
+            raise ValueError("the features are of another model than the one that the trainer got; give both the same.")
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            reference = getattr(callback, "reference", None)
+            reference = reference.reference if isinstance(reference, Aligned) else reference
+            if isinstance(reference, nn.Module):
+                raise ValueError(
+                    f"the reference is a module ({type(reference).__name__}), which would be asked about the features "
+                    "of another backbone than its own. Give weights for the trained model (a path or a state dict), or "
+                    "train without `features`."
+                )
+
+    def _features(self, images: Tensor, views: int) -> Tensor:
+        """On the CPU, float32, shape ``(B, views, D)``."""
+        images = images.to(self._device)
+        with torch.no_grad():
+            seen = [self.model.backbone(each) for each in (images, images.flip(-1))[:views]]
+        return torch.stack(seen, 1).float().cpu()
+
+    def _holds(self, path: Path, images: Any, views: int) -> bool:
+        """Whether a file has the features of these images."""
+        try:
+            held = _opened(path)
+        except (ValueError, EOFError) as error:
+            rank_zero_warn(f"{path} is damaged ({error}); its features are computed anew.")
+            return False
+        ends = [0, len(images) - 1]
+        expected = self._features(torch.stack([images[row] for row in ends]), views)
+        if held.shape == (len(images), *expected.shape[1:]) and held.dtype.name == "float32":
+            difference = (torch.from_numpy(held[ends]) - expected).norm()
+            # Another device or batch size rounds otherwise; another backbone or image differs by more.
+            if difference <= 1e-2 * expected.norm():
+                return True
+        rank_zero_warn(f"{path} does not hold what the backbone says of these images; its features are computed anew.")
+        return False
+
+    def _write(self, path: Path, images: Any, views: int) -> None:
+        shape = (len(images), views, self.model.head.in_features)
+        size, free = 4 * math.prod(shape), shutil.disk_usage(self.directory).free
+        no_room = (
+            f"`features`: {self.directory} has no room for the {size / 2**30:.2f} GiB of these images' features; name "
+            "another directory, or train without `features`."
+        )
+        if free < size:
+            raise ValueError(no_room)
+        part = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.part")
+        try:
+            with part.open("xb") as file:
+                self._compute(file, images, shape)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise ValueError(no_room) from error
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _compute(self, file: BinaryIO, images: Any, shape: tuple[int, int, int]) -> None:
+        from numpy.lib import format as npy  # torch comes without it
+
+        # Written as a stream: what is written into a memory map of a full disk kills the process.
+        npy.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        loader = DataLoader(
+            images,
+            batch_size=self.data.eval_batch_size,
+            num_workers=self.data.num_workers,
+            generator=torch.Generator(),  # or it would draw from the one that the training draws from
+        )
+        quiet = self.trainer is None or self.trainer.progress_bar_callback is None
+        with Tqdm(desc="Features", total=shape[0], unit="images", disable=quiet) as progress:
+            for batch in loader:
+                file.write(self._features(batch, shape[1]).numpy().astype("<f4", copy=False).tobytes())
+                progress.update(len(batch))
+
+
+def _opened(path: Path) -> Any:
+    import numpy as np
+
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _augments(data: Any) -> bool:
+    """Whether training images are changed otherwise than by mirroring.
+
+    A data module says so by ``augment``. One that does not, and has hooks of its own for its batches, may do anything.
+    """
+    mirrors = [kind for kind in type(data).__mro__ if "mirrored" in vars(kind)][-1]
+    hooks = any(getattr(type(data), name) is not getattr(mirrors, name) for name in _HOOKS)
+    return bool(getattr(data, "augment", hooks))

@@ -1,0 +1,64 @@
+"""The paper's experiments: official settings, and the two runs of each, reference and probe."""
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+from image_sets import write_set
+from test_conf import CONF, QUIET, SCORE, composed
+
+from lightning_mimic import Ledger
+from lightning_mimic.cli.train import train
+from lightning_mimic.data.torchvision_sets import SETS
+from lightning_mimic.scorers import MimicScore
+
+SETS_OF_PAPER = sorted(p.stem for p in (CONF / "experiment" / "paper").glob("*.yaml") if p.stem in SETS)
+SMALL = ["model.backbone.name=test_vit", "model.backbone.weights=null", "model.image_shape=[3,160,160]"]
+SMALL += ["data.transform.size=160", "data.num_workers=0", "trainer.max_epochs=1", "test=false", *QUIET]
+
+
+@pytest.mark.parametrize("name", SETS_OF_PAPER)
+def test_all_six_have_the_official_settings(name, tmp_path):
+    config = composed(tmp_path, f"experiment=paper/{name}")
+    assert (config.model.optimizer.lr, config.model.optimizer.weight_decay) == (1e-4, 1e-5)
+    assert config.model.optimizer._target_ == "torch.optim.AdamW"
+    assert (config.data.batch_size, config.data.flip, config.data.train) == (32, True, "noisy")
+    assert config.trainer.max_epochs == (10 if name in ("dtd", "flowers102") else 5)
+    assert config.model.num_classes == SETS[name].num_classes
+    assert (config.data.name, config.data.trusted, config.model.freeze_backbone) == (name, 0.0, True)
+    mimic = instantiate(config.mimic)
+    assert isinstance(mimic.scorer, MimicScore)
+    assert (mimic.weighting.temperature, mimic.weighting.min_ess, mimic.scope) == (1.0, 0.0, "target")
+    transform = instantiate(config.data.transform)
+    assert "mean=[0.5], std=[0.5]" in repr(transform)
+    assert "224" in repr(transform)
+    assert composed(tmp_path, f"experiment=paper/{name}", *SCORE, root="score").checkpoints == ["a.ckpt"]
+
+
+def test_all_six_are_there():
+    assert sorted(SETS) == SETS_OF_PAPER
+
+
+@pytest.mark.parametrize("kind", ["seen", "trusted_split"])
+def test_a_reference_is_made_and_given_to_a_probe_of_another_seed(kind, tmp_path, monkeypatch):
+    write_set("cifar10", tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    common = [f"reference={kind}", f"data.root={tmp_path}", f"paths.paper={tmp_path}", *SMALL, "paths.output=run"]
+    with initialize_config_module("lightning_mimic.conf", version_base="1.3"):
+        made = compose("train", overrides=["experiment=[paper/cifar10,paper/reference]", *common])
+        probe = compose("train", overrides=["experiment=paper/cifar10", *common, "data.noise.rate=0.4"])
+    assert (made.seed, probe.seed, made.data.noise.rate) == (100, 0, 0.0)
+    assert made.save_to == probe.mimic.reference == f"{tmp_path}/{kind}.ckpt"
+    assert made.data.train == {"seen": "noisy", "trusted_split": "trusted"}[kind]
+    reference = train(made)
+    learnt = set(reference.train_dataloader.dataset.ids)
+    model = train(probe)
+    scored = set(Ledger("run/scores").table()["id"].to_pylist())
+    if kind == "seen":
+        assert scored == learnt
+    else:
+        assert not scored & learnt
+        assert learnt
+    assert set(model.datamodule.noisy_ids.tolist()) == scored
+    heads = [trainer.lightning_module.head.weight for trainer in (reference, model)]
+    assert not torch.equal(*heads)
