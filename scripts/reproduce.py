@@ -32,7 +32,8 @@ DATA = sorted(
 def run(sweep: Sweep, out: Path, jobs: int, more: list[str], console: Console) -> None:
     """Does what is missing of a sweep."""
     said, settings = out / sweep.name / "settings.json", [*sweep.fixed, *more]
-    if said.exists() and json.loads(said.read_text()) != settings:
+    begun = any(said.parent.rglob("result.json"))
+    if begun and said.exists() and json.loads(said.read_text()) != settings:
         raise SystemExit(f"{said.parent} was run with other settings; name another --out, or delete it.")
     said.parent.mkdir(parents=True, exist_ok=True)
     said.write_text(json.dumps(settings, indent=2))
@@ -41,14 +42,18 @@ def run(sweep: Sweep, out: Path, jobs: int, more: list[str], console: Console) -
         return
     several = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}"] if jobs > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if jobs > 1 else None
+    stopped = False
     with Progress(*columns("runs"), console=console) as progress:
         task = progress.add_task(sweep.name, total=len(folders), completed=done)
         with subprocess.Popen([*sweep.command(out), *several, *more], env=environment) as process:
             while process.poll() is None:
-                time.sleep(1)
+                try:
+                    time.sleep(1)
+                except KeyboardInterrupt:  # the sweep has got it, too, and ends
+                    stopped = True
                 progress.update(task, completed=finished(folders))
         progress.update(task, completed=finished(folders))
-    if process.returncode:
+    if process.returncode or stopped:
         raise SystemExit(f"{sweep.name} stopped. What is done is kept; the same command goes on from there.")
 
 

@@ -141,7 +141,7 @@ class Plan:
             kind = {"reference": ["seen"]}
             sweeps += [plan.reference(f"references/{start}", s, kind, WHOLE, *small, more=more) for s in self.seeds]
         each = {"mimic.temperature": FLOOR_TEMPERATURES, "mimic.min_ess": FLOORS}
-        for start, mimics in (("same", ["grad_mimic"]), ("other", ["grad_mimic", "aligned"])):
+        for start, mimics in (("same", ["grad_mimic"]), ("other", ["official", "grad_mimic", "aligned"])):
             by = OF_KIND.format(start)
             sweeps.append(plan.runs(f"floor/{start}", {"mimic": mimics, **each}, by, WHOLE, noise, *small))
         plain = plan.runs("floor/plain", {"mimic": ["none"]}, OF_KIND.format("other"), WHOLE, noise, *small)

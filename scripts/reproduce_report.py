@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from paper_figures import SOURCE
 from reproduce_tables import Table
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -31,15 +32,18 @@ def write(tables: Sequence[Table], out: Path) -> list[Path]:
         heading, *rows = table.lines()
         lines = [heading, ["---"] * len(heading), *rows]
         text += [f"### {table.title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""]
+        text += [SOURCE, ""] if table.paper else []
     (out / "tables.md").write_text("\n".join(text))
     with (out / "tables.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["table", "row", "column", "seeds", "mean", "standard_deviation", "paper"])
+        heads = ("table", "row", "column", "seeds", "mean", "standard_deviation", "paper", "ours_minus_paper")
+        writer.writerow(heads)
         for table in tables:
             for (row, column), values in table.cells.items():
                 spread = statistics.stdev(values) if len(values) > 1 else None
-                mean = statistics.fmean(values) if values else None
-                writer.writerow([table.name, row, column, len(values), mean, spread, table.paper.get((row, column))])
+                mean, theirs = statistics.fmean(values) if values else None, table.paper.get((row, column))
+                difference = None if mean is None or theirs is None else mean - theirs
+                writer.writerow([table.name, row, column, len(values), mean, spread, theirs, difference])
     plot(tables, out / "tables.png")
     return [out / name for name in ("tables.md", "tables.csv", "tables.png")]
 
@@ -59,7 +63,11 @@ def plot(tables: Sequence[Table], path: Path) -> None:
             means = [statistics.fmean(values) for _, values in known]
             spread = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in known]
             line = {"marker": "osD^v<>ph*"[number % 10], "markersize": 4, "linewidth": 1.2, "capsize": 2}
-            axes.errorbar([k for k, _ in known], means, spread, label=row, **line)
+            drawn = axes.errorbar([k for k, _ in known], means, spread, label=row, **line)
+            theirs = {k: table.paper[row, c] for k, c in enumerate(columns) if (row, c) in table.paper}
+            if theirs:
+                like = {"color": drawn.lines[0].get_color(), "marker": line["marker"], "markerfacecolor": "none"}
+                axes.plot(theirs.keys(), theirs.values(), linestyle=":", label=f"{row} in the paper", **like)
         axes.set_xticks(range(len(columns)), columns)
         axes.set_xlabel(table.across)
         axes.set_ylabel("%")

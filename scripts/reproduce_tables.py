@@ -188,17 +188,16 @@ def qualities(results: Results) -> Iterator[Table]:
     for kind in REFERENCES:
         for name in ("sign", "label model of the last three"):
             row = f"{name}, {kind.replace('_', ' ')}"
-            kept, right = (
-                [results.values("quality", kind, "official", rate, of=found(share, name)) for rate in ALL_RATES]
+            shares = {
+                share: [results.values("quality", kind, "official", rate, of=found(share, name)) for rate in ALL_RATES]
                 for share in ("share_kept", "share_right")
-            )
-            cells |= {(row, percent(rate)): values for rate, values in zip(ALL_RATES, kept, strict=True)}
-            if all(kept):
-                over = [
-                    100 * float(pearson_corrcoef(torch.tensor(k), torch.tensor(r)))
-                    for k, r in zip(zip(*kept, strict=True), zip(*right, strict=True), strict=True)
-                ]
-                cells[row, "correlation"] = over
+            }
+            cells |= {(row, percent(r)): values for r, values in zip(ALL_RATES, shares["share_kept"], strict=True)}
+            # Where a filter could not decide in one of the runs there is no correlation.
+            if {len(values) for values in shares["share_kept"]} == {len(results.seeds)}:
+                pairs = zip(*(torch.tensor(shares[share]).T for share in ("share_kept", "share_right")), strict=True)
+                # Nor where it keeps the same of all.
+                cells[row, "correlation"] = [100 * float(pearson_corrcoef(k, r)) for k, r in pairs if k.std() > 0]
     yield Table("quality", "Share kept, and its correlation with the share that is right (x 100)", "filter", cells)
 
 
@@ -210,6 +209,7 @@ def efficiency(results: Results) -> Table:
         for fraction in FRACTIONS:
             cells[name, percent(fraction)] = results.values("efficiency", pick, fraction, of=accuracy)
     title = "Data efficiency, 40 % wrong labels: test accuracy of plain training on a share of the samples"
+    title += f", chosen with {KINDS['trusted_split']}"
     return Table("efficiency", title, "samples", cells, "kept")
 
 
@@ -243,9 +243,13 @@ def reference_quality(results: Results) -> Table:
 
 def floors(results: Results) -> Iterator[Table]:
     """Full fine-tuning at 60 % with and without a floor on the effective sample size."""
-    title = "Full fine-tuning, 60 % wrong labels, by min_ess"
-    runs = (("same", "grad_mimic", "same start"), ("other", "grad_mimic", "other start"))
-    runs += (("other", "aligned", "other start, aligned"),)
+    title = f"Full fine-tuning, 60 % wrong labels, with {KINDS['seen']}, by min_ess"
+    runs = (
+        ("same", "grad_mimic", "same start"),
+        ("other", "official", "other start, weights for the head alone"),
+        ("other", "grad_mimic", "other start"),
+        ("other", "aligned", "other start, aligned"),
+    )
     for figure, of, what in (
         ("accuracy", accuracy, "test accuracy"),
         ("ess", lambda result: result.get("ess"), "effective sample size of a batch"),

@@ -82,13 +82,15 @@ class Scarce(DigitsDataModule):
     [
         (
             lambda: trusted_loader(Scarce()),
-            "`per_class` is 5, but class 0 has 0 trusted samples (0 in all classes). Ask for fewer, or have more of "
-            "the training split trusted (data.trusted=0.05; the digits have 200).",
+            "`per_class` is 5, but class 0 has 0 trusted samples (0 in all classes). Ask for fewer, or have a "
+            "larger share of the training split trusted (`trusted` of the data module; with experiment=paper/... by "
+            "reference=trusted_split).",
         ),
         (
             lambda: trusted_loader(digits(), per_class=19),
-            "`per_class` is 19, but class 4 has 14 trusted samples (200 in all classes). Ask for fewer, or have more "
-            "of the training split trusted (data.trusted=0.05; the digits have 200).",
+            "`per_class` is 19, but class 4 has 14 trusted samples (200 in all classes). Ask for fewer, or have a "
+            "larger share of the training split trusted (`trusted` of the data module; with experiment=paper/... by "
+            "reference=trusted_split).",
         ),
         (
             lambda: trusted_loader(digits(), per_class=0),

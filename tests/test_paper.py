@@ -1,15 +1,19 @@
 """The paper's experiments: official settings, and the two runs of each, reference and probe."""
 
+import re
+
 import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from image_sets import write_set
+from omegaconf import OmegaConf
 from test_conf import CONF, QUIET, SCORE, composed
 
 from lightning_mimic import Ledger
 from lightning_mimic.cli.train import train
 from lightning_mimic.data.torchvision_sets import SETS
+from lightning_mimic.models import timm_backbone
 from lightning_mimic.scorers import MimicScore
 
 SETS_OF_PAPER = sorted(p.stem for p in (CONF / "experiment" / "paper").glob("*.yaml") if p.stem in SETS)
@@ -39,17 +43,23 @@ def test_all_six_are_there():
     assert sorted(SETS) == SETS_OF_PAPER
 
 
-@pytest.mark.parametrize("kind", ["seen", "trusted_split"])
-def test_a_reference_is_made_and_given_to_a_probe_of_another_seed(kind, tmp_path, monkeypatch):
-    write_set("cifar10", tmp_path, monkeypatch)
+@pytest.mark.parametrize(("name", "kind"), [("cifar10", "seen"), ("dtd", "trusted_split")])
+def test_a_reference_is_made_and_given_to_a_probe_of_another_seed(name, kind, tmp_path, monkeypatch):
+    write_set(name, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     common = [f"reference={kind}", f"data.root={tmp_path}", f"paths.paper={tmp_path}", *SMALL, "paths.output=run"]
+    torch.save(timm_backbone("test_vit").state_dict(), "published.pt")
+    common += ["features=features", "model.pretrained=published.pt"]
     with initialize_config_module("lightning_mimic.conf", version_base="1.3"):
-        made = compose("train", overrides=["experiment=[paper/cifar10,paper/reference]", *common])
-        probe = compose("train", overrides=["experiment=paper/cifar10", *common, "data.noise.rate=0.4"])
+        made = compose("train", overrides=[f"experiment=[paper/{name},paper/reference]", *common])
+        probe = compose("train", overrides=[f"experiment=paper/{name}", *common, "data.noise.rate=0.4"])
     assert (made.seed, probe.seed, made.data.noise.rate) == (100, 0, 0.0)
     assert made.save_to == probe.mimic.reference == f"{tmp_path}/{kind}.ckpt"
     assert made.data.train == {"seen": "noisy", "trusted_split": "trusted"}[kind]
+    words = f"'experiment=[paper/{name},paper/reference]' reference={kind}"
+    message = f"`paths.reference`: there is no {tmp_path}/{kind}.ckpt. It is made by: mimic-train {words}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        train(probe)
     reference = train(made)
     learnt = set(reference.train_dataloader.dataset.ids)
     model = train(probe)
@@ -59,6 +69,12 @@ def test_a_reference_is_made_and_given_to_a_probe_of_another_seed(kind, tmp_path
     else:
         assert not scored & learnt
         assert learnt
-    assert set(model.datamodule.noisy_ids.tolist()) == scored
+        # Of every class enough for the few that influence asks for.
+        with initialize_config_module("lightning_mimic.conf", version_base="1.3"):
+            asked = compose("train", overrides=[f"experiment=paper/{name}", *common, "mimic=influence"])
+        instantiate(asked.mimic)
+    assert set(model.datamodule.data.noisy_ids.tolist()) == scored
     heads = [trainer.lightning_module.head.weight for trainer in (reference, model)]
     assert not torch.equal(*heads)
+    with pytest.raises(ValueError, match=r"^`num_classes` is 7, and the data have \d+ classes; set model.num_classes="):
+        train(OmegaConf.merge(made, {"model": {"num_classes": 7}}))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.errors import ConfigCompositionException
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 import paper_figures
@@ -191,6 +192,8 @@ def test_tables_hold_means_over_the_seeds_that_were_asked_for_and_the_papers_fig
         (row,) = [r for r in csv.DictReader(file) if r["table"] == "probe_seen" and r["seeds"] == "2"]
     assert (row["row"], row["column"], row["paper"]) == ("Grad-Mimic", "40 %", "94.15")
     assert float(row["mean"]) == pytest.approx(92)
+    assert float(row["ours_minus_paper"]) == pytest.approx(-2.15)
+    assert written[0].read_text().count(paper_figures.SOURCE) == 1
     assert written[2].stat().st_size > 10_000
 
 
@@ -203,6 +206,27 @@ def test_a_correlation_is_one_where_what_is_kept_is_what_is_right(tmp_path):
     (table,) = tables_of("digits", ["quality"], (0, 1), tmp_path)
     assert table.cells["sign, seen", "correlation"] == pytest.approx([100, -100])
     assert table.cells["sign, seen", "0 %"] == pytest.approx([75, 25])
+
+
+def test_a_correlation_needs_every_run_and_shares_that_differ(tmp_path):
+    for rate in reproduce_plan.ALL_RATES:
+        for seed in (0, 1):
+            share = {"share_kept": 1.0, "share_right": 1 - rate}
+            refused = {"refused": "all voters say the same"}
+            filters = {"sign": share, "label model of the last three": refused if seed and not rate else share}
+            result(tmp_path / "quality" / "seen" / "official" / str(rate) / str(seed), filters=filters)
+    (table,) = tables_of("digits", ["quality"], (0, 1), tmp_path)
+    assert table.cells["sign, seen", "correlation"] == []
+    assert ("label model of the last three, seen", "correlation") not in table.cells
+    assert "–" in next(line for line in table.lines() if line[0] == "sign, seen")
+
+
+def test_a_command_that_did_nothing_may_be_put_right(small, monkeypatch):
+    with pytest.raises(ConfigCompositionException, match="limit_train_batches"):
+        small(Path("out"), "--tables", "efficiency", "trainer.limit_train_batches=1")
+    monkeypatch.setattr(Here, "breaks_at", 1)
+    with pytest.raises(SystemExit, match=r"^pretrained/0 stopped\. What is done is kept; "):
+        small(Path("out"), "--tables", "efficiency")
 
 
 def test_the_papers_linear_probe_is_whole():

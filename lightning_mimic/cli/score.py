@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_mimic.callbacks import AtCheckpoints
-from lightning_mimic.cli.sentences import said
+from lightning_mimic.cli.sentences import check_made, said
 from lightning_mimic.ledger import Ledger
 from lightning_mimic.models import CachedFeatures
 
@@ -25,6 +25,7 @@ def score(config: DictConfig) -> Ledger:
     """
     if OmegaConf.select(config, "mimic._target_") is None:
         raise SystemExit("mimic-score: mimic=none scores nothing; leave it out, or name a scorer (mimic=cosine).")
+    check_made(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
     data, model = instantiate(config.data), instantiate(config.model)
     if config.features:

@@ -2,8 +2,10 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from lightning_mimic.curation import CurationError
@@ -27,3 +29,25 @@ def said(command: str) -> Iterator[None]:
         raise SystemExit(f"{command}: {error.__cause__}") from None
     except (CurationError, LedgerError) as error:
         raise SystemExit(f"{command}: {error}") from None
+
+
+def check_made(config: DictConfig) -> None:
+    """Looks, before anything is built or fetched, for the files that are read and that another run writes.
+
+    Args:
+        config: With ``paths``, whose ``made_by`` has the words for mimic-train that write a path.
+
+    Raises:
+        ValueError: One is not there; the message has the command.
+
+    Example:
+        >>> paths = {"reference": "none.ckpt", "made_by": {"reference": "experiment=digits_reference"}}
+        >>> check_made(OmegaConf.create({"model": {"pretrained": "${paths.reference}"}, "paths": paths}))
+        Traceback (most recent call last):
+            ...
+        ValueError: `paths.reference`: there is no none.ckpt. It is made by: mimic-train experiment=digits_reference
+    """
+    read = OmegaConf.to_yaml(OmegaConf.masked_copy(config, ["model", "mimic"]))
+    for name, words in config.paths.get("made_by", {}).items():
+        if f"${{paths.{name}}}" in read and not Path(config.paths[name]).expanduser().exists():
+            raise ValueError(f"`paths.{name}`: there is no {config.paths[name]}. It is made by: mimic-train {words}")

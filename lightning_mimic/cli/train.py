@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_mimic.cli.sentences import check_made
 from lightning_mimic.models import CachedFeatures
 
 
@@ -21,7 +22,11 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
 
     Returns:
         The trainer, with the model, its callbacks and ``callback_metrics``.
+
+    Raises:
+        ValueError: A file that another run writes is not there; the message has the command.
     """
+    check_made(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
     data, model = instantiate(config.data), instantiate(config.model)
     if config.features:

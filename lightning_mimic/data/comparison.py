@@ -74,8 +74,8 @@ def trusted_loader(data: Any, per_class: int = 5, seed: int = 0) -> Iterable[Any
         if len(of_class) < per_class:
             raise ValueError(
                 f"`per_class` is {per_class}, but class {each} has {len(of_class)} trusted samples ({len(rows)} in all "
-                "classes). Ask for fewer, or have more of the training split trusted (data.trusted=0.05; the digits "
-                "have 200)."
+                "classes). Ask for fewer, or have a larger share of the training split trusted (`trusted` of the "
+                "data module; with experiment=paper/... by reference=trusted_split)."
             )
         drawn.append(of_class)
     chosen = torch.cat(drawn)

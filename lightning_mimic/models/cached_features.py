@@ -159,6 +159,11 @@ class CachedFeatures(pl.LightningDataModule):
         return batch
 
     @property
+    def num_classes(self) -> Any:
+        """Of the wrapped module, where it says so."""
+        return getattr(self.data, "num_classes", None)
+
+    @property
     def _device(self) -> torch.device:
         return self.model.device if self.trainer is None else self.trainer.strategy.root_device
 

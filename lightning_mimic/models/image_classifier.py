@@ -76,6 +76,15 @@ class ImageClassifier(pl.LightningModule):
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.train()
 
+    def setup(self, stage: str) -> None:
+        # Fewer outputs than classes would end in the middle of an epoch, and more would train in silence.
+        classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        if classes not in (None, self.head.out_features):
+            raise ValueError(
+                f"`num_classes` is {self.head.out_features}, and the data have {classes} classes; set "
+                f"model.num_classes={classes}."
+            )
+
     def train(self, mode: bool = True) -> "ImageClassifier":
         """Training mode, in which a frozen backbone stays in evaluation mode."""
         super().train(mode)

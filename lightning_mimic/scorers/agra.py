@@ -13,7 +13,7 @@ class Agra(CosineSimilarity):
     """``⟨gᵢ, ḡ⟩ / (‖gᵢ‖ ‖ḡ‖)``: the agreement of a sample's gradient with the mean one of a second batch.
 
     Between −1 and 1, without a unit. Samples that agree (more than 0) share the step equally, the others are left out;
-    where none agrees, the batch moves nothing. A direction v = −ḡ, where a step on the second batch would lead, takes
+    where none agrees, the batch has no gradient. A direction v = −ḡ, where a step on the second batch would lead, takes
     the place of the way to a reference. Needs the norms of per-sample gradients: one ``nn.Linear`` as target.
 
     Args:

@@ -136,7 +136,7 @@ class SoftmaxWeighting:
 class ShareWeighting:
     """``wᵢ = rᵢ / Σⱼ rⱼ`` over the micro-batch of all ranks together, of weights that a scorer makes itself.
 
-    Where all of them are 0 so are the weights, and the batch moves nothing.
+    Where all of them are 0 so are the weights, and the batch has no gradient; an optimizer may still move by momentum.
 
     Args:
         weigh: From scores, shape ``(B,)``, to weights before they are divided, 0 or more, of the same shape.
