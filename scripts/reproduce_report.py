@@ -3,6 +3,7 @@
 import csv
 import itertools
 import statistics
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from paper_figures import SOURCE
 from reproduce_tables import Table
 from rich.console import Console
 from rich.table import Table as RichTable
+
+COLOURS = [f"C{k}" for k in range(10)] + ["black"]
 
 
 def show(tables: Iterable[Table], console: Console) -> None:
@@ -52,7 +55,7 @@ def plot(tables: Sequence[Table], path: Path) -> None:
     """One panel per table."""
     wide = 3
     high = -(-len(tables) // wide)
-    figure = Figure(figsize=(6 * wide, 4.2 * high), layout="constrained")
+    figure = Figure(figsize=(5.5 * wide, 4.8 * high), layout="constrained")
     for axes, table in itertools.zip_longest(figure.subplots(high, wide, squeeze=False).flat, tables):
         if table is None:
             axes.set_axis_off()
@@ -62,7 +65,8 @@ def plot(tables: Sequence[Table], path: Path) -> None:
             known = [(k, v) for k, c in enumerate(columns) if (v := table.cells.get((row, c)))]
             means = [statistics.fmean(values) for _, values in known]
             spread = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in known]
-            line = {"marker": "osD^v<>ph*"[number % 10], "markersize": 4, "linewidth": 1.2, "capsize": 2}
+            line = {"marker": "osD^v<>ph*X"[number % 11], "markersize": 4, "linewidth": 1.2, "capsize": 2}
+            line["color"] = COLOURS[number % len(COLOURS)]
             drawn = axes.errorbar([k for k, _ in known], means, spread, label=row, **line)
             theirs = {k: table.paper[row, c] for k, c in enumerate(columns) if (row, c) in table.paper}
             if theirs:
@@ -71,7 +75,8 @@ def plot(tables: Sequence[Table], path: Path) -> None:
         axes.set_xticks(range(len(columns)), columns)
         axes.set_xlabel(table.across)
         axes.set_ylabel("%")
-        axes.set_title(table.title, fontsize=8, wrap=True)
+        axes.set_title(textwrap.fill(table.title, 70), fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=6)
-    figure.savefig(path, dpi=90)
+        # Below the panel: among a dozen lines there is no room.
+        axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    figure.savefig(path, dpi=70)

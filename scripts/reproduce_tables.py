@@ -246,7 +246,7 @@ def floors(results: Results) -> Iterator[Table]:
     title = f"Full fine-tuning, 60 % wrong labels, with {KINDS['seen']}, by min_ess"
     runs = (
         ("same", "grad_mimic", "same start"),
-        ("other", "official", "other start, weights for the head alone"),
+        ("other", "official", "other start, head alone"),
         ("other", "grad_mimic", "other start"),
         ("other", "aligned", "other start, aligned"),
     )
@@ -263,6 +263,6 @@ def floors(results: Results) -> Iterator[Table]:
                 for start in STARTS:
                     cells[f"reference, {start} start", column] = results.references(start, "seen", of)
             for (start, mimic, name), t in itertools.product(runs, FLOOR_TEMPERATURES):
-                row = f"{name}, temperature {t:g}"
+                row = f"{name}, τ {t:g}"
                 cells[row, column] = results.values(f"floor/{start}", mimic, t, floor, of=of)
         yield Table(f"floor_{figure}", f"{title}: {what}", "reference", cells, "min_ess")
