@@ -9,6 +9,7 @@ from typing import Any
 from lightning_mimic.data.noise import LabelNoise
 from lightning_mimic.data.parts import Part, Source
 from lightning_mimic.data.pictures import PictureParts, Transform
+from lightning_mimic.gradients import nearest_names
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,6 @@ class TorchvisionDataModule(PictureParts):
     ) -> None:
         super().__init__(train, noise, keep, transform, trusted, split_seed, flip, seed, batch_size, num_workers)
         if name not in SETS:
-            from lightning_mimic.gradients import nearest_names
-
             raise ValueError(f"`name` is {name!r}; {nearest_names(name, SETS)}.")
         self.name = name
         self.spec = SETS[name]
