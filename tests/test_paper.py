@@ -1,6 +1,7 @@
 """The paper's experiments: official settings, and the two runs of each, reference and probe."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,6 +75,7 @@ def test_a_reference_is_made_and_given_to_a_probe_of_another_seed(name, kind, tm
             asked = compose("train", overrides=[f"experiment=paper/{name}", *common, "mimic=influence"])
         instantiate(asked.mimic)
     assert set(model.datamodule.data.noisy_ids.tolist()) == scored
+    assert len(list(Path("features").glob("*.npy"))) == 1  # nothing validates: DTD's val is not read
     heads = [trainer.lightning_module.head.weight for trainer in (reference, model)]
     assert not torch.equal(*heads)
     with pytest.raises(ValueError, match=r"^`num_classes` is 7, and the data have \d+ classes; set model.num_classes="):
