@@ -222,7 +222,7 @@ def test_a_flipped_byte_in_a_parts_description_is_an_error_or_harmless(tmp_path)
     write_ledger(tmp_path, {"id": ids, "score": 1.0, "label": 3, "epoch": [i % 4 for i in ids]})
     (part,) = tmp_path.glob("*.parquet")
     good, content = samples(tmp_path), part.read_bytes()
-    for position in range(len(content) - 8 - int.from_bytes(content[-8:-4], "little"), len(content), 8):
+    for position in range(len(content) - 8 - int.from_bytes(content[-8:-4], "little"), len(content), 3):
         part.write_bytes(content)
         flip(part, position)
         try:
