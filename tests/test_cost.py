@@ -71,15 +71,16 @@ def test_one_layer_costs_its_own_forward_pass(benches, name, kind):
     assert bench.plain + added <= ONE_LAYER * bench.plain
 
 
-@pytest.mark.parametrize(("name", "kind"), [("vit_b_16", Plain), ("resnet50", WithLosses)])
+@pytest.mark.parametrize(("name", "kind"), [("vit_b_16", Plain), ("vit_b_16", WithLosses), ("resnet50", Plain)])
 def test_all_parameters(benches, name, kind):
     bench = benches(name)
     # A pass without weight gradients and each layer's forward pass once more cannot cost less than the lower bound.
     assert 1.5 < bench.flops(kind, "all") / bench.plain <= ALL
 
 
-def test_an_aligned_reference_of_the_model_s_own_size(benches, monkeypatch):
-    bench = benches("vit_b_16")
+@pytest.mark.parametrize("name", ["vit_b_16", "resnet50"])
+def test_an_aligned_reference_of_the_model_s_own_size(benches, name, monkeypatch):
+    bench = benches(name)
     # The counter does not know the fused attention that inference takes.
     monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
     # Enough samples from the first step on: warming up costs a reference's forward pass per step, once.
