@@ -7,6 +7,7 @@ import math
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hydra.errors import ConfigCompositionException
@@ -20,6 +21,7 @@ import reproduce_report
 import reproduce_tables
 from reproduce_tables import tables_of
 
+from lightning_mimic import Ledger
 from lightning_mimic.data.digits import DigitsDataModule
 
 FAST = ["trainer.max_epochs=1", "data.batch_size=1097"]
@@ -92,6 +94,16 @@ def test_what_was_broken_off_goes_on_and_gives_the_same_tables(small, monkeypatc
     runs = Here.ran
     assert runs == 2 + 4 + 2 + 4 + 2  # pretrained, references, scored, parts, everything
     assert sum(1 for _ in Path("whole").rglob("result.json")) == runs
+
+    scores = {row["id"]: row["score"] for row in Ledger("whole/digits/scored/official/0/scores").table().to_pylist()}
+    chosen = {}
+    for pick in ("mimic", "random"):
+        rows = pq.read_table(Path("whole/digits/efficiency", pick, "0.5", "0", "manifest.parquet")).to_pylist()
+        chosen[pick] = {row["id"] for row in rows if row["keep"]}
+    best = min(scores[each] for each in chosen["mimic"])
+    assert best >= max(scores[each] for each in scores.keys() - chosen["mimic"])
+    assert len(chosen["random"]) == len(chosen["mimic"])
+    assert 0.3 < len(chosen["random"] & chosen["mimic"]) / len(chosen["mimic"]) < 0.7
 
     monkeypatch.setattr(Here, "ran", 0)
     for breaks_at in (5, 6):  # a reference, a part
