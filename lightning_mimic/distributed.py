@@ -1,0 +1,131 @@
+"""Every question about ranks and every exchange between them, by torch.distributed.
+
+All functions work without a process group, as on one rank. Those that exchange something must be called on every rank.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from lightning_mimic.errors import MimicError
+
+Result = TypeVar("Result")
+
+
+def is_distributed() -> bool:
+    """Whether this process belongs to a process group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def world_size() -> int:
+    """The number of ranks."""
+    return torch.distributed.get_world_size() if is_distributed() else 1
+
+
+def rank() -> int:
+    """The number of this rank, from 0."""
+    return torch.distributed.get_rank() if is_distributed() else 0
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Add the tensors of all ranks, in place.
+
+    Args:
+        tensor: Of the same shape and dtype on every rank.
+
+    Returns:
+        The tensor itself.
+    """
+    if is_distributed():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank (a host sync).
+
+    Args:
+        flag: Of this rank.
+        device: On which the ranks exchange it.
+    """
+    if not is_distributed():
+        return flag
+    return bool(sum_over_ranks(torch.tensor(int(flag), device=device)))
+
+
+def stack_over_ranks(row: Tensor) -> Tensor:
+    """Stack one row per rank.
+
+    Args:
+        row: Shape ``(n,)`` on every rank.
+
+    Returns:
+        Shape ``(ranks, n)``, in the ranks' order, without gradients.
+    """
+    if not is_distributed():
+        return row[None]
+    rows = [torch.empty_like(row) for _ in range(world_size())]
+    torch.distributed.all_gather(rows, row.detach().contiguous())
+    return torch.stack(rows)
+
+
+def gather_rows(rows: Tensor) -> list[Tensor]:
+    """Gather the rows of all ranks, which may hold different numbers of them.
+
+    Args:
+        rows: Shape ``(n, ...)``.
+
+    Returns:
+        One tensor per rank, in the ranks' order, without gradients.
+    """
+    if not is_distributed():
+        return [rows]
+    gathered: list[Tensor] = gather_all_tensors(rows.detach().contiguous())
+    return gathered
+
+
+def broadcast(value: Result) -> Result:
+    """Return the first rank's value on every rank; it is pickled between the processes of one run."""
+    if not is_distributed():
+        return value
+    values: list[Any] = [value]
+    torch.distributed.broadcast_object_list(values)
+    first: Result = values[0]
+    return first
+
+
+def gather_objects(value: Result) -> list[Result]:
+    """Return the values of all ranks, in the ranks' order; they are pickled between the processes of one run."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def on_all_ranks(act: Callable[[], Result], problem: str) -> Result:
+    """Act, and raise on all ranks if that fails on one, so that no rank waits for another.
+
+    Args:
+        act: Called once on every rank.
+        problem: What another rank did if it failed, such as ``"could not start"``, for the message.
+
+    Raises:
+        Exception: What ``act`` raised on this rank.
+        MimicError: It failed on another rank only.
+    """
+    error: Exception | None = None
+    try:
+        result = act()
+    except Exception as caught:  # whatever it is, the other ranks must know before it is raised
+        error = caught
+    messages = gather_objects(None if error is None else str(error))
+    if error is not None:
+        raise error
+    failed = [f"rank {number}: {message}" for number, message in enumerate(messages) if message is not None]
+    if failed:
+        raise MimicError(f"another rank {problem}: {failed[0]}")
+    return result
