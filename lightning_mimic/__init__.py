@@ -4,6 +4,7 @@ from lightning_mimic.callbacks import AtCheckpoints, GradMimic
 from lightning_mimic.data import WithIds, collate_with_ids
 from lightning_mimic.ledger import Ledger, LedgerError
 from lightning_mimic.reference import Aligned, Diagnosis, ReferenceLoadError, diagnose
+from lightning_mimic.reweighting import Reweighter
 from lightning_mimic.version import __version__
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Ledger",
     "LedgerError",
     "ReferenceLoadError",
+    "Reweighter",
     "WithIds",
     "__version__",
     "collate_with_ids",

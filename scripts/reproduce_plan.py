@@ -115,7 +115,7 @@ class Plan:
         each = {"+pick": ["mimic", "random"], "+fraction": FRACTIONS}
         by = OF_KIND.format("probe")
         return [
-            self.runs("scored", {"mimic": ["official"]}, by, *common, "mimic.reweight=false"),
+            self.runs("scored", {"mimic": ["official"]}, by, *common, "mimic.reweight=none"),
             self.runs("efficiency", each, by, *common, "mimic=none", scores),
             self.runs("efficiency_all", {}, by, *common, "mimic=none"),
         ]

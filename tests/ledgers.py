@@ -7,7 +7,7 @@ import numpy as np
 
 from lightning_mimic.ledger import LedgerWriter, open_run
 
-CONFIG = {"scope": "loss", "temperature": 0.5}
+CONFIG = {"reweight": "all", "temperature": 0.5}
 
 
 def write_ledger(folder, rows, *, starts=(0,), configs=CONFIG, run=None, notes=()):

@@ -8,7 +8,7 @@ import torch
 from oracles import per_sample_gradients
 from torch import Tensor, nn
 
-from lightning_mimic.gradients import Graph, ModelTap, WholeModelGradients
+from lightning_mimic.gradients import Graph, ModelHooks, WholeModelGradients
 
 Oracle = Callable[[nn.Module, Any, Any], Mapping[str, Tensor]]
 
@@ -62,20 +62,19 @@ def tapped(
     net: nn.Module, losses_of: Callable, batch: Any, names: Iterable[str], seed: Tensor | None = None
 ) -> tuple[Tensor, WholeModelGradients, dict[str, str]]:
     """The losses of one forward pass, the gradients' rows, and what was not seen."""
-    tap = ModelTap(net, {name: net.get_parameter(name) for name in names})
-    tap.armed = True
-    losses = losses_of(net, batch)
-    tap.armed = False
+    hooks = ModelHooks(net, {name: net.get_parameter(name) for name in names})
+    with hooks.recording() as calls:
+        losses = losses_of(net, batch)
     graph = Graph(losses.grad_fn)
-    uses, unseen = tap.uses(graph, len(losses))
-    tap.remove()
+    uses, unseen = hooks.uses(calls, graph, len(losses))
+    hooks.remove()
     return losses, WholeModelGradients(losses, uses, graph, len(losses), seed), unseen
 
 
 def unknown(rows: WholeModelGradients, unseen: dict[str, str], oracle: Oracle) -> dict[str, str]:
     """What is not scored: unseen, or used where the rows are not the samples although the losses are independent."""
-    strangers = rows.strangers() if oracle is per_sample_gradients else []
-    return unseen | dict.fromkeys(strangers, "the rows are not the samples")
+    mixing = rows.rows_that_mix_samples() if oracle is per_sample_gradients else []
+    return unseen | dict.fromkeys(mixing, "the rows are not the samples")
 
 
 def assert_exact(

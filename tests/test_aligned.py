@@ -138,13 +138,13 @@ CASES = {
     "every ten": (Toy, "wider", 10, {}, {}, {}),
     "cached": (Toy, "wider", 3, {"cache": True}, {}, {}),
     "another architecture": (WithLosses, "convolution", 3, {}, {}, {}),
-    "target": (Toy, "wider", 3, {}, {"scope": "target"}, {}),
-    "target, clipped": (WithLosses, "toy", 4, {}, {"scope": "target"}, {"gradient_clip_val": 0.05}),
+    "target": (Toy, "wider", 3, {}, {"reweight": "target"}, {}),
+    "target, clipped": (WithLosses, "toy", 4, {}, {"reweight": "target"}, {"gradient_clip_val": 0.05}),
     "accumulated": (Toy, "wider", 3, {}, {}, {"accumulate_grad_batches": 2}),
     "clipped": (Toy, "toy", 5, {}, {}, {"gradient_clip_val": 0.05}),
     "no bias": (Bare, "wider", 3, {}, {}, {}),
     "tokens": (Tokens, "tokens", 3, {}, {}, {}),
-    "tokens, cached": (Tokens, "tokens", 2, {"cache": True}, {"scope": "target"}, {}),
+    "tokens, cached": (Tokens, "tokens", 2, {"cache": True}, {"reweight": "target"}, {}),
     "normalisation and dropout": (Toy, "moody", 3, {}, {}, {}),
     "cosine": (Toy, "wider", 3, {}, {"scorer": CosineSimilarity()}, {}),
 }
@@ -158,7 +158,7 @@ def test_every_step_goes_by_the_layer_fitted_to_all_that_was_seen(case, tmp_path
     callback = GradMimic(aligned, "head", temperature=0.3, min_ess=0, ledger=tmp_path / "s", **settings)
     trainer(callback, epochs=2, **options).fit(ours, loader(data))
     listed = Listed(stranger(name), every, centred=kind is not Bare)
-    loops = {"scope": settings.get("scope", "loss"), "accumulate": options.get("accumulate_grad_batches", 1)}
+    loops = {"reweight": settings.get("reweight", "all"), "accumulate": options.get("accumulate_grad_batches", 1)}
     loops |= {"clip": options.get("gradient_clip_val"), "tau": 0.3, "targets": ("head.weight", "head.bias")}
     loops["score"] = cosine(listed) if case == "cosine" else listed
     batches = [data[i : i + 4] for i in range(0, 42, 4)]

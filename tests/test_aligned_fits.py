@@ -123,7 +123,7 @@ def test_only_scoring_leaves_training_bit_identical(tmp_path):
     torch.manual_seed(0)
     trainer(epochs=2).fit(plain, batches)
     torch.manual_seed(0)
-    fit(scored, Aligned(stranger("moody"), every=3), batches, reweight=False, ledger=tmp_path / "s")
+    fit(scored, Aligned(stranger("moody"), every=3), batches, reweight="none", ledger=tmp_path / "s")
     torch.testing.assert_close(parameters_of(scored), parameters_of(plain), rtol=0, atol=0)
     assert int(scores_of(tmp_path / "s").isfinite().sum()) == 84 - 28
 

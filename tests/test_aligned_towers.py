@@ -133,7 +133,7 @@ def test_every_step_goes_by_the_projections_fitted_to_all_that_was_seen(case, tm
     torch.testing.assert_close(scores_of(tmp_path / "s"), expected, equal_nan=True, **CLOSE)
     torch.testing.assert_close(scores_of(tmp_path / "s", "weight"), torch.cat([w for _, w in seen]), **CLOSE)
     torch.testing.assert_close(parameters_of(ours), parameters_of(theirs), rtol=1e-8, atol=1e-9)
-    held = callback.state_dict()["aim"]["aligned"]["reference"]
+    held = callback.state_dict()["target"]["aligned"]["reference"]
     torch.testing.assert_close(held, listed.found, rtol=1e-7, atol=1e-9)
     assert float(torch.cat([w for _, w in seen]).max()) > 1.5 / ROWS, "weights that hardly differ"
     flags = Ledger(tmp_path / "s").table()["flag"].to_pylist()
@@ -144,7 +144,7 @@ def fit(module, aligned, batches=None, *, kind="vit", epochs=1, options=None, **
     """What was fitted, and the moments."""
     callback = GradMimic(aligned, KINDS[kind][-1], temperature=TAU, min_ess=0, **settings)
     trainer(callback, epochs=epochs, **(options or {})).fit(module, batches or loader(pairs(80), ROWS))
-    return callback.state_dict()["aim"]["aligned"]
+    return callback.state_dict()["target"]["aligned"]
 
 
 def rotated(model, seed=3):
@@ -222,7 +222,7 @@ def test_a_resumed_fit_equals_the_uninterrupted_one(count, tmp_path):
     again = GradMimic(aligned, KINDS["vit"][-1], temperature=TAU, min_ess=0, ledger=tmp_path / "b")
     trainer(again, epochs=3).fit(resumed, batches, ckpt_path=tmp_path / "c/half.ckpt", weights_only=True)
     torch.testing.assert_close(parameters_of(resumed), parameters_of(whole), rtol=0, atol=0)
-    found = again.state_dict()["aim"]["aligned"]
+    found = again.state_dict()["target"]["aligned"]
     assert found.pop("of") == expected.pop("of")
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert expected["enough"]
@@ -259,7 +259,7 @@ def test_bfloat16_is_near_to_float32():
 
 
 def test_a_doubtful_reference_is_aligned_once_that_is_known(monkeypatch, tmp_path):
-    monkeypatch.setattr("lightning_mimic.callbacks.checkup.SAMPLES", 48)
+    monkeypatch.setattr("lightning_mimic.reweighting.reference_monitor.SAMPLES", 48)
     # It knows these pairs and nothing else, and shares no initialisation with the model.
     reference, data = clip(seed=1, optimizer=partial(torch.optim.Adam, lr=3e-3)), pairs(80)
     trainer(epochs=12).fit(reference, loader(data, ROWS))

@@ -91,7 +91,7 @@ def checkpoints(folder, kind=Moody, count=3):
 def scored(folder, module, paths, *, data=None, trainer_options=None, more=(), **options):
     """Rows of the ledger, in order of epoch and id."""
     data = toy_data(14) if data is None else data
-    settings = {"reference": parameters_of(toy(type(module), seed=1)), "parameters": "head", "reweight": False}
+    settings = {"reference": parameters_of(toy(type(module), seed=1)), "parameters": "head", "reweight": "none"}
     mimic = GradMimic(ledger=folder / "scores", **(settings | options))
     fit = trainer(mimic, AtCheckpoints(paths), *more, epochs=len(paths), **(trainer_options or {}))
     fit.fit(module, loader(data, shuffle=True, generator=torch.Generator().manual_seed(3)))
@@ -154,7 +154,7 @@ STEPS = {"plain": {}, "clipped": {"gradient_clip_val": 0.01}, "accumulated": {"a
 
 @pytest.mark.filterwarnings("ignore:.*samples held NaN")
 @pytest.mark.parametrize("broken", [False, True])
-@pytest.mark.parametrize("reweight", [False, True])
+@pytest.mark.parametrize("reweight", ["none", "all"])
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("kind", [Moody, MoodyWithLosses, Decays])
 def test_nothing_moves_to_the_bit(kind, steps, reweight, broken, tmp_path):
@@ -239,7 +239,7 @@ def on_rank(rank, folder):
         mine = torch.utils.data.DataLoader(WithIds(toy_data(16)), batch_sampler=batches, collate_fn=collate_with_ids)
         paths = sorted(folder.glob(f"{kind.__name__}[0-9].*"))
         reference = parameters_of(toy(kind, seed=1))
-        mimic = GradMimic(reference, parameters, reweight=False, ledger=folder / "two" / parameters)
+        mimic = GradMimic(reference, parameters, reweight="none", ledger=folder / "two" / parameters)
         options = {"devices": 2, "use_distributed_sampler": False, "plugins": [TorchElasticEnvironment()]}
         strategy = DDPStrategy(process_group_backend="gloo")
         trainer(mimic, AtCheckpoints(paths), epochs=3, strategy=strategy, **options).fit(module, mine)
@@ -274,7 +274,7 @@ def test_two_processes_score_as_one(tmp_path):
 
 def test_the_same_checkpoint_twice_scores_all_against_an_aligned_reference(tmp_path):
     (path,), data, reference = checkpoints(tmp_path, count=1), toy_data(40), stranger()
-    mimic = GradMimic(Aligned(reference, every=3), "head", reweight=False, ledger=tmp_path / "s")
+    mimic = GradMimic(Aligned(reference, every=3), "head", reweight="none", ledger=tmp_path / "s")
     trainer(mimic, AtCheckpoints([path, path]), epochs=2).fit(toy(Moody), loader(data))
     module, listed = toy_at(Moody, 0), Listed(reference, 3)
     batches = [data[k : k + 4] for k in range(0, 40, 4)]

@@ -100,11 +100,11 @@ def test_a_malicious_checkpoint_never_runs(zipped, tmp_path):
 
 
 def aligned(**options):
-    return GradMimic(Aligned(toy(seed=1)), "head", reweight=False, **options)
+    return GradMimic(Aligned(toy(seed=1)), "head", reweight="none", **options)
 
 
 def plain(**options):
-    return GradMimic(parameters_of(toy(seed=1)), "head", reweight=False, **options)
+    return GradMimic(parameters_of(toy(seed=1)), "head", reweight="none", **options)
 
 
 SETTINGS = {
@@ -134,7 +134,7 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_scored(case,
 def test_the_order_of_the_callbacks_does_not_matter(tmp_path):
     paths, first = checkpoints(tmp_path, Toy), AtCheckpoints(checkpoints(tmp_path, Toy))
     expected = scored(tmp_path, toy(), paths)
-    mimic = GradMimic(parameters_of(toy(seed=1)), "head", reweight=False, ledger=tmp_path / "t")
+    mimic = GradMimic(parameters_of(toy(seed=1)), "head", reweight="none", ledger=tmp_path / "t")
     trainer(first, mimic, epochs=3).fit(toy(), loader(toy_data(14)))
     rows = Ledger(tmp_path / "t").table().sort_by([("epoch", "ascending"), ("id", "ascending")])
     torch.testing.assert_close(
@@ -181,7 +181,7 @@ def test_testing_after_the_fit_is_of_the_last_checkpoint(tmp_path):
             self.log("head", self.head.weight.detach().sum())
 
     module, paths = toy(Tests), checkpoints(tmp_path, Tests)
-    mimic = GradMimic(parameters_of(toy(Moody, seed=1)), "head", reweight=False)
+    mimic = GradMimic(parameters_of(toy(Moody, seed=1)), "head", reweight="none")
     fit = trainer(mimic, AtCheckpoints(paths), epochs=3)
     fit.fit(module, loader(toy_data(8)))
     (said,) = fit.test(module, loader(toy_data(8)), verbose=False)
@@ -219,7 +219,7 @@ def test_a_trainer_that_only_tests_leaves_the_weights_alone(tmp_path):
         def test_step(self, batch, batch_idx):
             self.log("head", self.head.weight.detach().sum())
 
-    module, mimic = toy(Tests), GradMimic(parameters_of(toy(seed=1)), "head", reweight=False)
+    module, mimic = toy(Tests), GradMimic(parameters_of(toy(seed=1)), "head", reweight="none")
     before = parameters_of(module)
     trainer(mimic, AtCheckpoints(checkpoints(tmp_path, Toy, 1))).test(module, loader(toy_data(8)), verbose=False)
     torch.testing.assert_close(parameters_of(module), before, rtol=0, atol=0)
@@ -231,7 +231,7 @@ def test_a_frozen_layer_is_scored_as_in_training(tmp_path):
         module = toy_at(Toy, 0)
         module.head.requires_grad_(False)
         module.lr = 0.0
-        mimic = GradMimic(parameters_of(toy(seed=1)), "head", reweight=False, ledger=tmp_path / name)
+        mimic = GradMimic(parameters_of(toy(seed=1)), "head", reweight="none", ledger=tmp_path / name)
         trainer(mimic, *more).fit(module, loader(toy_data(8)))
         scores.append(Ledger(tmp_path / name).table()["score"].to_pylist())
         assert not module.head.weight.requires_grad
@@ -247,7 +247,7 @@ def test_a_resumed_training_is_not_taken_for_a_scoring_that_is_half_done(tmp_pat
     module, training, paths = toy(), trainer(), checkpoints(tmp_path, Toy)
     training.fit(module, loader(toy_data(8)))
     training.save_checkpoint(tmp_path / "resume.ckpt")
-    mimic = GradMimic(parameters_of(toy(seed=1)), "all", reweight=False, ledger=tmp_path / "s")
+    mimic = GradMimic(parameters_of(toy(seed=1)), "all", reweight="none", ledger=tmp_path / "s")
     fit = trainer(mimic, AtCheckpoints(paths), epochs=3)
     with contextlib.suppress(ValueError):  # a refusal will do
         fit.fit(module, loader(toy_data(8)), ckpt_path=tmp_path / "resume.ckpt", weights_only=True)

@@ -52,7 +52,7 @@ def test_self_attention(mask, need_weights, batch_first, dropout, tokens):
     layer = attention(batch_first, dropout=dropout)
     net = self_attending(layer, need_weights=need_weights, **masks_of(mask, tokens))
     rows = assert_exact(net, inputs(tokens))
-    assert not rows.strangers()
+    assert not rows.rows_that_mix_samples()
 
 
 @pytest.mark.parametrize("need_weights", [True, False])

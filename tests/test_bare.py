@@ -200,7 +200,7 @@ def ad(compute, parts):
 def test_products_equal_those_of_a_loop_over_samples(kind):
     compute, parts, shape = EXACT[kind]
     rows = assert_exact(ad(compute, parts), torch.randn(shape).double())
-    assert not rows.strangers()
+    assert not rows.rows_that_mix_samples()
 
 
 @pytest.mark.parametrize("kind", UNSEEN)

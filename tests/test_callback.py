@@ -13,16 +13,16 @@ from lightning_mimic import GradMimic, Ledger
 from lightning_mimic.gradients import Direction
 
 
-@pytest.mark.parametrize("scope", ["loss", "target"])
+@pytest.mark.parametrize("reweight", ["all", "target"])
 @pytest.mark.parametrize("kind", [Toy, WithLosses, Convolution, Tokens])
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.05}])
-def test_every_step_is_the_weighted_sum_of_sample_gradients(kind, scope, options, tmp_path):
+def test_every_step_is_the_weighted_sum_of_sample_gradients(kind, reweight, options, tmp_path):
     reference, data = parameters_of(toy(kind, seed=1)), toy_data(14)  # a last batch of 2, a last window of 1
     ours, oracle = toy(kind), toy(kind)
-    callback = GradMimic(reference, "head", temperature=0.7, min_ess=0, scope=scope, ledger=tmp_path / "s")
+    callback = GradMimic(reference, "head", temperature=0.7, min_ess=0, reweight=reweight, ledger=tmp_path / "s")
     trainer(callback, epochs=2, **options).fit(ours, loader(data))
     batches = [data[i : i + 4] for i in range(0, 14, 4)]
-    settings = {"scope": scope, "accumulate": options.get("accumulate_grad_batches", 1)}
+    settings = {"reweight": reweight, "accumulate": options.get("accumulate_grad_batches", 1)}
     settings["clip"] = options.get("gradient_clip_val")
     seen = [row for _ in range(2) for row in trained_by_oracle(oracle, batches, reference, **settings)]
     torch.testing.assert_close(parameters_of(ours), parameters_of(oracle), rtol=1e-9, atol=1e-9)
@@ -36,10 +36,10 @@ def test_every_step_is_the_weighted_sum_of_sample_gradients(kind, scope, options
 def test_any_one_layer_can_be_the_target(targets, tmp_path):
     reference, data, module, oracle = parameters_of(toy(seed=1)), toy_data(8), toy(), toy()
     names = ("body.weight", "body.bias") if targets == "body" else (targets,)
-    callback = GradMimic(reference, targets, temperature=0.7, min_ess=0, scope="target", ledger=tmp_path / "s")
+    callback = GradMimic(reference, targets, temperature=0.7, min_ess=0, reweight="target", ledger=tmp_path / "s")
     trainer(callback).fit(module, loader(data))
     batches = [data[i : i + 4] for i in range(0, 8, 4)]
-    seen = trained_by_oracle(oracle, batches, reference, scope="target", targets=names)
+    seen = trained_by_oracle(oracle, batches, reference, reweight="target", targets=names)
     torch.testing.assert_close(parameters_of(module), parameters_of(oracle), rtol=1e-9, atol=1e-9)
     scores = torch.tensor(Ledger(tmp_path / "s").table()["score"].to_pylist())
     torch.testing.assert_close(scores, torch.cat([s for s, _ in seen]).float(), rtol=1e-6, atol=1e-6)
@@ -50,18 +50,18 @@ def test_only_scoring_leaves_training_bit_identical(tmp_path):
     plain, scored = toy(dtype=torch.float32), toy(dtype=torch.float32)
     data = toy_data(14, dtype=torch.float32)
     trainer(epochs=3).fit(plain, loader(data))
-    trainer(GradMimic(reference, "head", reweight=False, ledger=tmp_path / "s"), epochs=3).fit(scored, loader(data))
+    trainer(GradMimic(reference, "head", reweight="none", ledger=tmp_path / "s"), epochs=3).fit(scored, loader(data))
     for name, parameter in plain.named_parameters():
         assert torch.equal(parameter, scored.get_parameter(name)), name
     assert Ledger(tmp_path / "s").table()["score"].null_count == 0
 
 
-@pytest.mark.parametrize("scope", ["loss", "target"])
-def test_an_infinite_temperature_is_plain_training(scope):
+@pytest.mark.parametrize("reweight", ["all", "target"])
+def test_an_infinite_temperature_is_plain_training(reweight):
     reference, data = parameters_of(toy(seed=1)), toy_data(14)
     plain, ours = toy(), toy()
     trainer(epochs=3).fit(plain, loader(data))
-    trainer(GradMimic(reference, "head", temperature=1e12, scope=scope), epochs=3).fit(ours, loader(data))
+    trainer(GradMimic(reference, "head", temperature=1e12, reweight=reweight), epochs=3).fit(ours, loader(data))
     torch.testing.assert_close(parameters_of(ours), parameters_of(plain), rtol=1e-6, atol=1e-6)
 
 
@@ -141,7 +141,7 @@ def test_ids_can_come_from_a_key_or_a_function(tmp_path):
 
 
 def test_figures_reach_the_logger_and_the_progress_bar():
-    names = {"mimic/score_mean", "mimic/ess", "mimic/direction_norm", "mimic/misaligned"}
+    names = {"mimic/score_mean", "mimic/ess", "mimic/direction_norm", "mimic/negative_share"}
     fit = trainer(GradMimic(parameters_of(toy(seed=1)), "head"))
     module, data = toy(), toy_data(4)
     reference, before = parameters_of(toy(seed=1)), toy()
@@ -151,7 +151,7 @@ def test_figures_reach_the_logger_and_the_progress_bar():
     assert names <= fit.logged_metrics.keys()
     scores = trained_by_oracle(before, [data[:]], reference)[0][0]
     assert float(fit.callback_metrics["mimic/score_mean"]) == pytest.approx(float(scores.mean()))
-    assert float(fit.callback_metrics["mimic/misaligned"]) == pytest.approx(float((scores < 0).double().mean()))
+    assert float(fit.callback_metrics["mimic/negative_share"]) == pytest.approx(float((scores < 0).double().mean()))
 
 
 def test_should_score_leaves_the_other_batches_plain(tmp_path):
@@ -174,8 +174,8 @@ def test_a_flipped_direction_does_not_pass(monkeypatch, tmp_path):
         test_every_step_is_the_weighted_sum_of_sample_gradients(Toy, "loss", {}, tmp_path)
 
 
-@pytest.mark.parametrize("scope", ["loss", "target"])
-def test_a_regulariser_keeps_its_own_weight(scope):
+@pytest.mark.parametrize("reweight", ["all", "target"])
+def test_a_regulariser_keeps_its_own_weight(reweight):
     class Regularised(Toy):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             penalty = sum(p.square().sum() for p in self.parameters())
@@ -183,9 +183,9 @@ def test_a_regulariser_keeps_its_own_weight(scope):
 
     reference, data, ours, oracle = parameters_of(toy(seed=1)), toy_data(4), toy(Regularised), toy()
     before = parameters_of(oracle)
-    callback = GradMimic(reference, "head", temperature=0.7, min_ess=0, scope=scope, escaping="plain")
+    callback = GradMimic(reference, "head", temperature=0.7, min_ess=0, reweight=reweight, uncovered="mean")
     trainer(callback).fit(ours, loader(data))
-    trained_by_oracle(oracle, [data[:]], reference, scope=scope)
+    trained_by_oracle(oracle, [data[:]], reference, reweight=reweight)
     expected = {name: p - oracle.lr * 0.2 * before[name] for name, p in parameters_of(oracle).items()}
     torch.testing.assert_close(parameters_of(ours), expected, rtol=1e-9, atol=1e-9)
 

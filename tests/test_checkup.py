@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from toys import CLASSES, FEATURES, Convolution, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
 from lightning_mimic import Aligned, Diagnosis, GradMimic, Ledger, diagnose
-from lightning_mimic.callbacks import aim
+from lightning_mimic.callbacks import grad_mimic
 from lightning_mimic.reference.diagnosis import Estimate
 from lightning_mimic.scorers import RhoLoss
 
@@ -88,7 +88,7 @@ def column(folder, name="score"):
 @pytest.fixture
 def told(monkeypatch):
     found = []
-    monkeypatch.setattr(aim, "rank_zero_info", found.append)
+    monkeypatch.setattr(grad_mimic, "rank_zero_info", found.append)
     return found
 
 
@@ -124,7 +124,7 @@ def test_only_scoring_leaves_training_bit_identical(kind, tmp_path, told):
     trainer(epochs=2).fit(plain, batches(shuffle=True))
     drawn = torch.rand(3)
     torch.manual_seed(0)
-    fit(tmp_path / "s", source, scored, batches(shuffle=True), epochs=2, reweight=False)
+    fit(tmp_path / "s", source, scored, batches(shuffle=True), epochs=2, reweight="none")
     assert noted(tmp_path / "s") is not None
     torch.testing.assert_close(parameters_of(scored), parameters_of(plain), rtol=0, atol=0)
     assert torch.equal(torch.rand(3), drawn)

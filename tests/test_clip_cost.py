@@ -61,9 +61,9 @@ def without():
 
 
 @pytest.fixture(autouse=True)
-def no_checkup(monkeypatch):
+def short_diagnosis(monkeypatch):
     """A reference that can be run is looked at in the first steps, until there are enough samples; here in one."""
-    monkeypatch.setattr("lightning_mimic.callbacks.checkup.SAMPLES", 1)
+    monkeypatch.setattr("lightning_mimic.reweighting.reference_monitor.SAMPLES", 1)
 
 
 def test_scoring_both_projections_of_a_vit(real, without):

@@ -52,7 +52,7 @@ def test_scores_of_a_real_vit_are_directional_derivatives(names, real, tmp_path)
     generator = torch.Generator().manual_seed(1)
     chosen = {name: module.get_parameter(name).requires_grad_() for name in names}
     reference = {n: p.detach() + 0.01 * torch.randn(p.shape, generator=generator) for n, p in chosen.items()}
-    callback = GradMimic(reference, names, reweight=False, ledger=tmp_path / "s")
+    callback = GradMimic(reference, names, reweight="none", ledger=tmp_path / "s")
     trainer(callback).fit(module, loader(TensorDataset(*batch), 2))
     expected = oracles.finite_difference_scores(module, losses_of, batch, reference, names, 1e-4)
     assert float(expected.abs().min()) > 1e-5, "a check that could not fail"
@@ -108,8 +108,8 @@ def test_target_scope_weights_the_projections_and_nothing_else(tmp_path):
     reference, data = parameters_of(clip(seed=1)), pairs(4)
     weighted, plain, target = clip(), clip(), clip()
     fits = {"loss": weighted, "target": target}
-    for scope, module in fits.items():
-        callback = GradMimic(reference, KINDS["vit"][-1], temperature=TAU, min_ess=0, scope=scope)
+    for reweight, module in fits.items():
+        callback = GradMimic(reference, KINDS["vit"][-1], temperature=TAU, min_ess=0, reweight=reweight)
         trainer(callback).fit(module, loader(data))
     trainer().fit(plain, loader(data))
     wanted = parameters_of(plain) | {n: p.detach() for n, p in targets_of(weighted, "vit").items()}
@@ -163,7 +163,7 @@ def test_bfloat16_is_near_to_float32(kind, tmp_path):
     reference, found, data = parameters_of(clip(kind, seed=1)), [], pairs(32, dtype=torch.float32)
     for precision in ("32-true", "bf16-mixed"):
         module = clip(kind, dtype=torch.float32)
-        callback = GradMimic(reference, KINDS[kind][-1], reweight=False, ledger=tmp_path / precision)
+        callback = GradMimic(reference, KINDS[kind][-1], reweight="none", ledger=tmp_path / precision)
         trainer(callback, precision=precision).fit(module, loader(data, 32))
         found.append(scores_of(tmp_path / precision))
     exact, rounded = found
@@ -177,7 +177,7 @@ def test_other_precisions_of_the_weights(precision, most, tmp_path):
     gradients = oracles.per_sample_gradients(clip(), losses_of, pairs(32)[:32])
     exact = oracles.mimic_scores(gradients, reference, targets_of(clip(), "vit"))
     settings = {"ledger": tmp_path / "s", "id_from": lambda batch: torch.arange(len(batch[0]))}
-    callback = GradMimic(reference, KINDS["vit"][-1], reweight=False, **settings)
+    callback = GradMimic(reference, KINDS["vit"][-1], reweight="none", **settings)
     trainer(callback, precision=precision).fit(clip(dtype=torch.float32), DataLoader(data, 32))
     assert float((scores_of(tmp_path / "s") - exact).norm() / exact.norm()) < most
 

@@ -71,14 +71,14 @@ ALL = ("body.weight", "body.bias", *HEAD)
 # name: module, scorer, target parameters, more of the callback, accumulated micro-batches
 CASES: dict[str, tuple[type[Toy], Any, tuple[str, ...], dict[str, Any], int]] = {
     "agra": (WithLosses, Agra(OTHERS), HEAD, {}, 1),
-    "agra, target": (WithLosses, Agra(OTHERS), HEAD, {"scope": "target"}, 2),
+    "agra, target": (WithLosses, Agra(OTHERS), HEAD, {"reweight": "target"}, 2),
     "agra, a pass of its own": (Residual, Agra(OTHERS), HEAD, {}, 1),
     "grad_match": (WithLosses, GradMatch(0.6), HEAD, {}, 1),
     "grad_match, accumulated": (Toy, GradMatch(0.75, 0.01), HEAD, {}, 2),
-    "grad_match, target": (WithLosses, GradMatch(0.3), ("head.weight",), {"scope": "target"}, 1),
+    "grad_match, target": (WithLosses, GradMatch(0.3), ("head.weight",), {"reweight": "target"}, 1),
     "grad_match, a pass of its own": (Residual, GradMatch(1.0, 0.1), HEAD, {}, 1),
     "influence": (WithLosses, Influence(OTHERS), HEAD, {}, 1),
-    "influence, accumulated": (WithLosses, Influence(OTHERS), HEAD, {"scope": "target"}, 2),
+    "influence, accumulated": (WithLosses, Influence(OTHERS), HEAD, {"reweight": "target"}, 2),
     "influence, all": (WithLosses, Influence(OTHERS), ALL, {}, 1),
     "influence, mixed": (Mixed, Influence(OTHERS), ALL, {}, 1),
 }
@@ -92,7 +92,7 @@ def test_training_is_what_the_paper_says(case, tmp_path):
     callback = GradMimic(scorer=scorer, parameters=list(names), ledger=tmp_path / "s", **softmax, **options)
     trainer(callback, accumulate_grad_batches=accumulate).fit(ours, loader(data))
     losses = mixed_losses if kind is Mixed else losses_of
-    settings = {"scope": options.get("scope", "loss"), "accumulate": accumulate, "targets": names, "losses": losses}
+    settings = {"reweight": options.get("reweight", "all"), "accumulate": accumulate, "targets": names, "losses": losses}
     batches = [data[start : start + 4] for start in range(0, 18, 4)]
     score, weigh = formula(scorer, names, losses), OWN[type(scorer)]
     seen = trained_by_oracle(oracle, batches, {}, **settings, score=score, weigh=weigh)
@@ -107,7 +107,7 @@ def test_training_is_what_the_paper_says(case, tmp_path):
 
 def scored(folder: Any, scorer: Any, module: Toy, data: Any, **options: Any) -> Any:
     """The ledger of a fit that trains nothing."""
-    callback = GradMimic(scorer=scorer, parameters="head", reweight=False, ledger=folder / "s")
+    callback = GradMimic(scorer=scorer, parameters="head", reweight="none", ledger=folder / "s")
     module.lr = 0.0
     trainer(callback, **options).fit(module, loader(data))
     return Ledger(folder / "s").table()
@@ -231,7 +231,7 @@ def test_the_second_batch_leaves_no_trace():
         return module.state_dict() | {"random": torch.get_rng_state()}
 
     shuffled = DataLoader(toy_data(9, seed=2), 4, shuffle=True)
-    scoring = GradMimic(scorer=Agra(shuffled), parameters="head", reweight=False)
+    scoring = GradMimic(scorer=Agra(shuffled), parameters="head", reweight="none")
     torch.testing.assert_close(fitted(scoring), fitted(), rtol=0, atol=0)
 
 
@@ -265,7 +265,7 @@ def test_the_second_batch_is_taken_in_evaluation_mode_and_full_precision():
     module.norm.running_mean.fill_(0.2)
     others = [each.float() if each.is_floating_point() else each for each in OTHERS[0]]
     expected = oracles.mean_gradient(module, losses_of, others, HEAD).norm().float()
-    fit = trainer(GradMimic(scorer=Influence([others]), parameters="head", reweight=False), precision="bf16-mixed")
+    fit = trainer(GradMimic(scorer=Influence([others]), parameters="head", reweight="none"), precision="bf16-mixed")
     fit.fit(module, loader(toy_data(4, dtype=torch.float32)))
     torch.testing.assert_close(fit.callback_metrics["mimic/direction_norm"], expected, rtol=1e-5, atol=0)
     # Of a module in double precision it is converted as training batches are.

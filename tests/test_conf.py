@@ -221,7 +221,7 @@ def run(folder: Path, *words: str, module: str = "train") -> str:
 
 
 def test_help_says_how_to_start(tmp_path):
-    own = {"train": ["temperature: 1.0"], "score": ["reweight: true"], "curate": ["unscored: fail"]}
+    own = {"train": ["temperature: 1.0"], "score": ["reweight: all"], "curate": ["unscored: fail"]}
     with ThreadPoolExecutor(2) as pool:
         texts = list(pool.map(lambda root: run(tmp_path, "--help", module=COMMANDS[root][0]), COMMANDS))
     for root, text in zip(COMMANDS, texts, strict=True):

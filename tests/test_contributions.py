@@ -88,7 +88,7 @@ def test_products_are_those_of_the_contributions(kind, losses):
     net, x = fresh(kind)
     rows = assert_exact(net, x, losses_of=losses, oracle=contributions)
     independent = losses is losses_of and kind == "no norm over the batch"
-    assert bool(rows.strangers()) is not independent
+    assert bool(rows.rows_that_mix_samples()) is not independent
     assert rows.normalised() is (kind != "no norm over the batch")
 
 
@@ -102,7 +102,7 @@ def test_weights_or_biases_alone(ending):
 def test_above_the_last_norm_over_the_batch_rows_are_the_samples_own(names):
     net, x = fresh("convolutions")
     rows = assert_exact(net, x, names=names)
-    assert not rows.strangers()
+    assert not rows.rows_that_mix_samples()
     assert not rows.normalised()
 
 
@@ -112,7 +112,7 @@ def test_running_statistics_are_left_to_the_forward_pass():
     rows = tapped(net, losses_of, x, vectors)[1]
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
     rows.dot(vectors)
-    rows.strangers()
+    rows.rows_that_mix_samples()
     torch.testing.assert_close(dict(net.named_buffers()), before, rtol=0, atol=0)
 
 
@@ -126,7 +126,7 @@ def test_a_resnets_contributions_add_up_to_the_ordinary_product(make):
     total = torch.autograd.grad(losses.sum(), [net.get_parameter(name) for name in vectors], retain_graph=True)
     slope = sum((g * v).sum() for g, v in zip(total, vectors.values(), strict=True))
     torch.testing.assert_close(rows.dot(vectors).sum(), slope, rtol=1e-9, atol=0)
-    assert rows.strangers()
+    assert rows.rows_that_mix_samples()
     assert rows.normalised()
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from toys import trainer
 
-import lightning_mimic.callbacks.checkup
+import lightning_mimic.reweighting.reference_monitor
 import lightning_mimic.reference.aligned
 from lightning_mimic import Aligned, GradMimic
 
@@ -50,9 +50,9 @@ class Bench:
 
 
 @pytest.fixture(autouse=True)
-def no_checkup(monkeypatch):
+def short_diagnosis(monkeypatch):
     """A reference that can be run is looked at in the first steps, until there are enough samples; here in one."""
-    monkeypatch.setattr(lightning_mimic.callbacks.checkup, "SAMPLES", 1)
+    monkeypatch.setattr(lightning_mimic.reweighting.reference_monitor, "SAMPLES", 1)
 
 
 @pytest.fixture(scope="module")

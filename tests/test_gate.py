@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lightning_mimic.scorers.weighting as weighting_module
-from lightning_mimic.callbacks.judgement import judge
+from lightning_mimic.reweighting.weigh import weigh_batch
 from lightning_mimic.gradients import gate_rows
 from lightning_mimic.ledger import Flag
 from lightning_mimic.scorers import SoftmaxWeighting
@@ -65,7 +65,7 @@ def test_a_row_of_scale_one_goes_through_bit_for_bit(dtype):
 
 def judged(scores, clean=None, *, vanishes=False, scaled=False):
     clean = None if clean is None else torch.tensor(clean)
-    return judge(torch.tensor(scores), clean, torch.tensor(vanishes), SoftmaxWeighting(0.5, 0), scaled=scaled)
+    return weigh_batch(torch.tensor(scores), clean, torch.tensor(vanishes), SoftmaxWeighting(0.5, 0), scaled=scaled)
 
 
 @pytest.mark.parametrize("scaled", [False, True])

@@ -7,8 +7,10 @@ import inspect
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
-from lightning_mimic.callbacks.hooks import LossTap, wrap_method
+from lightning_mimic.errors import MimicError
+from lightning_mimic.reweighting.hooks import GradientHooks, LossCapture, wrap_method
 
 
 class Module(nn.Module):
@@ -101,61 +103,60 @@ class Losses(nn.Module):
         return self.layer(batch).square().sum(1)
 
 
-def test_losses_are_caught_with_their_graph_and_as_they_were():
+def test_losses_are_captured_with_their_graph_and_as_they_were():
     module = Losses()
-    tap = LossTap(module)
+    capture = LossCapture(module)
     module.sample_losses(torch.ones(3, 2))
-    assert tap.values is None
-    tap.armed = True
+    captured = capture.start()
+    assert captured == []
     losses = module.sample_losses(torch.ones(3, 2))
-    assert tap.live is losses
-    assert tap.edge.node is losses.grad_fn
-    torch.testing.assert_close(tap.values, losses.detach(), rtol=0, atol=0)
-    assert not tap.values.requires_grad
-    with pytest.raises(ValueError, match="`sample_losses` is called more than once in a training step"):
+    (found,) = captured
+    assert found.live is losses
+    assert found.edge.node is losses.grad_fn
+    torch.testing.assert_close(found.values, losses.detach(), rtol=0, atol=0)
+    assert not found.values.requires_grad
+    with pytest.raises(MimicError, match="`sample_losses` is called more than once in a training step"):
         module.sample_losses(torch.ones(3, 2))
-    tap.remove()
-    assert tap.values is None
+    capture.remove()
+    module.sample_losses(torch.ones(3, 2))
+    assert len(captured) == 1
     assert "sample_losses" not in vars(module)
 
 
 def test_losses_without_gradient_are_not_the_steps():
     module = Losses()
-    tap = LossTap(module)
-    tap.armed = True
+    captured = LossCapture(module).start()
     with torch.no_grad():
         module.sample_losses(torch.ones(3, 2))
-    assert tap.values is None
+    assert captured == []
 
 
 def test_losses_changed_in_place_are_refused():
     module = Losses()
-    tap = LossTap(module)
-    tap.armed = True
+    captured = LossCapture(module).start()
     module.sample_losses(torch.ones(3, 2)).mul_(2)
-    with pytest.raises(ValueError, match="the losses that `sample_losses` returned were changed in place"):
-        _ = tap.live
+    with pytest.raises(MimicError, match="the losses that `sample_losses` returned were changed in place"):
+        _ = captured[0].live
 
 
 def test_losses_must_be_a_vector():
     module = Losses()
     module.sample_losses = lambda batch: module.layer(batch)
-    tap = LossTap(module)
-    tap.armed = True
-    with pytest.raises(ValueError, match=r"`sample_losses` returned shape \(3, 1\); expected \(B,\)."):
+    LossCapture(module).start()
+    with pytest.raises(MimicError, match=r"`sample_losses` returned shape \(3, 1\); expected \(B,\)."):
         module.sample_losses(torch.ones(3, 2))
-    tap.remove()
 
 
-@pytest.mark.parametrize("averaged", [True, False])
-def test_a_loss_that_is_not_the_mean_is_told_in_the_backward_pass(averaged):
-    module, expected, told = Losses(), [], []
-    tap = LossTap(module)
-    tap.armed = True
-    losses = module.sample_losses(torch.ones(3, 2))
-    tap.compare(lambda: expected[0] if expected else None, told.append)
-    torch.autograd.grad(losses.sum(), module.layer.weight, retain_graph=True)  # not the backward pass yet
-    assert not told
-    expected.append(torch.tensor(1 / 3))
-    (losses.mean() if averaged else losses.sum()).backward()
-    assert [bool(unlike) for unlike in told] == [not averaged]
+def test_gradient_hooks_act_until_they_are_removed():
+    hooks, weight = GradientHooks(), nn.Parameter(torch.ones(2))
+    doubled = weight * 2
+    hooks.on_edge(get_gradient_edge(doubled), lambda gradient: 10 * gradient)
+    hooks.on_parameter(weight, lambda gradient: gradient + 1)
+    loss = doubled.sum()
+    loss.backward(retain_graph=True)
+    assert weight.grad.tolist() == [21.0, 21.0]
+    hooks.remove()
+    weight.grad = None
+    loss.backward()
+    assert weight.grad.tolist() == [2.0, 2.0]
+    assert not weight._backward_hooks

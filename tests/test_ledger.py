@@ -13,7 +13,7 @@ import pytest
 from lightning_mimic.ledger import Ledger, LedgerError, LedgerWriter, note_run, open_run
 from lightning_mimic.ledger.schema import schema
 
-CONFIG = {"scope": "loss", "temperature": 0.5}
+CONFIG = {"reweight": "all", "temperature": 0.5}
 
 
 def rows(ids, **columns):

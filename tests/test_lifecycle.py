@@ -39,10 +39,10 @@ def untouched(module: torch.nn.Module) -> bool:
     return not any(hooks) and not {"training_step", "sample_losses"} & vars(module).keys()
 
 
-@pytest.mark.parametrize("scope", ["loss", "target"])
+@pytest.mark.parametrize("reweight", ["all", "target"])
 @pytest.mark.parametrize("end", [None, RuntimeError("boom"), KeyboardInterrupt()])
-def test_hooks_and_wrappers_are_gone_after_fit(end, scope, tmp_path):
-    module, callback = toy(WithLosses), GradMimic(reference(), "head", scope=scope, ledger=tmp_path / "s")
+def test_hooks_and_wrappers_are_gone_after_fit(end, reweight, tmp_path):
+    module, callback = toy(WithLosses), GradMimic(reference(), "head", reweight=reweight, ledger=tmp_path / "s")
     more = [] if end is None else [Stop(2, end)]
     fit = trainer(callback, *more)
     if end is None:
@@ -98,10 +98,10 @@ without_saver = pytest.mark.filterwarnings("ignore:Be aware that when using `ckp
 
 
 @without_saver
-@pytest.mark.parametrize("scope", ["loss", "target"])
-def test_a_resumed_run_equals_the_uninterrupted_one(scope, tmp_path):
+@pytest.mark.parametrize("reweight", ["all", "target"])
+def test_a_resumed_run_equals_the_uninterrupted_one(reweight, tmp_path):
     def callback(name: str) -> GradMimic:
-        return GradMimic(reference(), "head", temperature=0.5, scope=scope, ledger=tmp_path / name)
+        return GradMimic(reference(), "head", temperature=0.5, reweight=reweight, ledger=tmp_path / name)
 
     whole, data = toy(), loader(toy_data(12))
     trainer(callback("whole"), epochs=4).fit(whole, data)

@@ -136,7 +136,7 @@ def made(kind, rows=4, dtype=torch.float64):
 def test_products_equal_those_of_a_loop_over_samples(kind):
     net, x, unseen = made(kind)
     rows = assert_exact(net, x, unseen=unseen)
-    assert not rows.strangers()
+    assert not rows.rows_that_mix_samples()
 
 
 @pytest.mark.parametrize("kind", ["mlp", "timm vit", "torchvision vit", "CLIP text tower"])

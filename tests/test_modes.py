@@ -163,7 +163,7 @@ def test_a_copy_of_the_module_made_while_it_trains_is_free_of_hooks(parameters):
 @pytest.mark.parametrize("parameters", ["body", "all"])
 def test_after_fit_the_module_is_as_it_was(parameters):
     module = toy(WithLosses)
-    trainer(GradMimic(parameters_of(toy(seed=1)), parameters, scope="target")).fit(module, loader(toy_data(8)))
+    trainer(GradMimic(parameters_of(toy(seed=1)), parameters, reweight="target")).fit(module, loader(toy_data(8)))
     assert not {"training_step", "sample_losses"} & vars(module).keys()
     assert not any(m._forward_hooks for m in module.modules())
     assert not any(p._backward_hooks for p in module.parameters())
@@ -174,7 +174,7 @@ def test_only_scoring_many_layers_leaves_training_bit_identical(parameters, tmp_
     data = toy_data(14, dtype=torch.float32)
     plain, scored = toy(dtype=torch.float32), toy(dtype=torch.float32)
     trainer(epochs=2).fit(plain, loader(data))
-    callback = GradMimic(parameters_of(toy(seed=1)), parameters, reweight=False, ledger=tmp_path / "s")
+    callback = GradMimic(parameters_of(toy(seed=1)), parameters, reweight="none", ledger=tmp_path / "s")
     trainer(callback, epochs=2).fit(scored, loader(data))
     torch.testing.assert_close(parameters_of(scored), parameters_of(plain), rtol=0, atol=0)
     assert Ledger(tmp_path / "s").table()["score"].null_count == 0

@@ -33,7 +33,7 @@ def test_all_six_have_the_official_settings(name, tmp_path):
     assert (config.data.name, config.data.trusted, config.model.freeze_backbone) == (name, 0.0, True)
     mimic = instantiate(config.mimic)
     assert isinstance(mimic.scorer, MimicScore)
-    assert (mimic.weighting.temperature, mimic.weighting.min_ess, mimic.scope) == (1.0, 0.0, "target")
+    assert (mimic.weighting.temperature, mimic.weighting.min_ess, mimic.settings.reweight) == (1.0, 0.0, "target")
     transform = instantiate(config.data.transform)
     assert "mean=[0.5], std=[0.5]" in repr(transform)
     assert "224" in repr(transform)

@@ -24,14 +24,14 @@ def scaled(growth_interval: int = 2000, scale: float = 2.0**16) -> dict[str, Any
 
 
 @pytest.mark.parametrize("parameters", ["head", "all"])
-@pytest.mark.parametrize("scope", ["loss", "target"])
+@pytest.mark.parametrize("reweight", ["all", "target"])
 @pytest.mark.parametrize(("options", "tolerance"), [(scaled, 5e-3), (lambda: {"precision": "bf16-mixed"}, 5e-2)])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_mixed_precision_scores_the_same_within_its_digits(parameters, options, tolerance, scope, accumulate, tmp_path):
+def test_mixed_precision_scores_the_same_within_its_digits(parameters, options, tolerance, reweight, accumulate, tmp_path):
     module, data = half(WithLosses), toy_data(8, dtype=torch.float32)
     module.lr = 0.0
     reference = parameters_of(toy(seed=1))
-    callback = GradMimic(reference, parameters, scope=scope, ledger=tmp_path / "s")
+    callback = GradMimic(reference, parameters, reweight=reweight, ledger=tmp_path / "s")
     trainer(callback, accumulate_grad_batches=accumulate, **options()).fit(module, loader(data))
     gradients = oracles.per_sample_gradients(module, losses_of, data[:])
     chosen = {n: p for n, p in module.named_parameters() if parameters == "all" or n.startswith(parameters)}
@@ -44,12 +44,12 @@ def test_mixed_precision_scores_the_same_within_its_digits(parameters, options, 
 
 
 @pytest.mark.parametrize("parameters", ["head", "all"])
-@pytest.mark.parametrize("scope", ["loss", "target"])
-def test_a_step_under_a_scaler_is_the_step_without(parameters, scope):
+@pytest.mark.parametrize("reweight", ["all", "target"])
+def test_a_step_under_a_scaler_is_the_step_without(parameters, reweight):
     reference, data = parameters_of(toy(seed=1)), loader(toy_data(8, dtype=torch.float32))
     plain, ours = half(), half()
-    trainer(GradMimic(reference, parameters, scope=scope), epochs=2).fit(plain, data)
-    trainer(GradMimic(reference, parameters, scope=scope), epochs=2, **scaled()).fit(ours, data)
+    trainer(GradMimic(reference, parameters, reweight=reweight), epochs=2).fit(plain, data)
+    trainer(GradMimic(reference, parameters, reweight=reweight), epochs=2, **scaled()).fit(ours, data)
     torch.testing.assert_close(parameters_of(ours), parameters_of(plain), rtol=1e-2, atol=1e-2)
 
 
@@ -64,11 +64,11 @@ class Overflows(WithLosses):
 
 @pytest.mark.parametrize("parameters", ["head", "all"])
 @pytest.mark.parametrize("kind", [Overflows, WithLosses])
-@pytest.mark.parametrize("scope", ["loss", "target"])
-def test_an_overflow_reaches_the_scaler_which_lowers_its_scale(parameters, kind, scope, tmp_path):
+@pytest.mark.parametrize("reweight", ["all", "target"])
+def test_an_overflow_reaches_the_scaler_which_lowers_its_scale(parameters, kind, reweight, tmp_path):
     module, options = half(kind), scaled()
     before = parameters_of(module)
-    callback = GradMimic(parameters_of(toy(seed=1)), parameters, scope=scope, ledger=tmp_path / "s")
+    callback = GradMimic(parameters_of(toy(seed=1)), parameters, reweight=reweight, ledger=tmp_path / "s")
     trainer(callback, **options).fit(module, loader(toy_data(4, dtype=torch.float32)))
     rows, scaler = Ledger(tmp_path / "s").table().to_pylist(), options["plugins"][0].scaler
     if kind is Overflows:
@@ -111,17 +111,17 @@ def without(row: int) -> torch.utils.data.Dataset:
 @pytest.mark.parametrize("parameters", ["head", "all"])
 @pytest.mark.filterwarnings("ignore:.*samples held NaN")
 @pytest.mark.parametrize("kind", [Broken, BrokenWithLosses])
-@pytest.mark.parametrize("scope", ["loss", "target"])
-def test_a_sample_with_a_loss_that_is_not_finite_is_left_out(parameters, kind, scope, tmp_path):
+@pytest.mark.parametrize("reweight", ["all", "target"])
+def test_a_sample_with_a_loss_that_is_not_finite_is_left_out(parameters, kind, reweight, tmp_path):
     reference = parameters_of(toy(seed=1))
     ours, expected = toy(kind), toy()
-    callback = GradMimic(reference, parameters, scope=scope, min_ess=0, ledger=tmp_path / "s")
+    callback = GradMimic(reference, parameters, reweight=reweight, min_ess=0, ledger=tmp_path / "s")
     trainer(callback).fit(ours, loader(toy_data(4)))
-    trainer(GradMimic(reference, parameters, scope=scope, min_ess=0)).fit(expected, loader(without(1), 3))
+    trainer(GradMimic(reference, parameters, reweight=reweight, min_ess=0)).fit(expected, loader(without(1), 3))
     rows = Ledger(tmp_path / "s").table().to_pylist()
     assert [r["flag"] for r in rows] == ["ok", "nonfinite_loss", "ok", "ok"]
     assert (rows[1]["score"], rows[1]["weight"]) == (None, 0.0)
-    if scope == "target" and parameters == "head":  # all else gets the plain mean over 4, of which one counts nothing
+    if reweight == "target" and parameters == "head":  # all else gets the plain mean over 4, of which one counts nothing
         expected.body.weight.data = toy().body.weight + 0.75 * (expected.body.weight - toy().body.weight)
         expected.body.bias.data = toy().body.bias + 0.75 * (expected.body.bias - toy().body.bias)
     torch.testing.assert_close(parameters_of(ours), parameters_of(expected), rtol=1e-9, atol=1e-9)
@@ -214,7 +214,7 @@ def test_on_request_such_a_sample_stops_training(parameters, kind, positions):
 def test_only_scoring_leaves_a_broken_sample_alone(parameters):
     plain, ours = toy(Broken), toy(Broken)
     trainer().fit(plain, loader(toy_data(4)))
-    trainer(GradMimic(parameters_of(toy(seed=1)), parameters, reweight=False)).fit(ours, loader(toy_data(4)))
+    trainer(GradMimic(parameters_of(toy(seed=1)), parameters, reweight="none")).fit(ours, loader(toy_data(4)))
     torch.testing.assert_close(parameters_of(ours), parameters_of(plain), rtol=0, atol=0, equal_nan=True)
 
 

@@ -116,7 +116,7 @@ def test_two_fast_ways_and_the_slow_one_agree(drawn):
     scale = 1 + expected.abs().max()
     near(rows.dot(vectors), expected, scale)
     near(found.dot(vectors), expected, scale)
-    assert not rows.strangers()
+    assert not rows.rows_that_mix_samples()
     assert all(p.grad is None for p in net.parameters())
 
 

@@ -52,7 +52,7 @@ def test_what_escapes_the_gate_is_named():
     message = refused(L2)
     assert "the loss reaches 1 trainable parameters around the tensor that is weighted" in message
     assert "would not reach them: 'body.weight'." in message
-    assert "escaping='plain'" in message
+    assert "uncovered='mean'" in message
 
 
 def test_an_operation_in_place_after_the_layer_is_not_an_escape():
@@ -97,7 +97,7 @@ def test_what_turns_inexact_later_stops_training(kind, error, message):
 
 
 def test_an_input_changed_in_place_is_refused():
-    assert "the input of 'head' was changed in place" in refused(ChangedInput, scope="target", error=RuntimeError)
+    assert "the input of 'head' was changed in place" in refused(ChangedInput, reweight="target", error=RuntimeError)
 
 
 def test_nothing_trained_before_or_in_the_layer():
@@ -132,8 +132,8 @@ def test_bad_arguments_stop_fit_before_training(options, message):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"scope": "los"}, "`scope` is 'los'; nearest: 'loss'."),
-        ({"escaping": "ignore"}, "`escaping` is 'ignore'"),
+        ({"reweight": "al"}, "`reweight` is 'al'; nearest: 'all'."),
+        ({"uncovered": "ignore"}, "`uncovered` is 'ignore'"),
         ({"on_nonfinite": "skip"}, "`on_nonfinite` is 'skip'; nearest: 'mask'."),
         ({"temperature": 0}, "`temperature` must be a positive finite number, not 0."),
         ({"min_ess": 2}, "`min_ess` is a fraction of the batch between 0 and 1, not 2."),
@@ -150,7 +150,7 @@ def test_frozen_parameters_cannot_be_weighted_alone():
             super().__init__()
             self.head.requires_grad_(False)
 
-    assert "they are frozen" in refused(FrozenHead, scope="target")
+    assert "they are frozen" in refused(FrozenHead, reweight="target")
     trainer(GradMimic(parameters_of(toy(seed=1)), "head")).fit(toy(FrozenHead), loader(toy_data(8)))
 
 

@@ -81,7 +81,7 @@ def test_every_image_is_scored_once_at_every_checkpoint(folder):
         assert sorted(row["id"] for row in rows_of(folder / "noisy") if row["epoch"] == epoch) == ids
     attempt = Ledger(folder / "noisy").meta["attempts"][0]
     assert [Path(each["file"]).name for each in attempt["checkpoints"]] == [f"{k:03d}.ckpt" for k in range(EPOCHS)]
-    assert attempt["config"]["reweight"] is False
+    assert attempt["config"]["reweight"] == "none"
     assert attempt["score_kind"] == "own_loss"
     assert "diagnosis" not in attempt
 

@@ -53,17 +53,17 @@ def arguments(scorer: Scorer, reference: Any = None) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("scorer", FORMULAS, ids=lambda s: type(s).__name__)
-@pytest.mark.parametrize("scope", ["loss", "target"])
-def test_a_scorer_weighs_as_its_formula_says(scorer, scope, tmp_path):
-    if scope == "target" and "parameters" not in arguments(scorer):
-        with pytest.raises(ValueError, match="`scope='target'` weights the target parameters"):
-            GradMimic(**arguments(scorer), scope=scope)
+@pytest.mark.parametrize("reweight", ["all", "target"])
+def test_a_scorer_weighs_as_its_formula_says(scorer, reweight, tmp_path):
+    if reweight == "target" and "parameters" not in arguments(scorer):
+        with pytest.raises(ValueError, match="`reweight='target'` weights the target parameters"):
+            GradMimic(**arguments(scorer), reweight=reweight)
         return
     ours, oracle, data = toy(WithLosses), toy(WithLosses), toy_data(14)
-    settings = {"temperature": 0.7, "min_ess": 0, "scope": scope, "ledger": tmp_path / "s"}
+    settings = {"temperature": 0.7, "min_ess": 0, "reweight": reweight, "ledger": tmp_path / "s"}
     trainer(GradMimic(**arguments(scorer), **settings)).fit(ours, loader(data))
     batches = [data[i : i + 4] for i in range(0, 14, 4)]
-    seen = trained_by_oracle(oracle, batches, {}, scope=scope, score=FORMULAS[scorer])
+    seen = trained_by_oracle(oracle, batches, {}, reweight=reweight, score=FORMULAS[scorer])
     torch.testing.assert_close(parameters_of(ours), parameters_of(oracle), rtol=1e-9, atol=1e-9)
     scores = torch.tensor(Ledger(tmp_path / "s").table()["score"].to_pylist())
     torch.testing.assert_close(scores, torch.cat([s for s, _ in seen]).float(), rtol=1e-6, atol=1e-6)

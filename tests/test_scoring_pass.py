@@ -9,7 +9,7 @@ from rows import Ad, contrastive, looped, losses_of, tapped, vectors_of
 from test_model_gradients import made
 from torch import nn
 
-from lightning_mimic.gradients import Graph, ModelTap, WholeModelGradients
+from lightning_mimic.gradients import Graph, ModelHooks, WholeModelGradients
 
 DTYPES = ["mlp of tokens", "conv net", "timm vit", "torchvision vit", "timm resnet in eval mode"]
 
@@ -29,12 +29,12 @@ def test_a_summed_loss_serves_as_its_parts_do():
     net, x, _ = made("timm vit")
     vectors = vectors_of(net)
     apart = tapped(net, losses_of, x, vectors)[1].dot(vectors)
-    tap = ModelTap(net, dict(net.named_parameters()))
-    tap.armed = True
-    mean = losses_of(net, x).mean()
+    hooks = ModelHooks(net, dict(net.named_parameters()))
+    with hooks.recording() as calls:
+        mean = losses_of(net, x).mean()
     graph = Graph(mean.grad_fn)
-    uses, unseen = tap.uses(graph, len(x))
-    tap.remove()
+    uses, unseen = hooks.uses(calls, graph, len(x))
+    hooks.remove()
     assert unseen == {}
     together = WholeModelGradients(mean, uses, graph, len(x), torch.tensor(4.0, dtype=x.dtype)).dot(vectors)
     torch.testing.assert_close(together, apart, rtol=1e-9, atol=1e-12)
@@ -53,7 +53,7 @@ def test_the_backward_pass_afterwards_is_the_one_without_scoring_to_the_last_bit
         if scored:
             losses, rows, _ = tapped(net, losses_of, x, vectors)
             rows.dot(vectors)
-            rows.strangers()
+            rows.rows_that_mix_samples()
             assert all(p.grad is None for p in net.parameters())
         else:
             losses = losses_of(net, x)
@@ -105,26 +105,25 @@ def test_no_gradient_of_a_weight_is_computed():
 def test_a_copys_calls_are_its_own():
     net, x, _ = made("timm vit")
     names = list(vectors_of(net))
-    tap = ModelTap(net, {name: net.get_parameter(name) for name in names})
-    tap.armed = True
+    hooks = ModelHooks(net, {name: net.get_parameter(name) for name in names})
     twin = copy.deepcopy(net)
-    twin(x)
-    assert [call for layer in tap.layers for call in layer.calls] == []
+    with hooks.recording() as calls:
+        twin(x)
+        assert calls.calls == []
+        net(x)
+    assert {call.name for call in calls.calls} == {layer.name for layer in hooks.layers}
+    assert len(calls.calls) == len(hooks.layers)
     net(x)
-    assert all(len(layer.calls) == 1 for layer in tap.layers)
-    tap.reset()
-    assert not tap.armed
-    net(x)
-    assert [call for layer in tap.layers for call in layer.calls] == []
-    tap.remove()
+    assert len(calls.calls) == len(hooks.layers)
+    hooks.remove()
 
 
 @pytest.mark.parametrize(("kind", "contrasted"), [("mlp", contrastive), ("CLIP image tower", contrastive)])
 def test_losses_that_see_each_other_are_coupled(kind, contrasted):
     net, x, _ = made(kind)
     vectors = vectors_of(net)
-    assert tapped(net, contrasted, x, vectors)[1].strangers()
-    assert not tapped(net, losses_of, x, vectors)[1].strangers()
+    assert tapped(net, contrasted, x, vectors)[1].rows_that_mix_samples()
+    assert not tapped(net, losses_of, x, vectors)[1].rows_that_mix_samples()
 
 
 def test_only_the_deepest_uses_gradients_are_asked_for():
@@ -183,7 +182,7 @@ def test_layers_that_no_gradient_reaches_count_nothing(stopped):
     vectors = vectors_of(net)
     rows = tapped(net, lambda net, x: losses_of(lambda x: stopped(net(x)), x), x, vectors)[1]
     torch.testing.assert_close(rows.dot(vectors).double(), torch.zeros(4, dtype=x.dtype), rtol=0, atol=0)
-    assert not rows.strangers()
+    assert not rows.rows_that_mix_samples()
 
 
 def test_one_layer_that_no_gradient_reaches_is_told():

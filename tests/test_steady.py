@@ -1,5 +1,6 @@
 """What could go wrong between the first step and the later ones, or beside what is looked at."""
 
+import gc
 from typing import Any
 
 import oracles
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from toys import CLASSES, FEATURES, HIDDEN, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
 from trained import trained_by_oracle
 
+from lightning_mimic.gradients.layer_hooks import LayerCall, LayerCalls
 from lightning_mimic import GradMimic, Ledger, ReferenceLoadError
 from lightning_mimic.reference import match_reference
 from lightning_mimic.scorers import ReferenceLoss
@@ -62,7 +64,7 @@ def test_another_term_of_the_loss_is_not_scored_with_the_samples_losses(tmp_path
             return self.kept[1]
 
     module, data, reference = toy(Confident), toy_data(4), parameters_of(toy(seed=1))
-    callback = GradMimic(reference, "head", escaping="plain", ledger=tmp_path / "s")
+    callback = GradMimic(reference, "head", uncovered="mean", ledger=tmp_path / "s")
     trainer(callback).fit(module, loader(data))
     gradients = oracles.per_sample_gradients(toy(), losses_of, data[:])
     expected = oracles.mimic_scores(gradients, reference, dict(toy().head.named_parameters(prefix="head")))
@@ -70,10 +72,10 @@ def test_another_term_of_the_loss_is_not_scored_with_the_samples_losses(tmp_path
     torch.testing.assert_close(scores, expected.float())
 
 
-@pytest.mark.parametrize("escaping", ["refuse", "plain"])
-def test_tolerating_what_goes_around_takes_no_weights_from_what_does_not(escaping):
+@pytest.mark.parametrize("uncovered", ["error", "mean"])
+def test_tolerating_what_goes_around_takes_no_weights_from_what_does_not(uncovered):
     data, ours, oracle, reference = toy_data(8), toy(), toy(), parameters_of(toy(seed=1))
-    callback = GradMimic(reference, "body", temperature=0.7, min_ess=0, escaping=escaping)
+    callback = GradMimic(reference, "body", temperature=0.7, min_ess=0, uncovered=uncovered)
     trainer(callback).fit(ours, loader(data))
     trained_by_oracle(oracle, [data[:4], data[4:]], reference, targets=["body.weight", "body.bias"])
     torch.testing.assert_close(parameters_of(ours), parameters_of(oracle), rtol=1e-9, atol=1e-9)
@@ -114,17 +116,17 @@ def test_scores_in_doubt_stop_training_and_are_not_kept(kind, message, parameter
     assert Ledger(tmp_path / "s").table()["batch"].to_pylist() == [0] * 4 + [1] * 4  # what came before
 
 
-@pytest.mark.parametrize("scope", ["loss", "target"])
-def test_gradient_hooks_of_others_on_what_is_scored_are_refused(scope):
+@pytest.mark.parametrize("reweight", ["all", "target"])
+def test_gradient_hooks_of_others_on_what_is_scored_are_refused(reweight):
     class Mixed(WithLosses):
         def sample_losses(self, batch: Any) -> Tensor:
             logits = self(batch[0])
             return F.cross_entropy(logits - logits.mean(0), batch[1], reduction="none")
 
-    module = toy(Mixed if scope == "loss" else Toy)
+    module = toy(Mixed if reweight == "all" else Toy)
     module.head.weight.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1))
     with pytest.raises(ValueError, match=r"'head\.weight' carry gradient hooks of their own"):
-        trainer(GradMimic(parameters_of(toy(seed=1)), "head", scope=scope)).fit(module, loader(toy_data(8)))
+        trainer(GradMimic(parameters_of(toy(seed=1)), "head", reweight=reweight)).fit(module, loader(toy_data(8)))
 
 
 class Coupled(Toy):
@@ -145,12 +147,12 @@ def test_a_head_that_starts_at_zero_hides_nothing_for_long():
 
 
 def test_a_unit_that_stays_dead_is_not_looked_at_for_ever(monkeypatch):
-    from lightning_mimic.callbacks import plan
+    from lightning_mimic.reweighting import choice, reweighter
 
     looks = []
-    decide = plan.Plan.decide
-    monkeypatch.setattr(plan.Plan, "decide", lambda self, step: looks.append(1) or decide(self, step))
-    monkeypatch.setattr(plan, "MOST_LOOKS", 3)
+    choose = choice.choose_method
+    monkeypatch.setattr(reweighter, "choose_method", lambda *given: looks.append(1) or choose(*given))
+    monkeypatch.setattr(choice, "MOST_LOOKS", 3)
 
     class Dead(Toy):
         def forward(self, x: Tensor) -> Tensor:
@@ -183,15 +185,13 @@ def test_a_layer_that_later_gets_fewer_rows_is_refused(parameters):
 
 def test_nothing_of_the_forward_pass_is_held_during_the_backward_pass():
     class Looks(Toy):
-        def on_after_backward(self) -> None:
-            self.held = [tap for tap in self.taps if tap.calls]
+        def on_before_backward(self, loss: Tensor) -> None:
+            gc.collect()
+            self.held = [each for each in gc.get_objects() if isinstance(each, LayerCall | LayerCalls)]
+            self.held = [each for each in self.held if isinstance(each, LayerCall) or each.calls]
 
     module = toy(Looks)
-    callback = GradMimic(parameters_of(toy(seed=1)), "all")
-    fit = trainer(callback)
-    module.on_before_backward = lambda loss: setattr(module, "taps", callback._session._plan.tap.layers)
-    fit.fit(module, loader(toy_data(8)))
-    assert module.taps
+    trainer(GradMimic(parameters_of(toy(seed=1)), "all")).fit(module, loader(toy_data(8)))
     assert module.held == []
 
 

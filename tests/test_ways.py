@@ -11,7 +11,8 @@ from toys import CLASSES, FEATURES, HIDDEN, Toy, WithLosses, loader, losses_of, 
 from trained import trained_by_oracle
 
 from lightning_mimic import GradMimic, Ledger
-from lightning_mimic.callbacks.step import Way
+from lightning_mimic.reweighting import reweighter
+from lightning_mimic.reweighting.methods import DoubleBackward, InBackward, ReversePass, ScoringMethod
 
 
 class Residual(Toy):
@@ -130,64 +131,62 @@ def own_losses(module: Any, batch: Any) -> Tensor:
 
 # name: module, parameters, the way that must be found
 CASES: dict[str, tuple[type[Toy], Any, Way]] = {
-    "all": (Toy, "all", Way.REVERSE),
-    "all, with sample_losses": (WithLosses, "all", Way.REVERSE),
-    "deep": (Toy, "body", Way.REVERSE),
-    "deep, with sample_losses": (WithLosses, "body", Way.REVERSE),
-    "weights only": (Toy, ["*.weight"], Way.REVERSE),
-    "residual around the layer": (Residual, "head", Way.REVERSE),
-    "residual, all": (Residual, "all", Way.REVERSE),
-    "bare parameter behind the layer": (Scaled, "head", Way.REVERSE),
-    "bare scalar": (Scaled, "all", Way.REVERSE),
-    "tied": (Tied, "all", Way.REVERSE),
-    "called twice": (CalledTwice, "head", Way.REVERSE),
-    "bare": (Bare, "all", Way.REVERSE),
-    "without the bare": (Bare, ["all", "!token", "!position"], Way.REVERSE),
-    "attention": (Attention, "all", Way.REVERSE),
-    "attention alone": (Attention, "attention", Way.REVERSE),
-    "two terms": (BodyOnlyBySum, "all", Way.REVERSE),
-    "two terms, one layer": (BodyOnlyBySum, "head", Way.IN_PASS),
-    "recomputed": (Recomputed, "all", Way.REVERSE),
-    "contrastive": (Mixed, "head", Way.DOUBLE),
-    "contrastive, all": (Mixed, "all", Way.DOUBLE),
-    "contrastive, bare": (Mixed, "scale", Way.DOUBLE),
-    "tied by hand": (ByHand, "head", Way.DOUBLE),
+    "all": (Toy, "all", ReversePass),
+    "all, with sample_losses": (WithLosses, "all", ReversePass),
+    "deep": (Toy, "body", ReversePass),
+    "deep, with sample_losses": (WithLosses, "body", ReversePass),
+    "weights only": (Toy, ["*.weight"], ReversePass),
+    "residual around the layer": (Residual, "head", ReversePass),
+    "residual, all": (Residual, "all", ReversePass),
+    "bare parameter behind the layer": (Scaled, "head", ReversePass),
+    "bare scalar": (Scaled, "all", ReversePass),
+    "tied": (Tied, "all", ReversePass),
+    "called twice": (CalledTwice, "head", ReversePass),
+    "bare": (Bare, "all", ReversePass),
+    "without the bare": (Bare, ["all", "!token", "!position"], ReversePass),
+    "attention": (Attention, "all", ReversePass),
+    "attention alone": (Attention, "attention", ReversePass),
+    "two terms": (BodyOnlyBySum, "all", ReversePass),
+    "two terms, one layer": (BodyOnlyBySum, "head", InBackward),
+    "recomputed": (Recomputed, "all", ReversePass),
+    "contrastive": (Mixed, "head", DoubleBackward),
+    "contrastive, all": (Mixed, "all", DoubleBackward),
+    "contrastive, bare": (Mixed, "scale", DoubleBackward),
+    "tied by hand": (ByHand, "head", DoubleBackward),
 }
 
 
 @pytest.fixture
-def way(monkeypatch: pytest.MonkeyPatch) -> list[Way]:
-    """The way that the callback found."""
-    from lightning_mimic.callbacks.plan import Plan
+def methods(monkeypatch: pytest.MonkeyPatch) -> list[type[ScoringMethod]]:
+    """The methods that were chosen."""
+    found: list[type[ScoringMethod]] = []
+    choose = reweighter.choose_method
 
-    found: list[Way] = []
-    decide = Plan.decide
+    def spied(*given: Any) -> Any:
+        choice = choose(*given)
+        found.append(type(choice.method))
+        return choice
 
-    def spied(self: Plan, step: Any) -> str:
-        kind = decide(self, step)
-        found.append(self.way)
-        return kind
-
-    monkeypatch.setattr(Plan, "decide", spied)
+    monkeypatch.setattr(reweighter, "choose_method", spied)
     return found
 
 
-@pytest.mark.parametrize("scope", ["loss", "target"])
+@pytest.mark.parametrize("reweight", ["all", "target"])
 @pytest.mark.parametrize("case", CASES)
-def test_every_way_is_the_weighted_sum_of_sample_gradients(case, scope, way, tmp_path):
-    kind, parameters, expected_way = CASES[case]
+def test_every_way_is_the_weighted_sum_of_sample_gradients(case, reweight, methods, tmp_path):
+    kind, parameters, expected = CASES[case]
     data, ours, oracle, other = toy_data(14), toy(kind), toy(kind), toy(kind, seed=1)
     callback = GradMimic(
-        parameters_of(other), parameters, temperature=0.7, min_ess=0, scope=scope, ledger=tmp_path / "s"
+        parameters_of(other), parameters, temperature=0.7, min_ess=0, reweight=reweight, ledger=tmp_path / "s"
     )
     trainer(callback, accumulate_grad_batches=2).fit(ours, loader(data))
-    targets = callback._config["parameters"]
+    targets = Ledger(tmp_path / "s").meta["attempts"][0]["config"]["parameters"]
     losses = own_losses if issubclass(kind, WithLosses) else losses_of
     batches = [data[i : i + 4] for i in range(0, 14, 4)]
     seen = trained_by_oracle(
-        oracle, batches, parameters_of(other), scope=scope, accumulate=2, targets=targets, losses=losses
+        oracle, batches, parameters_of(other), reweight=reweight, accumulate=2, targets=targets, losses=losses
     )
-    assert set(way) == {expected_way} or (scope == "target" and set(way) <= {expected_way, Way.IN_PASS})
+    assert set(methods) == {expected} or (reweight == "target" and set(methods) <= {expected, InBackward})
     torch.testing.assert_close(parameters_of(ours), parameters_of(oracle), rtol=1e-9, atol=1e-9)
     rows = Ledger(tmp_path / "s").table()
     scores, weights = (torch.cat([pair[k] for pair in seen]) for k in (0, 1))

@@ -14,7 +14,7 @@ from lightning_mimic.scorers import ShareWeighting, SoftmaxWeighting
 
 few = settings(max_examples=25, deadline=None)
 NAN, INF = float("nan"), float("inf")
-FIGURES = ("ess", "temperature", "batch_size", "counted", "score_mean", "misaligned")
+FIGURES = ("ess", "temperature", "batch_size", "counted", "score_mean", "negative_share")
 score_lists = st.lists(st.floats(-50, 50), min_size=1, max_size=12)
 
 
@@ -58,7 +58,7 @@ def test_the_figures_describe_the_rows_that_count():
     assert (int(result.batch_size), int(result.counted)) == (5, 3)
     assert result.batch_size.dtype == result.counted.dtype == torch.int64
     torch.testing.assert_close(result.score_mean, torch.tensor(-1 / 3))
-    torch.testing.assert_close(result.misaligned, torch.tensor(1 / 3))
+    torch.testing.assert_close(result.negative_share, torch.tensor(1 / 3))
     assert {getattr(result, name).shape for name in FIGURES} == {torch.Size()}
 
 
@@ -222,7 +222,7 @@ def test_own_shares_are_those_of_all_ranks(monkeypatch):
     torch.testing.assert_close(whole.scale, torch.tensor([12.0, 0, 8, 6, 30, 0]) / 8)
     torch.testing.assert_close(whole.ess, torch.tensor(64 / 30))
     assert (whole.batch_size, whole.counted, whole.temperature) == (6, 5, None)
-    torch.testing.assert_close(torch.stack([whole.score_mean, whole.misaligned]), torch.tensor([7 / 5, 1 / 5]))
+    torch.testing.assert_close(torch.stack([whole.score_mean, whole.negative_share]), torch.tensor([7 / 5, 1 / 5]))
     ranks = over_ranks(monkeypatch, weighting, scores.split([2, 4]), counts.split([2, 4]))
     torch.testing.assert_close(torch.cat([rank.weights for rank in ranks]), whole.weights)
     torch.testing.assert_close(torch.cat([rank.scale for rank in ranks]), torch.tensor([8.0, 0, 8, 8, 40, 0]) / 8)

@@ -17,7 +17,7 @@ def trained_by_oracle(
     reference: dict[str, Tensor],
     *,
     tau: float = 0.7,
-    scope: str = "loss",
+    reweight: str = "all",
     accumulate: int = 1,
     clip: float | None = None,
     targets: Sequence[str] = ("head.weight", "head.bias"),
@@ -39,8 +39,8 @@ def trained_by_oracle(
         weights = oracles.softmax_weights(scores, tau) if weigh is None else weigh(scores)
         seen.append((scores, weights))
         uniform = torch.full_like(weights, 1 / len(weights))
-        step = oracles.weighted_gradient(gradients, weights if scope == "loss" else uniform)
-        if scope == "target":
+        step = oracles.weighted_gradient(gradients, weights if reweight == "all" else uniform)
+        if reweight == "target":
             step |= {n: g for n, g in oracles.weighted_gradient(gradients, weights).items() if n in targets}
         window = {n: window.get(n, 0) + g / accumulate for n, g in step.items()}
         if (index + 1) % accumulate == 0 or index + 1 == len(batches):

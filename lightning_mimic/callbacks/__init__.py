@@ -1,4 +1,4 @@
-"""The only code that knows Lightning's callback hooks."""
+"""Adapters that put the engine into Lightning's training loop."""
 
 from lightning_mimic.callbacks.at_checkpoints import AtCheckpoints
 from lightning_mimic.callbacks.grad_mimic import GradMimic

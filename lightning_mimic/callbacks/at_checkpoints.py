@@ -1,27 +1,36 @@
-"""Scoring without training: a fit whose optimizer stands still, at one checkpoint per epoch."""
+"""Scoring without training, at one checkpoint per epoch."""
 
-import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from lightning_mimic.callbacks.grad_mimic import GradMimic
-from lightning_mimic.callbacks.hooks import wrap_method
-from lightning_mimic.gradients import nearest_names, select_parameters
+from lightning_mimic.callbacks.trainer_support import backward_scale, loss_of
+from lightning_mimic.errors import MimicError, nearest_names
 from lightning_mimic.reference import Aligned, ReferenceLoadError, read_reference
+from lightning_mimic.reweighting.recorder import Position
+from lightning_mimic.reweighting.reference_batches import evaluating
 
 
 class AtCheckpoints(Callback):
-    """Has a :class:`~lightning_mimic.GradMimic` score at checkpoints, and changes no weight.
+    """Score samples at checkpoints, with the :class:`~lightning_mimic.GradMimic` of the same trainer; train nothing.
 
-    Epoch *k* of the ledger is checkpoint *k*. The module is in evaluation mode, so that scores are the samples' own;
-    only the scored parameters need gradients, so that one last layer costs little more than a forward pass. The module
-    is left at the last checkpoint, otherwise as it was.
+    ``fit`` iterates the training data once per checkpoint; epoch *k* of the ledger is checkpoint *k*. The module is in
+    evaluation mode, so that scores are the samples' own; only the scored parameters need gradients, so that one last
+    layer costs little more than a forward pass. No optimizer takes a step, and of other callbacks only the hooks of
+    the fit are called, not those of batches. The module is left at the last checkpoint, otherwise as it was.
 
     Args:
         checkpoints: Files with the whole module's weights, ``.ckpt``, ``.pt`` or ``.safetensors``; or a directory,
@@ -29,7 +38,7 @@ class AtCheckpoints(Callback):
             number.
 
     Raises:
-        ValueError: No checkpoints, another number of epochs, a trainer without GradMimic; with an
+        MimicError: No checkpoints, another number of epochs, a trainer without GradMimic; with an
             :class:`~lightning_mimic.Aligned` reference, whose fit belongs to one state of the model, several
             checkpoints.
         ReferenceLoadError: A file that cannot be read, or is of another module.
@@ -45,110 +54,103 @@ class AtCheckpoints(Callback):
             given, folder = checkpoints, Path(checkpoints).expanduser()
             checkpoints = sorted(folder.glob("*.ckpt")) if folder.is_dir() else []
             if not checkpoints:
-                raise ValueError(
+                raise MimicError(
                     f"`checkpoints` is {str(given)!r}; expected a directory of .ckpt files, or a list of files."
                 )
         if not checkpoints:
-            raise ValueError("`checkpoints` is empty; expected a directory of .ckpt files, or a list of files.")
+            raise MimicError("`checkpoints` is empty; expected a directory of .ckpt files, or a list of files.")
         #: In the order of the ledger's epochs.
         self.checkpoints = [Path(path).expanduser() for path in checkpoints]
-        self._undo: list[Callable[[], None]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Checks all files, and takes the optimizer's place."""
+        """Check all files."""
         if stage != "fit":
             return
-        mimic = _mimic_of(trainer)
-        self._check(trainer, mimic)
+        self._check(trainer, _mimic_of(trainer))
         pl_module.configure_model()  # so that layers which a module builds there can be compared
         for path in self.checkpoints:
             _tensors(path, pl_module)
-        states = [(mimic, "examines"), *((p, "requires_grad") for p in pl_module.parameters())]
-        states += [(part, "training") for part in pl_module.modules()]
-        self._undo = [functools.partial(setattr, each, name, getattr(each, name)) for each, name in states]
-        self._undo.append(wrap_method(pl_module, "configure_optimizers", lambda call: _Still(pl_module)))
-        # A model that has trained may be as good as its reference; that says nothing against either.
-        mimic.examines = False
-        scored = select_parameters(pl_module, "all" if mimic.parameters is None else mimic.parameters)
-        pl_module.requires_grad_(False)
-        for parameter in scored.values():
-            parameter.requires_grad_()
         pl_module.load_state_dict(_tensors(self.checkpoints[0], pl_module))
+        if trainer.progress_bar_callback is not None:
+            trainer.progress_bar_callback.disable()  # it would show a training
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Refuses to go on with a training."""
-        raise ValueError("`ckpt_path` resumes a training, and AtCheckpoints trains nothing; leave it out.")
+        """Refuse to continue a training."""
+        raise MimicError("`ckpt_path` resumes a training, and AtCheckpoints trains nothing; leave it out.")
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Goes to the epoch's checkpoint."""
-        pl_module.load_state_dict(_tensors(self.checkpoints[trainer.current_epoch], pl_module))
-        if trainer.current_epoch == 0:
-            said = [{"file": str(each), "sha256": _digest(each)} for each in self.checkpoints]
-            _mimic_of(trainer).note(trainer, {"checkpoints": said})
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Evaluation mode, whatever the module's own hooks have set."""
-        pl_module.eval()
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Checks that every checkpoint had its turn."""
-        if trainer.current_epoch < len(self.checkpoints):
-            raise RuntimeError(
-                f"the fit ended after {trainer.current_epoch} of {len(self.checkpoints)} checkpoints, so the ledger "
-                "lacks the others; leave out what stops it early (`max_time`, EarlyStopping)."
-            )
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Score at every checkpoint; the trainer's own loop then finds all epochs done."""
+        reweighter = _mimic_of(trainer).reweighter
+        strategy = trainer.strategy
+        alone = strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+        batches = trainer.num_training_batches
+        steps = len(self.checkpoints) * batches
+        quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero
+        progress = Tqdm(desc="scoring", total=int(steps) if steps < float("inf") else None, disable=quiet)
+        with evaluating(pl_module, reweighter.targets), alone, progress:
+            for path in self.checkpoints:
+                pl_module.load_state_dict(_tensors(path, pl_module))
+                for batch_idx, batch in enumerate(_epoch_of(trainer)):
+                    position = Position(trainer.current_epoch, progress.n, batch_idx)
+                    pl_module.eval()  # whatever the module's own hooks have set
+                    with reweighter.begin(batch, None, position, backward_scale(trainer, pl_module)) as step:
+                        outputs = call._call_strategy_hook(trainer, "training_step", step.batch, batch_idx)
+                        loss = loss_of(outputs)
+                        if loss is not None:
+                            step.after_forward(loss, backward_follows=False)
+                        reweighter.end(step, outputs)
+                    progress.update()
+                reweighter.flush()
+                trainer.fit_loop.epoch_progress.increment_processed()
+                trainer.fit_loop.epoch_progress.increment_completed()
+        files = [{"file": str(each), "sha256": _digest(each)} for each in self.checkpoints]
+        reweighter.note({"checkpoints": files})
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves the module as it was."""
-        self._restore()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves the module as it was."""
-        self._restore()
+        """Give the trainer its own progress bar back."""
+        if trainer.progress_bar_callback is not None:
+            trainer.progress_bar_callback.enable()
 
     def _check(self, trainer: pl.Trainer, mimic: GradMimic) -> None:
         count = len(self.checkpoints)
         if trainer.max_epochs != count or trainer.max_steps != -1:
-            raise ValueError(
+            raise MimicError(
                 f"{count} checkpoints need max_epochs={count} and no max_steps, and the trainer "
                 f"has max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}."
             )
-        if isinstance(mimic.reference, Aligned) and len(set(self.checkpoints)) > 1:
-            raise ValueError(
+        if isinstance(mimic.settings.reference, Aligned) and len(set(self.checkpoints)) > 1:
+            raise MimicError(
                 "an aligned reference is fitted to one state of the model; score one checkpoint at a time, each into a "
                 "ledger of its own. (The same one twice gives scores to the samples before the fit as well.)"
             )
-        if mimic.on_doubtful == "align":
-            raise ValueError(
+        if mimic.settings.on_doubtful == "align":
+            raise MimicError(
                 "`on_doubtful='align'` decides while a model begins to train; for scoring give the reference as it is, "
                 "or as lightning_mimic.Aligned(...)."
             )
 
-    def _restore(self) -> None:
-        for undo in self._undo:
-            undo()
-        self._undo = []
 
-
-class _Still(torch.optim.Optimizer):
-    """Has gradients computed, and does nothing with them."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__([p for p in module.parameters() if p.requires_grad], {"lr": 0.0})
-
-    def step(self, closure: Any = None) -> Any:
-        return None if closure is None else closure()
+def _epoch_of(trainer: pl.Trainer) -> Iterator[Any]:
+    """Iterate the training batches once, as the trainer's own loop gives them to the module."""
+    loader = trainer.train_dataloader
+    combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
+    for each in combined.flattened:
+        _set_sampler_epoch(each, trainer.current_epoch)
+    module = trainer.lightning_module
+    limit = trainer.num_training_batches
+    for batch, _, _ in islice(iter(combined), None if limit == float("inf") else int(limit)):
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        yield call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
 
 
 def _mimic_of(trainer: pl.Trainer) -> GradMimic:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, GradMimic):
             return callback
-    raise ValueError("AtCheckpoints scores with a GradMimic; add one to the trainer's callbacks.")
+    raise MimicError("AtCheckpoints scores with a GradMimic; add one to the trainer's callbacks.")
 
 
 def _tensors(path: Path, module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -2,55 +2,60 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import lightning.pytorch as pl
-import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_mimic.callbacks.aim import Aim, OnDoubtful
-from lightning_mimic.callbacks.batch import Ids, class_columns, describe, sample_ids
-from lightning_mimic.callbacks.gating import Scope
-from lightning_mimic.callbacks.recorder import ScoreRecorder, open_on_all_ranks
-from lightning_mimic.callbacks.session import DOUBTS, Escaping, OnNonfinite, Session
-from lightning_mimic.callbacks.support import amp_scale, check_packages, check_scorer, check_support, on_all_ranks
-from lightning_mimic.gradients import nearest_names
-from lightning_mimic.ledger import Flag, LedgerWriter, note_run
+from lightning_mimic import distributed
+from lightning_mimic.callbacks.trainer_support import backward_scale, check_packages, check_support, loss_of
 from lightning_mimic.reference import Aligned, ReferenceSource
-from lightning_mimic.scorers import MimicScore, Scorer, weighting_of
+from lightning_mimic.reweighting import Reweighter, Step, StepResult
+from lightning_mimic.reweighting.batch import Ids
+from lightning_mimic.reweighting.gate import Reweight
+from lightning_mimic.reweighting.hooks import wrap_method
+from lightning_mimic.reweighting.messages import SEVERAL_PASSES
+from lightning_mimic.reweighting.recorder import Position
+from lightning_mimic.reweighting.reference_monitor import OnDoubtful
+from lightning_mimic.reweighting.settings import OnNonfinite, Settings, Uncovered
+from lightning_mimic.scorers import Scorer, Weighting
 
 
 class GradMimic(Callback):
-    """Weights every sample by how far a descent step on it moves the model towards a reference.
+    """Weight every sample by how far a descent step on it moves the model towards a reference.
 
     Per sample *i* of a micro-batch, over all ranks: ``mᵢ = −⟨∇ℓᵢ, v⟩/‖v‖`` with ``v = θ_ref − θ``, then
     ``wᵢ = softmax(m/τ)ᵢ``, then the step ``θ ← θ − η Σ wᵢ ∇ℓᵢ``. One layer is scored in a hook inside the one
     backward pass, several in a reverse pass of their own before it; the weights enter the backward pass in a hook, so
     that clipping, accumulation, mixed precision and DDP go on as they were. Where the loss itself mixes samples
     (contrastive losses), ``sample_losses`` gives the samples' own gradients. Logs
-    ``mimic/score_mean``, ``mimic/ess`` (effective sample size), ``mimic/direction_norm`` and ``mimic/misaligned``
-    (share of negative scores).
+    ``mimic/score_mean``, ``mimic/ess`` (effective sample size), ``mimic/direction_norm`` and ``mimic/negative_share``
+    (share of negative scores). The same engine serves other training loops as :class:`~lightning_mimic.Reweighter`.
 
     Args:
         reference: A checkpoint's path (``.ckpt``, ``.pt``, ``.safetensors``), a module or a state dict whose
             weights mean the same as the model's; :class:`~lightning_mimic.Aligned` around one of another
             initialisation, width or architecture. Samples that trained it get flattering scores: do not score them.
-        parameters: Whose direction counts: ``"all"`` trainable ones, a module path (``"head"``), a parameter name
+        parameters: Parameters over which scores are computed: ``"all"`` trainable ones, a module path (``"head"``), a parameter name
             (``"head.weight"``), a glob, ``"!"`` in front of any of these to leave them out, or a list. The fewer and
             the later, the cheaper: one last layer costs next to nothing, all about two thirds of a step.
-        scorer: What makes scores of the gradients, see :mod:`lightning_mimic.scorers`. One that needs no gradient
-            takes no ``parameters``, one that needs no reference, or goes by a ``loader`` of its own, no ``reference``.
+        scorer: Makes scores of products with the samples' gradients, see :mod:`lightning_mimic.scorers`. One that needs
+            no gradient takes no ``parameters``, one that needs no reference, or uses a ``loader`` of its own, no
+            ``reference``.
+        weighting: Makes weights of scores, in the place of the softmax that the next two arguments set.
         temperature: τ of the softmax, in the score's unit, loss per unit of weight distance; 1.0, if left out. Neither
             this nor ``min_ess`` with a scorer that makes weights itself.
         min_ess: Floor on the effective sample size as a fraction of the batch; raises τ for a batch that would
             fall below. 0: none; 0.25, if left out.
-        scope: ``"loss"``: weights reach all that a sample's gradient reaches. ``"target"``: the chosen
-            parameters only, all else gets the plain mean.
-        escaping: Trainable parameters that the loss reaches around the layer: ``"refuse"`` names them in an
-            error, ``"plain"`` lets them have the plain mean.
-        reweight: ``False``: only score; training stays what it is without the callback, to the bit.
+        reweight: ``"all"``: weights reach all that a sample's gradient reaches. ``"target"``: the chosen parameters
+            only, all else gets the plain mean. ``"none"``: only score; training stays what it is without the callback,
+            to the bit.
+        uncovered: Trainable parameters that the loss reaches around the tensor that is weighted: ``"error"`` names
+            them in an error, ``"mean"`` lets them have the plain mean.
         ledger: Directory for the scores, one row per sample and scoring; needs ids in the batch (``WithIds``,
             a key ``"id"``, or ``id_from``). A training_step that returns a dict with class indices ``label`` and
             ``predicted``, shape ``(B,)``, has them recorded too.
@@ -60,12 +65,13 @@ class GradMimic(Callback):
             meant), ``"raise"`` stops, at one host sync per step.
         math_attention: Run attention in scored steps by the slower kernel that can be differentiated twice, so that
             parameters below it can be scored from the losses alone.
-        on_doubtful: The first 512 samples tell whether the reference is kin to the model, knows the data and leads
-            downhill (:class:`~lightning_mimic.Diagnosis`). If not: ``"warn"``, ``"raise"``, or ``"align"`` it, for
-            which weights stay uniform until that is known.
+        on_doubtful: The first 512 samples show whether the reference shares the model's initialisation, predicts the
+            labels, and whether moving towards it lowers the loss (:class:`~lightning_mimic.Diagnosis`). If not:
+            ``"warn"``, ``"raise"``, or ``"align"`` it, for which weights stay uniform until that is known.
+        diagnose_reference: Make this diagnosis.
 
     Raises:
-        ValueError: An argument, or at the start of ``fit`` the reference, the parameters, the trainer or the
+        MimicError: An argument, or at the start of ``fit`` the reference, the parameters, the trainer or the
             ledger are not usable; the message says what was given, what was expected and the fix.
 
     Example:
@@ -83,66 +89,54 @@ class GradMimic(Callback):
         parameters: str | Sequence[str] | None = None,
         *,
         scorer: Scorer | None = None,
+        weighting: Weighting | None = None,
         temperature: float | None = None,
         min_ess: float | None = None,
-        scope: Scope = "loss",
-        escaping: Escaping = "refuse",
-        reweight: bool = True,
+        reweight: Reweight = "all",
+        uncovered: Uncovered = "error",
         ledger: str | Path | None = None,
         id_from: Callable[[Any], Ids] | None = None,
         on_nonfinite: OnNonfinite = "mask",
         math_attention: bool = False,
         on_doubtful: OnDoubtful = "warn",
+        diagnose_reference: bool = True,
     ) -> None:
-        for name, value, kind in (
-            ("scope", scope, Scope),
-            ("escaping", escaping, Escaping),
-            ("on_nonfinite", on_nonfinite, OnNonfinite),
-            ("on_doubtful", on_doubtful, OnDoubtful),
-        ):
-            if value not in get_args(kind):
-                raise ValueError(f"`{name}` is {value!r}; {nearest_names(str(value), get_args(kind))}.")
-        self.scorer: Scorer = MimicScore() if scorer is None else scorer
-        check_scorer(self.scorer, reference=reference is not None, parameters=parameters is not None)
-        if scope == "target" and parameters is None:
-            raise ValueError("`scope='target'` weights the target parameters, and this scorer has none.")
-        self.reference = reference
-        self.parameters = parameters
-        self.weighting = weighting_of(self.scorer, temperature, min_ess)
-        self.scope = scope
-        self.escaping = escaping
-        self.reweight = reweight
-        self.ledger = None if ledger is None else Path(ledger).expanduser()
-        self.id_from = id_from
-        self.on_nonfinite = on_nonfinite
-        self.math_attention = math_attention
-        self.on_doubtful = on_doubtful
-        #: Look at the reference while the first samples train.
-        self.examines = True
-        self._run: str | None = None
-        self._attempt = 0
-        self._aim: Aim | None = None
-        self._resumed: dict[str, Any] | None = None
+        self.settings = Settings(
+            reference=reference,
+            parameters=parameters,
+            scorer=scorer,
+            weighting=weighting,
+            temperature=temperature,
+            min_ess=min_ess,
+            reweight=reweight,
+            uncovered=uncovered,
+            ledger=ledger,
+            id_from=id_from,
+            on_nonfinite=on_nonfinite,
+            math_attention=math_attention,
+            on_doubtful=on_doubtful,
+            diagnose_reference=diagnose_reference,
+        )
+        self._fit: _Fit | None = None
+        # What a checkpoint gave for the next fit, and what the last fit left.
+        self._resumed: dict[str, Any] = {}
         self._left: dict[str, Any] = {}
-        self._session: Session | None = None
-        self._recorder: ScoreRecorder | None = None
-        self._ids: Ids | None = None
-        self._place: tuple[int, int, int] | None = None
-        self._config: dict[str, Any] = {}
-        self._checked_epoch = -1
+
+    @property
+    def reweighter(self) -> Reweighter:
+        """The engine of the current fit.
+
+        Raises:
+            RuntimeError: No fit is running.
+        """
+        return self._running.reweighter
 
     def should_score(self, trainer: pl.Trainer) -> bool:
-        """Whether the batch that starts now is scored and re-weighted; override for a schedule.
+        """Return whether the batch that starts now is scored and re-weighted; override for a schedule.
 
-        Must say the same on every rank. Batches that are not scored train plainly.
+        Must be the same on every rank. Batches that are not scored train plainly.
         """
         return True
-
-    def note(self, trainer: pl.Trainer, notes: dict[str, Any]) -> None:
-        """Adds to what the ledger's ``meta.json`` says of the fit under way."""
-        directory = self._directory(trainer)
-        if directory is not None and trainer.is_global_zero:
-            note_run(directory, self._attempt, notes)
 
     # Lightning's hooks, in the order in which they come
 
@@ -150,157 +144,137 @@ class GradMimic(Callback):
         check_packages(trainer, pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        on_all_ranks(lambda: self._attach(trainer, pl_module), "could not start")
+        self._fit = distributed.on_all_ranks(lambda: self._attach(trainer, pl_module), "could not start")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._session is not None
-        # Not before: a resumed fit learns its step after on_fit_start.
-        assert self._aim is not None
-        expected = {Flag.ZERO_DIRECTION} if self._aim.aligns else ()
-        self._recorder = ScoreRecorder(self._open_ledger(trainer), DOUBTS, expected)
-        self._checked_epoch, self._place = -1, None
-        if self._aim.at_reference():
-            self._recorder.warn({Flag.ZERO_DIRECTION: 0})
+        # Not before: a resumed fit knows its step only after on_fit_start. A development run leaves nothing behind.
+        record = not trainer.fast_dev_run  # type: ignore[attr-defined]
+        self.reweighter.start(trainer.global_step, trainer.train_dataloader, record=record)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        assert self._session is not None
-        assert self._aim is not None
-        if self._place is None and batch_idx > 0 and not hasattr(trainer.train_dataloader, "state_dict"):
+        fit = self._running
+        fit.warn_of_repeats(trainer, batch_idx)
+        if self.should_score(trainer):
+            position = Position(trainer.current_epoch, trainer.global_step, batch_idx)
+            fit.step = fit.reweighter.begin(batch, None, position, backward_scale(trainer, pl_module))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        result = self._running.end_step(outputs)
+        if result is not None:
+            pl_module.log_dict(result.figures(), prog_bar=True, on_step=True, on_epoch=False, batch_size=len(result))
+            if result.report:
+                rank_zero_info(result.report)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.reweighter.flush()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.reweighter.finish()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        try:
+            self._detach()
+        except Exception as error:  # the exception in flight is the one to raise
+            warnings.warn(f"the last scores could not be recorded: {error}", stacklevel=2)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._left if self._fit is None else self._fit.reweighter.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = dict(state_dict)
+
+    # What they delegate to
+
+    @property
+    def _running(self) -> "_Fit":
+        if self._fit is None:
+            raise RuntimeError("no fit is running, so there is no engine.")
+        return self._fit
+
+    def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> "_Fit":
+        """Check everything that can be checked before training, and put the engine's hooks on the module."""
+        check_support(trainer, pl_module, self.settings.reference)
+
+        def prepare(batch: Any) -> Any:
+            return trainer.precision_plugin.convert_input(move_data_to_device(batch, pl_module.device))
+
+        with ExitStack() as failed:
+            reweighter = Reweighter(pl_module, **self.settings.as_arguments(), prepare=prepare)
+            failed.callback(reweighter.close)
+            # A fit of the same object after another one continues its ledger, and nothing else.
+            reweighter.load_state_dict(self._resumed or {"run": self._left.get("run")})
+            failed.pop_all()
+        self._resumed = {}
+        return _Fit(reweighter, pl_module)
+
+    def _detach(self) -> None:
+        fit, self._fit = self._fit, None
+        if fit is None:
+            return
+        try:
+            fit.close()
+        finally:
+            # A checkpoint may be saved after the fit.
+            self._left = fit.reweighter.state_dict()
+
+
+class _Fit:
+    """One fit: the engine, and the micro-batch under way.
+
+    Args:
+        reweighter: The engine.
+        module: The module that is trained.
+    """
+
+    def __init__(self, reweighter: Reweighter, module: pl.LightningModule) -> None:
+        self.reweighter = reweighter
+        #: ``None`` between micro-batches, and for those that are not scored.
+        self.step: Step | None = None
+        self._started = False
+        self._undo = wrap_method(module, "training_step", self._around_training_step)
+
+    def warn_of_repeats(self, trainer: pl.Trainer, batch_idx: int) -> None:
+        """Warn, before the first micro-batch, if it comes from within an epoch that the loader begins again."""
+        if not self._started and batch_idx > 0 and not hasattr(trainer.train_dataloader, "state_dict"):
             warnings.warn(
                 f"resumed after {batch_idx} batches of epoch {trainer.current_epoch}, but the loader starts that "
                 "epoch's data again: some of its samples are scored twice and others not at all. A loader with "
                 "`state_dict` goes on where it stopped.",
                 stacklevel=2,
             )
-        self._session.reset()
-        self._place = (trainer.current_epoch, trainer.global_step, batch_idx)
-        if self.should_score(trainer):
-            caches = isinstance(self.reference, Aligned) and self.reference.cache
-            self._ids = sample_ids(batch, self.id_from, needed=self.ledger is not None, wanted=caches)
-            # Once per epoch, because a schedule may have unfrozen parameters.
-            check = self._checked_epoch != trainer.current_epoch or self._session.pending
-            scale = amp_scale(trainer, pl_module)
-            # As the backward pass will be scaled, so that a pass before it overflows no sooner.
-            scale = None if scale is None else scale / trainer.accumulate_grad_batches
-            self._aim.advance()
-            self._session.arm(batch, self._ids, scale, check=check)
+        self._started = True
 
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        # Inert outside our own training batches (a learning-rate finder runs others).
-        if self._session is None or not self._session.active:
-            return
-        scale = amp_scale(trainer, pl_module)
-        one = torch.ones((), device=loss.device) if scale is None else scale
-        self._session.before_backward(one / trainer.accumulate_grad_batches)
-        kind = self._session.kind
-        if kind is not None and self._checked_epoch < 0:
-            self.note(trainer, {"score_kind": kind, "data": describe(trainer.train_dataloader)})
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert self._session is not None
-        assert self._recorder is not None
-        assert self._place is not None
-        scored = self._session.finish()
-        if scored is None:
-            self._session.reset()
-            return
-        columns, figures = scored
-        assert self._aim is not None
-        diagnosis = self._aim.examine(batch, self._session.towards, columns) if self.examines else None
-        self._checked_epoch = trainer.current_epoch
-        columns |= class_columns(outputs, len(columns["flag"]))
-        self._recorder.add(*self._place, self._ids, columns, self._session.doubt())
-        self._session.reset()
-        pl_module.log_dict(figures, prog_bar=True, on_step=True, on_epoch=False, batch_size=len(columns["flag"]))
-        if diagnosis is not None:
-            self.note(trainer, {"diagnosis": diagnosis.facts()})
-            self._aim.tell()
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._recorder is not None
-        self._recorder.flush()
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._recorder is not None
-        self._recorder.close()
-        assert self._aim is not None
-        self._aim.complain()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        try:
-            if self._recorder is not None:
-                self._recorder.close()
-        except Exception as error:  # the exception under way is the one to raise
-            warnings.warn(f"the last scores could not be recorded: {error}", stacklevel=2)
-        finally:
-            self._detach()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._detach()
-
-    def state_dict(self) -> dict[str, Any]:
-        if self._recorder is not None:
-            # What a checkpoint has trained on, the ledger holds.
-            self._recorder.flush()
-        state = {} if self._run is None else {"run": self._run, "attempt": self._attempt}
-        if aim := self._left if self._aim is None else self._aim.state_dict():
-            state["aim"] = aim
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._run = state_dict.get("run")
-        self._resumed = state_dict.get("aim")
-
-    # What they delegate to
-
-    def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Checks everything that can be checked before training, and hooks the layer."""
-        check_support(trainer, pl_module)
-        aim = self._aim = Aim(pl_module, self.scorer, self.parameters, self.reference, self.on_doubtful)
-        frozen = [n for n, p in aim.targets.items() if not p.requires_grad]
-        if self.scope == "target" and frozen:
-            raise ValueError(f"`scope='target'` weights the gradients of {frozen[0]!r}, but they are frozen.")
-        if self._resumed:
-            aim.load_state_dict(self._resumed)
-            self._resumed = None
-        self._config = {
-            **aim.config,
-            "temperature": self.weighting.temperature,
-            "min_ess": self.weighting.min_ess,
-            "scope": self.scope,
-            "reweight": self.reweight,
-            "world_size": trainer.world_size,
-        }
-        self._session = Session(
-            pl_module,
-            self.scorer,
-            self.weighting,
-            aim,
-            scope=self.scope,
-            escaping=self.escaping,
-            reweight=self.reweight,
-            on_nonfinite=self.on_nonfinite,
-            math_attention=self.math_attention,
-        )
-
-    def _detach(self) -> None:
-        if self._session is not None:
-            self._session.remove()
-        # A checkpoint may be saved after the fit.
-        self._left = self._left if self._aim is None else self._aim.state_dict()
-        self._session = self._recorder = self._ids = self._aim = None
-
-    def _directory(self, trainer: pl.Trainer) -> Path | None:
-        # A development run leaves nothing behind that a real run would trip over.
-        return None if trainer.fast_dev_run else self.ledger  # type: ignore[attr-defined]
-
-    def _open_ledger(self, trainer: pl.Trainer) -> LedgerWriter | None:
-        directory = self._directory(trainer)
-        if directory is None:
+    def end_step(self, outputs: Any) -> StepResult | None:
+        """Record the micro-batch; return its result, if it was scored."""
+        step, self.step = self.step, None
+        if step is None:
             return None
-        self._run, self._attempt = open_on_all_ranks(trainer, directory, self._config, self._run)
-        return LedgerWriter(directory, self._run, self._attempt, trainer.global_rank)
+        with closing(step):
+            return self.reweighter.end(step, outputs)
+
+    def close(self) -> None:
+        """Write the last scores, and take everything off the module."""
+        self._undo()
+        if self.step is not None:
+            self.step.close()
+        self.reweighter.close()
+
+    def _around_training_step(self, call: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
+        step = self.step
+        if step is None:  # not one of our own training batches (a learning-rate finder runs others)
+            return call(batch, *args, **kwargs)
+        if step.has_loss:
+            raise RuntimeError(SEVERAL_PASSES)
+        step.start()
+        outputs = call(step.batch, *args, **kwargs)
+        loss = loss_of(outputs)
+        if loss is not None:
+            step.after_forward(loss)
+        return outputs

@@ -30,7 +30,7 @@ def score(config: DictConfig) -> Ledger:
     data, model = instantiate(config.data), instantiate(config.model)
     if config.features:
         data = CachedFeatures(data, model, config.features)
-    mimic = instantiate(config.mimic, reweight=False, ledger=config.ledger)
+    mimic = instantiate(config.mimic, reweight="none", ledger=config.ledger)
     given = config.checkpoints
     checkpoints = AtCheckpoints(given if isinstance(given, str) else list(given))
     trainer: L.Trainer = instantiate(

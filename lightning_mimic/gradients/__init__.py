@@ -2,11 +2,11 @@
 
 from lightning_mimic.gradients.descent import Descent
 from lightning_mimic.gradients.direction import Direction
-from lightning_mimic.gradients.gate import gate_rows, hook_gradient
+from lightning_mimic.gradients.row_hooks import gate_rows, hook_gradient
 from lightning_mimic.gradients.graph import Graph
 from lightning_mimic.gradients.layers import LayerGradients
 from lightning_mimic.gradients.losses import LossGradients
-from lightning_mimic.gradients.model import ModelTap, WholeModelGradients
+from lightning_mimic.gradients.model import ModelHooks, WholeModelGradients
 from lightning_mimic.gradients.parameters import nearest_names, owning_layer, select_parameters
 
 __all__ = [
@@ -15,7 +15,7 @@ __all__ = [
     "Graph",
     "LayerGradients",
     "LossGradients",
-    "ModelTap",
+    "ModelHooks",
     "WholeModelGradients",
     "gate_rows",
     "hook_gradient",

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_mimic.gradients.bare import BareUse, bare_use
-from lightning_mimic.gradients.gate import gate_rows, hook_gradient
+from lightning_mimic.gradients.row_hooks import gate_rows, hook_gradient
 from lightning_mimic.gradients.graph import Graph, is_compiled, kind_of, normalises_batch
 from lightning_mimic.gradients.layers import LayerGradients
-from lightning_mimic.gradients.tap import LayerCall, LayerTap
+from lightning_mimic.gradients.layer_hooks import LayerCall, LayerCalls, LayerHooks
 
 #: A place where a parameter and the batch meet: a known layer's call, or an operation in the graph.
 Use = LayerCall | BareUse
 
 
-class ModelTap:
+class ModelHooks:
     """Sees every use of the named parameters in a forward pass.
 
     Layers of a known kind are seen by their calls; what is left (a class token, a projection, the inside of
@@ -30,19 +30,19 @@ class ModelTap:
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
-        >>> tap = ModelTap(net, dict(net.named_parameters()))
-        >>> tap.armed = True
-        >>> losses = net(torch.ones(4, 2)).squeeze(1)
-        >>> uses, unseen = tap.uses(Graph(losses.grad_fn), samples=4)
+        >>> hooks = ModelHooks(net, dict(net.named_parameters()))
+        >>> with hooks.recording() as calls:
+        ...     losses = net(torch.ones(4, 2)).squeeze(1)
+        >>> uses, unseen = hooks.uses(calls, Graph(losses.grad_fn), samples=4)
         >>> WholeModelGradients(losses, uses, Graph(losses.grad_fn), 4).dot(dict(net.named_parameters())).shape
         torch.Size([4])
-        >>> tap.remove()
+        >>> hooks.remove()
     """
 
     def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = dict(parameters)
         self._batch_axis: dict[str, int] = {}
-        self.layers: list[LayerTap] = []
+        self.layers: list[LayerHooks] = []
         names = {id(parameter): name for name, parameter in parameters.items()}
         for path, layer in module.named_modules():
             own = {part: names[id(p)] for part, p in layer.named_parameters(recurse=False) if id(p) in names}
@@ -56,32 +56,42 @@ class ModelTap:
                 LayerGradients.check(path, layer)
             except ValueError:
                 continue  # the graph may know more
-            self.layers.append(LayerTap(path, layer, own))
+            self.layers.append(LayerHooks(path, layer, own))
 
-    @property
-    def armed(self) -> bool:
-        """Whether calls are recorded."""
-        return any(tap.armed for tap in self.layers)
+    def start(self) -> LayerCalls:
+        """Begin to record calls.
 
-    @armed.setter
-    def armed(self, value: bool) -> None:
-        for tap in self.layers:
-            tap.armed = value
+        Returns:
+            An object that holds the calls from here on, until :meth:`stop`.
+        """
+        calls = LayerCalls()
+        for hooks in self.layers:
+            hooks.into = calls
+        return calls
 
-    def reset(self) -> None:
-        """Forgets the last step; holds no tensor of the graph afterwards."""
-        for tap in self.layers:
-            tap.reset()
+    def stop(self) -> None:
+        """Ignore calls from now on."""
+        for hooks in self.layers:
+            hooks.into = None
+
+    @contextmanager
+    def recording(self) -> Iterator[LayerCalls]:
+        """Record the calls of a block, given as a context manager."""
+        try:
+            yield self.start()
+        finally:
+            self.stop()
 
     def remove(self) -> None:
         """Takes every hook off the module."""
-        for tap in self.layers:
-            tap.remove()
+        for hooks in self.layers:
+            hooks.remove()
 
-    def uses(self, graph: Graph, samples: int) -> tuple[list[Use], dict[str, str]]:
+    def uses(self, calls: LayerCalls, graph: Graph, samples: int) -> tuple[list[Use], dict[str, str]]:
         """Where the parameters met the batch.
 
         Args:
+            calls: Of the forward pass.
             graph: Below the losses, or any cut.
             samples: B.
 
@@ -89,39 +99,28 @@ class ModelTap:
             The uses, and for every parameter whose uses are not all known its name and the reason.
         """
         reentrant = any(kind_of(node).startswith("CheckpointFunction") for node in graph.order)
-        uses: list[Use] = [call for tap in self.layers for call in tap.calls if call.node in graph]
+        uses: list[Use] = [call for call in calls.calls if call.node in graph]
         unseen: dict[str, str] = {}
         for name, parameter in self._parameters.items():
             ends = graph.terminals(parameter)
-            calls = [use for use in uses if isinstance(use, LayerCall) and name in use.parts.values()]
+            own = [use for use in uses if isinstance(use, LayerCall) and name in use.parts.values()]
             found: list[BareUse | str] = []
-            if calls:
-                problems = [problem for call in calls if (problem := _problem(call, samples)) is not None]
-                if reentrant and self._ran_without_gradient(name):
-                    problems.append(self._why_unused(name))
-                if parameter.requires_grad and len(ends) != len(calls):
-                    problems.append(f"used in {len(ends)} places, {len(calls)} of them a call of its layer")
+            if own:
+                problems = [problem for call in own if (problem := _problem(call, samples)) is not None]
+                if reentrant and name in calls.without_gradient:
+                    problems.append(_why_unused(name, calls))
+                if parameter.requires_grad and len(ends) != len(own):
+                    problems.append(f"used in {len(ends)} places, {len(own)} of them a call of its layer")
             elif ends:
                 found = [bare_use(name, end, graph, samples, self._batch_axis.get(name, 0)) for end in ends]
                 problems = [use for use in found if isinstance(use, str)]
             else:
-                problems = [self._why_unused(name)]
+                problems = [_why_unused(name, calls)]
             if problems:
                 unseen[name] = problems[0]
             else:
                 uses += [use for use in found if isinstance(use, BareUse)]
         return uses, unseen
-
-    def _why_unused(self, name: str) -> str:
-        if self._ran_without_gradient(name):
-            return (
-                "its layer ran without gradient: it and all before it are frozen, or it ran under no_grad or reentrant "
-                "activation checkpointing (use_reentrant=False works)"
-            )
-        return "no path leads from the loss to it"
-
-    def _ran_without_gradient(self, name: str) -> bool:
-        return any(tap.calls_without_gradient for tap in self.layers if name in tap.parts.values())
 
 
 class WholeModelGradients:
@@ -134,14 +133,14 @@ class WholeModelGradients:
 
     Args:
         losses: Unreduced losses of shape ``(B,)``, or a scalar of which they are summed.
-        uses: From :meth:`ModelTap.uses`.
+        uses: From :meth:`ModelHooks.uses`.
         graph: The graph below ``losses``.
         samples: B.
         seed: What the reverse pass starts with, of the shape of ``losses``: ones, if left out. Row *i* is the
             gradient of ``seedᵢ ℓᵢ``.
 
     Example:
-        See :class:`ModelTap`.
+        See :class:`ModelHooks`.
     """
 
     #: The products that this class has.
@@ -158,7 +157,7 @@ class WholeModelGradients:
         for use in uses:
             self._at.setdefault(use.node, []).append(use)
         self._deepest = graph.deepest(self._at)
-        #: The last :meth:`strangers` saw both samples at every use.
+        #: The last :meth:`rows_that_mix_samples` saw both samples at every use.
         self.conclusive = False
 
     def dot(self, vectors: Mapping[str, Tensor]) -> Tensor:
@@ -181,7 +180,7 @@ class WholeModelGradients:
             return torch.zeros(self._samples, device=self._losses.device)
         return torch.stack(shares).sum(0)
 
-    def strangers(self, edge: GradientEdge | None = None) -> list[str]:
+    def rows_that_mix_samples(self, edge: GradientEdge | None = None) -> list[str]:
         """Parameters at whose uses one sample's loss shows in other rows than its own (a host sync per use).
 
         Either the loss makes the samples depend on each other, or an axis was taken for the batch's that only has
@@ -296,6 +295,15 @@ def _reverse(losses: Tensor, edges: Sequence[GradientEdge], seed: Tensor) -> tup
             torch.autograd.grad(losses, edges, seed, retain_graph=True, allow_unused=True) if edges else ()
         )
     return gradients
+
+
+def _why_unused(name: str, calls: LayerCalls) -> str:
+    if name in calls.without_gradient:
+        return (
+            "its layer ran without gradient: it and all before it are frozen, or it ran under no_grad or reentrant "
+            "activation checkpointing (use_reentrant=False works)"
+        )
+    return "no path leads from the loss to it"
 
 
 def _problem(call: LayerCall, samples: int) -> str | None:

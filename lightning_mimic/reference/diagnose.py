@@ -240,7 +240,7 @@ def _first(loader: Iterable[Any], samples: int, device: torch.device) -> list[An
     """Batches from the loader's start, until there are enough samples in them."""
     batches, seen = [], 0
     for batch in loader:
-        batches.append(_on(batch, device))
+        batches.append(to_device(batch, device))
         part = next(iter(batch.values())) if isinstance(batch, Mapping) else batch
         seen += len(part[0] if isinstance(part, list | tuple) else part)
         if seen >= samples:
@@ -250,13 +250,13 @@ def _first(loader: Iterable[Any], samples: int, device: torch.device) -> list[An
     return batches
 
 
-def _on(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
     if hasattr(batch, "to"):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {name: _on(part, device) for name, part in batch.items()}
+        return {name: to_device(part, device) for name, part in batch.items()}
     if isinstance(batch, list | tuple):
-        return _like(batch, [_on(part, device) for part in batch])
+        return _like(batch, [to_device(part, device) for part in batch])
     return batch
 
 

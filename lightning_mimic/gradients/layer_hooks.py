@@ -1,4 +1,4 @@
-"""What is attached to a layer to see its calls: a forward hook that only looks."""
+"""Forward hooks on layers that record their calls and change nothing."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -61,8 +61,21 @@ class LayerCall:
         return {part: vectors[name] for part, name in self.parts.items()}
 
 
-class LayerTap:
-    """Records a layer's calls while it is armed.
+@dataclass
+class LayerCalls:
+    """What one forward pass did with the observed layers.
+
+    Attributes:
+        calls: Calls whose output has a gradient, in their order.
+        without_gradient: Parameters whose layer also ran without one, by full name.
+    """
+
+    calls: list[LayerCall] = field(default_factory=list)
+    without_gradient: set[str] = field(default_factory=set)
+
+
+class LayerHooks:
+    """A forward hook on one layer that records its calls.
 
     Args:
         name: The layer's path, for messages.
@@ -72,42 +85,36 @@ class LayerTap:
 
     def __init__(self, name: str, layer: nn.Module, parts: Mapping[str, str]) -> None:
         self.name, self.layer, self.parts = name, layer, dict(parts)
-        self.armed = False
-        self.calls: list[LayerCall] = []
-        self.calls_without_gradient = 0
+        #: Where calls are recorded; nowhere between forward passes.
+        self.into: LayerCalls | None = None
 
         # A plain function: deepcopy of the module (SWA, EMA) takes it along as it is, and the copy's calls
         # are told apart by their module. Outside of compiled graphs, in which it could not look.
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def forward_hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            if self.armed and module is layer:
-                self._record(args[0] if args else kwargs["input"], output)
+            if self.into is not None and module is layer:
+                self._record(self.into, args[0] if args else kwargs["input"], output)
 
         # First of all hooks: another one may put something else in the output's place.
         self._handle = layer.register_forward_hook(forward_hook, prepend=True, with_kwargs=True)
 
-    def reset(self) -> None:
-        """Forgets the last step; holds no tensor of the graph afterwards."""
-        self.armed = False
-        self.calls = []
-        self.calls_without_gradient = 0
-
     def remove(self) -> None:
-        """Takes the hook off the layer."""
-        self.reset()
+        """Take the hook off the layer."""
+        self.into = None
         self._handle.remove()
 
-    def _record(self, inputs: Tensor, output: Tensor) -> None:
+    def _record(self, into: LayerCalls, inputs: Tensor, output: Tensor) -> None:
         if not output.requires_grad or output.grad_fn is None:
-            self.calls_without_gradient += 1
+            into.without_gradient.update(self.parts.values())
             return
-        call = LayerCall(
-            name=self.name,
-            layer=self.layer,
-            parts=self.parts,
-            node=output.grad_fn,
-            shape=tuple(output.shape),
-            _inputs=inputs.detach(),
-            _version=inputs._version,
+        into.calls.append(
+            LayerCall(
+                name=self.name,
+                layer=self.layer,
+                parts=self.parts,
+                node=output.grad_fn,
+                shape=tuple(output.shape),
+                _inputs=inputs.detach(),
+                _version=inputs._version,
+            )
         )
-        self.calls.append(call)

@@ -1,4 +1,4 @@
-"""What the callback must know of a batch: how many samples, and which."""
+"""The number of samples in a batch, and their ids."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+
+from lightning_mimic.errors import MimicError
 
 #: One id per sample, in the batch's order.
 Ids = Tensor | Sequence[int] | Sequence[str]
@@ -33,9 +35,9 @@ def sample_ids(batch: Any, id_from: Callable[[Any], Ids] | None, *, needed: bool
         if not needed and id_from is None:
             return None  # an attribute of the user's own
         shape = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"type {type(ids).__name__}"
-        raise ValueError(f"ids have {shape}; expected a tensor of shape (B,) or a list, one id per sample.")
+        raise MimicError(f"ids have {shape}; expected a tensor of shape (B,) or a list, one id per sample.")
     if ids is None and needed:
-        raise ValueError(
+        raise MimicError(
             f"`ledger`: the batch (a {type(batch).__name__}) carries no ids, and row numbers would name other samples "
             "after a shuffle. Use DataLoader(WithIds(dataset), collate_fn=collate_with_ids), a key 'id' in the batch, "
             "or `id_from=`."
@@ -80,7 +82,7 @@ def blank_nan_samples(batch: Any, rows: int) -> tuple[Any, Tensor | None]:
 
 
 def class_columns(outputs: Any, rows: int) -> dict[str, Tensor]:
-    """The ledger columns ``label`` and ``predicted``, where training_step returned them, one class index per row."""
+    """Return the ledger columns ``label`` and ``predicted``, where a training step gave one class index per row."""
     if not isinstance(outputs, Mapping):
         return {}
     given = {name: outputs[name] for name in ("label", "predicted") if isinstance(outputs.get(name), Tensor)}
@@ -99,5 +101,10 @@ def describe(loader: Any) -> dict[str, Any]:
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
     found: list[Tensor] = []
-    apply_to_collection(batch, Tensor, found.append, allow_frozen=True)
+
+    def collect(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    apply_to_collection(batch, Tensor, collect, allow_frozen=True)
     yield from found

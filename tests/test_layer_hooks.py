@@ -1,4 +1,4 @@
-"""A layer's calls are recorded while it is armed, and only its own."""
+"""A layer's calls are recorded between start and stop, and only its own."""
 
 import copy
 
@@ -6,25 +6,25 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_mimic.gradients.tap import LayerTap
+from lightning_mimic.gradients.layer_hooks import LayerCalls, LayerHooks
 
 PARTS = {"weight": "body.layer.weight", "bias": "body.layer.bias"}
 
 
-def tapped(armed=True):
-    module = nn.ModuleDict({"layer": nn.Linear(2, 3)})
-    tap = LayerTap("body.layer", module["layer"], PARTS)
-    tap.armed = armed
-    return module, tap
+def hooked(recording=True):
+    module, into = nn.ModuleDict({"layer": nn.Linear(2, 3)}), LayerCalls()
+    hooks = LayerHooks("body.layer", module["layer"], PARTS)
+    hooks.into = into if recording else None
+    return module, into, hooks
 
 
 def test_a_call_holds_input_node_and_shape():
-    module, tap = tapped()
+    module, into, _ = hooked()
     x = torch.randn(5, 2, requires_grad=True)
     y = module["layer"](x)
     node = y.grad_fn
     y.relu_()
-    (call,) = tap.calls
+    (call,) = into.calls
     assert (call.node, call.shape, call.name, call.parts) == (node, (5, 3), "body.layer", PARTS)
     torch.testing.assert_close(call.inputs, x.detach(), rtol=0, atol=0)
     assert not call.inputs.requires_grad
@@ -32,54 +32,54 @@ def test_a_call_holds_input_node_and_shape():
 
 
 def test_an_input_given_by_keyword_is_recorded():
-    module, tap = tapped()
+    module, into, _ = hooked()
     x = torch.randn(5, 2)
     module["layer"](input=x)
-    torch.testing.assert_close(tap.calls[0].inputs, x, rtol=0, atol=0)
+    torch.testing.assert_close(into.calls[0].inputs, x, rtol=0, atol=0)
 
 
 def test_every_call_is_recorded_in_order():
-    module, tap = tapped()
+    module, into, _ = hooked()
     for rows in (5, 4):
         module["layer"](torch.randn(rows, 2))
-    assert [call.shape for call in tap.calls] == [(5, 3), (4, 3)]
+    assert [call.shape for call in into.calls] == [(5, 3), (4, 3)]
 
 
-def test_calls_are_ignored_while_not_armed():
-    module, tap = tapped(armed=False)
+def test_calls_are_ignored_while_nothing_records():
+    module, into, _ = hooked(recording=False)
     module["layer"](torch.randn(5, 2))
-    assert not tap.calls
+    assert not into.calls
 
 
-def test_calls_without_gradient_are_counted():
-    module, tap = tapped()
+def test_layers_that_ran_without_gradient_are_noted():
+    module, into, _ = hooked()
     with torch.no_grad():
         module["layer"](torch.randn(5, 2))
-    assert (tap.calls, tap.calls_without_gradient) == ([], 1)
+    assert (into.calls, into.without_gradient) == ([], set(PARTS.values()))
 
 
 def test_calls_of_a_copy_are_ignored():
-    module, tap = tapped()
+    module, into, _ = hooked()
     copy.deepcopy(module)["layer"](torch.randn(5, 2))
-    assert not tap.calls
+    assert not into.calls
 
 
 def test_an_input_changed_in_place_afterwards_is_refused_when_asked_for():
-    module, tap = tapped()
+    module, into, _ = hooked()
     x = torch.randn(5, 2).relu_()
     module["layer"](x)
-    assert tap.calls[0].inputs.shape == (5, 2)
+    assert into.calls[0].inputs.shape == (5, 2)
     x.mul_(2.0)
     with pytest.raises(RuntimeError, match=r"the input of 'body\.layer' was changed in place after.*out-of-place"):
-        _ = tap.calls[0].inputs
+        _ = into.calls[0].inputs
 
 
-def test_reset_forgets_and_disarms_and_remove_takes_the_hook_off():
-    module, tap = tapped()
+def test_what_was_recorded_stays_and_remove_takes_the_hook_off():
+    module, into, hooks = hooked()
     module["layer"](torch.randn(5, 2))
-    tap.reset()
-    assert not tap.calls
-    assert not tap.armed
+    hooks.into = None
+    module["layer"](torch.randn(5, 2))
+    assert len(into.calls) == 1
     assert len(module["layer"]._forward_hooks) == 1
-    tap.remove()
+    hooks.remove()
     assert not module["layer"]._forward_hooks

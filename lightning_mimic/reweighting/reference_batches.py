@@ -1,50 +1,56 @@
-"""Batches that are not trained on, and where a step on each would lead."""
+"""Batches that are not trained on, and the direction of a step on each."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from lightning_mimic.callbacks.batch import sample_count
-from lightning_mimic.callbacks.refusals import HOOKED
-from lightning_mimic.callbacks.support import world_size
+from lightning_mimic import distributed
+from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.gradients import Descent
-from lightning_mimic.gradients.parameters import few
 from lightning_mimic.reference.diagnose import own_random_numbers
+from lightning_mimic.reweighting.batch import sample_count
+from lightning_mimic.reweighting.messages import HOOKED
 
 
-class SecondBatches:
-    """Goes through a scorer's own loader beside the training, a batch for every scored one.
+class ReferenceBatches:
+    """Iterates a scorer's own loader during training, one batch for every scored micro-batch.
 
-    Nothing that trains notices: the module is in evaluation mode for the pass, no gradient is left behind, and random
-    numbers are the pass's own. Every rank goes through its loader; the gradients are averaged over all ranks' samples.
-    A host sync per scored batch, which sees that the gradient is finite.
+    Training is unaffected: the module is in evaluation mode for the pass, no gradient is left behind, and random
+    numbers come from generators of its own. Every rank iterates its loader; the gradients are averaged over all ranks'
+    samples. A host sync per scored batch checks that the gradient is finite.
 
     Args:
-        loader: Batches as ``sample_losses`` takes them; its sampler's ``set_epoch`` is told the number of the pass.
+        loader: Batches as ``sample_losses`` takes them; its sampler's ``set_epoch`` gets the number of the pass.
         module: The module that is trained.
         targets: The target parameters by name; frozen ones, too.
         scorer: The scorer's name, for messages.
+        prepare: Moves a batch to the module's device and precision.
 
     Raises:
-        ValueError: Gradient hooks of somebody else would change the gradients.
+        MimicError: Gradient hooks of somebody else would change the gradients.
     """
 
     def __init__(
-        self, loader: Iterable[Any], module: pl.LightningModule, targets: Mapping[str, nn.Parameter], scorer: str
+        self,
+        loader: Iterable[Any],
+        module: nn.Module,
+        targets: Mapping[str, nn.Parameter],
+        scorer: str,
+        prepare: Callable[[Any], Any],
     ) -> None:
         if hooked := [name for name, parameter in targets.items() if parameter._backward_hooks]:
-            raise ValueError(HOOKED.format(few(hooked)))
+            raise MimicError(HOOKED.format(join_names(hooked)))
         self._loader = loader
         self._module = module
         self._targets = dict(targets)
         self._scorer = scorer
-        #: Where a step on the batch under way would lead.
+        self._prepare = prepare
+        self._device = next(module.parameters()).device
+        #: Of a descent step on the current batch.
         self.direction = Descent()
         self._go_to(0, 0)
 
@@ -55,11 +61,10 @@ class SecondBatches:
             ValueError: There is none, or its losses are not one per sample or do not depend on the targets.
             FloatingPointError: Its gradient is not finite.
         """
-        with own_random_numbers(self._module.device):
+        with own_random_numbers(self._device):
             sums, rows = self._gradients(self._next())
-        if world_size() > 1:
-            for each in (*sums.values(), rows):
-                torch.distributed.all_reduce(each)
+        for each in (*sums.values(), rows):
+            distributed.sum_over_ranks(each)
         self.direction.follow({name: each / rows for name, each in sums.items()})
         if not bool(torch.isfinite(self.direction.norm())):
             raise FloatingPointError(
@@ -74,7 +79,7 @@ class SecondBatches:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes on from there: the batches of this pass up to there are drawn and left out."""
-        with own_random_numbers(self._module.device):
+        with own_random_numbers(self._device):
             self._go_to(state["passes"], state["taken"])
 
     def _go_to(self, passes: int, taken: int) -> None:
@@ -101,29 +106,29 @@ class SecondBatches:
             self._go_to(self._passes + 1, 0)
             drawn = self._draw()
         if not drawn:
-            raise ValueError(f"the `loader` of {self._scorer} gave no batch; expected at least one in every pass.")
+            raise MimicError(f"the `loader` of {self._scorer} gave no batch; expected at least one in every pass.")
         self._taken += 1
         return drawn[0]
 
     def _gradients(self, batch: Any) -> tuple[dict[str, Tensor], Tensor]:
         """The sum over this rank's samples of their gradients, float32 or higher, and the number of samples."""
         module, scorer = self._module, self._scorer
-        batch = module.trainer.precision_plugin.convert_input(move_data_to_device(batch, module.device))
+        batch = self._prepare(batch)
         with (
-            _undisturbed(module, self._targets),
+            evaluating(module, self._targets),
             torch.enable_grad(),
-            torch.autocast(module.device.type, enabled=False),
+            torch.autocast(self._device.type, enabled=False),
         ):
             losses = module.sample_losses(batch)  # type: ignore[operator]
             rows = sample_count(batch) or len(losses)
-            if losses.shape not in ((rows,), (rows * world_size(),)):  # of contrastive losses each rank has all
-                raise ValueError(
+            if losses.shape not in ((rows,), (rows * distributed.world_size(),)):  # of contrastive losses each rank has all
+                raise MimicError(
                     f"`sample_losses` returned shape {tuple(losses.shape)} for {rows} samples of the `loader` of "
                     f"{scorer}; expected one loss per sample."
                 )
             if not losses.requires_grad:
-                raise ValueError(
-                    f"the losses of the `loader` of {scorer} do not depend on {few(list(self._targets))}; name "
+                raise MimicError(
+                    f"the losses of the `loader` of {scorer} do not depend on {join_names(list(self._targets))}; name "
                     "parameters that `sample_losses` uses."
                 )
             found = torch.autograd.grad(
@@ -133,12 +138,12 @@ class SecondBatches:
             name: gradient.to(torch.promote_types(gradient.dtype, torch.float32))
             for name, gradient in zip(self._targets, found, strict=True)
         }
-        return sums, torch.tensor(float(rows), device=module.device)
+        return sums, torch.tensor(float(rows), device=self._device)
 
 
 @contextmanager
-def _undisturbed(module: nn.Module, targets: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Within it every submodule is in evaluation mode, and the targets alone need gradients."""
+def evaluating(module: nn.Module, targets: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Keep every submodule in evaluation mode, and gradients for the targets alone, within a block."""
     modes = [(part, part.training) for part in module.modules()]
     needs = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     wanted = {id(parameter) for parameter in targets.values()}

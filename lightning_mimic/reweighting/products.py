@@ -1,20 +1,19 @@
-"""The products with one layer's per-sample gradients, as a scorer asks for them."""
+"""The products with one layer's per-sample gradients, over the samples of all ranks where they need them."""
 
 from collections.abc import Collection, Mapping
 from typing import TypedDict
 
 import torch
 from torch import Tensor
-from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_mimic.callbacks.support import world_size
+from lightning_mimic import distributed
 from lightning_mimic.gradients import LayerGradients
-from lightning_mimic.gradients.tap import LayerCall
+from lightning_mimic.gradients.layer_hooks import LayerCall
 from lightning_mimic.scorers import Need
 
 
-class Found(TypedDict, total=False):
-    """Fields of :class:`~lightning_mimic.scorers.Products` that come from gradients."""
+class GradientProducts(TypedDict, total=False):
+    """The fields of :class:`~lightning_mimic.scorers.Products` that come from gradients."""
 
     dot: Tensor
     norms: Tensor
@@ -28,17 +27,17 @@ def layer_products(
     needs: Collection[Need],
     vectors: Mapping[str, Tensor],
     clean: Tensor | None,
-) -> Found:
-    """What a scorer needs of one layer's gradients.
+) -> GradientProducts:
+    """Compute what is needed of one layer's gradients.
 
     Args:
         call: The layer's.
         rows: This rank's gradients, of the unreduced losses.
-        needs: The scorer's.
+        needs: Names of products.
         vectors: v by parameter name; empty without a direction.
         clean: Samples of this rank that are finite, shape ``(B,)``; all, if ``None``.
     """
-    found: Found = {}
+    found: GradientProducts = {}
     if vectors:
         found["dot"] = rows.dot(call.local(vectors))
     if "norms" in needs:
@@ -50,19 +49,19 @@ def layer_products(
 
 def _gram(rows: LayerGradients, clean: Tensor | None) -> tuple[Tensor, slice]:
     """Between the samples of all ranks, NaN for those that are not clean, and which of them are this rank's."""
-    if world_size() == 1:
+    if distributed.world_size() == 1:
         gram = rows.gram()
         return _without(gram, clean), slice(0, len(gram))
     sizes: list[int] = []
 
     def gathered(tensor: Tensor) -> Tensor:
-        parts = gather_all_tensors(tensor.detach().contiguous())
+        parts = distributed.gather_rows(tensor)
         sizes[:] = [len(part) for part in parts]
         return torch.cat(parts)
 
     gram = rows.changed(gathered).gram()
-    first = sum(sizes[: torch.distributed.get_rank()])
-    own = slice(first, first + sizes[torch.distributed.get_rank()])
+    rank = distributed.rank()
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     return _without(gram, None if clean is None else gathered(clean)), own
 
 

@@ -1,18 +1,17 @@
-"""Keeps what a fit scores on the device, and brings it to the ledger now and then."""
+"""Buffers scores on the device and flushes them to the ledger periodically."""
 
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mimic.callbacks.batch import Ids
-from lightning_mimic.ledger import Flag, LedgerError, LedgerWriter, open_run
-from lightning_mimic.version import __version__
+from lightning_mimic.errors import MimicError
+from lightning_mimic.ledger import Flag, LedgerWriter
+from lightning_mimic.reweighting.batch import Ids
+from lightning_mimic.reweighting.loss_problem import LossProblem
 
 _WARNINGS = {
     Flag.NONFINITE_LOSS: "{n} samples held NaN or had a loss that is not finite; they got weight 0 and no score. Where "
@@ -22,133 +21,126 @@ _WARNINGS = {
     Flag.ALONE: "a micro-batch held a single sample; its weight is 1 and no reweighting is possible.",
 }
 
+#: Scored micro-batches between two flushes.
+FLUSH_EVERY = 100
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a micro-batch stands in a training.
+
+    Attributes:
+        epoch: From 0.
+        step: Optimizer steps done before.
+        batch: Index of the micro-batch within the epoch.
+        assumed: The epoch was not given, so that it must be the only one.
+    """
+
+    epoch: int
+    step: int
+    batch: int
+    assumed: bool = False
+
 
 class ScoreRecorder:
     """Collects the columns of every scored micro-batch; one host sync per flush, none per step.
 
     Args:
         writer: Where the rows go; ``None`` keeps only the flags, for the warnings.
-        doubts: What the codes of :meth:`add` say.
-        expected: Flags that are no news.
-        flush_every: Scored micro-batches between two flushes.
+        expected: Flags that should not trigger a warning.
     """
 
-    def __init__(
-        self,
-        writer: LedgerWriter | None,
-        doubts: Mapping[int, str],
-        expected: Iterable[Flag] = (),
-        flush_every: int = 100,
-    ) -> None:
+    def __init__(self, writer: LedgerWriter | None, expected: Iterable[Flag] = ()) -> None:
         self._writer = writer
-        self._said = doubts
-        self._flush_every = flush_every
-        self._places: list[tuple[int, int, int, Ids | None]] = []
+        self._positions: list[tuple[Position, Ids | None]] = []
         self._columns: list[dict[str, Tensor]] = []
-        self._doubts: list[Tensor] = []
+        self._problems: list[Tensor] = []
         self._warned = set(expected)
+        self._first_ids: frozenset[int | str] = frozenset()
 
-    def add(
-        self, epoch: int, step: int, batch: int, ids: Ids | None, columns: Mapping[str, Tensor], doubt: Tensor
-    ) -> None:
-        """Adds one micro-batch.
+    def add(self, position: Position, ids: Ids | None, columns: Mapping[str, Tensor], problem: Tensor) -> None:
+        """Add one micro-batch.
 
         Args:
-            epoch: Of the rows.
-            step: Optimizer steps done before.
-            batch: Index of the micro-batch.
+            position: Of the micro-batch.
             ids: One per row; needed with a writer.
             columns: Ledger columns of shape ``(B,)`` on the device, ``flag`` as the codes of ``Flag``.
-            doubt: 0, or the code of what makes these scores something else than they are called; a scalar.
+            problem: A :class:`LossProblem`, a scalar.
         """
-        self._doubts.append(doubt)
-        self._places.append((epoch, step, batch, ids))
+        self._problems.append(problem)
+        self._positions.append((position, ids))
         kept = dict(columns) if self._writer else {"flag": columns["flag"]}
         if self._writer and isinstance(ids, Tensor):
             kept["id"] = ids
         self._columns.append(kept)
-        if len(self._columns) >= self._flush_every:
+        if len(self._columns) >= FLUSH_EVERY:
             self.flush()
 
     def flush(self) -> None:
-        """Brings everything to the host, commits it and warns of what was flagged, once per kind.
+        """Bring everything to the host, commit it, and warn of what was flagged, once per kind.
 
         Raises:
-            ValueError: Scores in doubt; what came before them is committed, they and what came after are not.
+            MimicError: A loss was not the mean of its samples; what came before it is committed, its scores and
+                what came after are not.
         """
-        doubt = self._drop_doubtful()
+        problem = self._drop_problems()
         host = _to_host(self._columns)
         while host:
-            epoch, step, batch, ids = self._places[0]
+            position, ids = self._positions[0]
             rows = host[0]
             count = len(rows["flag"])
             flags = [Flag(code) for code in rows["flag"].tolist()]
             if self._writer is not None:
+                if position.assumed:
+                    self._check_epoch(rows["id"].tolist() if "id" in rows else list(ids or ()))
                 arrays = {name: rows[name].numpy() if name in rows else None for name in _OPTIONAL}
                 self._writer.append(
                     arrays
                     | {
                         "id": rows["id"].numpy() if "id" in rows else list(ids or ()),
-                        "epoch": [epoch] * count,
-                        "step": [step] * count,
-                        "batch": [batch] * count,
+                        "epoch": [position.epoch] * count,
+                        "step": [position.step] * count,
+                        "batch": [position.batch] * count,
                         "position": range(count),
                         "flag": [flag.name.lower() for flag in flags],
                     }
                 )
             # Only now: what could not be appended is still here.
-            del self._places[0], self._columns[0], host[0]
+            del self._positions[0], self._columns[0], host[0]
             self.warn(Counter(flags))
         if self._writer is not None:
             self._writer.flush()
-        if doubt:
-            raise ValueError(self._said[doubt])
+        if problem:
+            raise MimicError(problem.message)
 
     def close(self) -> None:
-        """Commits the rest, or raises."""
+        """Commit the rest, or raise."""
         self.flush()
         if self._writer is not None:
             self._writer.close()
 
-    def _drop_doubtful(self) -> int:
-        codes = torch.stack(self._doubts).tolist() if self._doubts else []
-        self._doubts = []
-        first = next((place for place, code in enumerate(codes) if code), len(codes))
-        del self._places[first:], self._columns[first:]
-        return codes[first] if first < len(codes) else 0
-
     def warn(self, flags: Mapping[Flag, int]) -> None:
-        """Warns of flagged rows, once per kind of flag."""
+        """Warn of flagged rows, once per kind of flag."""
         for flag, count in flags.items():
             if flag in _WARNINGS and flag not in self._warned:
                 self._warned.add(flag)
                 warnings.warn(_WARNINGS[flag].format(n=count), stacklevel=2)
 
+    def _check_epoch(self, ids: list[int | str]) -> None:
+        """Raise ``MimicError`` if another epoch has begun that was not given: its rows would pass for repeats."""
+        for repeated in sorted(self._first_ids.intersection(ids), key=str)[:1]:
+            raise MimicError(
+                f"`epoch`: the sample {repeated!r} was scored again, and all micro-batches were taken for epoch 0. Give "
+                "the number of the epoch: `reweighter.step(batch, ids=ids, epoch=epoch)`."
+            )
+        self._first_ids = self._first_ids or frozenset(ids)
 
-def open_on_all_ranks(
-    trainer: pl.Trainer, directory: Path, config: Mapping[str, Any], run: str | None
-) -> tuple[str, int]:
-    """Opens the ledger on the first rank and tells the others; raises ``LedgerError`` on all of them together.
-
-    Args:
-        trainer: Knows the ranks and the step at which a resumed run goes on.
-        directory: The ledger's.
-        config: What attempts of one run are compared by.
-        run: The run that goes on, ``None`` for a new one.
-
-    Returns:
-        The run and the attempt.
-    """
-    opened: tuple[str, int] | str = ""
-    if trainer.is_global_zero:
-        try:
-            opened = open_run(directory, dict(config), trainer.global_step, run, {"package_version": __version__})
-        except LedgerError as error:
-            opened = str(error)
-    opened = trainer.strategy.broadcast(opened)
-    if isinstance(opened, str):
-        raise LedgerError(opened)
-    return opened
+    def _drop_problems(self) -> LossProblem:
+        codes = torch.stack(self._problems).tolist() if self._problems else []
+        self._problems = []
+        first = next((place for place, code in enumerate(codes) if code), len(codes))
+        del self._positions[first:], self._columns[first:]
+        return LossProblem(codes[first] if first < len(codes) else 0)
 
 
 _OPTIONAL = ("score", "weight", "loss", "batch_size", "label", "predicted")

@@ -1,29 +1,30 @@
-"""What the target parameters are multiplied with, for a reference that is aligned."""
+"""The inputs of the target parameters, for a reference that is aligned."""
 
 from collections.abc import Collection
 
 from torch import Tensor
 
-from lightning_mimic.callbacks.plan import Plan
-from lightning_mimic.callbacks.step import Step
-from lightning_mimic.gradients.tap import LayerCall
+from lightning_mimic.errors import MimicError
+from lightning_mimic.gradients import ModelHooks
+from lightning_mimic.gradients.layer_hooks import LayerCall
+from lightning_mimic.reweighting.forward import Forward
 
 
-def target_features(plan: Plan, targets: Collection[str], step: Step) -> dict[str, Tensor]:
-    """The batch as it meets each target parameter, shape ``(B, ..., D)``, by name.
+def target_features(hooks: ModelHooks, targets: Collection[str], forward: Forward) -> dict[str, Tensor]:
+    """Return what each target parameter is multiplied with, shape ``(B, ..., D)``, by name.
 
     Args:
-        plan: Its tap has seen the step.
+        hooks: On the layers of the target parameters.
         targets: Names of the target parameters.
-        step: After its forward pass.
+        forward: The micro-batch after its forward pass.
 
     Raises:
-        ValueError: A target met the batch otherwise than in one matrix product.
+        MimicError: A target met the batch otherwise than in one matrix product.
     """
-    layers = plan.tap.layers
+    layers = hooks.layers
     if len(layers) == 1 and set(layers[0].parts.values()) == set(targets):
-        return dict.fromkeys(targets, plan.call.inputs)
-    uses, unseen = plan.tap.uses(step.graph, step.rows)
+        return dict.fromkeys(targets, forward.only_call(layers[0].name).inputs)
+    uses, unseen = hooks.uses(forward.calls, forward.graph, forward.rows)
     found: dict[str, list[Tensor]] = {name: [] for name in targets}
     for use in uses:
         if isinstance(use, LayerCall):
@@ -34,7 +35,7 @@ def target_features(plan: Plan, targets: Collection[str], step: Step) -> dict[st
     for name, features in found.items():
         if len(features) != 1:
             why = unseen.get(name, "it does not meet the batch in one matrix product")
-            raise ValueError(
+            raise MimicError(
                 f"`parameters`: an aligned reference needs what {name!r} is multiplied with, which is not known: "
                 f"{why}. Name the model's last projections."
             )

@@ -1,0 +1,75 @@
+"""Checks of trainers and modules that the callback can serve."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+
+from lightning_mimic.errors import MimicError
+from lightning_mimic.reference import Aligned, ReferenceSource
+
+
+def check_packages(trainer: object, module: object) -> None:
+    """Raises ``TypeError`` when trainer or module come from the other of Lightning's two packages."""
+    for role, thing, kind in (("Trainer", trainer, pl.Trainer), ("module", module, pl.LightningModule)):
+        if not isinstance(thing, kind):
+            raise TypeError(
+                f"GradMimic is a callback of the package `lightning`, but the {role} is a "
+                f"{type(thing).__module__}.{type(thing).__name__}. Import both from `lightning` (`import lightning as "
+                "L`); `pytorch_lightning` is another package, and their classes do not mix."
+            )
+
+
+def check_support(
+    trainer: pl.Trainer, module: pl.LightningModule, reference: ReferenceSource | Aligned | None
+) -> None:
+    """Raise ``MimicError`` for trainers, modules and references with which weights or scores would be wrong."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+        raise MimicError(
+            f"GradMimic runs on a single device and under DDP; {type(strategy).__name__} splits or replaces "
+            "parameters and gradients in ways that are not tested with it. Use strategy='ddp'."
+        )
+    elsewhere = "lightning_mimic.Reweighter serves training loops of your own."
+    if not module.automatic_optimization:
+        raise MimicError(
+            f"GradMimic needs automatic optimization; {type(module).__name__} steps its optimizers by hand. {elsewhere}"
+        )
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise MimicError(
+            "GradMimic must see each batch before training_step does; take `batch` instead of `dataloader_iter`."
+        )
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
+        raise MimicError(
+            f"LBFGS evaluates a batch several times per step, which GradMimic does not follow. {elsewhere}"
+        )
+    source = reference.reference if isinstance(reference, Aligned) else reference
+    if getattr(module, "takes_features", False) and isinstance(source, nn.Module):
+        raise MimicError(
+            f"the reference is a module ({type(source).__name__}), and would be called with cached features of another "
+            "backbone than its own. Give weights for the trained model (a path or a state dict), or train without "
+            "cached features."
+        )
+
+
+def backward_scale(trainer: pl.Trainer, module: pl.LightningModule) -> Tensor | None:
+    """Return by what the backward pass multiplies the loss against underflow, read without waiting for the device.
+
+    Returns:
+        A scalar; ``None`` without a gradient scaler.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None:
+        return None
+    scale: Tensor = scaler.scale(torch.ones((), device=module.device))
+    return scale / trainer.accumulate_grad_batches
+
+
+def loss_of(outputs: Any) -> Tensor | None:
+    """Return the loss of what a training_step returned; ``None`` if there is none that can be differentiated."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    return loss if isinstance(loss, Tensor) and loss.grad_fn is not None else None

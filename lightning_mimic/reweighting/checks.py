@@ -1,0 +1,68 @@
+"""Checks of scorer, module and parameters before the first step."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from lightning_mimic.errors import MimicError
+from lightning_mimic.gradients import LayerGradients, owning_layer
+from lightning_mimic.reweighting.methods import ONE_LAYER_PRODUCTS
+from lightning_mimic.scorers import Compares, Need, Scorer
+
+
+def check_scorer(scorer: Scorer, needs: frozenset[Need], *, reference: bool, parameters: bool) -> None:
+    """Check that exactly what is needed is given; nothing is ignored silently.
+
+    Args:
+        scorer: The scorer.
+        needs: The products that scorer and weighting need.
+        reference: A reference is given.
+        parameters: Parameters are named.
+
+    Raises:
+        MimicError: Something is missing, or given in vain.
+    """
+    name = type(scorer).__name__
+    of_reference = {"reference_losses"} if isinstance(scorer, Compares) else {"dot", "reference_losses"}
+    if reference and "dot" in needs - of_reference:
+        raise MimicError(
+            f"`reference` is given, but {name} takes its direction from the batches of its `loader`; leave it out."
+        )
+    for argument, given, needed, example in (
+        ("reference", reference, of_reference, "a checkpoint's path"),
+        ("parameters", parameters, {"dot", "norms", "gram"}, "a layer's path or 'all'"),
+    ):
+        if given and not needs & needed:
+            raise MimicError(f"`{argument}` is given, but {name} takes none; leave it out.")
+        if not given and needs & needed:
+            raise MimicError(f"`{argument}` is missing; {name} needs one: {example}.")
+
+
+def check_needs(
+    scorer: Scorer, needs: frozenset[Need], module: nn.Module, targets: Mapping[str, nn.Parameter]
+) -> None:
+    """Check that the module and its parameters can give what is needed.
+
+    Args:
+        scorer: The scorer.
+        needs: The products that scorer and weighting need.
+        module: The module that is trained.
+        targets: The target parameters by name.
+
+    Raises:
+        MimicError: They cannot.
+    """
+    name = type(scorer).__name__
+    by_losses = needs & {"losses", "reference_losses"} or isinstance(scorer, Compares)
+    if by_losses and not callable(getattr(module, "sample_losses", None)):
+        raise MimicError(
+            f"{name} needs the loss of every sample: give {type(module).__name__} a method `sample_losses(batch)` that "
+            "returns one loss per sample, and average it in training_step."
+        )
+    for need in sorted(needs & ONE_LAYER_PRODUCTS.keys()):
+        path, layer = owning_layer(module, targets)
+        if need not in LayerGradients.products_of(layer):
+            raise MimicError(
+                f"{name} needs {ONE_LAYER_PRODUCTS[need]}, which are known for nn.Linear; {path!r} is a "
+                f"{type(layer).__name__}."
+            )

@@ -1,0 +1,139 @@
+"""How a module's samples are scored: chosen by looking at a micro-batch's graph, and checked again every epoch."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+from torch.autograd.graph import GradientEdge
+
+from lightning_mimic import distributed
+from lightning_mimic.errors import MimicError, join_names
+from lightning_mimic.gradients import WholeModelGradients
+from lightning_mimic.gradients.graph import made_by, not_a_plain_mean
+from lightning_mimic.reweighting.forward import Forward
+from lightning_mimic.reweighting.messages import COMPILED, NOT_PLAIN
+from lightning_mimic.reweighting.methods import (
+    DoubleBackward,
+    InBackward,
+    NoGradient,
+    ReversePass,
+    ScoringMethod,
+    ScoringTask,
+    one_call_rows,
+    only_call,
+    refuse_uncovered,
+)
+
+#: Whose gradient is scored: a sample's own loss's, its contribution to a total that mixes samples, or none.
+ScoreKind = Literal["own_loss", "contribution", "no_gradient"]
+
+#: Micro-batches in a row that are looked at while some gradient is zero, as of a unit that died.
+MOST_LOOKS = 20
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The method that was chosen.
+
+    Attributes:
+        method: Scores the samples.
+        kind: Whose gradient is scored.
+        pending: A gradient of zero showed nothing of some parameters; the next micro-batch is to be looked at, too.
+        looks: Micro-batches in a row that were looked at.
+    """
+
+    method: ScoringMethod
+    kind: ScoreKind
+    pending: bool = False
+    looks: int = 1
+
+
+def choose_method(task: ScoringTask, forward: Forward, previous: Choice | None) -> Choice:
+    """Choose the cheapest method that gives the scores of this micro-batch's samples.
+
+    Args:
+        task: What the run scores.
+        forward: The micro-batch after its forward pass.
+        previous: What was chosen before; another method is refused then.
+
+    Raises:
+        MimicError: The scores would not be those of the samples, or the weights would not reach all
+            parameters; names which, and what to do.
+    """
+    choice = _choose(task, forward, previous) if task.targets else Choice(NoGradient(task), "no_gradient")
+    if previous is not None and type(choice.method) is not type(previous.method):
+        raise MimicError(
+            f"the samples can no longer be scored as in the first step ({previous.method.description}), only otherwise "
+            f"({choice.method.description}), and scores of the two kinds do not mix. Start another run."
+        )
+    edge = choice.method.gate_edge(forward)
+    if forward.losses is None:
+        reason = not_a_plain_mean(made_by(forward.loss), edge.node)
+        if reason:
+            raise MimicError(NOT_PLAIN.format(reason))
+    refuse_uncovered(task, forward, edge)
+    return choice
+
+
+def _choose(task: ScoringTask, forward: Forward, previous: Choice | None) -> Choice:
+    if forward.of_all_ranks:
+        return _double(task, forward, None)
+    refusal: ValueError | None = None
+    looks = 1 + (previous.looks if previous is not None and previous.pending else 0)
+    method: ScoringMethod
+    pending = mixed = False
+    call = only_call(task, forward)
+    if call is not None:
+        rows, mixed = one_call_rows(forward, call)
+        method = InBackward(task)
+    else:
+        # The same object as before knows that it has seen all parameters once.
+        known = previous.method if previous is not None else None
+        method = reverse = known if isinstance(known, ReversePass) else ReversePass(task)
+        reverse.look_again()
+    try:
+        if isinstance(method, ReversePass):
+            rows = method.rows(forward, method.gate_edge(forward), forward.seed)
+            mixed = rows.normalised()
+        if not mixed:
+            pending = not _samples_are_apart(task, forward, rows)
+    except ValueError as error:  # not raised before the other ranks have been asked
+        refusal = error
+    pending = distributed.any_rank(pending and looks < MOST_LOOKS, forward.loss.device)
+    refused = distributed.any_rank(refusal is not None, forward.loss.device)
+    if forward.losses is None and refusal is not None:
+        raise refusal
+    if forward.losses is not None and refused:
+        return _double(task, forward, refusal)
+    return Choice(method, "contribution" if mixed else "own_loss", pending, looks)
+
+
+def _double(task: ScoringTask, forward: Forward, refusal: ValueError | None) -> Choice:
+    method = DoubleBackward(task)
+    method.check(forward, refusal)
+    return Choice(method, "own_loss")
+
+
+def _samples_are_apart(task: ScoringTask, forward: Forward, rows: WholeModelGradients) -> bool:
+    """Return whether it could be seen of all target parameters that their rows are the samples.
+
+    Raises:
+        MimicError: They are not.
+    """
+    if rows.compiled():
+        warnings.warn(COMPILED, stacklevel=2)
+        return True
+    edge: GradientEdge | None = None
+    if forward.losses is None:
+        cuts = forward.graph.cuts(task.target_nodes(forward, forward.graph), forward.rows)
+        if not cuts:
+            return rows.conclusive
+        edge = cuts[0]
+    mixing = rows.rows_that_mix_samples(edge)
+    if mixing:
+        raise MimicError(
+            f"`parameters`: where {join_names(mixing)} is used, the loss of one sample shows in the rows of others: "
+            "its first axis is not the batch's, or the loss makes the samples depend on each other. Name a later "
+            "layer, or give the module a method `sample_losses(batch)` that returns one loss per sample."
+        )
+    return rows.conclusive

@@ -1,0 +1,143 @@
+"""What is attached to a user's module and to the autograd graph, and removed without a trace."""
+
+import functools
+import types
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from lightning_mimic.errors import MimicError
+from lightning_mimic.gradients import hook_gradient
+
+
+def wrap_method(owner: nn.Module, name: str, around: Callable[..., Any]) -> Callable[[], None]:
+    """Replace a method of one object by ``around(call, *args, **kwargs)``.
+
+    Args:
+        owner: The object; a copy of it gets the plain method's behaviour.
+        name: The method's name.
+        around: Called with the original method, bound, and its arguments.
+
+    Returns:
+        A function that undoes it.
+    """
+    before: Callable[..., Any] | None = vars(owner).get(name)
+    function: Callable[..., Any] = before if before is not None else getattr(type(owner), name)
+    alive = True
+
+    @functools.wraps(function)  # Lightning inspects the signature
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = before if before is not None else functools.partial(function, self)
+        return around(call, *args, **kwargs) if alive and self is owner else call(*args, **kwargs)
+
+    # A bound method, not a closure: deepcopy binds it to the copy.
+    wrapper = types.MethodType(method, owner)
+    setattr(owner, name, wrapper)
+
+    def undo() -> None:
+        nonlocal alive
+        alive = False
+        if vars(owner).get(name) is not wrapper:
+            return  # somebody wrapped it after us and still calls through
+        if before is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+    return undo
+
+
+@dataclass(frozen=True)
+class SampleLosses:
+    """The per-sample losses of one forward pass.
+
+    Attributes:
+        values: Shape ``(B,)``, as they were returned, without their graph.
+        edge: Where their gradient arrives.
+    """
+
+    values: Tensor
+    edge: GradientEdge
+    _live: Tensor
+
+    @property
+    def live(self) -> Tensor:
+        """The losses with their graph.
+
+        Raises:
+            MimicError: They were changed in place.
+        """
+        if self._live.grad_fn is not self.edge.node:
+            raise MimicError(
+                "the losses that `sample_losses` returned were changed in place. Use the out-of-place operation, "
+                "within `sample_losses`."
+            )
+        return self._live
+
+
+class LossCapture:
+    """Captures what a module's ``sample_losses(batch)`` returns.
+
+    Args:
+        module: A module with that method.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._into: list[SampleLosses] | None = None
+        self._undo = wrap_method(module, "sample_losses", self._around)
+
+    def start(self) -> list[SampleLosses]:
+        """Begin to capture.
+
+        Returns:
+            A list that will hold the losses: one item after a call that is differentiable, none before.
+        """
+        self._into = []
+        return self._into
+
+    def stop(self) -> None:
+        """Ignore calls from now on."""
+        self._into = None
+
+    def remove(self) -> None:
+        """Give the module its own method back."""
+        self.stop()
+        self._undo()
+
+    def _around(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        losses = call(*args, **kwargs)
+        if self._into is not None and losses.requires_grad:
+            if self._into:
+                raise MimicError("`sample_losses` is called more than once in a training step; call it once.")
+            if losses.ndim != 1:
+                raise MimicError(f"`sample_losses` returned shape {tuple(losses.shape)}; expected (B,).")
+            self._into.append(SampleLosses(losses.detach().clone(), get_gradient_edge(losses), losses))
+        return losses
+
+
+class GradientHooks:
+    """The hooks of one micro-batch on its autograd graph and on parameters.
+
+    They are removed when the micro-batch ends: a hook whose closure held on to its own graph would never be freed.
+    """
+
+    def __init__(self) -> None:
+        self._handles = ExitStack()
+
+    def on_edge(self, edge: GradientEdge, change: Callable[[Tensor], Tensor | None]) -> None:
+        """Call ``change`` with the gradient that arrives at an edge, as :func:`hook_gradient` does."""
+        self._handles.callback(hook_gradient(edge, change).remove)
+
+    def on_parameter(self, parameter: nn.Parameter, change: Callable[[Tensor], Tensor | None]) -> None:
+        """Call ``change`` with a parameter's gradient before it is accumulated."""
+        handle: torch.utils.hooks.RemovableHandle = parameter.register_hook(change)
+        self._handles.callback(handle.remove)
+
+    def remove(self) -> None:
+        """Remove all of them."""
+        self._handles.close()

@@ -1,0 +1,397 @@
+"""The four ways in which the products with per-sample gradients are computed and the weights enter."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_mimic import distributed
+from lightning_mimic.errors import MimicError, join_names
+from lightning_mimic.gradients import Graph, LayerGradients, LossGradients, ModelHooks, WholeModelGradients
+from lightning_mimic.gradients.graph import (
+    escaping_parameters,
+    is_compiled,
+    kind_of,
+    made_by,
+    mixes_samples,
+    reaches,
+    used_beyond,
+    walk,
+)
+from lightning_mimic.gradients.layer_hooks import LayerCall
+from lightning_mimic.gradients.model import rows_of_samples
+from lightning_mimic.reweighting.forward import Forward
+from lightning_mimic.reweighting.messages import COMPILED_TWICE, HOOKED
+from lightning_mimic.reweighting.products import layer_products
+from lightning_mimic.scorers import Need
+
+if TYPE_CHECKING:
+    from lightning_mimic.reweighting.step import Step
+
+#: What the weights must reach: all trainable parameters, all that some tensor with a row per sample leads to, or the
+#: target parameters only.
+Reach = Literal["all", "around", "targets"]
+
+#: Products that no gradient is needed for.
+LOSS_PRODUCTS: frozenset[Need] = frozenset({"losses", "reference_losses"})
+
+#: Products that only one layer's gradients offer, in words.
+ONE_LAYER_PRODUCTS: dict[Need, str] = {
+    "norms": "the norms of per-sample gradients",
+    "gram": "the inner products of per-sample gradients",
+}
+
+
+@dataclass
+class ScoringTask:
+    """What a run scores, the same for all of its micro-batches.
+
+    Attributes:
+        module: The module that is trained.
+        hooks: On the layers that own target parameters.
+        targets: The target parameters by name; empty for a scorer that needs no gradient.
+        needs: The products that scorer and weighting need.
+        reach: What the weights must reach.
+    """
+
+    module: nn.Module
+    hooks: ModelHooks
+    targets: dict[str, nn.Parameter]
+    needs: frozenset[Need]
+    reach: Reach
+    hooked: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        #: Targets with gradient hooks that somebody else has registered.
+        self.hooked = [name for name, p in self.targets.items() if p._backward_hooks]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the module's parameters."""
+        return next(self.module.parameters()).device
+
+    @property
+    def layer_needs(self) -> list[Need]:
+        """Those of the needs that only one layer's gradients offer."""
+        return sorted(ONE_LAYER_PRODUCTS.keys() & self.needs)
+
+    @property
+    def layer_products(self) -> frozenset[Need]:
+        """The products of the one target layer; none where there are several."""
+        layers = self.hooks.layers
+        return LayerGradients.products_of(layers[0].layer) if len(layers) == 1 else frozenset()
+
+    def target_nodes(self, forward: Forward, graph: Graph) -> set[Node]:
+        """Return where the target parameters meet the batch, of the nodes of a graph."""
+        called = {name for call in forward.calls.calls for name in call.parts.values()}
+        functional = {end.node for n, p in self.targets.items() if n not in called for end in graph.terminals(p)}
+        return functional | {call.node for call in forward.calls.calls if call.node in graph}
+
+
+class ScoringMethod(ABC):
+    """A way to the products, and to the tensor at which the weights enter."""
+
+    #: In words, for messages.
+    description: ClassVar[str]
+
+    def __init__(self, task: ScoringTask) -> None:
+        self._task = task
+
+    @property
+    def products(self) -> frozenset[Need]:
+        """The products that it offers."""
+        return LOSS_PRODUCTS
+
+    @abstractmethod
+    def gate_edge(self, forward: Forward) -> GradientEdge:
+        """Return the tensor at which the weights enter, with one row per sample.
+
+        Raises:
+            MimicError: No such tensor lies between the loss and the parameters.
+        """
+
+    @abstractmethod
+    def score(self, forward: Forward, edge: GradientEdge, step: Step) -> None:
+        """Have the step weigh its samples and let the weights enter the backward pass, now or within it.
+
+        Args:
+            forward: The micro-batch after its forward pass.
+            edge: From :meth:`gate_edge`.
+            step: Takes the products.
+        """
+
+    def look_again(self) -> None:
+        """Determine anew, at the next :meth:`gate_edge`, what is kept between steps."""
+
+
+class NoGradient(ScoringMethod):
+    """The scores need no gradient."""
+
+    description = "no gradient is needed"
+
+    def __init__(self, task: ScoringTask) -> None:
+        super().__init__(task)
+        self._cuts = _Cuts(task)
+
+    def gate_edge(self, forward: Forward) -> GradientEdge:
+        """Return the lowest cut above all parameters."""
+        return forward.losses_edge if forward.losses_edge and forward.of_all_ranks else self._cuts.lowest(forward)
+
+    def score(self, forward: Forward, edge: GradientEdge, step: Step) -> None:
+        """Weigh by the losses."""
+        step.gate.before_backward(forward, edge, step.weigh({}), step.scale)
+
+    def look_again(self) -> None:
+        """Look for the cut again."""
+        self._cuts.known_shape = None
+
+
+class InBackward(ScoringMethod):
+    """One layer's output gradient is used inside the one backward pass."""
+
+    description = "one layer's output gradient, inside the one backward pass"
+
+    @property
+    def products(self) -> frozenset[Need]:
+        """The layer's."""
+        return LOSS_PRODUCTS | self._task.layer_products
+
+    def gate_edge(self, forward: Forward) -> GradientEdge:
+        """Return the layer's output."""
+        return GradientEdge(self._call(forward).node, 0)
+
+    def score(self, forward: Forward, edge: GradientEdge, step: Step) -> None:
+        """Register a hook that scores, weighs and gates."""
+        call, samples = self._call(forward), forward.rows
+        needs = self._task.needs
+
+        def on_gradient(gradients: Tensor) -> Tensor | None:
+            rows = len(gradients)
+            if rows != samples:
+                raise MimicError(
+                    f"`parameters`: the output of {call.name!r} has {rows} rows for {samples} samples in this "
+                    "batch; it must have one row per sample in every batch."
+                )
+            # From the mean loss's gradient, scaled and divided, back to that of each unreduced loss.
+            dtype = torch.promote_types(gradients.dtype, torch.float32)
+            own = call.gradients(gradients.to(dtype) * (rows / step.factor()))
+            result = step.weigh(layer_products(call, own, needs, step.direction, step.clean))
+            return step.gate.in_backward(gradients, call, result)
+
+        if step.backward_follows:
+            step.hooks.on_edge(edge, on_gradient)
+        else:
+            on_gradient(*torch.autograd.grad(forward.loss, [edge], step.scale.to(forward.loss.dtype)))
+
+    def _call(self, forward: Forward) -> LayerCall:
+        return forward.only_call(self._task.hooks.layers[0].name)
+
+
+class ReversePass(ScoringMethod):
+    """A reverse pass over the layers, before the backward pass."""
+
+    description = "a reverse pass over the layers, before the backward pass"
+
+    def __init__(self, task: ScoringTask) -> None:
+        super().__init__(task)
+        self._cuts = _Cuts(task)
+        self._all_seen = False
+
+    @property
+    def products(self) -> frozenset[Need]:
+        """The dot product, and what one layer offers if there are no others."""
+        return LOSS_PRODUCTS | {"dot"} | self._task.layer_products
+
+    def gate_edge(self, forward: Forward) -> GradientEdge:
+        """Return the lowest cut above the target parameters, or all of them."""
+        return forward.losses_edge if forward.losses_edge and forward.of_all_ranks else self._cuts.lowest(forward)
+
+    def rows(self, forward: Forward, edge: GradientEdge, seed: Tensor) -> WholeModelGradients:
+        """Return the per-sample gradients, computed when products with them are asked for.
+
+        Args:
+            forward: The micro-batch.
+            edge: Where the weights will enter.
+            seed: What the reverse pass begins with.
+
+        Raises:
+            MimicError: Some parameters' gradients would not be seen.
+        """
+        task, graph, below = self._task, forward.graph, Graph(edge.node)
+        uses, unseen = task.hooks.uses(forward.calls, below, forward.rows)
+        beyond = [n for n, p in task.targets.items() if used_beyond(graph.root, edge.node, p)]
+        unseen |= dict.fromkeys(beyond, "used again between the loss and the tensor that is weighted")
+        if self._all_seen:
+            # A parameter that a later batch does not use has a gradient of zero.
+            unseen = {n: why for n, why in unseen.items() if below.terminals(task.targets[n])}
+        if unseen:
+            raise MimicError(_unseen(task.targets, unseen))
+        rows = WholeModelGradients(forward.root, uses, graph, forward.rows, seed)
+        _refuse_compiled(rows.compiled())
+        self._all_seen = True
+        return rows
+
+    def score(self, forward: Forward, edge: GradientEdge, step: Step) -> None:
+        """Go through the layers, weigh, and let the weights enter above them."""
+        # As small as in the backward pass: what fits into half precision there must fit here.
+        scale = step.scale / forward.rows
+        rows = self.rows(forward, edge, forward.seed * scale)
+        if self._task.layer_needs:
+            call = forward.only_call(self._task.hooks.layers[0].name)
+            own = rows.only_layer().divided(scale)
+            products = layer_products(call, own, self._task.needs, step.direction, step.clean)
+        else:
+            products = {"dot": rows.dot(step.direction) / scale}
+        step.gate.before_backward(forward, edge, step.weigh(products), step.scale)
+
+    def look_again(self) -> None:
+        """Look for the cut, and for parameters that are not seen, again."""
+        self._cuts.known_shape = None
+
+
+class DoubleBackward(ScoringMethod):
+    """The losses are differentiated twice."""
+
+    description = "the losses, differentiated twice"
+
+    @property
+    def products(self) -> frozenset[Need]:
+        """The dot product."""
+        return LOSS_PRODUCTS | {"dot"}
+
+    def gate_edge(self, forward: Forward) -> GradientEdge:
+        """Return the losses."""
+        if forward.losses is None:
+            raise MimicError("training_step no longer calls `sample_losses`, from which its samples were scored.")
+        return forward.losses.edge
+
+    def check(self, forward: Forward, refusal: ValueError | None) -> None:
+        """Raise ``MimicError`` where the losses cannot be differentiated twice.
+
+        Args:
+            forward: The micro-batch.
+            refusal: Why the samples cannot be scored in a cheaper way.
+        """
+        task = self._task
+        _refuse_compiled(any(map(is_compiled, forward.graph.order)))
+        for need in sorted(ONE_LAYER_PRODUCTS.keys() & (task.needs - self.products)):
+            raise MimicError(
+                f"the scorer needs {ONE_LAYER_PRODUCTS[need]}, which are known for one nn.Linear under a loss of "
+                "independent samples, and this is not such a case."
+            )
+        if task.hooked:
+            raise MimicError(HOOKED.format(join_names(task.hooked)))
+        try:
+            LossGradients(forward.root, task.targets).check(forward.graph)
+        except ValueError as error:
+            # The obstacle to the cheaper way is what most users will want to change.
+            if refusal is None:
+                raise
+            raise MimicError(f"{refusal} Nor from the losses alone: {error}") from refusal
+
+    def score(self, forward: Forward, edge: GradientEdge, step: Step) -> None:
+        """Differentiate, weigh, and let the weights enter at the losses."""
+        dots = LossGradients(forward.root, self._task.targets).dot(step.direction)
+        if forward.of_all_ranks:
+            # Every rank holds its own part of each sample's gradient.
+            dots = distributed.sum_over_ranks(dots)[forward.own]
+        step.gate.before_backward(forward, edge, step.weigh({"dot": dots}), step.scale)
+
+
+class _Cuts:
+    """The tensors with a row per sample through which every path to the parameters leads.
+
+    Args:
+        task: What the run scores.
+    """
+
+    def __init__(self, task: ScoringTask) -> None:
+        self._task = task
+        self._deepest = 0
+        #: Rows and number of cuts for which the deepest is known.
+        self.known_shape: tuple[int, int] | None = None
+
+    def lowest(self, forward: Forward) -> GradientEdge:
+        """Return the lowest one whose first axis is the batch's, where values that are not finite are masked best.
+
+        Raises:
+            MimicError: There is none.
+        """
+        task, graph = self._task, forward.graph
+        targets = task.target_nodes(forward, graph)
+        wanted = graph.leaves if task.reach == "all" or not task.targets else targets
+        cuts = graph.cuts(wanted, forward.rows)
+        if not cuts:
+            # A tensor with a row per sample above all targets shows which parameters go around it.
+            for edge in graph.cuts(targets, forward.rows)[-1:]:
+                refuse_uncovered(task, forward, edge)
+            raise MimicError(
+                f"no tensor with a row for each of {forward.rows} samples lies between the loss and the parameters. "
+                "Give the module a method `sample_losses(batch)` that returns one loss per sample, and return its mean."
+            )
+        # Looked for again (a host sync) when another size might make other axes look like the batch's.
+        if self.known_shape != (forward.rows, len(cuts)):
+            compiled = any(map(is_compiled, graph.order))
+            self._deepest = 1 if compiled else rows_of_samples(forward.root, cuts, forward.rows)
+            self.known_shape = (forward.rows, len(cuts))
+        return cuts[: self._deepest][-1]
+
+
+def only_call(task: ScoringTask, forward: Forward) -> LayerCall | None:
+    """Return the call of the one target layer, if scores and weights both belong at its output."""
+    root, calls = made_by(forward.loss), forward.calls.calls
+    if len(calls) != 1 or not reaches(root, calls[0].node):
+        return None
+    call = calls[0]
+    uses, unseen = task.hooks.uses(forward.calls, Graph(call.node), forward.rows)
+    if unseen or uses != calls or any(used_beyond(root, call.node, p) for p in task.targets.values()):
+        return None
+    if forward.losses_edge is not None and call.node in walk(root, stop=forward.losses_edge.node):
+        return None  # another term of the loss would be scored with the samples' losses
+    around = escaping_parameters(root, call.node, {}) if task.reach != "targets" else []
+    if around and task.reach == "around":
+        cuts = forward.graph.cuts(task.target_nodes(forward, forward.graph), forward.rows)
+        unavoidable = escaping_parameters(root, cuts[-1].node, {}) if cuts else around
+        around = around if len(around) > len(unavoidable) else []
+    return None if around else call
+
+
+def one_call_rows(forward: Forward, call: LayerCall) -> tuple[WholeModelGradients, bool]:
+    """Return the gradients at one layer's call, for checks, and whether a normalisation above it mixes samples."""
+    rows = WholeModelGradients(forward.root, [call], forward.graph, forward.rows)
+    return rows, mixes_samples(made_by(forward.loss), call.node)
+
+
+def refuse_uncovered(task: ScoringTask, forward: Forward, edge: GradientEdge) -> None:
+    """Raise ``MimicError`` if the weights must reach all trainable parameters and do not."""
+    if task.reach != "all":
+        return
+    names = escaping_parameters(made_by(forward.loss), edge.node, dict(task.module.named_parameters()))
+    if names:
+        raise MimicError(
+            f"the loss reaches {len(names)} trainable parameters around the tensor that is weighted (the output of "
+            f"{kind_of(edge.node)}), so the weights would not reach them: {join_names(names)}. Weight the target alone "
+            "with `reweight='target'`, or let these have the plain mean with `uncovered='mean'`."
+        )
+
+
+def _refuse_compiled(compiled: bool) -> None:
+    if compiled:
+        raise MimicError(COMPILED_TWICE)
+
+
+def _unseen(targets: Mapping[str, nn.Parameter], unseen: Mapping[str, str]) -> str:
+    size = sum(p.numel() for p in targets.values())
+    share = sum(targets[name].numel() for name in unseen) / size
+    shown = "; ".join([f"{name!r} ({why})" for name, why in unseen.items()][:6]) + "; ..." * (len(unseen) > 6)
+    return (
+        f"`parameters`: the scores do not see {len(unseen)} of {len(targets)} parameters, {share:.1%} of "
+        f"their elements: {shown}. Leave them out (`'!{next(iter(unseen))}'`), or give the module a method "
+        "`sample_losses(batch)` that returns one loss per sample, from which any parameter can be scored."
+    )

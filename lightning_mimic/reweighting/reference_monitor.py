@@ -1,0 +1,126 @@
+"""Diagnosis of the reference on the first samples of a training."""
+
+import time
+import warnings
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mimic import distributed
+from lightning_mimic.errors import MimicError
+from lightning_mimic.ledger import Flag
+from lightning_mimic.reference import Diagnosis
+from lightning_mimic.reference.diagnose import SAMPLES, estimate, losses_and_gaps, own_random_numbers, sums_of
+from lightning_mimic.reweighting.weigh import StepResult
+
+#: What to do about a reference that the diagnosis does not find compatible.
+OnDoubtful = Literal["warn", "raise", "align"]
+
+
+class ReferenceMonitor:
+    """Gathers evidence about a reference while the first samples train.
+
+    Training is unaffected: the reference is a copy in evaluation mode, and takes two forward passes per batch,
+    one with the labels as given and one with the labels exchanged.
+
+    Args:
+        facts: Fields of :class:`~lightning_mimic.reference.Diagnosis` that are known beforehand.
+        model: The reference with a method ``sample_losses``; ``None`` where it cannot be run.
+        device: On which the ranks exchange sums.
+        samples: How many of all ranks a diagnosis takes.
+    """
+
+    def __init__(
+        self, facts: dict[str, Any], model: nn.Module | None, device: torch.device, samples: int | None = None
+    ) -> None:
+        self._facts = facts
+        self._model = model
+        self._sums = torch.zeros(5, 3, dtype=torch.float64)
+        self._device = device
+        self._samples = SAMPLES if samples is None else samples
+        self._seconds = 0.0
+
+    @property
+    def seen(self) -> int:
+        """Samples of this rank so far."""
+        return int(self._sums[0, 0])
+
+    @torch.no_grad()
+    def update(self, batch: Any, result: StepResult, scores: Tensor | None) -> Diagnosis | None:
+        """Take in a micro-batch, on every rank; a host sync.
+
+        Args:
+            batch: What the training step got.
+            result: Of the micro-batch.
+            scores: The samples' mimic scores, shape ``(B,)``; ``None`` where they say nothing about the reference.
+
+        Returns:
+            The diagnosis, with the last batch that it takes.
+        """
+        started = time.perf_counter()
+        reference_losses = gaps = None
+        if self._model is not None:
+            with own_random_numbers(self._device):
+                reference_losses, gaps = losses_and_gaps(self._model, batch)
+        losses = result.losses
+        if losses is not None:
+            losses = torch.where(result.flags == Flag.NONFINITE_LOSS, torch.nan, losses.float())
+        empty = torch.zeros(0)
+        parts = [sums_of(empty if part is None else part) for part in (scores, gaps, losses, reference_losses)]
+        self._sums += torch.stack([sums_of(torch.ones(len(result))), *parts])
+        samples, *estimates = distributed.sum_over_ranks(self._sums.to(self._device, copy=True)).cpu()
+        self._seconds += time.perf_counter() - started
+        if samples[0] < self._samples:
+            return None
+        score, knowledge, loss, reference_loss = map(estimate, estimates)
+        return Diagnosis(
+            samples=int(samples[0]),
+            score=score,
+            knowledge=knowledge,
+            loss=None if loss is None else loss.mean,
+            reference_loss=None if reference_loss is None else reference_loss.mean,
+            **self._facts,
+        )
+
+    def report(self, diagnosis: Diagnosis, on_doubtful: OnDoubtful, *, aligned: bool, uniform: bool) -> str:
+        """Warn of a reference that is not compatible.
+
+        Args:
+            diagnosis: From :meth:`update`.
+            on_doubtful: What to do in this case.
+            aligned: The reference is aligned.
+            uniform: Weights stay uniform, because no direction means anything.
+
+        Returns:
+            What was found, if that is no problem; else an empty string.
+
+        Raises:
+            MimicError: It is a problem, and ``on_doubtful`` is ``"raise"``.
+        """
+        message = f"{diagnosis}. Looking at it took {self._seconds:.1f} s."
+        if diagnosis.verdict == "compatible":
+            return message
+        if on_doubtful == "align" and aligned and not uniform:
+            return f"{message} It is aligned from here on."
+        fix = " Give it as lightning_mimic.Aligned(...), or compare losses with the scorer RhoLoss."
+        message += fix if diagnosis.mendable and not aligned else " Use another reference."
+        message += " Weights stay uniform." * uniform
+        if on_doubtful == "raise":
+            raise MimicError(message)
+        warn_once_for_all_ranks(message)
+        return ""
+
+    def warn_if_unaligned(self) -> None:
+        """Warn, at the end of a run, that too few samples were seen to know whether to align the reference."""
+        if self.seen:
+            warn_once_for_all_ranks(
+                f"the fit ended after {self.seen} of the {self._samples} samples that it takes to judge the "
+                "reference, so all weights were uniform. Train longer, or give it as lightning_mimic.Aligned(...)."
+            )
+
+
+def warn_once_for_all_ranks(message: str) -> None:
+    """Warn, on the first rank only."""
+    if distributed.rank() == 0:
+        warnings.warn(message, stacklevel=3)

@@ -1,0 +1,384 @@
+"""The engine: scores every sample and re-weights every micro-batch of a training loop."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mimic import distributed
+from lightning_mimic.errors import LedgerError, MimicError, join_names
+from lightning_mimic.gradients import ModelHooks
+from lightning_mimic.ledger import Flag, LedgerWriter, note_run, open_run
+from lightning_mimic.reference import Aligned, ReferenceSource
+from lightning_mimic.reference.diagnose import to_device
+from lightning_mimic.reweighting.batch import Ids, class_columns, describe, sample_ids
+from lightning_mimic.reweighting.choice import Choice, choose_method
+from lightning_mimic.reweighting.forward import Forward
+from lightning_mimic.reweighting.gate import Reweight
+from lightning_mimic.reweighting.hooks import LossCapture
+from lightning_mimic.reweighting.messages import HOOKED
+from lightning_mimic.reweighting.methods import Reach, ScoringMethod, ScoringTask
+from lightning_mimic.reweighting.recorder import Position, ScoreRecorder
+from lightning_mimic.reweighting.reference_monitor import OnDoubtful
+from lightning_mimic.reweighting.settings import OnNonfinite, Settings, Uncovered
+from lightning_mimic.reweighting.step import Step, StepContext
+from lightning_mimic.reweighting.target import Target
+from lightning_mimic.reweighting.weigh import StepResult
+from lightning_mimic.scorers import Scorer, Weighting
+from lightning_mimic.version import __version__
+
+
+class Reweighter:
+    """Scores samples by how far a descent step on them moves a model towards a reference, and re-weights batches.
+
+    It works in any training loop; in a Lightning ``Trainer`` the callback :class:`~lightning_mimic.GradMimic` does the
+    same. Per sample *i* of a micro-batch, over all ranks: ``mᵢ = −⟨∇ℓᵢ, v⟩/‖v‖`` with ``v = θ_ref − θ``, then
+    ``wᵢ = softmax(m/τ)ᵢ``, then the gradient ``Σ wᵢ ∇ℓᵢ`` in the place of the plain mean.
+
+    Gradients are left in ``.grad`` as ``backward()`` leaves them, so that clipping, accumulation, schedulers,
+    ``DistributedDataParallel`` and gradient scalers work as before. Use it as a context manager: its end removes all
+    hooks and writes the last scores.
+
+    Args:
+        model: The model that is trained, as a module; a ``DistributedDataParallel`` is unwrapped. If it has a method
+            ``sample_losses(batch)`` that returns one loss per sample, the loss must be the mean of what it returns.
+        reference: See :class:`~lightning_mimic.GradMimic`, as for all arguments down to ``diagnose_reference``.
+        parameters: Parameters over which scores are computed.
+        scorer: Makes scores of products with the samples' gradients.
+        weighting: Makes weights of scores.
+        temperature: τ of the softmax.
+        min_ess: Floor on the effective sample size, as a fraction of the batch.
+        reweight: What the weights reach.
+        uncovered: What to do about trainable parameters that the weights do not reach.
+        ledger: Directory for the scores.
+        id_from: From a batch to its ids.
+        on_nonfinite: What to do about samples whose loss is not finite. With ``"mask"``, compute the loss from
+            ``step.batch``, in which samples that hold NaN are blanked.
+        math_attention: Run attention in scored steps by the kernel that can be differentiated twice.
+        on_doubtful: What to do about a reference that the diagnosis does not find compatible.
+        diagnose_reference: Diagnose the reference on the first 512 samples.
+        grad_scaler: The gradient scaler that the backward pass uses, if any.
+        prepare: Moves a batch of the scorer's own loader to the model's device and precision; by default to its device.
+
+    Raises:
+        MimicError: An argument, the reference, the parameters or the ledger cannot be used.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> loader = [(torch.randn(4, 2), torch.tensor([0, 1, 1, 0])) for _ in range(3)]
+        >>> reference = {"weight": torch.eye(2), "bias": torch.zeros(2)}
+        >>> with Reweighter(model, reference, "all", diagnose_reference=False) as reweighter:
+        ...     for batch in loader:
+        ...         with reweighter.step(batch) as step:
+        ...             result = step.backward(nn.functional.cross_entropy(model(batch[0]), batch[1]))
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        >>> result.scores.shape
+        torch.Size([4])
+
+    Source: Huang et al., *Evaluating Sample Utility for Efficient Data Selection by Mimicking Model Weights*,
+    arXiv 2501.06708.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reference: ReferenceSource | Aligned | None = None,
+        parameters: str | Sequence[str] | None = None,
+        *,
+        scorer: Scorer | None = None,
+        weighting: Weighting | None = None,
+        temperature: float | None = None,
+        min_ess: float | None = None,
+        reweight: Reweight = "all",
+        uncovered: Uncovered = "error",
+        ledger: str | Path | None = None,
+        id_from: Callable[[Any], Ids] | None = None,
+        on_nonfinite: OnNonfinite = "mask",
+        math_attention: bool = False,
+        on_doubtful: OnDoubtful = "warn",
+        diagnose_reference: bool = True,
+        grad_scaler: "torch.amp.GradScaler | None" = None,
+        prepare: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.settings = settings = Settings(
+            reference=reference,
+            parameters=parameters,
+            scorer=scorer,
+            weighting=weighting,
+            temperature=temperature,
+            min_ess=min_ess,
+            reweight=reweight,
+            uncovered=uncovered,
+            ledger=ledger,
+            id_from=id_from,
+            on_nonfinite=on_nonfinite,
+            math_attention=math_attention,
+            on_doubtful=on_doubtful,
+            diagnose_reference=diagnose_reference,
+        )
+        self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        device = next(self.model.parameters()).device
+        self._scaler = grad_scaler
+        self._target = Target(
+            self.model,
+            settings.make_scores,
+            settings.needs,
+            parameters,
+            reference,
+            align_doubtful=on_doubtful == "align",
+            prepare=(lambda batch: to_device(batch, device)) if prepare is None else prepare,
+        )
+        self._monitor = self._target.monitor(device) if diagnose_reference else None
+        self._compatible = False
+        self._choice: Choice | None = None
+        self._checked_epoch = -1
+        self._run: str | None = None
+        self._attempt = 0
+        self._records = False
+        self._recorder: ScoreRecorder | None = None
+        self._batches = 0
+        self._closing = ExitStack()
+        self._context = self._attach()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What decides the meaning of scores and weights; attempts of one ledger are compared by it."""
+        return {**self._target.config, **self.settings.config, "world_size": distributed.world_size()}
+
+    @property
+    def targets(self) -> dict[str, nn.Parameter]:
+        """The scored parameters by name."""
+        return self._target.parameters
+
+    # A run
+
+    def start(self, step: int = 0, loader: Any = None, *, record: bool = True) -> None:
+        """Open the ledger; called by the first :meth:`step`, if not before.
+
+        Args:
+            step: Optimizer steps done before, in a run that is resumed.
+            loader: Of the training batches; what it holds is noted in the ledger.
+            record: Write the ledger.
+
+        Raises:
+            LedgerError: The directory holds another run, or cannot be written; on all ranks together.
+        """
+        writer, directory = None, self._directory
+        self._records = record and directory is not None
+        if record and directory is not None:
+            self._run, self._attempt = _open_on_all_ranks(directory, self.config, step, self._run, loader)
+            writer = LedgerWriter(directory, self._run, self._attempt, distributed.rank())
+        self._recorder = ScoreRecorder(writer, {Flag.ZERO_DIRECTION} if self._target.aligns else ())
+        self._batches = step
+        if self._target.at_reference():
+            self._recorder.warn({Flag.ZERO_DIRECTION: 0})
+
+    @contextmanager
+    def step(self, batch: Any, ids: Ids | None = None, *, epoch: int | None = None) -> Iterator[Step]:
+        """Score and re-weight one micro-batch, on every rank.
+
+        Compute the loss within the block and hand it to :meth:`Step.backward`.
+
+        Args:
+            batch: What the loss is computed from: tensors in tuples, lists, dicts or dataclasses.
+            ids: One per sample, int or str; found in the batch if left out (``WithIds``, a key ``"id"``, ``id_from``).
+                A ledger needs them.
+            epoch: Number of the pass over the data. If it is left out, all is one pass.
+
+        Raises:
+            MimicError: No ids, or scores that would not be those of the samples.
+        """
+        position = Position(epoch or 0, self._batches, self._batches, assumed=epoch is None)
+        with self.begin(batch, ids, position) as step:
+            yield step
+            if not step.has_loss:
+                raise MimicError("the step has no loss: call `step.backward(loss)` within it.")
+            self.end(step, step.classes)
+
+    def begin(
+        self, batch: Any, ids: Ids | None, position: Position, scale: Tensor | None = None
+    ) -> Step:
+        """Create the step of one micro-batch; for adapters.
+
+        Args:
+            batch: What the loss will be computed from.
+            ids: One per sample; found in the batch if left out.
+            position: Of the micro-batch.
+            scale: By which loss and gradients will be multiplied against underflow; by default the gradient scaler's.
+        """
+        if self._recorder is None:
+            self.start(position.step)
+        settings = self.settings
+        caches = isinstance(settings.reference, Aligned) and settings.reference.cache
+        if ids is None:
+            ids = sample_ids(batch, settings.id_from, needed=settings.ledger is not None, wanted=caches)
+        # Once per epoch, because a schedule may have unfrozen parameters.
+        check = self._checked_epoch != position.epoch or (self._choice is not None and self._choice.pending)
+        if scale is None and self._scaler is not None:
+            scale = self._scaler.scale(torch.ones((), device=self._context.task.device))
+        self._target.advance()
+        return Step(self._context, batch, ids, position, check=check, scale=scale)
+
+    def end(self, step: Step, outputs: Any = None) -> StepResult | None:
+        """Record a micro-batch after its backward pass; for adapters.
+
+        Args:
+            step: From :meth:`begin`.
+            outputs: What the training step returned; of a mapping, class indices ``label`` and ``predicted`` are
+                recorded.
+
+        Returns:
+            The result, with what was found about the reference; ``None`` if there was no loss.
+        """
+        result = step.finish()
+        if result is None or self._recorder is None or self._choice is None:
+            return None
+        if self._checked_epoch < 0:
+            self.note({"score_kind": self._choice.kind})
+        self._checked_epoch = step.position.epoch
+        self._batches += 1
+        columns = result.columns() | class_columns(outputs, len(result))
+        self._recorder.add(step.position, step.ids, columns, step.problem())
+        return self._diagnose(step, result)
+
+    def note(self, notes: Mapping[str, Any]) -> None:
+        """Add facts about this run to the ledger's ``meta.json``."""
+        if self._records and self._directory is not None and distributed.rank() == 0:
+            note_run(self._directory, self._attempt, notes)
+
+    def flush(self) -> None:
+        """Write all scores so far to the ledger."""
+        if self._recorder is not None:
+            self._recorder.flush()
+
+    def finish(self) -> None:
+        """Write the last scores, and warn of an alignment that did not work."""
+        if self._recorder is not None:
+            self._recorder.close()
+        if self._target.undecided and self._monitor is not None:
+            self._monitor.warn_if_unaligned()
+        self._target.warn_if_unaligned()
+
+    def close(self) -> None:
+        """Write the last scores, and remove every hook; can be called again."""
+        try:
+            if self._recorder is not None:
+                self._recorder.close()
+        finally:
+            self._closing.close()
+
+    def __enter__(self) -> "Reweighter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.finish()
+            self.close()
+            return
+        try:
+            self.close()
+        except Exception as lost:  # the exception in flight is the one to raise
+            warnings.warn(f"the last scores could not be recorded: {lost}", stacklevel=2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs; writes all scores so far, because the state has trained on them."""
+        self.flush()
+        state: dict[str, Any] = {} if self._run is None else {"run": self._run, "attempt": self._attempt}
+        if self._target.aligns or self._monitor is None:
+            state["diagnosed"] = self._monitor is None
+            state["compatible"] = self._compatible
+            state["target"] = self._target.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the run that a state is of; before the first step."""
+        self._run = state.get("run")
+        if "target" not in state:
+            return
+        self._compatible = state["compatible"]
+        diagnosed = self._target.load_state_dict(
+            state["target"], diagnosed=state["diagnosed"], compatible=self._compatible
+        )
+        if diagnosed:
+            self._monitor = None
+
+    # The rest
+
+    @property
+    def _directory(self) -> Path | None:
+        return None if self.settings.ledger is None else Path(self.settings.ledger).expanduser()
+
+    def _attach(self) -> StepContext:
+        """Put hooks on the model, all of which :meth:`close` removes."""
+        settings, targets = self.settings, self._target.parameters
+        frozen = [n for n, p in targets.items() if not p.requires_grad]
+        if settings.reweight == "target" and frozen:
+            raise MimicError(f"`reweight='target'` weights the gradients of {frozen[0]!r}, but they are frozen.")
+        reach: Reach = "targets" if settings.reweight != "all" else "all" if settings.uncovered == "error" else "around"
+        task = ScoringTask(self.model, ModelHooks(self.model, targets), targets, settings.needs, reach)
+        self._closing.callback(task.hooks.remove)
+        if settings.reweight == "target" and task.hooked:
+            raise MimicError(HOOKED.format(join_names(task.hooked)))
+        capture = LossCapture(self.model) if callable(getattr(self.model, "sample_losses", None)) else None
+        if capture is not None:
+            self._closing.callback(capture.remove)
+        return StepContext(settings, task, self._target, capture, self._choose)
+
+    def _choose(self, forward: Forward, check: bool) -> ScoringMethod:
+        """Return the method that scores a micro-batch; what one rank refuses stops all of them."""
+        choice = self._choice
+        if choice is None or check:
+            task = self._context.task
+            choice = self._choice = distributed.on_all_ranks(
+                lambda: choose_method(task, forward, choice), "could not score its samples"
+            )
+        return choice.method
+
+    def _diagnose(self, step: Step, result: StepResult) -> StepResult:
+        """Return the result with what is found about the reference in this step."""
+        if self._monitor is None or not step.backward_follows:
+            return result
+        scores = self._target.scores_for_diagnosis(result.mimic_scores)
+        diagnosis = self._monitor.update(step.given_batch, result, scores)
+        if diagnosis is None:
+            return result
+        monitor, self._monitor = self._monitor, None
+        self._compatible = diagnosis.verdict == "compatible"
+        self._target.settle(diagnosis)
+        self.note({"diagnosis": diagnosis.facts()})
+        report = monitor.report(
+            diagnosis, self.settings.on_doubtful, aligned=self._target.aligns, uniform=self._target.undecided
+        )
+        return result.with_report(report)
+
+
+def _open_on_all_ranks(
+    directory: Path, config: Mapping[str, Any], step: int, run: str | None, loader: Any
+) -> tuple[str, int]:
+    """Open the ledger on the first rank; raises ``LedgerError`` on all of them together.
+
+    Returns:
+        The run and the attempt.
+    """
+    notes: dict[str, Any] = {"package_version": __version__}
+    if loader is not None:
+        notes["data"] = describe(loader)
+    opened: tuple[str, int] | str = ""
+    if distributed.rank() == 0:
+        try:
+            opened = open_run(directory, dict(config), step, run, notes)
+        except LedgerError as error:
+            opened = str(error)
+    opened = distributed.broadcast(opened)
+    if isinstance(opened, str):
+        raise LedgerError(opened)
+    return opened

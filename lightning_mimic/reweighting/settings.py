@@ -1,0 +1,93 @@
+"""The settings of a run, checked before there is a model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lightning_mimic.errors import MimicError, nearest_names
+from lightning_mimic.reference import Aligned, ReferenceSource
+from lightning_mimic.reweighting.batch import Ids
+from lightning_mimic.reweighting.checks import check_scorer
+from lightning_mimic.reweighting.gate import Reweight
+from lightning_mimic.reweighting.reference_monitor import OnDoubtful
+from lightning_mimic.scorers import MimicScore, Need, Scorer, Weighting, choose_weighting, validated_needs
+
+#: What to do about trainable parameters that the weights do not reach.
+Uncovered = Literal["error", "mean"]
+
+#: What to do about samples whose loss is not finite.
+OnNonfinite = Literal["mask", "mask_loss", "raise"]
+
+_CHOICES = {"reweight": Reweight, "uncovered": Uncovered, "on_nonfinite": OnNonfinite, "on_doubtful": OnDoubtful}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What :class:`~lightning_mimic.GradMimic` and :class:`~lightning_mimic.Reweighter` are given, see there.
+
+    Raises:
+        MimicError: A value that cannot be used, or two that contradict each other.
+    """
+
+    reference: ReferenceSource | Aligned | None
+    parameters: str | Sequence[str] | None
+    scorer: Scorer | None
+    weighting: Weighting | None
+    temperature: float | None
+    min_ess: float | None
+    reweight: Reweight
+    uncovered: Uncovered
+    ledger: str | Path | None
+    id_from: Callable[[Any], Ids] | None
+    on_nonfinite: OnNonfinite
+    math_attention: bool
+    on_doubtful: OnDoubtful
+    diagnose_reference: bool
+
+    def __post_init__(self) -> None:
+        for name, kind in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in get_args(kind):
+                raise MimicError(f"`{name}` is {value!r}; {nearest_names(str(value), get_args(kind))}.")
+        check_scorer(
+            self.make_scores,
+            self.needs,
+            reference=self.reference is not None,
+            parameters=self.parameters is not None,
+        )
+        if self.reweight == "target" and self.parameters is None:
+            raise MimicError("`reweight='target'` weights the target parameters, and this scorer has none.")
+        if self.on_doubtful == "align" and not self.diagnose_reference:
+            raise MimicError("`on_doubtful='align'` needs the diagnosis that `diagnose_reference=False` leaves out.")
+
+    @cached_property
+    def make_scores(self) -> Scorer:
+        """The scorer; the mimic score, if none is given."""
+        return MimicScore() if self.scorer is None else self.scorer
+
+    @cached_property
+    def make_weights(self) -> Weighting:
+        """The weighting; if none is given, the scorer's own or a softmax."""
+        return choose_weighting(self.make_scores, self.weighting, self.temperature, self.min_ess)
+
+    @cached_property
+    def needs(self) -> frozenset[Need]:
+        """The products that scorer and weighting need."""
+        return validated_needs(self.make_scores) | validated_needs(self.make_weights)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What decides the meaning of scores and weights, for the ledger."""
+        weighting = self.make_weights
+        return {
+            "weighting": type(weighting).__name__,
+            "temperature": getattr(weighting, "temperature", None),
+            "min_ess": getattr(weighting, "min_ess", None),
+            "reweight": self.reweight,
+        }
+
+    def as_arguments(self) -> dict[str, Any]:
+        """Return all settings by name."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}

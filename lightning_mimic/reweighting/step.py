@@ -1,0 +1,348 @@
+"""One micro-batch: from the forward pass to weighted gradients."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_mimic import distributed
+from lightning_mimic.errors import MimicError
+from lightning_mimic.gradients.graph import made_by, targets_left_out
+from lightning_mimic.gradients.layer_hooks import LayerCalls
+from lightning_mimic.ledger import Flag
+from lightning_mimic.reweighting.batch import Ids, blank_nan_samples, sample_count
+from lightning_mimic.reweighting.features import target_features
+from lightning_mimic.reweighting.forward import Forward
+from lightning_mimic.reweighting.gate import ClosedGate, FullGate, Gate, TargetGate
+from lightning_mimic.reweighting.hooks import GradientHooks, LossCapture, SampleLosses
+from lightning_mimic.reweighting.loss_problem import LossProblem
+from lightning_mimic.reweighting.messages import NOT_THE_MEAN, SEVERAL_PASSES
+from lightning_mimic.reweighting.methods import ScoringMethod, ScoringTask
+from lightning_mimic.reweighting.products import GradientProducts
+from lightning_mimic.reweighting.recorder import Position
+from lightning_mimic.reweighting.settings import Settings
+from lightning_mimic.reweighting.target import Target
+from lightning_mimic.reweighting.weigh import StepResult, weigh_batch
+from lightning_mimic.scorers import Products, validate_scores, validate_weights
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What all micro-batches of a run share.
+
+    Attributes:
+        settings: The user's.
+        task: The parameters and the hooks on their layers.
+        target: The direction towards the reference.
+        capture: Captures per-sample losses; ``None`` for a module without ``sample_losses``.
+        choose: Returns the method that scores a micro-batch; looks at its graph first, if the second argument is true.
+    """
+
+    settings: Settings
+    task: ScoringTask
+    target: Target
+    capture: LossCapture | None
+    choose: Callable[[Forward, bool], ScoringMethod]
+
+
+class Step:
+    """One micro-batch: created when it starts, closed when it ends.
+
+    In a training loop of one's own, :meth:`~lightning_mimic.Reweighter.step` creates it and :meth:`backward` is the one
+    method to call. An adapter calls :meth:`start`, :meth:`after_forward`, has the backward pass run, and then
+    :meth:`finish` and :meth:`close`.
+
+    Args:
+        context: Of the run.
+        batch: What the module will compute its loss from.
+        ids: Of its samples, where they are known.
+        position: Of the micro-batch.
+        check: Look at the graph: for the first micro-batch, and whenever it may have changed.
+        scale: Of the gradient scaler over the accumulated micro-batches, a scalar; ``None`` without one.
+    """
+
+    def __init__(
+        self, context: StepContext, batch: Any, ids: Ids | None, position: Position, *, check: bool, scale: Tensor | None
+    ) -> None:
+        self._context = context
+        self._check = check
+        self._scaled = scale is not None
+        self._closing = ExitStack()
+        settings = context.settings
+        #: As it was given.
+        self.given_batch = batch
+        #: As the module must see it: samples that hold NaN are zero throughout.
+        self.batch = batch
+        self.ids = ids
+        self.position = position
+        #: Hooks on the graph of this micro-batch.
+        self.hooks = GradientHooks()
+        self._closing.callback(self.hooks.remove)
+        self._rows = sample_count(batch) if ids is None else len(ids)
+        self._not_nan: Tensor | None = None
+        if settings.reweight != "none" and settings.on_nonfinite == "mask" and self._rows:
+            self.batch, self._not_nan = blank_nan_samples(batch, self._rows)
+        if settings.math_attention:  # to the end, because checkpointed blocks run again in reverse passes
+            self._closing.enter_context(sdpa_kernel(SDPBackend.MATH))
+        self._unit = torch.ones((), device=context.task.device)
+        self._scale = scale
+        self._calls = LayerCalls()
+        self._captured: list[SampleLosses] = []
+        self._losses: Tensor | None = None
+        self._reference_losses: Tensor | None = None
+        self._factor: Tensor | None = None
+        self._problem: Tensor | None = None
+        self._result: StepResult | None = None
+        #: A loss was handed over.
+        self.has_loss = False
+        #: A backward pass follows the forward pass.
+        self.backward_follows = True
+        #: The classes of the samples, for the ledger.
+        self.classes: dict[str, Tensor | None] = {}
+
+    # What an adapter or a training loop calls
+
+    def start(self) -> None:
+        """Record what the forward pass does, until the loss is there."""
+        self._calls = self._context.task.hooks.start()
+        self._closing.callback(self._stop)
+        if self._context.capture is not None:
+            self._captured = self._context.capture.start()
+
+    def after_forward(self, loss: Tensor, *, backward_follows: bool = True) -> None:
+        """Score the samples, or prepare to do so within the backward pass, and let the weights enter it.
+
+        Args:
+            loss: The mean loss of the micro-batch: not divided for accumulation, not scaled.
+            backward_follows: A backward pass from the loss comes next; otherwise the samples are only scored, in a
+                reverse pass that computes no parameter's gradient.
+
+        Raises:
+            MimicError: The scores would not be those of the samples.
+        """
+        if self.has_loss:
+            raise RuntimeError(SEVERAL_PASSES)
+        # A recomputation (activation checkpointing) calls layers again; that is not another use of them.
+        self._stop()
+        self.has_loss = True
+        self.backward_follows = backward_follows
+        forward = self._forward(loss)
+        target, task = self._context.target, self._context.task
+        self._losses = None if forward.losses is None else forward.own_rows(forward.losses.values)
+        like = None if forward.losses is None else forward.losses.values
+        reference_losses = target.reference_losses(self.batch, like)
+        self._reference_losses = None if reference_losses is None else forward.own_rows(reference_losses)
+        target.observe(
+            self.batch, self.ids, lambda: target_features(task.hooks, target.parameters, forward), self._not_nan
+        )
+        # Under DDP here, within its forward, and not later: beyond it lies a node that must be passed once.
+        with torch.autocast(loss.device.type, enabled=False):
+            method = self._context.choose(forward, self._check)
+            edge = method.gate_edge(forward)
+            self._watch(forward, edge)
+            method.score(forward, edge, self)
+        # The backward pass frees activations as it goes; nothing here may hold them.
+        self._calls, self._captured = LayerCalls(), []
+
+    def backward(
+        self,
+        loss: Tensor,
+        run: Callable[[Tensor], Any] = Tensor.backward,
+        *,
+        label: Tensor | None = None,
+        predicted: Tensor | None = None,
+    ) -> StepResult:
+        """Run the backward pass with the weights in it.
+
+        Args:
+            loss: The mean loss of the micro-batch, computed from :attr:`batch` within the step: not divided for
+                accumulation, not scaled.
+            run: Runs the backward pass; whatever it multiplies the loss by (gradient accumulation, a gradient scaler)
+                is divided out of the scores, and left in the gradients.
+            label: Given class of each sample, for the ledger, shape ``(B,)``.
+            predicted: Predicted class of each sample, for the ledger, shape ``(B,)``.
+
+        Returns:
+            Scores and weights.
+
+        Raises:
+            MimicError: The scores would not be those of the samples.
+        """
+        self.after_forward(loss)
+        run(loss)
+        self.classes = {"label": label, "predicted": predicted}
+        result = self.finish()
+        assert result is not None  # there is a loss
+        return result
+
+    def finish(self) -> StepResult | None:
+        """Return the result after the backward pass; ``None`` if there was no loss.
+
+        Raises:
+            RuntimeError: The backward pass has not come by the scored layer.
+        """
+        if self.has_loss and self._result is None:
+            raise RuntimeError("no gradient reached the output of the scored layer, so this batch has no scores.")
+        return self._result
+
+    def close(self) -> None:
+        """Remove all hooks of this micro-batch."""
+        self._closing.close()
+
+    def __enter__(self) -> "Step":
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def problem(self) -> Tensor:
+        """Return whether the loss was the plain mean of its samples: a :class:`LossProblem`, on the device."""
+        if self._problem is None:
+            raise RuntimeError("there is no loss yet.")
+        return self._problem
+
+    # What a scoring method reads
+
+    @property
+    def clean(self) -> Tensor | None:
+        """Samples of this rank that hold no NaN and whose loss is finite; ``None`` where that is not known."""
+        if self._losses is None:
+            return self._not_nan
+        finite = torch.isfinite(self._losses)
+        return finite if self._not_nan is None else finite & self._not_nan
+
+    @property
+    def direction(self) -> Mapping[str, Tensor]:
+        """v by parameter name; empty if none is needed."""
+        direction = self._context.target.direction
+        return {} if direction is None else direction
+
+    @property
+    def scale(self) -> Tensor:
+        """What loss and gradients will be multiplied with against underflow, a scalar."""
+        return self._unit if self._scale is None else self._scale
+
+    def factor(self) -> Tensor:
+        """Return the gradient that the backward pass began with at the loss, a scalar."""
+        if self._factor is None:
+            raise RuntimeError("the backward pass did not begin at the loss.")
+        return self._factor
+
+    @cached_property
+    def gate(self) -> Gate:
+        """Where the weights enter."""
+        return self._make_gate()
+
+    def weigh(self, products: GradientProducts) -> StepResult:
+        """Score and weigh the samples.
+
+        Args:
+            products: Those that come from gradients.
+        """
+        settings, target = self._context.settings, self._context.target
+        vanishes = torch.zeros((), dtype=torch.bool, device=self._unit.device)
+        direction_norm = norm = mimic_scores = None
+        clean = self.clean
+        if target.direction is not None:
+            norm = target.direction.norm()
+            vanishes = target.direction.vanishes(norm)
+            direction_norm = torch.where(vanishes, torch.ones_like(norm), norm)
+            if (dot := products.get("dot")) is not None:
+                known = ~vanishes if clean is None else clean & ~vanishes
+                mimic_scores = torch.where(known, -dot / direction_norm, torch.nan)
+            vanishes = vanishes | target.undecided
+        known_products = Products(
+            samples=torch.zeros(self._rows or 0, device=self._unit.device),
+            direction_norm=direction_norm,
+            losses=self._losses,
+            reference_losses=self._reference_losses,
+            **products,
+        )
+        scorer, weighting = settings.make_scores, settings.make_weights
+        scores = validate_scores(scorer, scorer(known_products.for_reader(scorer)), known_products)
+        result = weigh_batch(
+            scores,
+            clean,
+            vanishes,
+            weighting,
+            scaled=self._scaled,
+            products=known_products.for_reader(weighting),
+        )
+        # By the flag, not by the mask: when no sample is finite nothing is masked, and it must stop all the same.
+        if settings.on_nonfinite == "raise" and (
+            bad := (result.flags == Flag.NONFINITE_LOSS).nonzero().flatten().tolist()
+        ):
+            raise FloatingPointError(f"samples at positions {bad} of the batch have a loss that is not finite.")
+        self._result = replace(
+            result, losses=self._losses, mimic_scores=mimic_scores, direction_norm=norm
+        )
+        return self._result
+
+    # The rest
+
+    def _stop(self) -> None:
+        self._context.task.hooks.stop()
+        if self._context.capture is not None:
+            self._context.capture.stop()
+
+    def _forward(self, loss: Tensor) -> Forward:
+        if self._rows is None:
+            raise MimicError(
+                "the batch's tensors do not share one leading size, so the number of samples is unknown; give ids with "
+                "WithIds, a key 'id', or `id_from=`."
+            )
+        rows = self._rows
+        if self._context.capture is None:
+            return Forward(loss, None, self._calls, rows)
+        if not self._captured:
+            raise MimicError(
+                "the module has a method `sample_losses`, but training_step did not call it; training_step must "
+                "return the mean of `self.sample_losses(batch)`."
+            )
+        losses = self._captured[0]
+        if len(losses.values) not in (rows, rows * distributed.world_size()):
+            raise MimicError(f"`sample_losses` returned {len(losses.values)} losses for {rows} samples.")
+        return Forward(loss, losses, self._calls, rows)
+
+    def _watch(self, forward: Forward, edge: GradientEdge) -> None:
+        """Have the backward pass show by what the loss is multiplied, and whether it is the mean of the losses."""
+        self._problem = torch.zeros((), dtype=torch.int8, device=forward.loss.device)
+
+        def remember(gradient: Tensor) -> None:
+            self._factor = gradient.detach()
+
+        self.hooks.on_edge(get_gradient_edge(forward.loss), remember)
+        if forward.losses is None:
+            left_out = targets_left_out(made_by(forward.loss), edge.node)
+            self._problem = self._problem + (left_out > 0) * LossProblem.LEFT_OUT_TARGETS
+            return
+        rows, check = forward.rows, self._check
+
+        def compare(gradients: Tensor) -> None:
+            if self._factor is None:
+                return  # a reverse pass for the scores
+            expected = (self._factor / rows).to(gradients.dtype)
+            unequal = ~torch.isclose(gradients, expected, rtol=1e-2, atol=0.0).all()
+            if check and bool(unequal):
+                raise MimicError(NOT_THE_MEAN)
+            self._problem = unequal * LossProblem.NOT_THE_MEAN
+
+        self.hooks.on_edge(forward.losses.edge, compare)
+
+    def _make_gate(self) -> Gate:
+        reweight = self._context.settings.reweight
+        if reweight == "none" or not self.backward_follows:
+            return ClosedGate(self.hooks, self._not_nan)
+        if reweight == "all":
+            return FullGate(self.hooks, self._not_nan)
+        return TargetGate(self.hooks, self._not_nan, self._context.target.parameters, self.factor)
