@@ -19,7 +19,7 @@ from lightning_mimic.callbacks.support import amp_scale, check_packages, check_s
 from lightning_mimic.gradients import nearest_names
 from lightning_mimic.ledger import Flag, LedgerWriter, note_run
 from lightning_mimic.reference import Aligned, ReferenceSource
-from lightning_mimic.scorers import MimicScore, Scorer, weighting_of
+from lightning_mimic.scorers import MimicScore, Scorer, choose_weighting
 
 
 class GradMimic(Callback):
@@ -108,7 +108,7 @@ class GradMimic(Callback):
             raise ValueError("`scope='target'` weights the target parameters, and this scorer has none.")
         self.reference = reference
         self.parameters = parameters
-        self.weighting = weighting_of(self.scorer, temperature, min_ess)
+        self.weighting = choose_weighting(self.scorer, temperature=temperature, min_ess=min_ess)
         self.scope = scope
         self.escaping = escaping
         self.reweight = reweight
@@ -269,8 +269,8 @@ class GradMimic(Callback):
             self._resumed = None
         self._config = {
             **aim.config,
-            "temperature": self.weighting.temperature,
-            "min_ess": self.weighting.min_ess,
+            "temperature": getattr(self.weighting, "temperature", None),
+            "min_ess": getattr(self.weighting, "min_ess", None),
             "scope": self.scope,
             "reweight": self.reweight,
             "world_size": trainer.world_size,

@@ -40,7 +40,7 @@ class Judgement:
         return {
             "mimic/score_mean": self.weights.score_mean,
             "mimic/ess": self.weights.ess,
-            "mimic/misaligned": self.weights.misaligned,
+            "mimic/misaligned": self.weights.negative_share,
         }
 
 
@@ -63,7 +63,7 @@ def judge(scores: Tensor, clean: Tensor | None, vanishes: Tensor, weighting: Wei
     broken = ~clean if scaled else ~(clean & finite)
     counts = clean & finite
     # Without a direction no sample is better than another.
-    weights = weighting(scores, counts, vanishes)
+    weights = weighting(scores, valid=counts, uniform=vanishes)
     flags = torch.full_like(scores, Flag.OK, dtype=torch.int8)
     # The later, the weightier; by where, because an assignment through a mask waits for the device.
     for flag, rows in (

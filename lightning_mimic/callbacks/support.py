@@ -94,7 +94,7 @@ def check_needs(scorer: Scorer, module: pl.LightningModule, targets: Mapping[str
         )
     for need in sorted(scorer.needs & OF_ONE_LAYER.keys()):
         path, layer = owning_layer(module, targets)
-        if need not in LayerGradients.products(layer):
+        if need not in LayerGradients.products_of(layer):
             raise ValueError(
                 f"{name} needs {OF_ONE_LAYER[need]}, which are known for nn.Linear; {path!r} is a "
                 f"{type(layer).__name__}."

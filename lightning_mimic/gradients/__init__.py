@@ -8,14 +8,20 @@ from lightning_mimic.gradients.layers import LayerGradients
 from lightning_mimic.gradients.losses import LossGradients
 from lightning_mimic.gradients.model import ModelTap, WholeModelGradients
 from lightning_mimic.gradients.parameters import nearest_names, owning_layer, select_parameters
+from lightning_mimic.gradients.sample_gradients import SampleGradients
+
+#: The classes that represent per-sample gradients.
+REPRESENTATIONS: tuple[type[SampleGradients], ...] = (LayerGradients, WholeModelGradients, LossGradients)
 
 __all__ = [
+    "REPRESENTATIONS",
     "Descent",
     "Direction",
     "Graph",
     "LayerGradients",
     "LossGradients",
     "ModelTap",
+    "SampleGradients",
     "WholeModelGradients",
     "gate_rows",
     "hook_gradient",

@@ -12,6 +12,7 @@ from lightning_mimic.gradients.bare import BareUse, bare_use
 from lightning_mimic.gradients.gate import gate_rows, hook_gradient
 from lightning_mimic.gradients.graph import Graph, is_compiled, kind_of, normalises_batch
 from lightning_mimic.gradients.layers import LayerGradients
+from lightning_mimic.gradients.sample_gradients import DotOnly
 from lightning_mimic.gradients.tap import LayerCall, LayerTap
 
 #: A place where a parameter and the batch meet: a known layer's call, or an operation in the graph.
@@ -124,7 +125,7 @@ class ModelTap:
         return any(tap.calls_without_gradient for tap in self.layers if name in tap.parts.values())
 
 
-class WholeModelGradients:
+class WholeModelGradients(DotOnly):
     """The matrix G of per-sample gradients over many parameters, never built.
 
     One reverse pass from the losses to the deepest use computes the activations' gradients and no weight's;
@@ -143,9 +144,6 @@ class WholeModelGradients:
     Example:
         See :class:`ModelTap`.
     """
-
-    #: The products that this class has.
-    products = frozenset({"dot"})
 
     def __init__(
         self, losses: Tensor, uses: Sequence[Use], graph: Graph, samples: int, seed: Tensor | None = None
