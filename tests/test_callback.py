@@ -171,7 +171,7 @@ def test_a_flipped_direction_does_not_pass(monkeypatch, tmp_path):
     look_up = Direction.__getitem__
     monkeypatch.setattr(Direction, "__getitem__", lambda self, name: -look_up(self, name))
     with pytest.raises(AssertionError, match="not close"):
-        test_every_step_is_the_weighted_sum_of_sample_gradients(Toy, "loss", {}, tmp_path)
+        test_every_step_is_the_weighted_sum_of_sample_gradients(Toy, "all", {}, tmp_path)
 
 
 @pytest.mark.parametrize("reweight", ["all", "target"])

@@ -107,7 +107,7 @@ def test_a_step_is_the_weighted_sum_of_the_pairs_own_gradients(case, tmp_path):
 def test_target_scope_weights_the_projections_and_nothing_else(tmp_path):
     reference, data = parameters_of(clip(seed=1)), pairs(4)
     weighted, plain, target = clip(), clip(), clip()
-    fits = {"loss": weighted, "target": target}
+    fits = {"all": weighted, "target": target}
     for reweight, module in fits.items():
         callback = GradMimic(reference, KINDS["vit"][-1], temperature=TAU, min_ess=0, reweight=reweight)
         trainer(callback).fit(module, loader(data))

@@ -92,7 +92,12 @@ def test_training_is_what_the_paper_says(case, tmp_path):
     callback = GradMimic(scorer=scorer, parameters=list(names), ledger=tmp_path / "s", **softmax, **options)
     trainer(callback, accumulate_grad_batches=accumulate).fit(ours, loader(data))
     losses = mixed_losses if kind is Mixed else losses_of
-    settings = {"reweight": options.get("reweight", "all"), "accumulate": accumulate, "targets": names, "losses": losses}
+    settings = {
+        "reweight": options.get("reweight", "all"),
+        "accumulate": accumulate,
+        "targets": names,
+        "losses": losses,
+    }
     batches = [data[start : start + 4] for start in range(0, 18, 4)]
     score, weigh = formula(scorer, names, losses), OWN[type(scorer)]
     seen = trained_by_oracle(oracle, batches, {}, **settings, score=score, weigh=weigh)

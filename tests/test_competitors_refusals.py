@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from toys import Convolution, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
 from lightning_mimic import GradMimic
-from lightning_mimic.scorers import Agra, GradMatch, Influence, MimicScore, weighting_of
+from lightning_mimic.scorers import Agra, GradMatch, Influence, MimicScore, choose_weighting
 
 AGRA, MATCH = {"scorer": Agra(OTHERS), "parameters": "head"}, {"scorer": GradMatch(), "parameters": "head"}
 
@@ -194,8 +194,9 @@ def test_a_stream_that_runs_dry_stops_the_fit():
 
 
 def test_the_softmax_keeps_its_defaults_and_its_own_refusals():
-    weighting = weighting_of(MimicScore())
+    weighting = choose_weighting(MimicScore())
     assert (weighting.temperature, weighting.min_ess) == (1.0, 0.25)
-    assert (weighting_of(MimicScore(), 0.3).temperature, weighting_of(MimicScore(), None, 0).min_ess) == (0.3, 0)
+    assert choose_weighting(MimicScore(), temperature=0.3).temperature == 0.3
+    assert choose_weighting(MimicScore(), min_ess=0).min_ess == 0
     with pytest.raises(ValueError, match=r"^`temperature` must be a positive finite number, not 0\.$"):
         GradMimic({}, "head", temperature=0)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from toys import trainer
 
-import lightning_mimic.reweighting.reference_monitor
 import lightning_mimic.reference.aligned
+import lightning_mimic.reweighting.reference_monitor
 from lightning_mimic import Aligned, GradMimic
 
 # The published figures are counted by the same callback.

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import lightning_mimic.scorers.weighting as weighting_module
-from lightning_mimic.reweighting.weigh import weigh_batch
 from lightning_mimic.gradients import gate_rows
 from lightning_mimic.ledger import Flag
+from lightning_mimic.reweighting.weigh import weigh_batch
 from lightning_mimic.scorers import SoftmaxWeighting
 
 NAN, INF = float("nan"), float("inf")

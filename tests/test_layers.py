@@ -110,9 +110,9 @@ def test_an_embedding_whose_gradient_is_not_plain_is_refused_with_the_option(opt
 
 
 @pytest.mark.parametrize("layer", [*KNOWN, Own(2, 2)])
-def test_all_four_products_are_known_of_linear_layers_and_two_of_others(layer):
-    four = isinstance(layer, nn.Linear)
-    assert LayerGradients.products(layer) == ({"dot", "norms", "gram", "mean"} if four else {"dot", "mean"})
+def test_linear_layers_offer_all_three_products_and_others_the_dot(layer):
+    offered = {"dot", "norms", "gram"} if isinstance(layer, nn.Linear) else {"dot"}
+    assert LayerGradients.products_of(layer) == offered
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from test_ways import CASES, own_losses
 from toys import WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
 
-from lightning_mimic.gradients import select_parameters
 from lightning_mimic import GradMimic, Ledger
+from lightning_mimic.gradients import select_parameters
 
 SOME = ["all", "deep, with sample_losses", "residual around the layer", "tied", "bare", "attention", "contrastive, all"]
 CHOSEN = [*SOME, "two terms, one layer", "tied by hand"]

@@ -27,7 +27,9 @@ def scaled(growth_interval: int = 2000, scale: float = 2.0**16) -> dict[str, Any
 @pytest.mark.parametrize("reweight", ["all", "target"])
 @pytest.mark.parametrize(("options", "tolerance"), [(scaled, 5e-3), (lambda: {"precision": "bf16-mixed"}, 5e-2)])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_mixed_precision_scores_the_same_within_its_digits(parameters, options, tolerance, reweight, accumulate, tmp_path):
+def test_mixed_precision_scores_the_same_within_its_digits(
+    parameters, options, tolerance, reweight, accumulate, tmp_path
+):
     module, data = half(WithLosses), toy_data(8, dtype=torch.float32)
     module.lr = 0.0
     reference = parameters_of(toy(seed=1))
@@ -121,7 +123,9 @@ def test_a_sample_with_a_loss_that_is_not_finite_is_left_out(parameters, kind, r
     rows = Ledger(tmp_path / "s").table().to_pylist()
     assert [r["flag"] for r in rows] == ["ok", "nonfinite_loss", "ok", "ok"]
     assert (rows[1]["score"], rows[1]["weight"]) == (None, 0.0)
-    if reweight == "target" and parameters == "head":  # all else gets the plain mean over 4, of which one counts nothing
+    if (
+        reweight == "target" and parameters == "head"
+    ):  # all else gets the plain mean over 4, of which one counts nothing
         expected.body.weight.data = toy().body.weight + 0.75 * (expected.body.weight - toy().body.weight)
         expected.body.bias.data = toy().body.bias + 0.75 * (expected.body.bias - toy().body.bias)
     torch.testing.assert_close(parameters_of(ours), parameters_of(expected), rtol=1e-9, atol=1e-9)

@@ -10,6 +10,7 @@ from oracles import finite_difference_scores, per_sample_gradients, weighted_gra
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import LayerGradients
 
 EXACT = {"rtol": 0, "atol": 0}
@@ -228,8 +229,11 @@ def test_a_zero_gradient_has_norm_and_products_of_exactly_zero(shape, target):
 @pytest.mark.parametrize("kind", ["conv2d", "layer norm", "batch norm", "embedding"])
 def test_norms_and_gram_of_other_layers_are_refused(kind, product):
     layer, batch = made(kind, 3)
-    message = f"norms and gram are known for Linear layers, not for {type(layer).__name__}."
-    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+    message = (
+        f"LayerGradients of {type(layer).__name__} does not offer `{product}`; it offers `dot`. `norms` and `gram` are "
+        "offered by LayerGradients of one nn.Linear."
+    )
+    with pytest.raises(MimicError, match=f"^{re.escape(message)}$"):
         getattr(rows_of(layer, batch), product)()
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from toys import CLASSES, FEATURES, HIDDEN, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
 from trained import trained_by_oracle
 
-from lightning_mimic.gradients.layer_hooks import LayerCall, LayerCalls
 from lightning_mimic import GradMimic, Ledger, ReferenceLoadError
+from lightning_mimic.gradients.layer_hooks import LayerCall, LayerCalls
 from lightning_mimic.reference import match_reference
 from lightning_mimic.scorers import ReferenceLoss
 

@@ -129,8 +129,8 @@ def own_losses(module: Any, batch: Any) -> Tensor:
     return module.sample_losses(batch)
 
 
-# name: module, parameters, the way that must be found
-CASES: dict[str, tuple[type[Toy], Any, Way]] = {
+# name: module, parameters, the method that must be chosen
+CASES: dict[str, tuple[type[Toy], Any, type[ScoringMethod]]] = {
     "all": (Toy, "all", ReversePass),
     "all, with sample_losses": (WithLosses, "all", ReversePass),
     "deep": (Toy, "body", ReversePass),

@@ -26,14 +26,14 @@ def effective(weights):
     return float(1 / weights.double().square().sum())
 
 
-def over_ranks(monkeypatch, weighting, parts, counts):
+def over_ranks(monkeypatch, weighting, parts, valid):
     """What each rank gets: a first pass collects what the ranks send, a second answers with all of it."""
     sent = []
     monkeypatch.setattr(weighting_module, "_gather", lambda row: sent.append(row) or row[None])
-    for part, mask in zip(parts, counts, strict=True):
-        weighting(part, mask)
+    for part, mask in zip(parts, valid, strict=True):
+        weighting(part, valid=mask)
     monkeypatch.setattr(weighting_module, "_gather", lambda row: torch.stack(sent))
-    return [weighting(part, mask) for part, mask in zip(parts, counts, strict=True)]
+    return [weighting(part, valid=mask) for part, mask in zip(parts, valid, strict=True)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -54,7 +54,7 @@ def test_weights_are_the_softmax_of_scores_over_temperature(rows, tau, dtype):
 
 def test_the_figures_describe_the_rows_that_count():
     scores = torch.tensor([1.0, -2.0, NAN, 0.0, -5.0])
-    result = SoftmaxWeighting(1.0)(scores, torch.tensor([True, True, False, True, False]))
+    result = SoftmaxWeighting(1.0)(scores, valid=torch.tensor([True, True, False, True, False]))
     assert (int(result.batch_size), int(result.counted)) == (5, 3)
     assert result.batch_size.dtype == result.counted.dtype == torch.int64
     torch.testing.assert_close(result.score_mean, torch.tensor(-1 / 3))
@@ -65,13 +65,13 @@ def test_the_figures_describe_the_rows_that_count():
 @pytest.mark.parametrize("min_ess", [0, 0.6, 1])
 @pytest.mark.parametrize("junk", [NAN, INF, -INF, 1e30, 0.0])
 def test_rows_left_out_get_nothing_and_change_nothing_whatever_stands_in_them(junk, min_ess):
-    scores, counts = torch.tensor([0.3, junk, -1.2, 2.0, junk]), torch.tensor([True, False, True, True, False])
+    scores, valid = torch.tensor([0.3, junk, -1.2, 2.0, junk]), torch.tensor([True, False, True, True, False])
     weighting = SoftmaxWeighting(0.4, min_ess)
-    result, alone = weighting(scores, counts), weighting(scores[counts])
-    torch.testing.assert_close(result.weights[counts], alone.weights)
-    torch.testing.assert_close(result.scale[counts], alone.weights * 5)
-    assert result.weights[~counts].tolist() == [0, 0]
-    assert result.scale[~counts].tolist() == [1, 1]
+    result, alone = weighting(scores, valid=valid), weighting(scores[valid])
+    torch.testing.assert_close(result.weights[valid], alone.weights)
+    torch.testing.assert_close(result.scale[valid], alone.weights * 5)
+    assert result.weights[~valid].tolist() == [0, 0]
+    assert result.scale[~valid].tolist() == [1, 1]
     for name in set(FIGURES) - {"batch_size"}:
         torch.testing.assert_close(getattr(result, name), getattr(alone, name))
 
@@ -79,7 +79,7 @@ def test_rows_left_out_get_nothing_and_change_nothing_whatever_stands_in_them(ju
 @pytest.mark.parametrize("min_ess", [0, 0.25, 1])
 @pytest.mark.parametrize("junk", [NAN, INF, 1.0])
 def test_where_no_row_counts_the_loss_goes_through_as_it_is(junk, min_ess):
-    result = SoftmaxWeighting(1.0, min_ess)(torch.full((3,), junk), torch.zeros(3, dtype=torch.bool))
+    result = SoftmaxWeighting(1.0, min_ess)(torch.full((3,), junk), valid=torch.zeros(3, dtype=torch.bool))
     assert result.weights.tolist() == [0, 0, 0]
     assert result.scale.tolist() == [1, 1, 1]
     assert (int(result.batch_size), int(result.counted)) == (3, 0)
@@ -193,15 +193,15 @@ def test_uneven_ranks_get_what_one_process_would_give_and_their_average_is_the_w
 ):
     torch.manual_seed(4)
     weighting, scores, gradients = SoftmaxWeighting(0.3, min_ess), torch.randn(8).double(), torch.randn(8, 3).double()
-    counts = torch.ones(8, dtype=torch.bool).index_fill_(0, torch.tensor(left_out, dtype=torch.int64), False)
-    scores[~counts] = NAN
-    whole = weighting(scores, counts)
-    ranks = over_ranks(monkeypatch, weighting, scores.split(sizes), counts.split(sizes))
+    valid = torch.ones(8, dtype=torch.bool).index_fill_(0, torch.tensor(left_out, dtype=torch.int64), False)
+    scores[~valid] = NAN
+    whole = weighting(scores, valid=valid)
+    ranks = over_ranks(monkeypatch, weighting, scores.split(sizes), valid.split(sizes))
     torch.testing.assert_close(torch.cat([r.weights for r in ranks]), whole.weights)
     for name in FIGURES:
         for rank in ranks:
             torch.testing.assert_close(getattr(rank, name), getattr(whole, name))
-    rows = (torch.cat([r.scale for r in ranks]) * counts)[:, None] * gradients
+    rows = (torch.cat([r.scale for r in ranks]) * valid)[:, None] * gradients
     averaged = sum(part.sum(0) / max(len(part), 1) for part in rows.split(sizes)) / len(sizes)
     torch.testing.assert_close(averaged, weighted_gradient({"w": gradients}, whole.weights)["w"])
 
@@ -216,14 +216,14 @@ def test_ranks_exchange_one_small_row_whatever_the_batch(monkeypatch):
 
 def test_own_shares_are_those_of_all_ranks(monkeypatch):
     weighting = ShareWeighting(lambda scores: scores.clamp(min=0))
-    scores, counts = torch.tensor([2.0, -1.0, NAN, 1.0, 5.0, 0.0]), torch.tensor([1, 1, 0, 1, 1, 1]).bool()
-    whole = weighting(scores, counts)
+    scores, valid = torch.tensor([2.0, -1.0, NAN, 1.0, 5.0, 0.0]), torch.tensor([1, 1, 0, 1, 1, 1]).bool()
+    whole = weighting(scores, valid=valid)
     torch.testing.assert_close(whole.weights, torch.tensor([2.0, 0, 0, 1, 5, 0]) / 8)
     torch.testing.assert_close(whole.scale, torch.tensor([12.0, 0, 8, 6, 30, 0]) / 8)
     torch.testing.assert_close(whole.ess, torch.tensor(64 / 30))
     assert (whole.batch_size, whole.counted, whole.temperature) == (6, 5, None)
     torch.testing.assert_close(torch.stack([whole.score_mean, whole.negative_share]), torch.tensor([7 / 5, 1 / 5]))
-    ranks = over_ranks(monkeypatch, weighting, scores.split([2, 4]), counts.split([2, 4]))
+    ranks = over_ranks(monkeypatch, weighting, scores.split([2, 4]), valid.split([2, 4]))
     torch.testing.assert_close(torch.cat([rank.weights for rank in ranks]), whole.weights)
     torch.testing.assert_close(torch.cat([rank.scale for rank in ranks]), torch.tensor([8.0, 0, 8, 8, 40, 0]) / 8)
     for rank in ranks:
@@ -234,10 +234,10 @@ def test_own_shares_are_those_of_all_ranks(monkeypatch):
 
 def test_where_all_own_shares_are_zero_so_are_the_weights_unless_the_scores_say_nothing():
     weighting = ShareWeighting(lambda scores: scores.clamp(min=0))
-    scores, counts = torch.tensor([-2.0, NAN, 0.0, -1.0]), torch.tensor([True, False, True, True])
-    none, alike = weighting(scores, counts), weighting(scores, counts, torch.tensor(True))
+    scores, valid = torch.tensor([-2.0, NAN, 0.0, -1.0]), torch.tensor([True, False, True, True])
+    none, uniform = weighting(scores, valid=valid), weighting(scores, valid=valid, uniform=torch.tensor(True))
     assert (none.weights.tolist(), none.scale.tolist(), float(none.ess)) == ([0, 0, 0, 0], [0, 1, 0, 0], 0)
-    torch.testing.assert_close(alike.weights, torch.tensor([1.0, 0, 1, 1]) / 3)
-    torch.testing.assert_close(torch.stack([alike.ess, alike.score_mean]), torch.tensor([3.0, 0.0]))
-    empty = weighting(scores, torch.zeros(4, dtype=torch.bool))
+    torch.testing.assert_close(uniform.weights, torch.tensor([1.0, 0, 1, 1]) / 3)
+    torch.testing.assert_close(torch.stack([uniform.ess, uniform.score_mean]), torch.tensor([3.0, 0.0]))
+    empty = weighting(scores, valid=torch.zeros(4, dtype=torch.bool))
     assert (empty.weights.tolist(), empty.scale.tolist(), int(empty.counted)) == ([0] * 4, [1] * 4, 0)

@@ -40,9 +40,9 @@ class GradMimic(Callback):
         reference: A checkpoint's path (``.ckpt``, ``.pt``, ``.safetensors``), a module or a state dict whose
             weights mean the same as the model's; :class:`~lightning_mimic.Aligned` around one of another
             initialisation, width or architecture. Samples that trained it get flattering scores: do not score them.
-        parameters: Parameters over which scores are computed: ``"all"`` trainable ones, a module path (``"head"``), a parameter name
-            (``"head.weight"``), a glob, ``"!"`` in front of any of these to leave them out, or a list. The fewer and
-            the later, the cheaper: one last layer costs next to nothing, all about two thirds of a step.
+        parameters: Parameters over which scores are computed: ``"all"`` trainable ones, a module path (``"head"``), a
+            parameter name (``"head.weight"``), a glob, ``"!"`` in front of any of these to leave them out, or a list.
+            The fewer and the later, the cheaper: one last layer costs next to nothing, all about two thirds of a step.
         scorer: Makes scores of products with the samples' gradients, see :mod:`lightning_mimic.scorers`. One that needs
             no gradient takes no ``parameters``, one that needs no reference, or uses a ``loader`` of its own, no
             ``reference``.

@@ -24,9 +24,7 @@ def check_packages(trainer: object, module: object) -> None:
             )
 
 
-def check_support(
-    trainer: pl.Trainer, module: pl.LightningModule, reference: ReferenceSource | Aligned | None
-) -> None:
+def check_support(trainer: pl.Trainer, module: pl.LightningModule, reference: ReferenceSource | Aligned | None) -> None:
     """Raise ``MimicError`` for trainers, modules and references with which weights or scores would be wrong."""
     strategy = trainer.strategy
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):

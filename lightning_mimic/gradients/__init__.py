@@ -2,20 +2,26 @@
 
 from lightning_mimic.gradients.descent import Descent
 from lightning_mimic.gradients.direction import Direction
-from lightning_mimic.gradients.row_hooks import gate_rows, hook_gradient
 from lightning_mimic.gradients.graph import Graph
 from lightning_mimic.gradients.layers import LayerGradients
 from lightning_mimic.gradients.losses import LossGradients
 from lightning_mimic.gradients.model import ModelHooks, WholeModelGradients
 from lightning_mimic.gradients.parameters import nearest_names, owning_layer, select_parameters
+from lightning_mimic.gradients.row_hooks import gate_rows, hook_gradient
+from lightning_mimic.gradients.sample_gradients import SampleGradients
+
+#: The classes that represent per-sample gradients.
+REPRESENTATIONS: tuple[type[SampleGradients], ...] = (LayerGradients, WholeModelGradients, LossGradients)
 
 __all__ = [
+    "REPRESENTATIONS",
     "Descent",
     "Direction",
     "Graph",
     "LayerGradients",
     "LossGradients",
     "ModelHooks",
+    "SampleGradients",
     "WholeModelGradients",
     "gate_rows",
     "hook_gradient",

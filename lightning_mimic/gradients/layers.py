@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_mimic.gradients.sample_gradients import refuse_product
+
 
 def _linear(layer: nn.Linear, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(inputs, weight, bias)
@@ -126,11 +128,20 @@ class LayerGradients:
                 "linear in its rows or not dense. Switch that off, or name another layer."
             )
 
+    @property
+    def products(self) -> frozenset[str]:
+        """The products that these rows offer, of ``"dot"``, ``"norms"`` and ``"gram"``."""
+        return self.products_of(self._layer)
+
     @staticmethod
-    def products(layer: nn.Module) -> frozenset[str]:
-        """The products that are known for this kind of layer."""
-        all_four = isinstance(layer, nn.Linear)
-        return frozenset({"dot", "norms", "gram", "mean"} if all_four else {"dot", "mean"})
+    def products_of(layer: nn.Module) -> frozenset[str]:
+        """Return the products that the rows of a layer would offer: all three for ``nn.Linear``, else the dot.
+
+        Example:
+            >>> sorted(LayerGradients.products_of(nn.Conv2d(1, 1, 1)))
+            ['dot']
+        """
+        return frozenset({"dot", "norms", "gram"} if isinstance(layer, nn.Linear) else {"dot"})
 
     @staticmethod
     def batch_first(layer: nn.Module, shape: Sequence[int]) -> bool:
@@ -173,7 +184,7 @@ class LayerGradients:
     @torch.no_grad()
     def norms(self) -> Tensor:
         """``‖gᵢ‖`` for every sample of an ``nn.Linear``, shape ``(B,)``; without tokens ``‖aᵢ‖ ‖bᵢ‖``."""
-        inputs, gradients = self._tokens()
+        inputs, gradients = self._tokens("norms")
         # A confident sample's gradient is small, and its square may be none at all.
         size = gradients.abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(gradients.dtype).tiny)
         gradients = gradients / size
@@ -192,7 +203,7 @@ class LayerGradients:
     @torch.no_grad()
     def gram(self) -> Tensor:
         """``⟨gᵢ, gⱼ⟩`` for all pairs of samples of an ``nn.Linear``, shape ``(B, B)``."""
-        inputs, gradients = self._tokens()
+        inputs, gradients = self._tokens("gram")
         rows, tokens = inputs.shape[:2]
         gram = torch.zeros(rows, rows, dtype=inputs.dtype, device=inputs.device)
         with _full_precision(gradients):
@@ -233,10 +244,10 @@ class LayerGradients:
             sums = torch.autograd.grad(output, list(wanted.values()), rows)
         return dict(zip(wanted, sums, strict=True))
 
-    def _tokens(self) -> tuple[Tensor, Tensor]:
-        """Input and output gradient as ``(B, tokens, features)``, in float32 or higher."""
-        if not isinstance(self._layer, nn.Linear):
-            raise TypeError(f"norms and gram are known for Linear layers, not for {type(self._layer).__name__}.")
+    def _tokens(self, product: str) -> tuple[Tensor, Tensor]:
+        """Return input and output gradient as ``(B, tokens, features)``, in float32 or higher."""
+        if product not in self.products:
+            refuse_product(product, f"LayerGradients of {type(self._layer).__name__}", self.products)
         dtype = torch.promote_types(self._output_gradients.dtype, torch.float32)
         rows = len(self._output_gradients)
         pair = [t.to(dtype).reshape(rows, -1, t.shape[-1]) for t in (self._inputs, self._output_gradients)]

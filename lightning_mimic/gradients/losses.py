@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from lightning_mimic.gradients.graph import Graph, kind_of
 from lightning_mimic.gradients.parameters import few
+from lightning_mimic.gradients.sample_gradients import DotOnly
 
 
-class LossGradients:
+class LossGradients(DotOnly):
     """The matrix G of the samples' own gradients ``∂ℓᵢ/∂θ``, never built.
 
     Exact for any parameters, bare or tied, and for losses that depend on other samples (contrastive losses,
@@ -26,9 +27,6 @@ class LossGradients:
         >>> LossGradients(losses, {"w": weight}).dot({"w": torch.tensor([5.0, 1.0])})
         tensor([5., 3.])
     """
-
-    #: The products that this class has.
-    products = frozenset({"dot"})
 
     def __init__(self, losses: Tensor, parameters: Mapping[str, nn.Parameter]) -> None:
         self._losses = losses

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_mimic.gradients.bare import BareUse, bare_use
-from lightning_mimic.gradients.row_hooks import gate_rows, hook_gradient
 from lightning_mimic.gradients.graph import Graph, is_compiled, kind_of, normalises_batch
-from lightning_mimic.gradients.layers import LayerGradients
 from lightning_mimic.gradients.layer_hooks import LayerCall, LayerCalls, LayerHooks
+from lightning_mimic.gradients.layers import LayerGradients
+from lightning_mimic.gradients.row_hooks import gate_rows, hook_gradient
+from lightning_mimic.gradients.sample_gradients import DotOnly
 
 #: A place where a parameter and the batch meet: a known layer's call, or an operation in the graph.
 Use = LayerCall | BareUse
@@ -123,7 +124,7 @@ class ModelHooks:
         return uses, unseen
 
 
-class WholeModelGradients:
+class WholeModelGradients(DotOnly):
     """The matrix G of per-sample gradients over many parameters, never built.
 
     One reverse pass from the losses to the deepest use computes the activations' gradients and no weight's;
@@ -142,9 +143,6 @@ class WholeModelGradients:
     Example:
         See :class:`ModelHooks`.
     """
-
-    #: The products that this class has.
-    products = frozenset({"dot"})
 
     def __init__(
         self, losses: Tensor, uses: Sequence[Use], graph: Graph, samples: int, seed: Tensor | None = None

@@ -251,6 +251,7 @@ def _first(loader: Iterable[Any], samples: int, device: torch.device) -> list[An
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
+    """Return a batch with its tensors on a device; what holds none is returned as it is."""
     if hasattr(batch, "to"):
         return batch.to(device)
     if isinstance(batch, Mapping):

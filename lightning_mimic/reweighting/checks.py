@@ -38,9 +38,7 @@ def check_scorer(scorer: Scorer, needs: frozenset[Need], *, reference: bool, par
             raise MimicError(f"`{argument}` is missing; {name} needs one: {example}.")
 
 
-def check_needs(
-    scorer: Scorer, needs: frozenset[Need], module: nn.Module, targets: Mapping[str, nn.Parameter]
-) -> None:
+def check_needs(scorer: Scorer, needs: frozenset[Need], module: nn.Module, targets: Mapping[str, nn.Parameter]) -> None:
     """Check that the module and its parameters can give what is needed.
 
     Args:

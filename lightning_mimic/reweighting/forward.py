@@ -77,5 +77,7 @@ class Forward:
         """
         calls = self.calls.calls
         if len(calls) != 1:
-            raise MimicError(f"`parameters`: {name!r} was called {len(calls)} times in this step, and once in the first.")
+            raise MimicError(
+                f"`parameters`: {name!r} was called {len(calls)} times in this step, and once in the first."
+            )
         return calls[0]

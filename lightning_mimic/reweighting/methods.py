@@ -29,7 +29,7 @@ from lightning_mimic.gradients.model import rows_of_samples
 from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.messages import COMPILED_TWICE, HOOKED
 from lightning_mimic.reweighting.products import layer_products
-from lightning_mimic.scorers import Need
+from lightning_mimic.scorers import NEEDS, Need
 
 if TYPE_CHECKING:
     from lightning_mimic.reweighting.step import Step
@@ -40,6 +40,8 @@ Reach = Literal["all", "around", "targets"]
 
 #: Products that no gradient is needed for.
 LOSS_PRODUCTS: frozenset[Need] = frozenset({"losses", "reference_losses"})
+
+_DOT: frozenset[Need] = frozenset({"dot"})
 
 #: Products that only one layer's gradients offer, in words.
 ONE_LAYER_PRODUCTS: dict[Need, str] = {
@@ -85,7 +87,8 @@ class ScoringTask:
     def layer_products(self) -> frozenset[Need]:
         """The products of the one target layer; none where there are several."""
         layers = self.hooks.layers
-        return LayerGradients.products_of(layers[0].layer) if len(layers) == 1 else frozenset()
+        offered = LayerGradients.products_of(layers[0].layer) if len(layers) == 1 else frozenset()
+        return frozenset(need for need in NEEDS if need in offered)
 
     def target_nodes(self, forward: Forward, graph: Graph) -> set[Node]:
         """Return where the target parameters meet the batch, of the nodes of a graph."""
@@ -126,9 +129,6 @@ class ScoringMethod(ABC):
             step: Takes the products.
         """
 
-    def look_again(self) -> None:
-        """Determine anew, at the next :meth:`gate_edge`, what is kept between steps."""
-
 
 class NoGradient(ScoringMethod):
     """The scores need no gradient."""
@@ -146,10 +146,6 @@ class NoGradient(ScoringMethod):
     def score(self, forward: Forward, edge: GradientEdge, step: Step) -> None:
         """Weigh by the losses."""
         step.gate.before_backward(forward, edge, step.weigh({}), step.scale)
-
-    def look_again(self) -> None:
-        """Look for the cut again."""
-        self._cuts.known_shape = None
 
 
 class InBackward(ScoringMethod):
@@ -206,7 +202,7 @@ class ReversePass(ScoringMethod):
     @property
     def products(self) -> frozenset[Need]:
         """The dot product, and what one layer offers if there are no others."""
-        return LOSS_PRODUCTS | {"dot"} | self._task.layer_products
+        return LOSS_PRODUCTS | _DOT | self._task.layer_products
 
     def gate_edge(self, forward: Forward) -> GradientEdge:
         """Return the lowest cut above the target parameters, or all of them."""
@@ -251,7 +247,7 @@ class ReversePass(ScoringMethod):
         step.gate.before_backward(forward, edge, step.weigh(products), step.scale)
 
     def look_again(self) -> None:
-        """Look for the cut, and for parameters that are not seen, again."""
+        """Look for the cut again at the next micro-batch."""
         self._cuts.known_shape = None
 
 
@@ -263,7 +259,7 @@ class DoubleBackward(ScoringMethod):
     @property
     def products(self) -> frozenset[Need]:
         """The dot product."""
-        return LOSS_PRODUCTS | {"dot"}
+        return LOSS_PRODUCTS | _DOT
 
     def gate_edge(self, forward: Forward) -> GradientEdge:
         """Return the losses."""

@@ -130,8 +130,8 @@ class ScoreRecorder:
         """Raise ``MimicError`` if another epoch has begun that was not given: its rows would pass for repeats."""
         for repeated in sorted(self._first_ids.intersection(ids), key=str)[:1]:
             raise MimicError(
-                f"`epoch`: the sample {repeated!r} was scored again, and all micro-batches were taken for epoch 0. Give "
-                "the number of the epoch: `reweighter.step(batch, ids=ids, epoch=epoch)`."
+                f"`epoch`: the sample {repeated!r} was scored again, and all micro-batches were taken for epoch 0. "
+                "Give the number of the epoch: `reweighter.step(batch, ids=ids, epoch=epoch)`."
             )
         self._first_ids = self._first_ids or frozenset(ids)
 

@@ -121,7 +121,10 @@ class ReferenceBatches:
         ):
             losses = module.sample_losses(batch)  # type: ignore[operator]
             rows = sample_count(batch) or len(losses)
-            if losses.shape not in ((rows,), (rows * distributed.world_size(),)):  # of contrastive losses each rank has all
+            if losses.shape not in (
+                (rows,),
+                (rows * distributed.world_size(),),
+            ):  # of contrastive losses each rank has all
                 raise MimicError(
                     f"`sample_losses` returned shape {tuple(losses.shape)} for {rows} samples of the `loader` of "
                     f"{scorer}; expected one loss per sample."

@@ -202,9 +202,7 @@ class Reweighter:
                 raise MimicError("the step has no loss: call `step.backward(loss)` within it.")
             self.end(step, step.classes)
 
-    def begin(
-        self, batch: Any, ids: Ids | None, position: Position, scale: Tensor | None = None
-    ) -> Step:
+    def begin(self, batch: Any, ids: Ids | None, position: Position, scale: Tensor | None = None) -> Step:
         """Create the step of one micro-batch; for adapters.
 
         Args:

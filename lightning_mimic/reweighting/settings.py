@@ -12,7 +12,7 @@ from lightning_mimic.reweighting.batch import Ids
 from lightning_mimic.reweighting.checks import check_scorer
 from lightning_mimic.reweighting.gate import Reweight
 from lightning_mimic.reweighting.reference_monitor import OnDoubtful
-from lightning_mimic.scorers import MimicScore, Need, Scorer, Weighting, choose_weighting, validated_needs
+from lightning_mimic.scorers import MimicScore, Need, Scorer, Weighting, choose_weighting, validate_needs
 
 #: What to do about trainable parameters that the weights do not reach.
 Uncovered = Literal["error", "mean"]
@@ -75,7 +75,7 @@ class Settings:
     @cached_property
     def needs(self) -> frozenset[Need]:
         """The products that scorer and weighting need."""
-        return validated_needs(self.make_scores) | validated_needs(self.make_weights)
+        return validate_needs(self.make_scores) | validate_needs(self.make_weights, "weighting")
 
     @property
     def config(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from lightning_mimic.reweighting.recorder import Position
 from lightning_mimic.reweighting.settings import Settings
 from lightning_mimic.reweighting.target import Target
 from lightning_mimic.reweighting.weigh import StepResult, weigh_batch
-from lightning_mimic.scorers import Products, validate_scores, validate_weights
+from lightning_mimic.scorers import Products, validate_scores
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,14 @@ class Step:
     """
 
     def __init__(
-        self, context: StepContext, batch: Any, ids: Ids | None, position: Position, *, check: bool, scale: Tensor | None
+        self,
+        context: StepContext,
+        batch: Any,
+        ids: Ids | None,
+        position: Position,
+        *,
+        check: bool,
+        scale: Tensor | None,
     ) -> None:
         self._context = context
         self._check = check
@@ -223,7 +230,7 @@ class Step:
 
     @property
     def direction(self) -> Mapping[str, Tensor]:
-        """v by parameter name; empty if none is needed."""
+        """V by parameter name; empty if none is needed."""
         direction = self._context.target.direction
         return {} if direction is None else direction
 
@@ -283,9 +290,7 @@ class Step:
             bad := (result.flags == Flag.NONFINITE_LOSS).nonzero().flatten().tolist()
         ):
             raise FloatingPointError(f"samples at positions {bad} of the batch have a loss that is not finite.")
-        self._result = replace(
-            result, losses=self._losses, mimic_scores=mimic_scores, direction_norm=norm
-        )
+        self._result = replace(result, losses=self._losses, mimic_scores=mimic_scores, direction_norm=norm)
         return self._result
 
     # The rest

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mimic.errors import MimicError
-from lightning_mimic.gradients import Direction, Descent, select_parameters
+from lightning_mimic.gradients import Descent, Direction, select_parameters
 from lightning_mimic.reference import (
     Aligned,
     AlignedDirection,
@@ -28,7 +28,7 @@ from lightning_mimic.reweighting.batch import Ids, describe
 from lightning_mimic.reweighting.checks import check_needs
 from lightning_mimic.reweighting.reference_batches import ReferenceBatches
 from lightning_mimic.reweighting.reference_monitor import ReferenceMonitor, warn_once_for_all_ranks
-from lightning_mimic.scorers import Need, Scorer, Compares
+from lightning_mimic.scorers import Compares, Need, Scorer
 
 
 class Target:

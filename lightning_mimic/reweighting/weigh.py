@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_mimic.ledger import Flag
-from lightning_mimic.scorers import BatchWeights, Products, Weighting
+from lightning_mimic.scorers import BatchWeights, Products, Weighting, validate_weights
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def weigh_batch(
     broken = ~clean if scaled else ~(clean & finite)
     valid = clean & finite
     # Without a direction no sample is better than another.
-    weights = weighting(scores, products, valid=valid, uniform=vanishes)
+    weights = validate_weights(weighting, weighting(scores, products, valid=valid, uniform=vanishes), len(scores))
     flags = torch.full_like(scores, Flag.OK, dtype=torch.int8)
     # The later ones take precedence; torch.where, because an assignment through a mask waits for the device.
     for flag, rows in (

@@ -1,18 +1,27 @@
-"""What the per-sample gradients are worth: scores, and the weights made of them."""
+"""Scorers, formulas from products with per-sample gradients to scores, and weightings, from scores to weights."""
 
 from lightning_mimic.scorers.agra import Agra
+from lightning_mimic.scorers.choose_weighting import choose_weighting, validate_weights
 from lightning_mimic.scorers.cosine import CosineSimilarity
+from lightning_mimic.scorers.declarations import validate_needs, validate_scores
 from lightning_mimic.scorers.grad_match import GradMatch
 from lightning_mimic.scorers.grad_norm import GradNorm
 from lightning_mimic.scorers.influence import Influence
 from lightning_mimic.scorers.mimic import MimicScore
-from lightning_mimic.scorers.products import Compares, Need, Products, Scorer, Weighs
+from lightning_mimic.scorers.products import NEEDS, Compares, Need, Products, Scorer, Weighs
 from lightning_mimic.scorers.reference_loss import ReferenceLoss
 from lightning_mimic.scorers.rho_loss import RhoLoss
 from lightning_mimic.scorers.uniform import Uniform
-from lightning_mimic.scorers.weighting import BatchWeights, ShareWeighting, SoftmaxWeighting, Weighting, weighting_of
+from lightning_mimic.scorers.weighting import (
+    BatchWeights,
+    ShareWeighting,
+    SoftmaxWeighting,
+    Weighting,
+    normalised_weights,
+)
 
 __all__ = [
+    "NEEDS",
     "Agra",
     "BatchWeights",
     "Compares",
@@ -31,5 +40,9 @@ __all__ = [
     "Uniform",
     "Weighs",
     "Weighting",
-    "weighting_of",
+    "choose_weighting",
+    "normalised_weights",
+    "validate_needs",
+    "validate_scores",
+    "validate_weights",
 ]

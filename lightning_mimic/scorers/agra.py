@@ -22,7 +22,7 @@ class Agra(CosineSimilarity):
             (:func:`~lightning_mimic.data.comparison.comparison_loader`).
 
     Raises:
-        ValueError: The loader is empty, or cannot be begun again.
+        MimicError: The loader is empty, or can be iterated over only once.
 
     Example:
         >>> import torch
@@ -40,5 +40,5 @@ class Agra(CosineSimilarity):
         self.loader = second_batches(loader, "Agra")
 
     def weigh(self, scores: Tensor) -> Tensor:
-        """1 where a sample agrees, 0 elsewhere."""
+        """Return 1 where a sample agrees, 0 elsewhere."""
         return (scores > 0).to(scores.dtype)

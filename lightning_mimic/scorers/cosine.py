@@ -23,10 +23,7 @@ class CosineSimilarity:
     needs: frozenset[Need] = frozenset({"dot", "norms"})
 
     def __call__(self, products: Products) -> Tensor:
-        """The scores, shape ``(B,)``; not finite where ``‖v‖`` is 0."""
-        assert products.dot is not None
-        assert products.norms is not None
-        assert products.direction_norm is not None
+        """Return the scores, shape ``(B,)``; not finite where ``‖v‖`` is 0."""
         still = products.norms == 0
         norms = torch.where(still, torch.ones_like(products.norms), products.norms)
         cosine = (-products.dot / (norms * products.direction_norm)).clamp(-1, 1)  # rounding may lead beyond

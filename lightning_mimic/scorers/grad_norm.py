@@ -22,6 +22,5 @@ class GradNorm:
     needs: frozenset[Need] = frozenset({"norms"})
 
     def __call__(self, products: Products) -> Tensor:
-        """The scores, shape ``(B,)``."""
-        assert products.norms is not None
+        """Return the scores, shape ``(B,)``."""
         return products.norms

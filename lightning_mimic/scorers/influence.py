@@ -21,7 +21,7 @@ class Influence:
             at its end; never of the test set (:func:`~lightning_mimic.data.comparison.trusted_loader`).
 
     Raises:
-        ValueError: The loader is empty, or cannot be begun again.
+        MimicError: The loader is empty, or can be iterated over only once.
 
     Example:
         >>> import torch
@@ -37,6 +37,5 @@ class Influence:
         self.loader = second_batches(loader, "Influence")
 
     def __call__(self, products: Products) -> Tensor:
-        """The scores, shape ``(B,)``."""
-        assert products.dot is not None
+        """Return the scores, shape ``(B,)``."""
         return -products.dot

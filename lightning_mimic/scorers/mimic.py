@@ -21,7 +21,5 @@ class MimicScore:
     needs: frozenset[Need] = frozenset({"dot"})
 
     def __call__(self, products: Products) -> Tensor:
-        """The scores, shape ``(B,)``; not finite where ``‖v‖`` is 0."""
-        assert products.dot is not None
-        assert products.direction_norm is not None
+        """Return the scores, shape ``(B,)``; not finite where ``‖v‖`` is 0."""
         return -products.dot / products.direction_norm

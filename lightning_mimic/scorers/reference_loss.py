@@ -22,6 +22,5 @@ class ReferenceLoss:
     needs: frozenset[Need] = frozenset({"reference_losses"})
 
     def __call__(self, products: Products) -> Tensor:
-        """The scores, shape ``(B,)``."""
-        assert products.reference_losses is not None
+        """Return the scores, shape ``(B,)``."""
         return -products.reference_losses

@@ -21,7 +21,5 @@ class RhoLoss:
     needs: frozenset[Need] = frozenset({"losses", "reference_losses"})
 
     def __call__(self, products: Products) -> Tensor:
-        """The scores, shape ``(B,)``."""
-        assert products.losses is not None
-        assert products.reference_losses is not None
+        """Return the scores, shape ``(B,)``."""
         return products.losses - products.reference_losses

@@ -17,5 +17,5 @@ class Uniform:
     needs: frozenset[Need] = frozenset()
 
     def __call__(self, products: Products) -> Tensor:
-        """Zeros, shape ``(B,)``."""
+        """Return zeros, shape ``(B,)``."""
         return torch.zeros_like(products.samples)

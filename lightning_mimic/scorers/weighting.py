@@ -1,4 +1,4 @@
-"""From scores to weights that sum to 1 over the micro-batch of all ranks: a softmax, or a scorer's own shares."""
+"""Weightings: from scores to weights that sum to 1 over the micro-batch of all ranks."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_mimic.scorers.products import Scorer, Weighs
+from lightning_mimic.errors import MimicError
+from lightning_mimic.scorers.declarations import describe
+from lightning_mimic.scorers.products import Need, Products
 
 # Temperatures that are tried when the floor is broken: τ·2^(k/8), then infinity (uniform weights).
 _STEPS_PER_DOUBLING = 8
@@ -17,20 +19,20 @@ _DOUBLINGS = 24
 
 @dataclass(frozen=True)
 class BatchWeights:
-    """The weights of one micro-batch and what they say; all tensors on the scores' device.
+    """The weights of one micro-batch and their statistics; all tensors on the scores' device.
 
     Attributes:
-        weights: Shape ``(B,)`` for this rank's rows; over all ranks they sum to 1, or are all 0. 0 for rows left out.
+        weights: Shape ``(B,)`` for this rank's rows; over all ranks they sum to 1, or are all 0. 0 for invalid rows.
         scale: Shape ``(B,)``; a row of the local mean's gradient times this is its share in ``Σ wᵢ gᵢ``
-            after ranks are averaged. 1 for rows left out, and everywhere when no row counts.
-        ess: Effective sample size ``1/Σw²``, a scalar between 1 and the number of rows that count; 0 where all weights
+            after ranks are averaged. 1 for invalid rows, and everywhere when no row is valid.
+        ess: Effective sample size ``1/Σw²``, a scalar between 1 and the number of valid rows; 0 where all weights
             are 0.
-        temperature: The temperature used, a scalar; ``inf`` where the floor asks for uniform weights, ``None`` where
+        temperature: The temperature used, a scalar; ``inf`` where the floor requires uniform weights, ``None`` where
             there is no softmax.
-        batch_size: Rows of all ranks, those left out included; an integer scalar.
-        counted: Rows of all ranks that count.
-        score_mean: Mean score over the rows that count, of all ranks.
-        misaligned: Share of those rows with a negative score.
+        batch_size: Rows of all ranks, invalid ones included; an integer scalar.
+        counted: Valid rows of all ranks; an integer scalar.
+        score_mean: Mean score over the valid rows of all ranks.
+        negative_share: Share of those rows with a negative score.
     """
 
     weights: Tensor
@@ -40,28 +42,49 @@ class BatchWeights:
     batch_size: Tensor
     counted: Tensor
     score_mean: Tensor
-    misaligned: Tensor
+    negative_share: Tensor
 
 
 class Weighting(Protocol):
-    """Makes weights of the scores of a micro-batch."""
+    """Makes weights of the scores of a micro-batch, and of the products it declares.
+
+    To write your own, compute a weight of 0 or more for each row and let :func:`normalised_weights` do the rest.
+
+    Example:
+        A weighting by the probability that the reference gives to the label:
+
+        >>> class LabelPosterior:
+        ...     needs = frozenset({"reference_losses"})
+        ...
+        ...     def __call__(self, scores, products=None, *, valid=None, uniform=None):
+        ...         probability = torch.exp(-products.reference_losses)
+        ...         return normalised_weights(probability, scores, valid=valid, uniform=uniform)
+        >>> losses = -torch.log(torch.tensor([0.9, 0.3]))
+        >>> LabelPosterior()(torch.zeros(2), Products(losses, reference_losses=losses)).weights
+        tensor([0.7500, 0.2500])
+    """
 
     @property
-    def temperature(self) -> float | None:
-        """τ of a softmax; ``None`` where there is none."""
+    def needs(self) -> frozenset[Need]:
+        """The products that :meth:`__call__` reads."""
 
-    @property
-    def min_ess(self) -> float | None:
-        """The floor on a softmax's effective sample size; ``None`` where there is no softmax."""
-
-    def __call__(self, scores: Tensor, counts: Tensor | None = None, alike: Tensor | None = None) -> BatchWeights:
-        """The weights of this rank's rows.
+    def __call__(
+        self,
+        scores: Tensor,
+        products: Products | None = None,
+        *,
+        valid: Tensor | None = None,
+        uniform: Tensor | None = None,
+    ) -> BatchWeights:
+        """Return the weights of this rank's rows.
 
         Args:
             scores: Shape ``(B,)``; B may differ between ranks.
-            counts: Boolean, shape ``(B,)``: rows that take part; the others may hold any value. All, if
+            products: The products of the micro-batch, restricted to :attr:`needs`.
+            valid: Boolean, shape ``(B,)``: rows that take part; the others may hold any value. All, if
                 left out.
-            alike: Boolean scalar, the same on all ranks: the scores say nothing, all rows that count weigh the same.
+            uniform: Boolean scalar, the same on all ranks: the scores carry no information, so that all valid rows get
+                the same weight.
         """
 
 
@@ -72,40 +95,49 @@ class SoftmaxWeighting:
 
     Args:
         temperature: τ, in the unit of the score; smaller trusts the scores more.
-        min_ess: Floor on the effective sample size, as a fraction of the rows that count, 0 to 1; τ is raised
+        min_ess: Floor on the effective sample size, as a fraction of the valid rows, 0 to 1; τ is raised
             for a batch that would fall below it (in steps of 9 %). 0: no floor; 1: uniform weights.
 
     Raises:
-        ValueError: τ not a positive finite number, or ``min_ess`` outside 0 to 1.
+        MimicError: τ not a positive finite number, or ``min_ess`` outside 0 to 1.
 
     Example:
         >>> SoftmaxWeighting(temperature=1.0, min_ess=0.0)(torch.tensor([0.0, math.log(3.0)])).weights
         tensor([0.2500, 0.7500])
     """
 
+    needs: frozenset[Need] = frozenset()
+
     def __init__(self, temperature: float = 1.0, min_ess: float = 0.25) -> None:
         if not (isinstance(temperature, int | float) and math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"`temperature` must be a positive finite number, not {temperature!r}.")
+            raise MimicError(f"`temperature` must be a positive finite number, not {temperature!r}.")
         if not (isinstance(min_ess, int | float) and 0 <= min_ess <= 1):
-            raise ValueError(f"`min_ess` is a fraction of the batch between 0 and 1, not {min_ess!r}.")
+            raise MimicError(f"`min_ess` is a fraction of the batch between 0 and 1, not {min_ess!r}.")
         self.temperature = float(temperature)
         self.min_ess = float(min_ess)
 
     @torch.no_grad()
-    def __call__(self, scores: Tensor, counts: Tensor | None = None, alike: Tensor | None = None) -> BatchWeights:
-        """The weights of this rank's rows; see :class:`Weighting`."""
-        counts = torch.ones_like(scores, dtype=torch.bool) if counts is None else counts
-        scores = scores if alike is None else torch.where(alike, torch.zeros_like(scores), scores)
-        known = torch.where(counts, scores, torch.zeros_like(scores))
+    def __call__(
+        self,
+        scores: Tensor,
+        products: Products | None = None,
+        *,
+        valid: Tensor | None = None,
+        uniform: Tensor | None = None,
+    ) -> BatchWeights:
+        """Return the weights of this rank's rows; see :class:`Weighting`."""
+        valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+        scores = scores if uniform is None else torch.where(uniform, torch.zeros_like(scores), scores)
+        masked_scores = torch.where(valid, scores, torch.zeros_like(scores))
         ladder = self._temperatures(scores)
         # Relative to the rank's highest score, then to that of all ranks: large scores lose no digits.
-        peak = torch.where(counts, scores, -torch.inf).amax() if len(scores) else scores.new_full((), -torch.inf)
-        peak = torch.where(counts.any(), peak, torch.zeros_like(peak))
-        logits = torch.where(counts, (known - peak) / ladder[:, None], -torch.inf)  # (ladder, B)
-        sums = _sums(known, counts)
+        peak = torch.where(valid, scores, -torch.inf).amax() if len(scores) else scores.new_full((), -torch.inf)
+        peak = torch.where(valid.any(), peak, torch.zeros_like(peak))
+        logits = torch.where(valid, (masked_scores - peak) / ladder[:, None], -torch.inf)  # (ladder, B)
+        sums = _sums(masked_scores, valid)
         ranks = _gather(torch.cat([torch.logsumexp(logits, 1), torch.logsumexp(2 * logits, 1), peak[None], sums]))
         first, second, peaks, totals = ranks.split([len(ladder), len(ladder), 1, len(sums)], 1)
-        holds = totals[:, 1] > 0  # ranks with rows that count
+        holds = totals[:, 1] > 0  # ranks with valid rows
         top = torch.where(holds, peaks[:, 0], -torch.inf).amax()
         shift = torch.where(holds, peaks[:, 0] - top, torch.zeros_like(top))[:, None] / ladder
         normaliser = torch.logsumexp(first + shift, 0)  # (ladder,)
@@ -117,9 +149,9 @@ class SoftmaxWeighting:
         def chosen(values: Tensor) -> Tensor:
             return values.index_select(0, rung)[0]  # values[rung] would wait for the device
 
-        own = torch.where(counts.any(), (peak - top) / chosen(ladder), torch.zeros_like(peak))
-        weights = torch.where(counts, torch.exp(chosen(logits) + own - chosen(normaliser)), torch.zeros_like(scores))
-        return _weighed(weights, counts, totals, chosen(ess), chosen(ladder))
+        offset = torch.where(valid.any(), (peak - top) / chosen(ladder), torch.zeros_like(peak))
+        weights = torch.where(valid, torch.exp(chosen(logits) + offset - chosen(normaliser)), torch.zeros_like(scores))
+        return _batch_weights(weights, valid, totals, chosen(ess), chosen(ladder))
 
     def _temperatures(self, scores: Tensor) -> Tensor:
         """τ, and above it what may be needed for the floor; made on the device, which costs no host sync."""
@@ -146,73 +178,86 @@ class ShareWeighting:
         tensor([0.7500, 0.0000, 0.2500])
     """
 
-    temperature = min_ess = None
+    needs: frozenset[Need] = frozenset()
 
     def __init__(self, weigh: Callable[[Tensor], Tensor]) -> None:
         self._weigh = weigh
 
     @torch.no_grad()
-    def __call__(self, scores: Tensor, counts: Tensor | None = None, alike: Tensor | None = None) -> BatchWeights:
-        """The weights of this rank's rows; see :class:`Weighting`."""
-        counts = torch.ones_like(scores, dtype=torch.bool) if counts is None else counts
-        given = self._weigh(scores).to(scores.dtype)
-        if alike is not None:
-            given = torch.where(alike, torch.ones_like(given), given)
-            scores = torch.where(alike, torch.zeros_like(scores), scores)
-        given, known = (torch.where(counts, each, torch.zeros_like(each)) for each in (given, scores))
-        ranks = _gather(torch.cat([given.sum()[None], given.square().sum()[None], _sums(known, counts)]))
-        total, squares = ranks[:, :2].sum(0)
-        some = torch.where(total > 0, total, torch.ones_like(total))
-        ess = total * (total / torch.where(total > 0, squares, torch.ones_like(squares)))
-        return _weighed(given / some, counts, ranks[:, 2:], ess, None)
+    def __call__(
+        self,
+        scores: Tensor,
+        products: Products | None = None,
+        *,
+        valid: Tensor | None = None,
+        uniform: Tensor | None = None,
+    ) -> BatchWeights:
+        """Return the weights of this rank's rows; see :class:`Weighting`."""
+        return normalised_weights(self._weigh(scores), scores, valid=valid, uniform=uniform)
 
 
-def weighting_of(scorer: Scorer, temperature: float | None = None, min_ess: float | None = None) -> Weighting:
-    """The scorer's own weights, or a softmax of its scores.
+@torch.no_grad()
+def normalised_weights(
+    raw: Tensor, scores: Tensor, *, valid: Tensor | None = None, uniform: Tensor | None = None
+) -> BatchWeights:
+    """Return weights divided by their sum over the valid rows of all ranks, with their statistics.
+
+    Must be called on every rank, which exchange one small tensor. Where all weights are 0 they stay 0. A negative
+    weight is an error of the caller, and so that training does not go on unnoticed it makes all weights NaN; it cannot
+    be raised without waiting for the device.
 
     Args:
-        scorer: Makes the scores.
-        temperature: τ of the softmax; its default, if ``None``.
-        min_ess: The softmax's floor; its default, if ``None``.
+        raw: Weights before they are divided, 0 or more, shape ``(B,)``; invalid rows may hold any value.
+        scores: Scores of the same rows, for the statistics.
+        valid: As for :class:`Weighting`.
+        uniform: As for :class:`Weighting`.
 
     Raises:
-        ValueError: A setting out of its range, or given with a scorer that weighs itself.
+        MimicError: ``raw`` does not have the scores' shape, or lies on another device.
 
     Example:
-        >>> from lightning_mimic.scorers import MimicScore
-        >>> weighting_of(MimicScore(), temperature=0.5).temperature
-        0.5
+        >>> found = normalised_weights(torch.tensor([3.0, 0.0, 1.0]), scores=torch.tensor([2.0, -1.0, 2.0]))
+        >>> found.weights, found.ess, found.score_mean
+        (tensor([0.7500, 0.0000, 0.2500]), tensor(1.6000), tensor(1.))
     """
-    settings = {"temperature": temperature, "min_ess": min_ess}
-    given = {name: value for name, value in settings.items() if value is not None}
-    if not isinstance(scorer, Weighs):
-        return SoftmaxWeighting(**given)
-    for name, value in given.items():
-        raise ValueError(
-            f"`{name}` is {value!r}, but {type(scorer).__name__} makes weights itself, without a softmax; leave it out "
-            "(in a configuration: null)."
+    if not isinstance(raw, Tensor) or raw.shape != scores.shape or raw.device != scores.device:
+        raise MimicError(
+            f"`raw` is {describe(raw)}; expected weights of 0 or more, a tensor of shape {tuple(scores.shape)} on "
+            f"{scores.device}."
         )
-    return ShareWeighting(scorer.weigh)
+    valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+    raw = torch.where(raw < 0, torch.nan, raw.to(scores.dtype))
+    if uniform is not None:
+        raw = torch.where(uniform, torch.ones_like(raw), raw)
+        scores = torch.where(uniform, torch.zeros_like(scores), scores)
+    raw, masked_scores = (torch.where(valid, each, torch.zeros_like(each)) for each in (raw, scores))
+    ranks = _gather(torch.cat([raw.sum()[None], raw.square().sum()[None], _sums(masked_scores, valid)]))
+    total, squares = ranks[:, :2].sum(0)
+    nonzero = torch.where(total == 0, torch.ones_like(total), total)
+    ess = total * (total / torch.where(total == 0, torch.ones_like(squares), squares))
+    return _batch_weights(raw / nonzero, valid, ranks[:, 2:], ess, None)
 
 
-def _sums(known: Tensor, counts: Tensor) -> Tensor:
-    """Of this rank: rows, rows that count, and the sum and number of negatives of their scores."""
-    sums = [torch.ones_like(known), counts, known, counts & (known < 0)]
-    return torch.stack([each.sum(dtype=known.dtype) for each in sums])
+def _sums(masked_scores: Tensor, valid: Tensor) -> Tensor:
+    """Return this rank's rows, valid rows, and the sum and number of negatives of their scores."""
+    sums = [torch.ones_like(masked_scores), valid, masked_scores, valid & (masked_scores < 0)]
+    return torch.stack([each.sum(dtype=masked_scores.dtype) for each in sums])
 
 
-def _weighed(weights: Tensor, counts: Tensor, totals: Tensor, ess: Tensor, temperature: Tensor | None) -> BatchWeights:
-    """Puts together this rank's weights and the figures over all ranks, whose :func:`_sums` are ``totals``."""
-    batch_size, counted, score_sum, misaligned = totals.sum(0)
+def _batch_weights(
+    weights: Tensor, valid: Tensor, totals: Tensor, ess: Tensor, temperature: Tensor | None
+) -> BatchWeights:
+    """Put together this rank's weights and the statistics over all ranks, whose :func:`_sums` are ``totals``."""
+    batch_size, counted, score_sum, negatives = totals.sum(0)
     return BatchWeights(
         weights=weights,
-        scale=torch.where(counts, weights * (len(weights) * len(totals)), torch.ones_like(weights)),
+        scale=torch.where(valid, weights * (len(weights) * len(totals)), torch.ones_like(weights)),
         ess=ess,
         temperature=temperature,
         batch_size=batch_size.to(torch.int64),
         counted=counted.to(torch.int64),
         score_mean=score_sum / counted,
-        misaligned=misaligned / counted,
+        negative_share=negatives / counted,
     )
 
 
