@@ -57,16 +57,20 @@ class Fails(Moody):
         return super().training_step(batch, batch_idx)
 
 
-class Watch(pl.Callback):
-    """Keeps the module's state as it is after each batch, and which parameters needed gradients."""
+def watched(module):
+    """Keeps the module's state as it is in each batch, which parameters need gradients, and what all batches leave."""
+    seen, step = [], module.training_step
 
-    def __init__(self):
-        self.seen = []
+    def training_step(batch, batch_idx):
+        loss = step(batch, batch_idx)
+        state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        needed = {name for name, p in module.named_parameters() if p.requires_grad}
+        seen.append((module.trainer.current_epoch, state, needed, module.training))
+        assert all(p.grad is None for p in module.parameters())
+        return loss
 
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        state = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
-        needed = {name for name, p in pl_module.named_parameters() if p.requires_grad}
-        self.seen.append((trainer.current_epoch, state, needed, pl_module.training))
+    module.training_step = training_step
+    return seen
 
 
 def toy_at(kind, k):
@@ -158,21 +162,24 @@ STEPS = {"plain": {}, "clipped": {"gradient_clip_val": 0.01}, "accumulated": {"a
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("kind", [Moody, MoodyWithLosses, Decays])
 def test_nothing_moves_to_the_bit(kind, steps, reweight, broken, tmp_path):
-    data, watch, module, paths = toy_data(14), Watch(), toy(kind), checkpoints(tmp_path, kind)
+    data, module, paths = toy_data(14), toy(kind), checkpoints(tmp_path, kind)
+    seen = watched(module)
     data.tensors[0][[2, 5]] = float("nan") if broken else 1.0
     options = {"on_nonfinite": "mask_loss", "reweight": reweight}
-    scored(tmp_path, module, paths, data=data, trainer_options=STEPS[steps], more=[watch], **options)
-    assert len(watch.seen) == 3 * 4
-    for epoch, state, _, _ in watch.seen:
+    scored(tmp_path, module, paths, data=data, trainer_options=STEPS[steps], **options)
+    assert len(seen) == 3 * 4
+    for epoch, state, _, _ in seen:
         torch.testing.assert_close(state, dict(toy_at(kind, epoch).state_dict()), rtol=0, atol=0)
     torch.testing.assert_close(dict(module.state_dict()), dict(toy_at(kind, 2).state_dict()), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("chosen", "needed"), [("head", {"head.weight", "head.bias"}), ("norm.bias", {"norm.bias"})])
 def test_only_the_scored_parameters_need_gradients_in_evaluation_mode(chosen, needed, tmp_path):
-    watch = Watch()
-    scored(tmp_path, toy(Moody), checkpoints(tmp_path), parameters=chosen, more=[watch])
-    assert all(seen == needed and not training for _, _, seen, training in watch.seen)
+    module = toy(Moody)
+    seen = watched(module)
+    scored(tmp_path, module, checkpoints(tmp_path), parameters=chosen)
+    assert len(seen) == 12
+    assert all(found == needed and not training for _, _, found, training in seen)
 
 
 def traces(module):

@@ -169,8 +169,8 @@ def test_hooks_that_would_change_the_mean_gradient_are_refused():
     module = toy(WithLosses)
     module.head.bias.register_hook(lambda gradient: 2 * gradient)
     message = (
-        "`parameters`: 'head.bias' carry gradient hooks of their own, which would change what is scored or undo the "
-        "weights. Remove them, or leave these parameters out."
+        "`parameters`: 'head.bias' carry gradient hooks of their own, which would change the scores or undo the "
+        "weights. Remove the hooks, or leave these parameters out."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         fitted(WithLosses, AGRA, module)

@@ -75,7 +75,7 @@ def test_an_operation_in_place_after_the_layer_is_not_an_escape():
         (Bypassed, "'head.weight' (no path leads from the loss to it)"),
         (NotAveraged, "does not return the plain mean of `self.sample_losses(batch)`"),
         (NotCalled, "training_step did not call it"),
-        (ByHand, "ByHand steps its optimizers by hand. The functions in lightning_mimic.gradients"),
+        (ByHand, "ByHand steps its optimizers by hand. lightning_mimic.Reweighter serves training loops"),
         (Quasi, "LBFGS evaluates a batch several times"),
     ],
 )

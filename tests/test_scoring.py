@@ -136,8 +136,8 @@ def test_the_reference_is_evaluated_as_in_evaluation(tmp_path):
         ({"reference": {}}, "`parameters` is missing; MimicScore needs one: a layer's path or 'all'."),
         ({"scorer": GradNorm(), "parameters": "head", "reference": {}}, "`reference` is given, but GradNorm takes no"),
         ({"scorer": RhoLoss(), "reference": {}, "parameters": "head"}, "`parameters` is given, but RhoLoss takes none"),
-        ({"scorer": GradNorm, "parameters": "head"}, "expected an object such as lightning_mimic.scorers.MimicScore()"),
-        ({"scorer": "grad_norm"}, "`scorer` is 'grad_norm'; expected an object such as"),
+        ({"scorer": GradNorm, "parameters": "head"}, "`scorer` is the class GradNorm; expected an object: GradNorm"),
+        ({"scorer": "grad_norm"}, "`scorer` is 'grad_norm', which cannot be called"),
     ],
 )
 def test_what_a_scorer_does_not_take_is_refused_at_construction(options, message):

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning_mimic.callbacks.grad_mimic import GradMimic
 from lightning_mimic.callbacks.trainer_support import backward_scale, loss_of
 from lightning_mimic.errors import MimicError, nearest_names
+from lightning_mimic.gradients import select_parameters
 from lightning_mimic.reference import Aligned, ReferenceLoadError, read_reference
 from lightning_mimic.reweighting.recorder import Position
 from lightning_mimic.reweighting.reference_batches import evaluating
@@ -89,7 +90,9 @@ class AtCheckpoints(Callback):
         steps = len(self.checkpoints) * batches
         quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero
         progress = Tqdm(desc="scoring", total=int(steps) if steps < float("inf") else None, disable=quiet)
-        with evaluating(pl_module, reweighter.targets), alone, progress:
+        # Scores that need no gradient are still found by the graph between the loss and some parameters.
+        scored = reweighter.targets or select_parameters(pl_module, "all")
+        with evaluating(pl_module, scored), alone, progress:
             for path in self.checkpoints:
                 pl_module.load_state_dict(_tensors(path, pl_module))
                 for batch_idx, batch in enumerate(_epoch_of(trainer)):

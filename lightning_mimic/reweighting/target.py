@@ -87,6 +87,11 @@ class Target:
             self._follow_batches(scorer.loader, module, type(scorer).__name__, prepare)
         if reference is None:
             return
+        if isinstance(reference, Aligned) and "dot" not in needs:
+            raise MimicError(
+                f"`reference`: {type(scorer).__name__} takes no direction, so there is nothing to align; give it the "
+                "reference itself, without Aligned."
+            )
         source = reference.reference if isinstance(reference, Aligned) else reference
         if "reference_losses" in needs:
             self._reference = reference_model(source, module)
