@@ -16,8 +16,6 @@ from lightning_mimic.gradients import Graph, LossGradients, ModelTap, WholeModel
 from lightning_mimic.gradients.graph import (
     escaping_parameters,
     is_compiled,
-    kind_of,
-    made_by,
     mixes_samples,
     not_a_plain_mean,
     reaches,
@@ -25,6 +23,7 @@ from lightning_mimic.gradients.graph import (
     walk,
 )
 from lightning_mimic.gradients.model import rows_of_samples
+from lightning_mimic.gradients.nodes import kind_of, made_by
 from lightning_mimic.gradients.parameters import few
 from lightning_mimic.gradients.tap import LayerCall
 from lightning_mimic.scorers import Need

@@ -20,7 +20,8 @@ from lightning_mimic.callbacks.refusals import HOOKED, NOT_PLAIN, NOT_THE_MEAN
 from lightning_mimic.callbacks.step import Step, Way, taken
 from lightning_mimic.callbacks.support import on_all_ranks
 from lightning_mimic.gradients import hook_gradient
-from lightning_mimic.gradients.graph import made_by, targets_left_out
+from lightning_mimic.gradients.graph import targets_left_out
+from lightning_mimic.gradients.nodes import made_by
 from lightning_mimic.gradients.parameters import few
 from lightning_mimic.ledger import Flag
 from lightning_mimic.scorers import Products, Scorer, Weighting
@@ -240,7 +241,9 @@ class Session:
     def _on_gradient(self, gradients: Tensor) -> Tensor | None:
         """Scores, weighs and gates within the backward pass, at the output of the one target layer."""
         assert self._factor is not None
-        call, rows = self._plan.call, len(gradients)
+        call, arrived = self._plan.call, gradients.shape
+        gradients = gradients.reshape(call.shape)  # flattened where torch makes the output as a view of a matrix
+        rows = len(gradients)
         assert self._step is not None
         if rows != self._step.rows:
             raise ValueError(
@@ -251,7 +254,7 @@ class Session:
         unreduced = gradients.to(torch.promote_types(gradients.dtype, torch.float32)) * (rows / self._factor)
         own, clean = call.gradients(unreduced), self._known_clean()
         judged = self._judge(layer_products(call, own, self._scorer.needs, self._direction, clean))
-        return None if self._gate is None else self._gate.in_pass(gradients, call, judged, self._clean)
+        return None if self._gate is None else self._gate.in_pass(gradients, call, judged, self._clean).reshape(arrived)
 
     @property
     def _direction(self) -> Mapping[str, Tensor]:

@@ -10,7 +10,8 @@ from torch.autograd.graph import GradientEdge
 
 from lightning_mimic.callbacks.hooks import LossTap
 from lightning_mimic.callbacks.support import world_size
-from lightning_mimic.gradients.graph import Graph, made_by
+from lightning_mimic.gradients.graph import Graph
+from lightning_mimic.gradients.nodes import made_by
 
 
 class Way(Enum):

@@ -10,8 +10,9 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_mimic.gradients.bare import BareUse, bare_use
 from lightning_mimic.gradients.gate import gate_rows, hook_gradient
-from lightning_mimic.gradients.graph import Graph, is_compiled, kind_of, normalises_batch
+from lightning_mimic.gradients.graph import Graph, is_compiled, normalises_batch
 from lightning_mimic.gradients.layers import LayerGradients
+from lightning_mimic.gradients.nodes import kind_of
 from lightning_mimic.gradients.tap import LayerCall, LayerTap
 
 #: A place where a parameter and the batch meet: a known layer's call, or an operation in the graph.
