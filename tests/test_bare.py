@@ -23,7 +23,8 @@ EXACT = {  # what is computed, its parts, and the inputs' shape
     "scale of channels": (lambda n, x: n.p.view(1, -1, 1) * x, lambda: {"p": bare(D)}, IMAGE),
     "scale twice": (lambda n, x: n.p * (x * n.p).tanh(), lambda: {"p": bare(D)}, TOKENS),
     "scale of what is learned": (lambda n, x: n.l(x) * n.p, lambda: {"p": bare(D), "l": nn.Linear(D, D)}, TOKENS),
-    "scale in place": (lambda n, x: n.l(x).mul_(n.p), lambda: {"p": bare(D), "l": nn.Linear(D, D)}, TOKENS),
+    "scale in place": (lambda n, x: n.l(x).mul_(n.p), lambda: {"p": bare(D), "l": nn.LayerNorm(D)}, TOKENS),
+    "scale by a column": (lambda n, x: x * n.p[:, None], lambda: {"p": bare(D)}, IMAGE),
     "product": (lambda n, x: x @ n.p, lambda: {"p": bare(D, 5)}, FLAT),
     "product of tokens": (lambda n, x: x @ n.p, lambda: {"p": bare(D, 5)}, TOKENS),
     "product of a grid": (lambda n, x: x @ n.p, lambda: {"p": bare(D, 5)}, (B, T, T, D)),
@@ -62,6 +63,22 @@ EXACT = {  # what is computed, its parts, and the inputs' shape
         lambda: {"l": nn.Linear(D, D)},
         TOKENS,
     ),
+    "relu in place, by hand": (
+        lambda n, x: F.relu_(F.linear(x, n.p, n.q)),
+        lambda: {"p": bare(5, D), "q": bare(5)},
+        TOKENS,
+    ),
+    "relu in place, of a view": (
+        lambda n, x: F.relu_(torch.addmm(n.q, x.flatten(0, 1), n.p).view(B, T, 5).mul_(2)),
+        lambda: {"p": bare(D, 5), "q": bare(5)},
+        TOKENS,
+    ),
+    "used, then changed in place": (lambda n, x: used_before(n.l(x)), lambda: {"l": nn.Linear(D, D)}, TOKENS),
+    "used, then changed in place, by hand": (
+        lambda n, x: used_before(F.linear(x, n.p, n.q)),
+        lambda: {"p": bare(5, D), "q": bare(5)},
+        TOKENS,
+    ),
     "sum in place": (
         lambda n, x: n.n(residual(n, x)),
         lambda: {"l": nn.Linear(D, D), "m": nn.Linear(D, D), "n": nn.LayerNorm(D)},
@@ -75,6 +92,12 @@ EXACT = {  # what is computed, its parts, and the inputs' shape
 def overwritten(h):
     h[:, 0].mul_(2)
     return h.tanh()
+
+
+def used_before(h):
+    before = 3 * h
+    h[:, 0].mul_(2)
+    return before + h.relu_()
 
 
 def residual(n, x):
@@ -112,6 +135,12 @@ UNSEEN = {  # what is computed, its parts, what is unseen (the rest is exact), a
     "an exponential": (lambda n, x: x * n.p.exp(), lambda: {"p": bare()}, "p", "used by Exp"),
     "a difference": (lambda n, x: x - n.p, lambda: {"p": bare(D)}, "p", "used by Sub"),
     "a sum with a factor": (lambda n, x: torch.add(x, n.p, alpha=2), lambda: {"p": bare(D)}, "p", "with a factor"),
+    "a scale of a view in place": (
+        lambda n, x: n.l(x).view(B, T, D).mul_(n.p),
+        lambda: {"p": bare(D), "l": nn.Linear(D, D)},
+        "p",
+        "used by CopySlices",
+    ),
     "a product with a factor": (
         lambda n, x: torch.addmm(x[:, 0], x[:, 1], n.p, alpha=2),
         lambda: {"p": bare(D, D)},
@@ -210,6 +239,12 @@ def test_what_no_rule_is_known_for_is_named_with_the_reason(kind):
     found = tapped(net, losses_of, x, vectors_of(net))[2]
     assert all(reason in phrase for phrase in found.values())
     assert_exact(net, x, unseen=[unseen])
+
+
+def test_a_scale_in_place_is_unseen_where_torch_makes_the_layers_output_as_a_view():
+    view = nn.Linear(D, D)(torch.randn(TOKENS))._is_view()  # up to torch 2.14
+    net = ad(lambda n, x: n.l(x).mul_(n.p), lambda: {"p": bare(D), "l": nn.Linear(D, D)})
+    assert_exact(net, torch.randn(TOKENS).double(), unseen=["p"] if view else [])
 
 
 def linears_of_one_weight():

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge
 
 from lightning_mimic.gradients.layer_hooks import LayerCalls, LayerHooks
 
@@ -29,6 +30,19 @@ def test_a_call_holds_input_node_and_shape():
     torch.testing.assert_close(call.inputs, x.detach(), rtol=0, atol=0)
     assert not call.inputs.requires_grad
     assert call.inputs.data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_node_of_a_call_on_tokens_gets_the_whole_gradient_also_of_what_is_done_in_place(bias):
+    layer = nn.Linear(2, 3, bias)
+    hooks, into = LayerHooks("layer", layer, PARTS), LayerCalls()
+    hooks.into = into
+    y = layer(torch.randn(5, 4, 2))
+    total = (3 * y).sum() + y.mul_(2).sum()
+    (call,) = into.calls
+    (arrived,) = torch.autograd.grad(total, [GradientEdge(call.node, 0)])
+    assert call.shape == (5, 4, 3)
+    torch.testing.assert_close(arrived.reshape(call.shape), torch.full((5, 4, 3), 5.0))
 
 
 def test_an_input_given_by_keyword_is_recorded():

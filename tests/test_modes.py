@@ -14,6 +14,7 @@ from toys import FEATURES, HIDDEN, Toy, WithLosses, loader, losses_of, parameter
 from trained import trained_by_oracle
 
 from lightning_mimic import GradMimic, Ledger
+from lightning_mimic.gradients.graph import is_compiled, walk
 
 
 @pytest.fixture
@@ -56,8 +57,13 @@ def test_a_compiled_module_is_scored_as_the_module(kind, part, tmp_path):
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("part", ["whole", "layers"])
 def test_a_second_pass_over_a_compiled_module_is_refused(part):
+    module = compiled(toy(), part)
+    for layer in [each for each in module.modules() if isinstance(each, nn.Linear)]:
+        layer.register_forward_hook(torch.compiler.disable(lambda *_: None))
+    if not any(is_compiled(node) for node in walk(module(toy_data(8)[:][0]).sum().grad_fn)):
+        pytest.skip("this torch does not compile a single layer that has hooks")
     with pytest.raises(ValueError, match=r"takes a second reverse pass, which torch.compile leaves no room for"):
-        trainer(GradMimic(parameters_of(toy(seed=1)), "all")).fit(compiled(toy(), part), loader(toy_data(8)))
+        trainer(GradMimic(parameters_of(toy(seed=1)), "all")).fit(module, loader(toy_data(8)))
 
 
 class Attentive(WithLosses):

@@ -7,7 +7,20 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from toys import CLASSES, FEATURES, HIDDEN, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
+from toys import (
+    CLASSES,
+    FEATURES,
+    HIDDEN,
+    Tokens,
+    Toy,
+    WithLosses,
+    loader,
+    losses_of,
+    parameters_of,
+    toy,
+    toy_data,
+    trainer,
+)
 from trained import trained_by_oracle
 
 from lightning_mimic import GradMimic, Ledger
@@ -60,6 +73,15 @@ class Bare(Toy):
         hidden = torch.tanh(self.body(x))
         tokens = torch.cat([self.token.expand(len(x), -1, -1), hidden[:, None], 2 * hidden[:, None]], 1)
         return torch.tanh(tokens + self.position).mean(1) @ self.projection
+
+
+class InPlace(Tokens):
+    """The head's output on tokens is used and then changed in place."""
+
+    def forward(self, x):
+        outputs = self.head(torch.tanh(self.body(x)).view(len(x), 4, HIDDEN))
+        before = 3 * outputs
+        return (before + outputs.mul_(2)).mean(1)
 
 
 class Attention(Toy):
@@ -142,6 +164,9 @@ CASES: dict[str, tuple[type[Toy], Any, type[ScoringMethod]]] = {
     "bare scalar": (Scaled, "all", ReversePass),
     "tied": (Tied, "all", ReversePass),
     "called twice": (CalledTwice, "head", ReversePass),
+    "tokens": (Tokens, "head", InBackward),
+    "tokens, changed in place": (InPlace, "head", InBackward),
+    "tokens, changed in place, all": (InPlace, "all", ReversePass),
     "bare": (Bare, "all", ReversePass),
     "without the bare": (Bare, ["all", "!token", "!position"], ReversePass),
     "attention": (Attention, "all", ReversePass),

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_mimic.gradients.graph import EXCHANGED, SAME_ORDER, Graph, Terminal, kind_of, shape_of
+from lightning_mimic.gradients.graph import Graph, Terminal
+from lightning_mimic.gradients.nodes import EXCHANGED, kind_of, shape_of
 
 # What the gradient of Add, Expand or Mul is summed over before it reaches the parameter is the batch; Mm and Addmm
 # contract it.
@@ -83,8 +84,7 @@ def bare_use(name: str, terminal: Terminal, graph: Graph, samples: int, axis: in
         return f"used by {kind} with a factor"
     if (kind, terminal.argument) in _MATRIX:
         # Tokens are flattened before a matrix product; a view above it has their axes apart.
-        above = [shape_of(parent) for parent, _ in graph.parents[node] if kind_of(parent) in SAME_ORDER]
-        for apart in [shape, *above]:
+        for apart in graph.shapes(node):
             if apart[-1] == shape[-1] and len(apart) > axis + 1 and apart[axis] == samples:
                 return BareUse(name, terminal, apart, axis, _factors(terminal))
         return f"a matrix product of shape {shape} without an axis of {samples} samples"

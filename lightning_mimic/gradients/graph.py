@@ -10,32 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-# Nodes that hand on the same numbers in the same order, and those that only exchange axes.
-SAME_ORDER = ("View", "UnsafeView", "Reshape", "Unsqueeze", "Squeeze", "Alias", "ToCopy")
-EXCHANGED = ("T", "Transpose", "Permute")
+from lightning_mimic.gradients.nodes import EXCHANGED, in_same_order, is_leaf, kind_of, leaf_below, shape_of, unrolls
+
 _NORMS = ("BatchNorm", "BatchNormalization")
 _MEAN, _SUM = 1, 2  # torch's codes for a loss's reduction
-
-
-def made_by(tensor: Tensor) -> Node:
-    """The node that made a tensor which has a gradient."""
-    assert tensor.grad_fn is not None
-    return tensor.grad_fn
-
-
-def kind_of(node: Node) -> str:
-    """The operation that made the node: ``"Addmm"`` for ``AddmmBackward0``."""
-    return node.name().rpartition("::")[2].partition("Backward")[0]
-
-
-def shape_of(node: Node) -> tuple[int, ...]:
-    """The shape of the tensor that the node made in the forward pass."""
-    return tuple(node._input_metadata[0].shape)
-
-
-def is_leaf(node: Node) -> bool:
-    """Whether a gradient ends here, in a parameter or another leaf."""
-    return getattr(node, "variable", None) is not None
 
 
 @dataclass(frozen=True)
@@ -105,10 +83,22 @@ class Graph:
         while stack:
             node, chain = stack.pop()
             for parent, argument in self.parents[node]:
-                if kind_of(parent) in SAME_ORDER + EXCHANGED:
+                if in_same_order(parent) or kind_of(parent) in EXCHANGED:
                     stack.append((parent, (*chain, parent)))
                 else:
                     found.append(Terminal(chain, parent, argument))
+        return found
+
+    def shapes(self, node: Node) -> list[tuple[int, ...]]:
+        """The shapes under which an operation's output is seen: its own and those of its views."""
+        own, stack = shape_of(node), [node]
+        found = [own]
+        while stack:
+            for parent, argument in self.parents[stack.pop()]:
+                if kind_of(parent) == "CopySlices" and argument == 0:
+                    stack.append(parent)  # what an in-place operation on a view has made of the output
+                elif in_same_order(parent) or unrolls(parent, own):
+                    found.append(shape_of(parent))
         return found
 
     def leading_to(self, marks: Collection[Node]) -> set[Node]:
@@ -154,13 +144,6 @@ class Graph:
                 break
             ahead |= {child for child, _ in node.next_functions if child in leading}
         return found
-
-
-def leaf_below(node: Node | None) -> Node | None:
-    """The leaf that the node is, or is a view or cast of; ``None`` if it is not."""
-    while node is not None and kind_of(node) in SAME_ORDER + EXCHANGED:
-        node = node.next_functions[0][0]
-    return node if node is not None and is_leaf(node) else None
 
 
 def walk(root: Node, stop: Node | None = None) -> Iterator[Node]:

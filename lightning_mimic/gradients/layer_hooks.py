@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from lightning_mimic.gradients.layers import LayerGradients
+from lightning_mimic.gradients.nodes import node_of_all
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class LayerCall:
         name: The layer's path.
         layer: The layer.
         parts: ``"weight"`` and/or ``"bias"`` to the full name of the parameter that is looked at.
-        node: Where the output's gradient arrives, taken before an in-place operation could replace it.
+        node: Where the output's whole gradient arrives, in this shape or flattened: :func:`~.graph.node_of_all`,
+            taken before an in-place operation could replace it.
         shape: The output's.
     """
 
@@ -50,7 +52,7 @@ class LayerCall:
 
     def gradients(self, output_gradients: Tensor) -> LayerGradients:
         """The per-sample gradients of this call, given the gradient of its output."""
-        return LayerGradients(self.layer, self.inputs, output_gradients, list(self.parts))
+        return LayerGradients(self.layer, self.inputs, output_gradients.reshape(self.shape), list(self.parts))
 
     def dot(self, output_gradients: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """This call's share in ``⟨gᵢ, v⟩``, shape ``(B,)``; ``vectors`` by full name."""
@@ -107,12 +109,15 @@ class LayerHooks:
         if not output.requires_grad or output.grad_fn is None:
             into.without_gradient.update(self.parts.values())
             return
+        node = node_of_all(output)
+        if node is None:
+            return  # the graph may know more
         into.calls.append(
             LayerCall(
                 name=self.name,
                 layer=self.layer,
                 parts=self.parts,
-                node=output.grad_fn,
+                node=node,
                 shape=tuple(output.shape),
                 _inputs=inputs.detach(),
                 _version=inputs._version,

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_mimic.gradients.graph import Graph, kind_of
+from lightning_mimic.gradients.graph import Graph
+from lightning_mimic.gradients.nodes import kind_of
 from lightning_mimic.gradients.parameters import few
 from lightning_mimic.gradients.sample_gradients import DotOnly
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_mimic.gradients.bare import BareUse, bare_use
-from lightning_mimic.gradients.graph import Graph, is_compiled, kind_of, normalises_batch
+from lightning_mimic.gradients.graph import Graph, is_compiled, normalises_batch
 from lightning_mimic.gradients.layer_hooks import LayerCall, LayerCalls, LayerHooks
 from lightning_mimic.gradients.layers import LayerGradients
+from lightning_mimic.gradients.nodes import kind_of
 from lightning_mimic.gradients.row_hooks import gate_rows, hook_gradient
 from lightning_mimic.gradients.sample_gradients import DotOnly
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_mimic.gradients import Direction, LossGradients, select_parameters
-from lightning_mimic.gradients.graph import Graph, made_by
+from lightning_mimic.gradients.graph import Graph
+from lightning_mimic.gradients.nodes import made_by
 from lightning_mimic.reference.diagnosis import Diagnosis, Estimate
 from lightning_mimic.reference.match import aliases_of, match_reference
 from lightning_mimic.reference.model import reference_model

@@ -9,7 +9,8 @@ from torch.autograd.graph import GradientEdge
 from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.gradients import WholeModelGradients
-from lightning_mimic.gradients.graph import made_by, not_a_plain_mean
+from lightning_mimic.gradients.graph import not_a_plain_mean
+from lightning_mimic.gradients.nodes import made_by
 from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.messages import COMPILED, NOT_PLAIN
 from lightning_mimic.reweighting.methods import (

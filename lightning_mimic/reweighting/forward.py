@@ -9,8 +9,9 @@ from torch.autograd.graph import GradientEdge
 
 from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError
-from lightning_mimic.gradients.graph import Graph, made_by
+from lightning_mimic.gradients.graph import Graph
 from lightning_mimic.gradients.layer_hooks import LayerCall, LayerCalls
+from lightning_mimic.gradients.nodes import made_by
 from lightning_mimic.reweighting.hooks import SampleLosses
 
 

@@ -17,8 +17,6 @@ from lightning_mimic.gradients import Graph, LayerGradients, LossGradients, Mode
 from lightning_mimic.gradients.graph import (
     escaping_parameters,
     is_compiled,
-    kind_of,
-    made_by,
     mixes_samples,
     reaches,
     used_beyond,
@@ -26,6 +24,7 @@ from lightning_mimic.gradients.graph import (
 )
 from lightning_mimic.gradients.layer_hooks import LayerCall
 from lightning_mimic.gradients.model import rows_of_samples
+from lightning_mimic.gradients.nodes import kind_of, made_by
 from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.messages import COMPILED_TWICE, HOOKED
 from lightning_mimic.reweighting.products import layer_products
@@ -168,6 +167,8 @@ class InBackward(ScoringMethod):
         needs = self._task.needs
 
         def on_gradient(gradients: Tensor) -> Tensor | None:
+            arrived = gradients.shape
+            gradients = gradients.reshape(call.shape)  # flattened where torch makes the output as a view of a matrix
             rows = len(gradients)
             if rows != samples:
                 raise MimicError(
@@ -178,7 +179,8 @@ class InBackward(ScoringMethod):
             dtype = torch.promote_types(gradients.dtype, torch.float32)
             own = call.gradients(gradients.to(dtype) * (rows / step.factor()))
             result = step.weigh(layer_products(call, own, needs, step.direction, step.clean))
-            return step.gate.in_backward(gradients, call, result)
+            gated = step.gate.in_backward(gradients, call, result)
+            return None if gated is None else gated.reshape(arrived)
 
         if step.backward_follows:
             step.hooks.on_edge(edge, on_gradient)

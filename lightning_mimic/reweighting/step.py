@@ -14,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError
-from lightning_mimic.gradients.graph import made_by, targets_left_out
+from lightning_mimic.gradients.graph import targets_left_out
 from lightning_mimic.gradients.layer_hooks import LayerCalls
+from lightning_mimic.gradients.nodes import made_by
 from lightning_mimic.ledger import Flag
 from lightning_mimic.reweighting.batch import Ids, blank_nan_samples, sample_count
 from lightning_mimic.reweighting.features import target_features

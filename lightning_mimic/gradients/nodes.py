@@ -1,0 +1,74 @@
+"""Nodes of the autograd graph, and how releases of torch differ in those that they make of views and indices."""
+
+import sys
+from math import prod
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+# Nodes that hand on the same numbers in the same order, and those that only exchange axes.
+_SAME_ORDER = ("View", "UnsafeView", "Reshape", "Unsqueeze", "Squeeze", "Alias", "ToCopy")
+EXCHANGED = ("T", "Transpose", "Permute")
+
+
+def made_by(tensor: Tensor) -> Node:
+    """The node that made a tensor which has a gradient."""
+    assert tensor.grad_fn is not None
+    return tensor.grad_fn
+
+
+def node_of_all(tensor: Tensor) -> Node | None:
+    """The node at which the whole gradient of a tensor arrives, in the tensor's shape or in another.
+
+    For a view this is the node of its base: an in-place operation on the view writes into the base, past the view's
+    own node. Up to torch 2.14 the output of a linear layer with a bias on three axes is a view of a matrix.
+
+    Returns:
+        ``None`` for a view of which this is not known: its elements are not those of the base in the same order, or
+        the base is one of several outputs.
+    """
+    node: Node | None = made_by(tensor)
+    if tensor._base is None:
+        return node
+    while node is not None and node is not tensor._base.grad_fn:
+        node = node.next_functions[0][0] if in_same_order(node) else None
+    return None if node is None or len(node._input_metadata) > 1 else node
+
+
+def kind_of(node: Node) -> str:
+    """The operation that made the node: ``"Addmm"`` for ``AddmmBackward0``."""
+    return node.name().rpartition("::")[2].partition("Backward")[0]
+
+
+def in_same_order(node: Any) -> bool:
+    """Whether the node hands on all elements of the tensor below it in the same order."""
+    if kind_of(node) == "Slice":  # the colon in ``weight[:, None]``, of which torch 2.6 makes a node
+        return (node._saved_start, node._saved_end, node._saved_step) == (0, sys.maxsize, 1)
+    return kind_of(node) in _SAME_ORDER
+
+
+def shape_of(node: Node) -> tuple[int, ...]:
+    """The shape of the tensor that the node made in the forward pass."""
+    return tuple(node._input_metadata[0].shape)
+
+
+def is_leaf(node: Node) -> bool:
+    """Whether a gradient ends here, in a parameter or another leaf."""
+    return getattr(node, "variable", None) is not None
+
+
+def unrolls(node: Any, shape: tuple[int, ...]) -> bool:
+    """Whether the node is what a view of a tensor of this shape becomes in place, with all elements in their order."""
+    if kind_of(node) != "AsStrided" or node._saved_storage_offset or prod(node._saved_size) != prod(shape):
+        return False
+    steps = [prod(node._saved_size[axis + 1 :]) for axis in range(len(node._saved_size))]
+    lengths = zip(node._saved_size, node._saved_stride, steps, strict=True)
+    return all(length == 1 or stride == step for length, stride, step in lengths)
+
+
+def leaf_below(node: Node | None) -> Node | None:
+    """The leaf that the node is, or is a view or cast of; ``None`` if it is not."""
+    while node is not None and (in_same_order(node) or kind_of(node) in EXCHANGED):
+        node = node.next_functions[0][0]
+    return node if node is not None and is_leaf(node) else None
