@@ -70,7 +70,7 @@ class Manifest:
             dataset: A :class:`~lightning_mimic.WithIds`, or one whose row numbers the ids are.
 
         Raises:
-            ValueError: The manifest is of another data set.
+            MimicError: The manifest is of another data set.
         """
         return kept_of(dataset, self.path)
 

@@ -69,7 +69,7 @@ class CachedFeatures(pl.LightningDataModule):
         directory: For the files.
 
     Raises:
-        ValueError: Another kind of data module or model, a backbone that trains, or random changes of the images.
+        MimicError: Another kind of data module or model, a backbone that trains, or random changes of the images.
 
     Example:
         >>> import tempfile
@@ -115,7 +115,7 @@ class CachedFeatures(pl.LightningDataModule):
         """Computes what is not there, on the trainer's device, in one process of a machine.
 
         Raises:
-            ValueError: The trainer trains another model, a reference that would be asked about images, or no room.
+            MimicError: The trainer trains another model, a reference that would be asked about images, or no room.
         """
         self._check_trainer()
         self.data.prepare_data()
