@@ -2,8 +2,9 @@
 
 from lightning_mimic.callbacks import AtCheckpoints, GradMimic
 from lightning_mimic.data import WithIds, collate_with_ids
-from lightning_mimic.ledger import Ledger, LedgerError
-from lightning_mimic.reference import Aligned, Diagnosis, ReferenceLoadError, diagnose
+from lightning_mimic.errors import LedgerError, MimicError, ReferenceLoadError
+from lightning_mimic.ledger import Ledger
+from lightning_mimic.reference import Aligned, Diagnosis, diagnose
 from lightning_mimic.reweighting import Reweighter
 from lightning_mimic.version import __version__
 
@@ -14,6 +15,7 @@ __all__ = [
     "GradMimic",
     "Ledger",
     "LedgerError",
+    "MimicError",
     "ReferenceLoadError",
     "Reweighter",
     "WithIds",

@@ -8,7 +8,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["gradients", "scorers", "reference", "ledger", "callbacks", "models", "data", "curation", "cli"]
+ORDER = [
+    "errors",
+    "distributed",
+    "files",
+    "gradients",
+    "scorers",
+    "reference",
+    "ledger",
+    "callbacks",
+    "models",
+    "data",
+    "curation",
+    "cli",
+]
 STRANGERS = {"callbacks", "models", "data"}  # do not know each other
 FILES = sorted((ROOT / "lightning_mimic").rglob("*.py"))
 
@@ -25,7 +38,7 @@ def imports(path: Path) -> set[str]:
 
 
 def rooms(path: Path) -> tuple[str, set[str]]:
-    own = path.relative_to(ROOT / "lightning_mimic").parts[0]
+    own = path.relative_to(ROOT / "lightning_mimic").parts[0].removesuffix(".py")
     used = {name.split(".")[1] for name in imports(path) if name.startswith("lightning_mimic.")}
     return own, used & set(ORDER) - {own}
 

@@ -2,7 +2,6 @@
 
 from lightning_mimic.curation.compare import Comparison, DataSet, compare
 from lightning_mimic.curation.curate import Curation, curate
-from lightning_mimic.curation.database import CurationError
 from lightning_mimic.curation.detection import Detection, detect
 from lightning_mimic.curation.ensemble import Ensemble
 from lightning_mimic.curation.filters import KMeans, Mixture, Sign, Threshold, TopK
@@ -11,6 +10,7 @@ from lightning_mimic.curation.membership import Membership, membership
 from lightning_mimic.curation.metrics import DataQuality, MislabelAUROC, MislabelAveragePrecision
 from lightning_mimic.curation.quality import Quality, estimate_quality
 from lightning_mimic.curation.selection import Recipe, select
+from lightning_mimic.errors import CurationError
 
 __all__ = [
     "Comparison",

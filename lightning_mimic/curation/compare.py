@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import torch
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 
-from lightning_mimic.curation.database import CurationError
 from lightning_mimic.curation.manifest import Manifest
-from lightning_mimic.gradients import nearest_names
+from lightning_mimic.errors import CurationError, nearest_names
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def compare(manifests: Mapping[str, Manifest], noise: Mapping[str, float] | None
         >>> compare({})
         Traceback (most recent call last):
             ...
-        lightning_mimic.curation.database.CurationError: there are no manifests to compare.
+        lightning_mimic.errors.CurationError: there are no manifests to compare.
     """
     if not manifests:
         raise CurationError("there are no manifests to compare.")

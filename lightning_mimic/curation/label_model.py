@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_mimic.curation.database import CurationError
+from lightning_mimic.errors import CurationError
 
 #: A share of samples to keep nearer to 0 or 1 than this is no balance to start from.
 _EXTREME = 0.02

@@ -1,7 +1,6 @@
 """Which samples stay, which go, and why: a Parquet file, and what other tools read of it."""
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.utils.data import Subset
 
-from lightning_mimic.curation.database import CurationError, Database, first_line, quoted
+from lightning_mimic.curation.database import Database, first_line, quoted
 from lightning_mimic.data.kept import kept_of
-from lightning_mimic.gradients import nearest_names
-from lightning_mimic.ledger.schema import commit
+from lightning_mimic.errors import CurationError, nearest_names
+from lightning_mimic.files import atomic_path, atomic_write
 
 #: Its own name among a Parquet file's key-value metadata.
 _KEY = b"lightning_mimic"
@@ -43,7 +42,7 @@ class Manifest:
         >>> Manifest("nowhere.parquet")
         Traceback (most recent call last):
             ...
-        lightning_mimic.curation.database.CurationError: nowhere.parquet is no manifest: there is no such file.
+        lightning_mimic.errors.CurationError: nowhere.parquet is no manifest: there is no such file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -71,7 +70,7 @@ class Manifest:
             dataset: A :class:`~lightning_mimic.WithIds`, or one whose row numbers the ids are.
 
         Raises:
-            ValueError: The manifest is of another data set.
+            MimicError: The manifest is of another data set.
         """
         return kept_of(dataset, self.path)
 
@@ -93,16 +92,13 @@ class Manifest:
             need_uids(database, self._read(database))
             count = database.value(f"SELECT count(*) {kept}")
             form = np.dtype("u8,u8")
-            temporary = _beside(Path(path))
-            with temporary.open("wb") as file:
+            with atomic_write(_with_parents(Path(path))) as file:
                 header = {"descr": np.lib.format.dtype_to_descr(form), "fortran_order": False, "shape": (count,)}
                 np.lib.format.write_array_header_1_0(file, header)
                 with database.reader(f"SELECT lower(id) AS id {kept} ORDER BY lower(id)") as batches:
                     for batch in batches:
                         digits = bytes.fromhex("".join(batch["id"].to_pylist()))
                         file.write(np.frombuffer(digits, ">u8").astype("<u8").tobytes())
-                _sync(file)
-        commit(temporary, Path(path))
 
     def to_cleanlab(self, path: str | Path) -> None:
         """Writes a table as cleanlab's ``find_label_issues`` gives it, as CSV in the order of ids.
@@ -186,32 +182,23 @@ def write_manifest(path: Path, database: Database, query: str, provenance: Mappi
         query: SQL with at least ``id`` and ``keep``.
         provenance: What it was made of and how.
     """
-    temporary = _beside(path)
-    with temporary.open("wb") as file, database.reader(query, "writing") as batches:
+    with atomic_write(_with_parents(path)) as file, database.reader(query, "writing") as batches:
         form = batches.schema.with_metadata({_KEY: json.dumps(dict(provenance))})
         # Nothing but reasons repeats itself.
         how = {"compression": "zstd", "use_dictionary": ["reason"], "write_statistics": False}
         with pq.ParquetWriter(file, form, write_page_checksum=True, **how) as writer:
             for batch in batches:
                 writer.write_batch(batch.replace_schema_metadata(form.metadata))
-        _sync(file)
-    commit(temporary, path)
     return Manifest(path)
 
 
 def _copy(database: Database, query: str, path: Path) -> None:
-    temporary = _beside(path)
     # Rows in the query's order.
     database.run("SET preserve_insertion_order = true")
-    database.run(f"COPY ({query}) TO {quoted(str(temporary))} (FORMAT csv, HEADER)")
-    commit(temporary, path)
+    with atomic_path(_with_parents(path)) as temporary:
+        database.run(f"COPY ({query}) TO {quoted(str(temporary))} (FORMAT csv, HEADER)")
 
 
-def _beside(path: Path) -> Path:
+def _with_parents(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+    return path

@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from lightning_mimic.curation.database import CurationError, Database, Progress, is_whole, named
+from lightning_mimic.curation.database import Database, Progress, is_whole, named
 from lightning_mimic.curation.manifest import EXPORTS, Manifest, checked_exports, write_manifest
+from lightning_mimic.errors import CurationError
 from lightning_mimic.version import __version__
 
 End = Literal["top", "bottom"]

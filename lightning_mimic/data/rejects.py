@@ -1,8 +1,6 @@
 """The pairs that could not train, and why: one Parquet part per worker, read back without repeats."""
 
-import contextlib
 import enum
-import os
 import uuid
 import warnings
 from pathlib import Path
@@ -10,7 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lightning_mimic.ledger.schema import commit
+from lightning_mimic.errors import MimicError
+from lightning_mimic.files import atomic_write
 
 
 class Reason(enum.StrEnum):
@@ -93,20 +92,14 @@ class RejectWriter:
         if not self._rows:
             return
         path = self._directory / f"rejects-{self._name}-{uuid.uuid4().hex[:8]}.parquet"
-        temporary = path.with_name(f".{path.name}.tmp")
         columns = [list(column) for column in zip(*self._rows, strict=True)]
         try:
-            with temporary.open("wb") as file:
+            with atomic_write(path) as file:
                 table = pa.Table.from_arrays(
                     [pa.array(c, f.type) for c, f in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA
                 )
                 pq.write_table(table, file, compression="zstd", write_page_checksum=True, write_statistics=False)
-                file.flush()
-                os.fsync(file.fileno())
-            commit(temporary, path)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
             self._every *= 2  # not at every row from here on
             warnings.warn(f"{len(self._rows)} rejects could not be written to {path.parent}: {error}", stacklevel=2)
             return
@@ -121,7 +114,7 @@ class Rejects:
         run: Only those of this run; of all, if left out.
 
     Raises:
-        ValueError: A part cannot be read.
+        MimicError: A part cannot be read.
 
     Example:
         >>> import tempfile
@@ -144,7 +137,7 @@ class Rejects:
                 with pq.ParquetFile(path, page_checksum_verification=True) as file:
                     tables.append(file.read().select(_SCHEMA.names).cast(_SCHEMA))
             except (OSError, ValueError, KeyError) as error:
-                raise ValueError(f"{path} is no list of rejects: {str(error).splitlines()[0]}") from error
+                raise MimicError(f"{path} is no list of rejects: {str(error).splitlines()[0]}") from error
         rows = pa.concat_tables(tables).group_by(["shard", "key", "id", "reason"], use_threads=False)
         table = rows.aggregate([("detail", "min"), ("expected", "max"), ("found", "max")])
         names = {"detail_min": "detail", "expected_max": "expected", "found_max": "found"}

@@ -6,7 +6,7 @@ from lightning_mimic.gradients.graph import Graph
 from lightning_mimic.gradients.layers import LayerGradients
 from lightning_mimic.gradients.losses import LossGradients
 from lightning_mimic.gradients.model import ModelHooks, WholeModelGradients
-from lightning_mimic.gradients.parameters import nearest_names, owning_layer, select_parameters
+from lightning_mimic.gradients.parameters import owning_layer, select_parameters
 from lightning_mimic.gradients.row_hooks import gate_rows, hook_gradient
 from lightning_mimic.gradients.sample_gradients import SampleGradients
 
@@ -25,7 +25,6 @@ __all__ = [
     "WholeModelGradients",
     "gate_rows",
     "hook_gradient",
-    "nearest_names",
     "owning_layer",
     "select_parameters",
 ]

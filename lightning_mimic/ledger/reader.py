@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lightning_mimic.ledger.schema import META_FILE, LedgerError, read_meta, schema
+from lightning_mimic.errors import LedgerError
+from lightning_mimic.ledger.schema import META_FILE, read_meta, schema
 from lightning_mimic.ledger.writer import PART_NAME, differences
 
 
@@ -29,7 +30,7 @@ class Ledger:
         >>> Ledger("nowhere")
         Traceback (most recent call last):
             ...
-        lightning_mimic.ledger.schema.LedgerError: nowhere holds no ledger (no meta.json in it).
+        lightning_mimic.errors.LedgerError: nowhere holds no ledger (no meta.json in it).
     """
 
     def __init__(self, directory: str | Path) -> None:

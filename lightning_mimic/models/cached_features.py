@@ -4,11 +4,9 @@ import dataclasses
 import errno
 import hashlib
 import math
-import os
 import shutil
-import uuid
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import lightning.pytorch as pl
 import torch
@@ -17,6 +15,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_mimic.errors import MimicError
+from lightning_mimic.files import atomic_write
 from lightning_mimic.models.image_classifier import ImageClassifier
 from lightning_mimic.reference import Aligned, fingerprint
 
@@ -69,7 +69,7 @@ class CachedFeatures(pl.LightningDataModule):
         directory: For the files.
 
     Raises:
-        ValueError: Another kind of data module or model, a backbone that trains, or random changes of the images.
+        MimicError: Another kind of data module or model, a backbone that trains, or random changes of the images.
 
     Example:
         >>> import tempfile
@@ -86,22 +86,22 @@ class CachedFeatures(pl.LightningDataModule):
     def __init__(self, data: pl.LightningDataModule, model: pl.LightningModule, directory: str | Path) -> None:
         super().__init__()
         if not isinstance(data, pl.LightningDataModule) or not callable(getattr(data, "mirrored", None)):
-            raise ValueError(
+            raise MimicError(
                 f"features are cached of labelled images, and `data` is a {type(data).__name__}. Train without "
                 "`features`."
             )
         if not isinstance(model, ImageClassifier):
-            raise ValueError(
+            raise MimicError(
                 f"features are cached of an ImageClassifier's backbone, and `model` is a {type(model).__name__}. Train "
                 "without `features`."
             )
         if not model.freeze_backbone:
-            raise ValueError(
+            raise MimicError(
                 "the backbone trains, so that its features change with every step and cannot be cached. Set "
                 "`freeze_backbone=true`, or train without `features`."
             )
         if _augments(data):
-            raise ValueError(
+            raise MimicError(
                 f"{type(data).__name__} changes its training images at random, and the features of changed images are "
                 "not those that are cached. Set `augment=false` (mirroring by `flip` is cached), or train without "
                 "`features`."
@@ -115,7 +115,7 @@ class CachedFeatures(pl.LightningDataModule):
         """Computes what is not there, on the trainer's device, in one process of a machine.
 
         Raises:
-            ValueError: The trainer trains another model, a reference that would be asked about images, or no room.
+            MimicError: The trainer trains another model, a reference that would be asked about images, or no room.
         """
         self._check_trainer()
         self.data.prepare_data()
@@ -192,12 +192,12 @@ class CachedFeatures(pl.LightningDataModule):
         if self.trainer is None:
             return
         if self.trainer.lightning_module is not self.model:
-            raise ValueError("the features are of another model than the one that the trainer got; give both the same.")
+            raise MimicError("the features are of another model than the one that the trainer got; give both the same.")
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             reference = getattr(callback, "reference", None)
             reference = reference.reference if isinstance(reference, Aligned) else reference
             if isinstance(reference, nn.Module):
-                raise ValueError(
+                raise MimicError(
                     f"the reference is a module ({type(reference).__name__}), which would be asked about the features "
                     "of another backbone than its own. Give weights for the trained model (a path or a state dict), or "
                     "train without `features`."
@@ -235,22 +235,16 @@ class CachedFeatures(pl.LightningDataModule):
             "another directory, or train without `features`."
         )
         if free < size:
-            raise ValueError(no_room)
-        part = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.part")
+            raise MimicError(no_room)
         try:
-            with part.open("xb") as file:
+            with atomic_write(path) as file:
                 self._compute(file, images, shape)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise ValueError(no_room) from error
-        finally:
-            part.unlink(missing_ok=True)
+            raise MimicError(no_room) from error
 
-    def _compute(self, file: BinaryIO, images: Any, shape: tuple[int, int, int]) -> None:
+    def _compute(self, file: IO[Any], images: Any, shape: tuple[int, int, int]) -> None:
         from numpy.lib import format as npy  # torch comes without it
 
         # Written as a stream: what is written into a memory map of a full disk kills the process.
