@@ -61,6 +61,7 @@ def choose_method(task: ScoringTask, forward: Forward, previous: Choice | None) 
         MimicError: The scores would not be those of the samples, or the weights would not reach all
             parameters; names which, and what to do.
     """
+    _refuse_static_graph(forward)
     choice = _choose(task, forward, previous) if task.targets else Choice(NoGradient(task), "no_gradient")
     if previous is not None and type(choice.method) is not type(previous.method):
         raise MimicError(
@@ -107,6 +108,17 @@ def _choose(task: ScoringTask, forward: Forward, previous: Choice | None) -> Cho
     if forward.losses is not None and refused:
         return _double(task, forward, refusal)
     return Choice(method, "contribution" if mixed else "own_loss", pending, looks)
+
+
+def _refuse_static_graph(forward: Forward) -> None:
+    """Raise ``MimicError`` where a reverse pass for the scores would pass for the backward pass."""
+    for node in forward.graph.order:
+        wrapper = node.ddp_weakref() if hasattr(node, "ddp_weakref") else None
+        if wrapper is not None and wrapper.static_graph:
+            raise MimicError(
+                "the model is a DistributedDataParallel with `static_graph=True`, which begins to exchange gradients "
+                "in the first reverse pass, and the scores take one before the backward pass. Leave `static_graph` out."
+            )
 
 
 def _double(task: ScoringTask, forward: Forward, refusal: ValueError | None) -> Choice:

@@ -143,7 +143,8 @@ class Reweighter:
         self._attempt = 0
         self._records = False
         self._recorder: ScoreRecorder | None = None
-        self._batches = 0
+        # Of the next micro-batch, if it belongs to the same epoch.
+        self._next = Position(0, 0, 0)
         self._closing = ExitStack()
         self._context = self._attach()
 
@@ -176,7 +177,7 @@ class Reweighter:
             self._run, self._attempt = _open_on_all_ranks(directory, self.config, step, self._run, loader)
             writer = LedgerWriter(directory, self._run, self._attempt, distributed.rank())
         self._recorder = ScoreRecorder(writer, {Flag.ZERO_DIRECTION} if self._target.aligns else ())
-        self._batches = step
+        self._next = Position(0, step, 0)
         if self._target.at_reference():
             self._recorder.warn({Flag.ZERO_DIRECTION: 0})
 
@@ -195,7 +196,8 @@ class Reweighter:
         Raises:
             MimicError: No ids, or scores that would not be those of the samples.
         """
-        position = Position(epoch or 0, self._batches, self._batches, assumed=epoch is None)
+        here, epoch, assumed = self._next, epoch or 0, epoch is None
+        position = Position(epoch, here.step, here.batch if epoch == here.epoch else 0, assumed)
         with self.begin(batch, ids, position) as step:
             yield step
             if not step.has_loss:
@@ -241,7 +243,8 @@ class Reweighter:
         if self._checked_epoch < 0:
             self.note({"score_kind": self._choice.kind})
         self._checked_epoch = step.position.epoch
-        self._batches += 1
+        here = step.position
+        self._next = Position(here.epoch, here.step + 1, here.batch + 1)
         columns = result.columns() | class_columns(outputs, len(result))
         self._recorder.add(step.position, step.ids, columns, step.problem())
         return self._diagnose(step, result)
