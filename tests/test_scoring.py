@@ -12,8 +12,17 @@ from torch import Tensor, nn
 from toys import HIDDEN, Convolution, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
 from trained import trained_by_oracle
 
-from lightning_mimic import GradMimic, Ledger
-from lightning_mimic.scorers import CosineSimilarity, GradNorm, MimicScore, ReferenceLoss, RhoLoss, Scorer, Uniform
+from lightning_mimic import GradMimic, Ledger, MimicError
+from lightning_mimic.scorers import (
+    CosineSimilarity,
+    GradNorm,
+    MimicScore,
+    ReferenceLoss,
+    RhoLoss,
+    Scorer,
+    Uniform,
+    normalised_weights,
+)
 
 NAMES = ("head.weight", "head.bias")
 
@@ -179,3 +188,59 @@ def test_the_ledger_says_what_was_scored(scorer, tmp_path):
     kind = "own_loss" if scorer.needs & {"dot", "norms"} else "no_gradient"
     assert f'"scorer": "{type(scorer).__name__}"' in json.dumps(meta)
     assert f'"score_kind": "{kind}"' in json.dumps(meta)
+
+
+class HalfByNorm:
+    """Weights made of products, and not of the scores."""
+
+    needs = frozenset({"norms", "losses"})
+
+    def __init__(self, power: float) -> None:
+        self.power = power
+
+    def __call__(self, scores, products=None, *, valid=None, uniform=None):
+        raw = products.norms**self.power + products.losses
+        return normalised_weights(raw, scores, valid=valid, uniform=uniform)
+
+
+def test_a_weighting_of_ones_own_gets_the_products_that_it_declares(tmp_path):
+    data, reference, ours, oracle = toy_data(18), parameters_of(other()), toy(WithLosses), toy(WithLosses)
+    callback = GradMimic(reference, "head", weighting=HalfByNorm(2.0), ledger=tmp_path / "s")
+    trainer(callback, accumulate_grad_batches=2).fit(ours, loader(data))
+    weights, batches = [], [data[start : start + 4] for start in range(0, 18, 4)]
+
+    def weigh(module, batch, gradients):
+        raw = norms_of(gradients) ** 2 + losses_of(module, batch).detach()
+        weights.append(raw / raw.sum())
+        return weights[-1]
+
+    trained_by_oracle(oracle, batches, {}, accumulate=2, score=weigh, weigh=lambda scores: scores)
+    torch.testing.assert_close(parameters_of(ours), parameters_of(oracle), rtol=1e-9, atol=1e-9)
+    recorded = torch.tensor(Ledger(tmp_path / "s").table()["weight"].to_pylist())
+    torch.testing.assert_close(recorded, torch.cat(weights).float())
+    config = Ledger(tmp_path / "s").meta["attempts"][0]["config"]
+    assert (config["weighting"], config["weighting_settings"]) == ("HalfByNorm", {"power": 2.0})
+
+
+class Undeclared:
+    needs = frozenset()
+
+    def __call__(self, scores, products=None, *, valid=None, uniform=None):
+        return normalised_weights(products.norms, scores, valid=valid, uniform=uniform)
+
+
+class NoWeights(Undeclared):
+    def __call__(self, scores, products=None, *, valid=None, uniform=None):
+        return torch.ones_like(scores)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "message"),
+    [
+        (Undeclared(), "Undeclared reads `norms`, which it does not declare"),
+        (NoWeights(), "NoWeights returned a torch.float64 tensor of shape (4,) on cpu; expected BatchWeights"),
+    ],
+)
+def test_a_weighting_is_held_to_what_it_declares_and_returns(weighting, message):
+    with pytest.raises(MimicError, match=re.escape(message)):
+        trainer(GradMimic(parameters_of(other()), "head", weighting=weighting)).fit(toy(), loader(toy_data(8)))

@@ -68,6 +68,7 @@ def choose_method(task: ScoringTask, forward: Forward, previous: Choice | None) 
             f"the samples can no longer be scored as in the first step ({previous.method.description}), only otherwise "
             f"({choice.method.description}), and scores of the two kinds do not mix. Start another run."
         )
+    choice.method.check_products()
     edge = choice.method.gate_edge(forward)
     if forward.losses is None:
         reason = not_a_plain_mean(made_by(forward.loss), edge.node)
@@ -123,6 +124,7 @@ def _refuse_static_graph(forward: Forward) -> None:
 
 def _double(task: ScoringTask, forward: Forward, refusal: ValueError | None) -> Choice:
     method = DoubleBackward(task)
+    method.check_products()
     method.check(forward, refusal)
     return Choice(method, "own_loss")
 

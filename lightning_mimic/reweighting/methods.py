@@ -110,6 +110,14 @@ class ScoringMethod(ABC):
         """The products that it offers."""
         return LOSS_PRODUCTS
 
+    def check_products(self) -> None:
+        """Raise ``MimicError`` if something is needed that this method does not offer."""
+        for need in sorted(self._task.needs - self.products):
+            raise MimicError(
+                f"the scorer needs {ONE_LAYER_PRODUCTS.get(need, repr(need))}, which are known for one nn.Linear under "
+                "a loss of independent samples, and this is not such a case."
+            )
+
     @abstractmethod
     def gate_edge(self, forward: Forward) -> GradientEdge:
         """Return the tensor at which the weights enter, with one row per sample.
@@ -278,11 +286,6 @@ class DoubleBackward(ScoringMethod):
         """
         task = self._task
         _refuse_compiled(any(map(is_compiled, forward.graph.order)))
-        for need in sorted(ONE_LAYER_PRODUCTS.keys() & (task.needs - self.products)):
-            raise MimicError(
-                f"the scorer needs {ONE_LAYER_PRODUCTS[need]}, which are known for one nn.Linear under a loss of "
-                "independent samples, and this is not such a case."
-            )
         if task.hooked:
             raise MimicError(HOOKED.format(join_names(task.hooked)))
         try:

@@ -80,14 +80,29 @@ class Settings:
     @property
     def config(self) -> dict[str, Any]:
         """What decides the meaning of scores and weights, for the ledger."""
-        weighting = self.make_weights
+        scorer, weighting = self.make_scores, self.make_weights
+        settings = plain_settings(weighting)
+        # The softmax's own settings keep their place, whatever the weighting.
+        softmax = {name: settings.pop(name, None) for name in ("temperature", "min_ess")}
         return {
+            "scorer": type(scorer).__name__,
+            **_if_any("scorer_settings", plain_settings(scorer)),
             "weighting": type(weighting).__name__,
-            "temperature": getattr(weighting, "temperature", None),
-            "min_ess": getattr(weighting, "min_ess", None),
+            **_if_any("weighting_settings", settings),
+            **softmax,
             "reweight": self.reweight,
+            "align_doubtful": self.on_doubtful == "align",
         }
 
     def as_arguments(self) -> dict[str, Any]:
         """Return all settings by name."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
+
+
+def plain_settings(of: object) -> dict[str, str | int | float]:
+    """Return the public attributes of a scorer or weighting that are plain values, as a file can hold them."""
+    return {n: v for n, v in vars(of).items() if isinstance(v, str | int | float) and not n.startswith("_")}
+
+
+def _if_any(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: settings} if settings else {}

@@ -75,12 +75,8 @@ class Target:
         self._whole: nn.Module | None = None
         self._batches: ReferenceBatches | None = None
         self._align_doubtful = align_doubtful
-        plain = {n: v for n, v in vars(scorer).items() if isinstance(v, str | int | float) and not n.startswith("_")}
         self._config: dict[str, Any] = {
-            "scorer": type(scorer).__name__,
-            **({"scorer_settings": plain} if plain else {}),
             "aligned_every": reference.every if isinstance(reference, Aligned) else None,
-            "align_doubtful": align_doubtful,
             "parameters": list(self.parameters),
         }
         if isinstance(scorer, Compares) and "dot" in needs:
