@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import re
 import sys
 from pathlib import Path
 
@@ -69,6 +70,34 @@ def test_a_package_stays_where_it_belongs(path):
     if own != "cli":
         assert not tops & {"hydra", "omegaconf"}
     assert "pickle" not in tops or path.name == "read.py"
+
+
+# The callbacks still have questions of their own.
+ASKS = {"callbacks/plan.py", "callbacks/products.py", "callbacks/second_batch.py", "callbacks/step.py"}
+ASKS |= {"callbacks/support.py"}
+# Names that one file uses, and no other file of the package but those that are listed.
+OWNED = {
+    r"torch\.distributed|gather_all_tensors|\bdist\.|all_reduce|all_gather": {"distributed.py"} | ASKS,
+    r"\bos\.(replace|rename|link|fsync)\b|\bfsync\b|shutil\.move|NamedTemporaryFile|\.tmp\b": {"files.py"},
+}
+
+
+@pytest.mark.parametrize("names", OWNED)
+def test_ranks_are_asked_about_and_files_are_renamed_in_one_place(names):
+    users = {p.relative_to(ROOT / "lightning_mimic").as_posix() for p in FILES if re.search(names, p.read_text())}
+    assert users == OWNED[names]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_path_is_renamed_by_its_own_methods(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    methods = [call for call in calls if isinstance(call.func, ast.Attribute)]
+    assert not [m.lineno for m in methods if m.func.attr in ("rename", "hardlink_to") or _renames(m)]
+
+
+def _renames(call: ast.Call) -> bool:
+    """Whether it may be ``Path.replace(target)``; ``str.replace`` has two arguments, ``dataclasses.replace`` names."""
+    return call.func.attr == "replace" and len(call.args) == 1 and not call.keywords
 
 
 def test_the_oracles_import_torch_only():

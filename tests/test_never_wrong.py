@@ -8,7 +8,7 @@ from rows import Ad, assert_exact, bare, looped, losses_of, tapped, vectors_of
 from test_bare import FLAT, TOKENS, B, D, ad
 from torch import nn
 
-from lightning_mimic.gradients import Graph, ModelTap, WholeModelGradients
+from lightning_mimic.gradients import Graph, ModelHooks, WholeModelGradients
 
 
 class Annealed(nn.Linear):
@@ -68,20 +68,19 @@ def test_a_layer_that_changes_what_it_computes_is_unseen_or_exact():
     torch.manual_seed(0)
     layer = Annealed(D, D).double()
     net, x = Ad(lambda net, x: net.layer(x).sin(), layer=layer), torch.randn(TOKENS).double()
-    tap = ModelTap(net, dict(net.named_parameters()))
+    hooks = ModelHooks(net, dict(net.named_parameters()))
     vectors = vectors_of(net)
     for factor in (1.0, 3.0):
         layer.factor = factor
-        tap.reset()
-        tap.armed = True
-        losses = losses_of(net, x)
+        with hooks.recording() as calls:
+            losses = losses_of(net, x)
         graph = Graph(losses.grad_fn)
-        uses, unseen = tap.uses(graph, B)
+        uses, unseen = hooks.uses(calls, graph, B)
         if not unseen:
             dot = WholeModelGradients(losses, uses, graph, B).dot(vectors)
             expected = looped(per_sample_gradients(net, losses_of, x), vectors)
             torch.testing.assert_close(dot, expected, rtol=1e-9, atol=1e-9)
-    tap.remove()
+    hooks.remove()
 
 
 def test_an_input_changed_in_place_after_its_use_stops():

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_mimic.distributed import stack_over_ranks
 from lightning_mimic.errors import MimicError
 from lightning_mimic.scorers.declarations import describe
 from lightning_mimic.scorers.products import Need, Products
@@ -135,7 +136,9 @@ class SoftmaxWeighting:
         peak = torch.where(valid.any(), peak, torch.zeros_like(peak))
         logits = torch.where(valid, (masked_scores - peak) / ladder[:, None], -torch.inf)  # (ladder, B)
         sums = _sums(masked_scores, valid)
-        ranks = _gather(torch.cat([torch.logsumexp(logits, 1), torch.logsumexp(2 * logits, 1), peak[None], sums]))
+        ranks = stack_over_ranks(
+            torch.cat([torch.logsumexp(logits, 1), torch.logsumexp(2 * logits, 1), peak[None], sums])
+        )
         first, second, peaks, totals = ranks.split([len(ladder), len(ladder), 1, len(sums)], 1)
         holds = totals[:, 1] > 0  # ranks with valid rows
         top = torch.where(holds, peaks[:, 0], -torch.inf).amax()
@@ -231,7 +234,7 @@ def normalised_weights(
         raw = torch.where(uniform, torch.ones_like(raw), raw)
         scores = torch.where(uniform, torch.zeros_like(scores), scores)
     raw, masked_scores = (torch.where(valid, each, torch.zeros_like(each)) for each in (raw, scores))
-    ranks = _gather(torch.cat([raw.sum()[None], raw.square().sum()[None], _sums(masked_scores, valid)]))
+    ranks = stack_over_ranks(torch.cat([raw.sum()[None], raw.square().sum()[None], _sums(masked_scores, valid)]))
     total, squares = ranks[:, :2].sum(0)
     nonzero = torch.where(total == 0, torch.ones_like(total), total)
     ess = total * (total / torch.where(total == 0, torch.ones_like(squares), squares))
@@ -259,12 +262,3 @@ def _batch_weights(
         score_mean=score_sum / counted,
         negative_share=negatives / counted,
     )
-
-
-def _gather(row: Tensor) -> Tensor:
-    """Stacks one row per rank, shape ``(ranks, n)``; ``(1, n)`` without a process group."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return row[None]
-    rows = [torch.empty_like(row) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(rows, row)
-    return torch.stack(rows)
