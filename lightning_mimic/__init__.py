@@ -1,10 +1,28 @@
-"""The mimic score for PyTorch Lightning: weight and select samples by how they move a model to a reference."""
+"""The mimic score for PyTorch Lightning: weight and select samples by how they move a model to a reference.
 
-from lightning_mimic.callbacks import AtCheckpoints, GradMimic
-from lightning_mimic.data import WithIds, collate_with_ids
-from lightning_mimic.ledger import Ledger, LedgerError
-from lightning_mimic.reference import Aligned, Diagnosis, ReferenceLoadError, diagnose
+Importing the package loads neither torch nor Lightning; its names are imported when they are first used.
+"""
+
+from typing import TYPE_CHECKING
+
+from lightning_mimic.lazy import lazy_front
 from lightning_mimic.version import __version__
+
+if TYPE_CHECKING:
+    from lightning_mimic.callbacks import AtCheckpoints, GradMimic
+    from lightning_mimic.data import WithIds, collate_with_ids
+    from lightning_mimic.ledger import Ledger, LedgerError
+    from lightning_mimic.reference import Aligned, Diagnosis, ReferenceLoadError, diagnose
+else:
+    __getattr__, __dir__ = lazy_front(
+        __name__,
+        {
+            "lightning_mimic.callbacks": ["AtCheckpoints", "GradMimic"],
+            "lightning_mimic.data": ["WithIds", "collate_with_ids"],
+            "lightning_mimic.ledger": ["Ledger", "LedgerError"],
+            "lightning_mimic.reference": ["Aligned", "Diagnosis", "ReferenceLoadError", "diagnose"],
+        },
+    )
 
 __all__ = [
     "Aligned",

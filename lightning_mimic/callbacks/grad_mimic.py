@@ -18,7 +18,7 @@ from lightning_mimic.callbacks.session import DOUBTS, Escaping, OnNonfinite, Ses
 from lightning_mimic.callbacks.support import amp_scale, check_packages, check_scorer, check_support, on_all_ranks
 from lightning_mimic.gradients import nearest_names
 from lightning_mimic.ledger import Flag, LedgerWriter, note_run
-from lightning_mimic.reference import Aligned, ReferenceSource
+from lightning_mimic.reference import Aligned, ReferenceSource, refuse_module_on_features
 from lightning_mimic.scorers import MimicScore, Scorer, weighting_of
 
 
@@ -260,6 +260,8 @@ class GradMimic(Callback):
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks everything that can be checked before training, and hooks the layer."""
         check_support(trainer, pl_module)
+        if getattr(pl_module, "takes_features", False):
+            refuse_module_on_features(self.reference)
         aim = self._aim = Aim(pl_module, self.scorer, self.parameters, self.reference, self.on_doubtful)
         frozen = [n for n, p in aim.targets.items() if not p.requires_grad]
         if self.scope == "target" and frozen:

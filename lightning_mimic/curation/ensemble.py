@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lightning_mimic.curation.database import CurationError
 from lightning_mimic.curation.filters import Decision, Filter, KMeans, Mixture, Threshold, Vote, by_epoch
 from lightning_mimic.curation.label_model import fit_label_model
 from lightning_mimic.curation.scores import Rows, Scores
-from lightning_mimic.gradients import nearest_names
+from lightning_mimic.errors import CurationError, nearest_names
 
 By = Literal["label_model", "majority"]
 

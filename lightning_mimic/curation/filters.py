@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lightning_mimic.curation.database import CurationError
 from lightning_mimic.curation.scores import Rows, Scores
+from lightning_mimic.errors import CurationError
 
 
 @dataclass(frozen=True)

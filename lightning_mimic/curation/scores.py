@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from lightning_mimic.curation.database import Database, parquet
+from lightning_mimic.database import Database, parquet
 from lightning_mimic.ledger import Ledger
 
 #: Samples drawn to fit clusters, mixtures and the label model.

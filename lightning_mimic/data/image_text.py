@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_mimic.data.kept import KeptIds
 from lightning_mimic.data.labelled import LabelledImages
 from lightning_mimic.data.pair_loader import PairLoader
 from lightning_mimic.data.pair_stream import Reading, dealt
 from lightning_mimic.data.rejects import Rejects, summary
 from lightning_mimic.data.shards import list_shards, scanned_ids, stated_counts
+from lightning_mimic.manifest import KeptIds
 
 
 class ImageTextDataModule(pl.LightningDataModule):

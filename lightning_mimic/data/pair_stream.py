@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lightning_mimic.data.ids import SampleWithId, collate_with_ids
-from lightning_mimic.data.kept import KeptIds
 from lightning_mimic.data.pairs import BrokenPairError, Pair, described, id_of, pair_of, picture
 from lightning_mimic.data.rejects import Reason, RejectWriter
 from lightning_mimic.data.shards import read_shard
+from lightning_mimic.manifest import KeptIds
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_mimic.curation.database import CurationError
+from lightning_mimic.errors import CurationError
 
 #: Trusted samples must be kept this much more often with true labels than with wrong ones, or nothing can be said.
 _LEAST_DIFFERENCE = 0.2

@@ -1,4 +1,4 @@
-"""DuckDB, and nothing else in the package imports it: tables that need not fit into memory."""
+"""Tables that need not fit into memory, on DuckDB, which nothing else in the package imports."""
 
 import contextlib
 import re
@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lightning_mimic.gradients import nearest_names
+from lightning_mimic.errors import CurationError, nearest_names
 
 #: Told what is being done, and which share of it is.
 Progress = Callable[[str, float], None]
@@ -20,10 +20,6 @@ Progress = Callable[[str, float], None]
 
 #: DuckDB's types of ids that are numbers.
 _WHOLE = {"BIGINT", "INTEGER", "SMALLINT", "TINYINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT"}
-
-
-class CurationError(ValueError):
-    """Scores, tables or options from which no decision can be made; says what to do."""
 
 
 class Database:

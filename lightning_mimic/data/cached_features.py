@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import lightning.pytorch as pl
 import torch
@@ -17,14 +17,37 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_mimic.models.image_classifier import ImageClassifier
-from lightning_mimic.reference import Aligned, fingerprint
+from lightning_mimic.errors import join_names
+from lightning_mimic.reference import fingerprint
 
 #: Of the files; what is cached under another one is not used.
 FORMAT = 1
 # The sources that a stage of Lightning's reads; others read all.
 _READ = {"fit": ("train", "val"), "validate": ("train", "val"), "test": ("test",)}
 _HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
+class FeatureModel(Protocol):
+    """A classifier that can be trained on its frozen backbone's features, such as ``ImageClassifier``.
+
+    Attributes:
+        backbone: From images ``(B, C, H, W)`` to features ``(B, D)``.
+        head: The trained layer; its ``in_features`` is D.
+        freeze_backbone: The backbone does not train and stays in evaluation mode.
+        takes_features: Batches hold features in place of images; set while features are fed.
+        device: On which the model is.
+    """
+
+    backbone: nn.Module
+    head: Any
+    freeze_backbone: bool
+    takes_features: bool
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+_MODEL = ("backbone", "head", "freeze_backbone", "takes_features", "device")
 
 
 class FeatureRows:
@@ -74,6 +97,7 @@ class CachedFeatures(pl.LightningDataModule):
     Example:
         >>> import tempfile
         >>> from lightning_mimic.data.digits import DigitsDataModule
+        >>> from lightning_mimic.models import ImageClassifier
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU())
         >>> model = ImageClassifier(net, num_classes=10, image_shape=(1, 8, 8), freeze_backbone=True)
         >>> cached = CachedFeatures(DigitsDataModule(), model, tempfile.mkdtemp())
@@ -83,17 +107,17 @@ class CachedFeatures(pl.LightningDataModule):
         torch.Size([1, 16])
     """
 
-    def __init__(self, data: pl.LightningDataModule, model: pl.LightningModule, directory: str | Path) -> None:
+    def __init__(self, data: pl.LightningDataModule, model: FeatureModel, directory: str | Path) -> None:
         super().__init__()
         if not isinstance(data, pl.LightningDataModule) or not callable(getattr(data, "mirrored", None)):
             raise ValueError(
                 f"features are cached of labelled images, and `data` is a {type(data).__name__}. Train without "
                 "`features`."
             )
-        if not isinstance(model, ImageClassifier):
+        if missing := [name for name in _MODEL if not hasattr(model, name)]:
             raise ValueError(
-                f"features are cached of an ImageClassifier's backbone, and `model` is a {type(model).__name__}. Train "
-                "without `features`."
+                "features are cached of a classifier's backbone, such as ImageClassifier's, and `model` is a "
+                f"{type(model).__name__} without {join_names(missing)}. Train without `features`."
             )
         if not model.freeze_backbone:
             raise ValueError(
@@ -115,9 +139,11 @@ class CachedFeatures(pl.LightningDataModule):
         """Computes what is not there, on the trainer's device, in one process of a machine.
 
         Raises:
-            ValueError: The trainer trains another model, a reference that would be asked about images, or no room.
+            ValueError: The trainer trains another model, or the disk has no room.
         """
-        self._check_trainer()
+        trained: Any = None if self.trainer is None else self.trainer.lightning_module
+        if trained not in (None, self.model):
+            raise ValueError("the features are of another model than the one that the trainer got; give both the same.")
         self.data.prepare_data()
         self.data.setup()
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -187,21 +213,6 @@ class CachedFeatures(pl.LightningDataModule):
                 key = repr([*said, self._source(name).key(), self._views(name)])
                 paths[name] = self.directory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
         return paths
-
-    def _check_trainer(self) -> None:
-        if self.trainer is None:
-            return
-        if self.trainer.lightning_module is not self.model:
-            raise ValueError("the features are of another model than the one that the trainer got; give both the same.")
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            reference = getattr(callback, "reference", None)
-            reference = reference.reference if isinstance(reference, Aligned) else reference
-            if isinstance(reference, nn.Module):
-                raise ValueError(
-                    f"the reference is a module ({type(reference).__name__}), which would be asked about the features "
-                    "of another backbone than its own. Give weights for the trained model (a path or a state dict), or "
-                    "train without `features`."
-                )
 
     def _features(self, images: Tensor, views: int) -> Tensor:
         """On the CPU, float32, shape ``(B, views, D)``."""

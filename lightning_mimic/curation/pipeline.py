@@ -11,12 +11,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lightning_mimic.curation.database import CurationError, Database, Progress
 from lightning_mimic.curation.filters import Decides, Decision, Sign
-from lightning_mimic.curation.manifest import EXPORTS, Manifest, checked_exports, write_manifest
-from lightning_mimic.curation.quality import Quality, estimate_quality
 from lightning_mimic.curation.scores import Scores
-from lightning_mimic.gradients import nearest_names
+from lightning_mimic.database import Database, Progress
+from lightning_mimic.errors import CurationError, nearest_names
+from lightning_mimic.manifest import EXPORTS, Manifest, checked_exports, write_manifest
+from lightning_mimic.metrics.estimate import Quality, estimate_quality
 from lightning_mimic.version import __version__
 
 Unscored = Literal["keep", "drop", "fail"]
@@ -140,7 +140,8 @@ def curate(
                 "mean_score": {"all": mean, "kept": mean_kept},
                 "quality": None if quality is None else asdict(quality),
             }
-            written = write_manifest(folder / "manifest.parquet", database, _ORDERED, provenance)
+            with database.reader(_ORDERED, "writing") as rows:
+                written = write_manifest(folder / "manifest.parquet", rows, provenance)
         # The database has let go of its memory by now; an export opens its own.
         for name in exports:
             if progress is not None:
