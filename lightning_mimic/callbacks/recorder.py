@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_mimic.callbacks.batch import Ids
-from lightning_mimic.ledger import Flag, LedgerError, LedgerWriter, open_run
+from lightning_mimic.ledger import Flag, LedgerError, LedgerWriter, nullable_columns, open_run
 from lightning_mimic.version import __version__
 
 _WARNINGS = {
@@ -84,7 +84,7 @@ class ScoreRecorder:
             count = len(rows["flag"])
             flags = [Flag(code) for code in rows["flag"].tolist()]
             if self._writer is not None:
-                arrays = {name: rows[name].numpy() if name in rows else None for name in _OPTIONAL}
+                arrays = {name: rows[name].numpy() if name in rows else None for name in nullable_columns()}
                 self._writer.append(
                     arrays
                     | {
@@ -149,9 +149,6 @@ def open_on_all_ranks(
     if isinstance(opened, str):
         raise LedgerError(opened)
     return opened
-
-
-_OPTIONAL = ("score", "weight", "loss", "batch_size", "label", "predicted")
 
 
 def _to_host(columns: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
