@@ -11,16 +11,18 @@ from lightning_mimic.version import __version__
 if TYPE_CHECKING:
     from lightning_mimic.callbacks import AtCheckpoints, GradMimic
     from lightning_mimic.data import WithIds, collate_with_ids
-    from lightning_mimic.ledger import Ledger, LedgerError
-    from lightning_mimic.reference import Aligned, Diagnosis, ReferenceLoadError, diagnose
+    from lightning_mimic.errors import LedgerError, MimicError, ReferenceLoadError
+    from lightning_mimic.ledger import Ledger
+    from lightning_mimic.reference import Aligned, Diagnosis, diagnose
 else:
     __getattr__, __dir__ = lazy_front(
         __name__,
         {
             "lightning_mimic.callbacks": ["AtCheckpoints", "GradMimic"],
             "lightning_mimic.data": ["WithIds", "collate_with_ids"],
-            "lightning_mimic.ledger": ["Ledger", "LedgerError"],
-            "lightning_mimic.reference": ["Aligned", "Diagnosis", "ReferenceLoadError", "diagnose"],
+            "lightning_mimic.errors": ["LedgerError", "MimicError", "ReferenceLoadError"],
+            "lightning_mimic.ledger": ["Ledger"],
+            "lightning_mimic.reference": ["Aligned", "Diagnosis", "diagnose"],
         },
     )
 
@@ -31,6 +33,7 @@ __all__ = [
     "GradMimic",
     "Ledger",
     "LedgerError",
+    "MimicError",
     "ReferenceLoadError",
     "WithIds",
     "__version__",

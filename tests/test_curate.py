@@ -227,7 +227,7 @@ def full_disk(*_):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("place", ["filter", "export", "write_batch", "commit"])
+@pytest.mark.parametrize("place", ["filter", "export", "write_batch", "rename"])
 def test_a_failure_leaves_nothing_behind(place, tmp_path, temporary, monkeypatch):
     write_scores(tmp_path / "scores", [1.0, -1.0])
     if place == "export":
@@ -235,8 +235,8 @@ def test_a_failure_leaves_nothing_behind(place, tmp_path, temporary, monkeypatch
         monkeypatch.setitem(EXPORTS, "csv", export)
     elif place == "write_batch":
         monkeypatch.setattr(pq.ParquetWriter, "write_batch", full_disk)
-    elif place == "commit":
-        monkeypatch.setattr("lightning_mimic.manifest.writer.commit", full_disk)
+    elif place == "rename":
+        monkeypatch.setattr(os, "replace", full_disk)
     threads = set(threading.enumerate())
     for out in (tmp_path / "out", None):
         with pytest.raises((OSError, RuntimeError), match=r"No space left|on purpose") as info:

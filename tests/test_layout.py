@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "scorers": PURE - {"scorers", "reference"},
     "reference": PURE - {"reference"},
     "ledger": BASE,
-    "manifest": BASE | {"database", "ledger"},
+    "manifest": BASE | {"database"},
     "reweighting": PURE | RECORDS,
     **{room: PURE | RECORDS | {"reweighting"} for room in ("callbacks", "models", "data")},
     "metrics": OFFLINE | {"distributed"},

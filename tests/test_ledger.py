@@ -176,8 +176,9 @@ def test_a_crash_while_writing_leaves_no_file_under_the_final_name(torn, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         writer.flush()
     assert parts_in(tmp_path) == ["part-a0-r0-000000-n1.parquet"]
-    (left_over,) = tmp_path.glob(".part-*-a0-r0-000001-n2.parquet.tmp")  # the crash came after the write
-    shutil.copy(*tmp_path.glob("part-*.parquet"), left_over)
+    assert not list(tmp_path.glob(".*")), "an interruption cleans up"
+    (part,) = tmp_path.glob("part-*.parquet")  # what a killed process leaves
+    shutil.copy(part, tmp_path / f".{part.name.replace('000000', '000001')}.0123456789abcdef.tmp")
     assert ids_of(tmp_path, deduplicate=False) == [1], "a left-over is no part, not even a whole one"
 
 

@@ -1,7 +1,6 @@
 """From a ledger to a manifest."""
 
 import contextlib
-import os
 import shutil
 import tempfile
 import weakref
@@ -15,6 +14,7 @@ from lightning_mimic.curation.filters import Decides, Decision, Sign
 from lightning_mimic.curation.scores import Scores
 from lightning_mimic.database import Database, Progress
 from lightning_mimic.errors import CurationError, nearest_names
+from lightning_mimic.files import atomic_directory
 from lightning_mimic.manifest import EXPORTS, Manifest, checked_exports, write_manifest
 from lightning_mimic.metrics.estimate import Quality, estimate_quality
 from lightning_mimic.version import __version__
@@ -95,7 +95,7 @@ def curate(
         >>> curate("nowhere")
         Traceback (most recent call last):
             ...
-        lightning_mimic.ledger.schema.LedgerError: nowhere holds no ledger (no meta.json in it).
+        lightning_mimic.errors.LedgerError: nowhere holds no ledger (no meta.json in it).
     """
     if unscored not in get_args(Unscored):
         raise CurationError(f"`unscored` is {unscored!r}; {nearest_names(str(unscored), get_args(Unscored))}.")
@@ -106,7 +106,7 @@ def curate(
     final = None if out is None else Path(out).expanduser()
     if final is not None and final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise CurationError(f"`out`: {final} is there already; name another directory, or delete it.")
-    with _folder(final) as folder:
+    with _temporary_folder() if final is None else atomic_directory(final) as folder:
         with Database(memory, progress) as database:
             data = Scores(ledger, database, allow_partial=allow_partial)
             calibration = None if trusted is None or mislabelled is None else _calibration(data, trusted, mislabelled)
@@ -150,7 +150,7 @@ def curate(
             if progress is not None:
                 progress(f"exporting {name}", 1.0)
         names = sorted(path.name for path in folder.iterdir())
-        place = _placed(folder, final)
+    place = folder if final is None else final
     manifest = Manifest(place / "manifest.parquet")
     if final is None:
         weakref.finalize(manifest, shutil.rmtree, place, ignore_errors=True)
@@ -262,25 +262,11 @@ def _attempt(scores: Scores) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _folder(final: Path | None) -> Iterator[Path]:
-    """Where files are written until all are there; gone if something fails."""
-    if final is not None:
-        final.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the final place, so that the move is one of names.
-    folder = Path(tempfile.mkdtemp(prefix=".mimic-curate-", dir=None if final is None else final.parent))
+def _temporary_folder() -> Iterator[Path]:
+    """Create a folder that is removed after an error."""
+    folder = Path(tempfile.mkdtemp(prefix=".mimic-curate-"))
     try:
         yield folder
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _placed(folder: Path, final: Path | None) -> Path:
-    if final is None:
-        return folder
-    folder.chmod(0o755)  # mkdtemp's is its owner's alone
-    place = final.resolve()  # a link's target, if it is one
-    if place.is_dir():
-        place.rmdir()
-    os.replace(folder, place)
-    return final

@@ -4,11 +4,9 @@ import dataclasses
 import errno
 import hashlib
 import math
-import os
 import shutil
-import uuid
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import IO, Any, Protocol
 
 import lightning.pytorch as pl
 import torch
@@ -17,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_mimic.errors import join_names
+from lightning_mimic.errors import MimicError, join_names
+from lightning_mimic.files import atomic_write
 from lightning_mimic.reference import fingerprint
 
 #: Of the files; what is cached under another one is not used.
@@ -110,22 +109,22 @@ class CachedFeatures(pl.LightningDataModule):
     def __init__(self, data: pl.LightningDataModule, model: FeatureModel, directory: str | Path) -> None:
         super().__init__()
         if not isinstance(data, pl.LightningDataModule) or not callable(getattr(data, "mirrored", None)):
-            raise ValueError(
+            raise MimicError(
                 f"features are cached of labelled images, and `data` is a {type(data).__name__}. Train without "
                 "`features`."
             )
         if missing := [name for name in _MODEL if not hasattr(model, name)]:
-            raise ValueError(
+            raise MimicError(
                 "features are cached of a classifier's backbone, such as ImageClassifier's, and `model` is a "
                 f"{type(model).__name__} without {join_names(missing)}. Train without `features`."
             )
         if not model.freeze_backbone:
-            raise ValueError(
+            raise MimicError(
                 "the backbone trains, so that its features change with every step and cannot be cached. Set "
                 "`freeze_backbone=true`, or train without `features`."
             )
         if _augments(data):
-            raise ValueError(
+            raise MimicError(
                 f"{type(data).__name__} changes its training images at random, and the features of changed images are "
                 "not those that are cached. Set `augment=false` (mirroring by `flip` is cached), or train without "
                 "`features`."
@@ -143,7 +142,7 @@ class CachedFeatures(pl.LightningDataModule):
         """
         trained: Any = None if self.trainer is None else self.trainer.lightning_module
         if trained not in (None, self.model):
-            raise ValueError("the features are of another model than the one that the trainer got; give both the same.")
+            raise MimicError("the features are of another model than the one that the trainer got; give both the same.")
         self.data.prepare_data()
         self.data.setup()
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -246,22 +245,16 @@ class CachedFeatures(pl.LightningDataModule):
             "another directory, or train without `features`."
         )
         if free < size:
-            raise ValueError(no_room)
-        part = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.part")
+            raise MimicError(no_room)
         try:
-            with part.open("xb") as file:
+            with atomic_write(path) as file:
                 self._compute(file, images, shape)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise ValueError(no_room) from error
-        finally:
-            part.unlink(missing_ok=True)
+            raise MimicError(no_room) from error
 
-    def _compute(self, file: BinaryIO, images: Any, shape: tuple[int, int, int]) -> None:
+    def _compute(self, file: IO[Any], images: Any, shape: tuple[int, int, int]) -> None:
         from numpy.lib import format as npy  # torch comes without it
 
         # Written as a stream: what is written into a memory map of a full disk kills the process.

@@ -1,8 +1,6 @@
 """The pairs that could not train, and why: one Parquet part per worker, read back without repeats."""
 
-import contextlib
 import enum
-import os
 import uuid
 import warnings
 from pathlib import Path
@@ -10,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lightning_mimic.ledger.schema import commit
+from lightning_mimic.files import atomic_write
 
 
 class Reason(enum.StrEnum):
@@ -93,20 +91,14 @@ class RejectWriter:
         if not self._rows:
             return
         path = self._directory / f"rejects-{self._name}-{uuid.uuid4().hex[:8]}.parquet"
-        temporary = path.with_name(f".{path.name}.tmp")
         columns = [list(column) for column in zip(*self._rows, strict=True)]
         try:
-            with temporary.open("wb") as file:
+            with atomic_write(path) as file:
                 table = pa.Table.from_arrays(
                     [pa.array(c, f.type) for c, f in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA
                 )
                 pq.write_table(table, file, compression="zstd", write_page_checksum=True, write_statistics=False)
-                file.flush()
-                os.fsync(file.fileno())
-            commit(temporary, path)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
             self._every *= 2  # not at every row from here on
             warnings.warn(f"{len(self._rows)} rejects could not be written to {path.parent}: {error}", stacklevel=2)
             return

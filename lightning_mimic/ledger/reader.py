@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lightning_mimic.errors import LedgerError
 from lightning_mimic.ledger.columns import nullable_columns, schema, summarised_columns
-from lightning_mimic.ledger.schema import META_FILE, LedgerError, class_names_in, read_meta
+from lightning_mimic.ledger.schema import META_FILE, class_names_in, read_meta
 from lightning_mimic.ledger.writer import PART_NAME, differences
 
 
@@ -30,7 +31,7 @@ class Ledger:
         >>> Ledger("nowhere")
         Traceback (most recent call last):
             ...
-        lightning_mimic.ledger.schema.LedgerError: nowhere holds no ledger (no meta.json in it).
+        lightning_mimic.errors.LedgerError: nowhere holds no ledger (no meta.json in it).
     """
 
     def __init__(self, directory: str | Path) -> None:

@@ -1,22 +1,17 @@
 """The score file format: flags, and the description beside the parts."""
 
-import contextlib
 import enum
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from lightning_mimic.errors import LedgerError
 
 #: Raised by one whenever a reader of the older format would misread the newer.
 SCHEMA_VERSION = 1
 
 META_FILE = "meta.json"
-
-
-class LedgerError(ValueError):
-    """A ledger that cannot be written or read as asked; says what to do."""
 
 
 class Flag(enum.IntEnum):
@@ -46,42 +41,6 @@ def class_names_in(meta: Mapping[str, Any]) -> tuple[str, ...] | None:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise LedgerError(f"`class_names` is {names!r}; expected a list of str, in the order of the labels.")
     return tuple(names)
-
-
-def write_json(path: Path, content: Mapping[str, Any], *, exclusive: bool = False) -> None:
-    """Writes a file that is either the old one or the new one, whole, also after a power cut.
-
-    Args:
-        path: Of the file.
-        content: What goes into it.
-        exclusive: Raise ``FileExistsError`` if the file is there already.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    if exclusive:
-        try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL))  # the name is ours from here on
-        except FileExistsError:
-            temporary.unlink()
-            raise
-    commit(temporary, path)
-
-
-def commit(temporary: Path, path: Path) -> None:
-    """Gives a complete file its final name, and makes sure that the name outlives a power cut."""
-    os.replace(temporary, path)
-    if os.name != "posix":
-        return  # elsewhere a directory cannot be opened
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        # The file has its name by now; not every file system can sync a directory.
-        with contextlib.suppress(OSError):
-            os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def read_meta(directory: Path) -> dict[str, Any] | None:

@@ -1,9 +1,7 @@
 """Append scores to a ledger: one file per rank and flush, complete or not there."""
 
-import contextlib
 import hashlib
 import json
-import os
 import re
 import uuid
 import warnings
@@ -15,16 +13,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lightning_mimic.errors import join_names
+from lightning_mimic.errors import LedgerError, join_names
+from lightning_mimic.files import atomic_write, write_json
 from lightning_mimic.ledger.columns import nullable_columns, schema
 from lightning_mimic.ledger.schema import (
     META_FILE,
     SCHEMA_VERSION,
-    LedgerError,
     class_names_in,
-    commit,
     read_meta,
-    write_json,
 )
 
 #: run, attempt, rank, number, rows: the count in the name tells what a damaged part has lost.
@@ -193,17 +189,11 @@ class LedgerWriter:
             return
         table = pa.concat_tables(self._pending)
         name = f"part-{self._run}-a{self._attempt}-r{self._rank}-{self._parts:06d}-n{table.num_rows}.parquet"
-        temporary = self._directory / f".{name}.tmp"
         try:
-            with temporary.open("wb") as file:
+            with atomic_write(self._directory / name) as file:
                 # No statistics: checksums do not cover them, and a query engine would believe them.
                 pq.write_table(table, file, compression="zstd", write_page_checksum=True, write_statistics=False)
-                file.flush()
-                os.fsync(file.fileno())
-            commit(temporary, self._directory / name)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)  # a full disk needs its space back
             if self._failed:
                 raise LedgerError(
                     f"`ledger`: {table.num_rows} rows could not be written to {self._directory}, twice in a row: "

@@ -1,6 +1,5 @@
 """Manifests in the formats of other tools: CSV, DataComp's ids, cleanlab's table of label issues."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import pyarrow.parquet as pq
 
 from lightning_mimic.database import Database, quoted
 from lightning_mimic.errors import CurationError, nearest_names
-from lightning_mimic.ledger.schema import commit
+from lightning_mimic.files import atomic_path, atomic_write
 
 if TYPE_CHECKING:
     from lightning_mimic.manifest.reader import Manifest
@@ -44,8 +43,7 @@ def write_datacomp(manifest: "Manifest", path: str | Path) -> None:
         need_uids(database, rows)
         count = database.value(f"SELECT count(*) FROM {rows} WHERE keep")
         form = np.dtype("u8,u8")
-        temporary = _beside(Path(path))
-        with temporary.open("wb") as file:
+        with atomic_write(_with_parents(Path(path))) as file:
             header = {"descr": np.lib.format.dtype_to_descr(form), "fortran_order": False, "shape": (count,)}
             np.lib.format.write_array_header_1_0(file, header)
             query = f"SELECT lower(id) AS id FROM {rows} WHERE keep ORDER BY lower(id)"
@@ -53,9 +51,6 @@ def write_datacomp(manifest: "Manifest", path: str | Path) -> None:
                 for batch in batches:
                     digits = bytes.fromhex("".join(batch["id"].to_pylist()))
                     file.write(np.frombuffer(digits, ">u8").astype("<u8").tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-    commit(temporary, Path(path))
 
 
 def write_cleanlab(manifest: "Manifest", path: str | Path) -> None:
@@ -138,13 +133,12 @@ def _rows(manifest: "Manifest", database: Database) -> str:
 
 
 def _copy(database: Database, query: str, path: Path) -> None:
-    temporary = _beside(path)
     # Rows in the query's order.
     database.run("SET preserve_insertion_order = true")
-    database.run(f"COPY ({query}) TO {quoted(str(temporary))} (FORMAT csv, HEADER)")
-    commit(temporary, path)
+    with atomic_path(_with_parents(path)) as temporary:
+        database.run(f"COPY ({query}) TO {quoted(str(temporary))} (FORMAT csv, HEADER)")
 
 
-def _beside(path: Path) -> Path:
+def _with_parents(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.tmp")
+    return path

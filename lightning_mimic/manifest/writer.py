@@ -1,7 +1,6 @@
 """Write a manifest: rows in a given order, with their provenance, complete or not there."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lightning_mimic.ledger.schema import commit
+from lightning_mimic.files import atomic_write
 from lightning_mimic.manifest.reader import PROVENANCE, Manifest
 
 
@@ -33,15 +32,11 @@ def write_manifest(path: str | Path, rows: pa.RecordBatchReader, provenance: Map
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with atomic_write(path) as file:
         form = rows.schema.with_metadata({PROVENANCE: json.dumps(dict(provenance))})
         # Only the reasons repeat.
         how = {"compression": "zstd", "use_dictionary": ["reason"], "write_statistics": False}
         with pq.ParquetWriter(file, form, write_page_checksum=True, **how) as writer:
             for batch in rows:
                 writer.write_batch(batch.replace_schema_metadata(form.metadata))
-        file.flush()
-        os.fsync(file.fileno())
-    commit(temporary, path)
     return Manifest(path)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_mimic.errors import MimicError
 from lightning_mimic.reference.aligned import Aligned
 from lightning_mimic.reference.match import aliases_of, match_reference
 from lightning_mimic.reference.pretrained import open_clip_model
@@ -52,17 +53,17 @@ def refuse_module_on_features(reference: Any) -> None:
             ``None`` are accepted.
 
     Raises:
-        ValueError: It is a module, which has a backbone of its own.
+        MimicError: It is a module, which has a backbone of its own.
 
     Example:
         >>> refuse_module_on_features(nn.Linear(1, 1))
         Traceback (most recent call last):
             ...
-        ValueError: the reference is a module (Linear), which would be asked about the features of another backbone...
+        lightning_mimic.errors.MimicError: the reference is a module (Linear), which would be asked...
     """
     reference = reference.reference if isinstance(reference, Aligned) else reference
     if isinstance(reference, nn.Module):
-        raise ValueError(
+        raise MimicError(
             f"the reference is a module ({type(reference).__name__}), which would be asked about the features of "
             "another backbone than its own. Give weights for the trained model (a path or a state dict), or train "
             "without `features`."
