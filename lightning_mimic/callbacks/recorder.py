@@ -142,13 +142,34 @@ def open_on_all_ranks(
     opened: tuple[str, int] | str = ""
     if trainer.is_global_zero:
         try:
-            opened = open_run(directory, dict(config), trainer.global_step, run, {"package_version": __version__})
+            notes = {"package_version": __version__, "class_names": class_names_of(trainer)}
+            opened = open_run(directory, dict(config), trainer.global_step, run, notes)
         except LedgerError as error:
             opened = str(error)
     opened = trainer.strategy.broadcast(opened)
     if isinstance(opened, str):
         raise LedgerError(opened)
     return opened
+
+
+def class_names_of(trainer: pl.Trainer) -> list[str] | None:
+    """Return the names of the classes in the order of the labels, where the trainer's data have them.
+
+    They are the attribute ``class_names`` or ``classes`` of the data module, or of the training data set or of one that
+    it wraps (as ``dataset``).
+
+    Args:
+        trainer: With its data module or loader.
+    """
+    sources = [getattr(trainer, "datamodule", None), getattr(trainer.train_dataloader, "dataset", None)]
+    while (wrapped := getattr(sources[-1], "dataset", None)) is not None and len(sources) < 10:
+        sources.append(wrapped)
+    for source in sources:
+        for attribute in ("class_names", "classes"):
+            names = getattr(source, attribute, None)
+            if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+                return list(names)
+    return None
 
 
 def _to_host(columns: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

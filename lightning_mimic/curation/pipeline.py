@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from lightning_mimic.curation.filters import Decides, Decision, Sign
 from lightning_mimic.curation.scores import Scores
-from lightning_mimic.database import Database, Progress
+from lightning_mimic.database import Database, Progress, quoted
 from lightning_mimic.errors import CurationError, nearest_names
 from lightning_mimic.files import atomic_directory
 from lightning_mimic.manifest import EXPORTS, Manifest, checked_exports, write_manifest
@@ -140,7 +140,9 @@ def curate(
                 "mean_score": {"all": mean, "kept": mean_kept},
                 "quality": None if quality is None else asdict(quality),
             }
-            with database.reader(_ORDERED, "writing") as rows:
+            if data.class_names is not None:
+                provenance["class_names"] = list(data.class_names)
+            with database.reader(_ordered(data), "writing") as rows:
                 written = write_manifest(folder / "manifest.parquet", rows, provenance)
         # The database has let go of its memory by now; an export opens its own.
         for name in exports:
@@ -159,8 +161,19 @@ def curate(
     return Curation(manifest, samples, kept, without, share, mean, mean_kept, quality, data.parts.lost, files)
 
 
-_ORDERED = """SELECT id, keep, score, scorings::INT AS scorings, lift, votes_keep::INT AS votes_keep,
-    votes::INT AS votes, reason, label, predicted FROM decided ORDER BY score NULLS LAST, id"""
+def _ordered(data: Scores) -> str:
+    """The manifest's rows, the most suspicious first."""
+    columns = list(data.columns)
+    if data.class_names is not None:
+        names = f"[{', '.join(quoted(name) for name in data.class_names)}]::VARCHAR[]"
+        known = f"BETWEEN 0 AND {len(data.class_names) - 1}"
+        columns += [f"CASE WHEN {each} {known} THEN ({names})[{each} + 1] END AS {each}_name" for each in _CLASSES]
+    return f"""SELECT id, keep, score, scorings::INT AS scorings, lift, votes_keep::INT AS votes_keep,
+        votes::INT AS votes, reason, {", ".join(columns)} FROM decided ORDER BY score NULLS LAST, id"""
+
+
+#: The columns that are indices of classes.
+_CLASSES = ("label", "predicted")
 
 
 def _everyone(data: Scores, pool: str | Path | None) -> str:
@@ -183,11 +196,12 @@ def _everyone(data: Scores, pool: str | Path | None) -> str:
 def _decide(database: Database, data: Scores, everyone: str, decision: Decision, unscored: Unscored) -> None:
     """The table ``decided``: all samples, the filter's opinion, and what is done."""
     why = decision.reason.replace("'", "''")
+    columns = ", ".join(f"scores.{name}" for name in data.columns)
     # On its own, so that its sums and the joins do not need their memory at once.
     database.run(f"CREATE TABLE opinions AS {decision.query}", "deciding")
     database.run(
         f"""CREATE TABLE decided AS SELECT everyone.id, scores.score, coalesce(scores.scorings, 0) AS scorings,
-            scores.lift, scores.label, scores.predicted, decision.keep AS opinion, votes_keep, votes,
+            scores.lift, {columns}, decision.keep AS opinion, votes_keep, votes,
             coalesce(decision.keep, {unscored == "keep"}) AS keep,
             CASE WHEN decision.keep IS NULL THEN coalesce(
                     'no score: ' || scores.flag, CASE WHEN scores.scorings > 0 THEN 'no vote on it' END, 'never scored')

@@ -189,6 +189,11 @@ class CachedFeatures(pl.LightningDataModule):
         return getattr(self.data, "num_classes", None)
 
     @property
+    def class_names(self) -> Any:
+        """Of the wrapped module, where it has them."""
+        return getattr(self.data, "class_names", None)
+
+    @property
     def _device(self) -> torch.device:
         return self.model.device if self.trainer is None else self.trainer.strategy.root_device
 

@@ -57,7 +57,8 @@ def write_cleanlab(manifest: "Manifest", path: str | Path) -> None:
     """Write a table as cleanlab's ``find_label_issues`` returns it, as CSV in the order of ids.
 
     Its columns are ``is_label_issue`` (not kept), ``label_quality`` (share of the other scored samples with a lower
-    mean score, 0 to 1; lower is worse, empty: never scored), ``given_label`` and ``predicted_label``.
+    mean score, 0 to 1; lower is worse, empty: never scored), ``given_label`` and ``predicted_label`` (names of classes
+    where they are known).
 
     Args:
         manifest: The decisions.
@@ -69,11 +70,16 @@ def write_cleanlab(manifest: "Manifest", path: str | Path) -> None:
     with Database() as database:
         rows = _rows(manifest, database)
         need_labels(database, rows)
+        there = database.columns(rows)
+        label, predicted = (
+            f"coalesce({name}_name, {name}::VARCHAR)" if f"{name}_name" in there else name
+            for name in ("label", "predicted")
+        )
         rank = "percent_rank() OVER (PARTITION BY score IS NULL ORDER BY score)"
         _copy(
             database,
             f"SELECT id, NOT keep AS is_label_issue, CASE WHEN score IS NOT NULL THEN {rank} END AS label_quality, "
-            f"label AS given_label, predicted AS predicted_label FROM {rows} ORDER BY id",
+            f"{label} AS given_label, {predicted} AS predicted_label FROM {rows} ORDER BY id",
             Path(path),
         )
 

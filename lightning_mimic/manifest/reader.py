@@ -29,7 +29,9 @@ class Manifest:
     - ``scorings``: how many scores that is the mean of;
     - ``lift``: mean of weight times batch size, 0 to B; 1 is the weight in a uniform batch;
     - ``votes_keep`` of ``votes``: null unless many voted;
-    - ``label`` and ``predicted``: null where not recorded.
+    - ``label`` and ``predicted``: indices of classes, null where not recorded;
+    - ``label_name`` and ``predicted_name``: their names, where the run recorded the names of its classes;
+    - what else the ledger's table of columns sums up and the run recorded.
 
     Args:
         path: Path of a file with columns ``id`` and ``keep``.
@@ -56,6 +58,12 @@ class Manifest:
             raise CurationError(f"{self.path} is no manifest: its columns are {', '.join(form.names)}.")
         #: Settings and sources of the decisions.
         self.provenance: dict[str, Any] = json.loads((form.metadata or {}).get(PROVENANCE, b"{}"))
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes that ``label`` and ``predicted`` are indices of; ``None`` where not recorded."""
+        names = self.provenance.get("class_names")
+        return None if names is None else tuple(names)
 
     def table(self) -> pa.Table:
         """Read all of it into memory."""
@@ -89,7 +97,8 @@ class Manifest:
         """Write a table as cleanlab's ``find_label_issues`` returns it, as CSV in the order of ids.
 
         Its columns are ``is_label_issue`` (not kept), ``label_quality`` (share of the other scored samples with a lower
-        mean score, 0 to 1; lower is worse, empty: never scored), ``given_label`` and ``predicted_label``.
+        mean score, 0 to 1; lower is worse, empty: never scored), ``given_label`` and ``predicted_label`` (names of
+        classes where they are known).
 
         Raises:
             CurationError: No labels were recorded.

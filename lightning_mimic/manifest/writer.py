@@ -34,8 +34,9 @@ def write_manifest(path: str | Path, rows: pa.RecordBatchReader, provenance: Map
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         form = rows.schema.with_metadata({PROVENANCE: json.dumps(dict(provenance))})
-        # Only the reasons repeat.
-        how = {"compression": "zstd", "use_dictionary": ["reason"], "write_statistics": False}
+        # Only reasons and names repeat.
+        repeats = [name for name in ("reason", "label_name", "predicted_name") if name in form.names]
+        how = {"compression": "zstd", "use_dictionary": repeats, "write_statistics": False}
         with pq.ParquetWriter(file, form, write_page_checksum=True, **how) as writer:
             for batch in rows:
                 writer.write_batch(batch.replace_schema_metadata(form.metadata))
