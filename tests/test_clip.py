@@ -155,9 +155,13 @@ REFUSED = {
     "a logit bias": (siglip, {}, "`towers` has a logit bias, as SigLIP's models do"),
     "an unknown tower": (towers, {"locked": ["images"]}, "`locked`: there is no tower 'images'; "),
     "no projection": (unknown_end, {"locked": ["image"]}, "`locked`: the image tower of CLIP has none of the proj"),
-    "no such file": (towers, {"pretrained": "none.ckpt"}, "`reference`: no file none.ckpt"),
-    "other weights": (towers, {"pretrained": towers("wide")}, "`reference`: 'text_projection' has shape (16, 20), the"),
-    "part of the weights": (towers, {"pretrained": {"visual.proj": torch.zeros(16, 12)}}, "`reference` has no tensor"),
+    "no such file": (towers, {"pretrained": "none.ckpt"}, "`pretrained`: no file none.ckpt"),
+    "other weights": (
+        towers,
+        {"pretrained": towers("wide")},
+        "`pretrained`: 'text_projection' has shape (16, 20), ",
+    ),
+    "part of the weights": (towers, {"pretrained": {"visual.proj": torch.zeros(16, 12)}}, "`pretrained` has no tensor"),
 }
 
 

@@ -118,9 +118,10 @@ def test_a_file_may_stand_in_the_tags_place(snapshot, tmp_path):
     ],
 )
 def test_unknown_names_are_refused_with_the_nearest(name, message, snapshot):
-    for source in (lambda: read_reference(f"open_clip:{name}"), lambda: CLIP(towers(), pretrained=f"open_clip:{name}")):
-        with pytest.raises(ReferenceLoadError, match=f"^{message}"):
-            source()
+    with pytest.raises(ReferenceLoadError, match=f"^{message}"):
+        read_reference(f"open_clip:{name}")
+    with pytest.raises(ReferenceLoadError, match=f"^{message.replace('reference', 'pretrained', 1)}"):
+        CLIP(towers(), pretrained=f"open_clip:{name}")
     with pytest.raises(ReferenceLoadError, match=f"^{message}"):
         trainer(GradMimic(Aligned(f"open_clip:{name}"), KINDS["vit"][-1])).fit(clip(), loader(pairs(4)))
 

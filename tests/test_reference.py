@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_mimic.reference import ReferenceLoadError, fingerprint, match_reference, read_reference
+from lightning_mimic.reference import ReferenceLoadError, fingerprint, match_reference, read_reference, reference_model
 
 
 class Small(pl.LightningModule):
@@ -254,3 +254,27 @@ def test_another_branch_that_ends_alike_is_not_taken():
     tensors = {"decoder.aux.head.weight": w(1), "encoder.weight": w(2), "encoder.bias": w(3)}
     with pytest.raises(ReferenceLoadError, match=re.escape("no tensor for 'head.weight'")):
         match_reference(tensors, {"head.weight": w(0)})
+
+
+WRONG = {
+    "missing file": "none.pt",
+    "address": "https://a.org/w.pt",
+    "type": 3,
+    "published": "open_clip:ViT-B-33/openai",
+    "empty": {},
+    "missing name": {"x": torch.ones(2, 4)},
+    "twice": {"a.weight": torch.ones(2, 4), "b.weight": torch.ones(2, 4)},
+    "shape": {"weight": torch.ones(9)},
+    "whole numbers": {"weight": torch.ones(2, 4, dtype=torch.int64)},
+    "NaN": {"weight": torch.full((2, 4), torch.nan)},
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_errors_have_the_name_of_the_argument_at_fault(case):
+    layer = nn.Linear(4, 2, bias=False)
+    for name, options in (("reference", {}), ("pretrained", {"argument": "pretrained"})):
+        with pytest.raises(ReferenceLoadError, match=f"^`{name}`"):
+            match_reference(read_reference(WRONG[case], **options), dict(layer.named_parameters()), **options)
+        with pytest.raises(ReferenceLoadError, match=f"^`{name}`"):
+            reference_model(WRONG[case], layer, **options)

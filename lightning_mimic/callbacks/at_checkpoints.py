@@ -153,10 +153,7 @@ def _mimic_of(trainer: pl.Trainer) -> GradMimic:
 
 def _tensors(path: Path, module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A file's tensors, one for every one of the module's."""
-    try:
-        tensors = read_reference(path)
-    except ReferenceLoadError as error:
-        raise ReferenceLoadError(str(error).replace("`reference`", "`checkpoints`")) from error
+    tensors = read_reference(path, argument="checkpoints")
     own = module.state_dict()
     only = "a checkpoint of this very module is needed."
     for name in sorted(set(own) - set(tensors)):

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from lightning_mimic.curation import CurationError
+from lightning_mimic.errors import MimicError
 from lightning_mimic.ledger import LedgerError
 
 
@@ -38,16 +39,16 @@ def check_made(config: DictConfig) -> None:
         config: With ``paths``, whose ``made_by`` has the words for mimic-train that write a path.
 
     Raises:
-        ValueError: One is not there; the message has the command.
+        MimicError: One is not there; the message has the command.
 
     Example:
         >>> paths = {"reference": "none.ckpt", "made_by": {"reference": "experiment=digits_reference"}}
         >>> check_made(OmegaConf.create({"model": {"pretrained": "${paths.reference}"}, "paths": paths}))
         Traceback (most recent call last):
             ...
-        ValueError: `paths.reference`: there is no none.ckpt. It is made by: mimic-train experiment=digits_reference
+        lightning_mimic.errors.MimicError: `paths.reference`: there is no none.ckpt. It is made by: mimic-train ...
     """
     read = OmegaConf.to_yaml(OmegaConf.masked_copy(config, ["model", "mimic"]))
     for name, words in config.paths.get("made_by", {}).items():
         if f"${{paths.{name}}}" in read and not Path(config.paths[name]).expanduser().exists():
-            raise ValueError(f"`paths.{name}`: there is no {config.paths[name]}. It is made by: mimic-train {words}")
+            raise MimicError(f"`paths.{name}`: there is no {config.paths[name]}. It is made by: mimic-train {words}")

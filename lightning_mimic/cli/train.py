@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_mimic.cli.sentences import check_made
 from lightning_mimic.data import CachedFeatures
+from lightning_mimic.errors import MimicError
 from lightning_mimic.reference import refuse_module_on_features
 
 
@@ -25,7 +26,7 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
         The trainer, with the model, its callbacks and ``callback_metrics``.
 
     Raises:
-        ValueError: A file that another run writes is not there; the message has the command.
+        MimicError: A file that another run writes is not there; the message has the command.
     """
     check_made(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
@@ -41,7 +42,7 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
     if config.save_epochs_to:
         there = sorted(Path(config.save_epochs_to).glob("*.ckpt"))
         if there and not config.resume:
-            raise ValueError(f"`save_epochs_to`: {there[0]} is there already, of another run; name another directory.")
+            raise MimicError(f"`save_epochs_to`: {there[0]} is there already, of another run; name another directory.")
         callbacks.append(
             ModelCheckpoint(
                 config.save_epochs_to,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_mimic.data.noise import check_labels
-from lightning_mimic.gradients import nearest_names
+from lightning_mimic.errors import MimicError, nearest_names
 
 _CLEAN = "clean_label"
 
@@ -47,19 +47,19 @@ class AnnotatorNoise:
             Labels, and boolean of the same shape, ``True`` where the label is wrong.
 
         Raises:
-            ValueError: A file that is not there, is no such file or would need code to be read; an unknown annotator
+            MimicError: A file that is not there, is no such file or would need code to be read; an unknown annotator
                 (with the nearest ones); or a file whose true labels are not those of the data.
         """
         check_labels(labels, num_classes)
         clean, given = self._read()
         rows = torch.arange(len(labels)) if rows is None else rows
         if len(rows) and int(rows.max()) >= len(clean):
-            raise ValueError(
+            raise MimicError(
                 f"`noise`: {self.path} has labels of {len(clean)} images, and the training split has more, at least "
                 f"{int(rows.max()) + 1}; it is of another data set."
             )
         if unlike := int((clean[rows] != labels).sum()):
-            raise ValueError(
+            raise MimicError(
                 f"`noise`: {_CLEAN!r} in {self.path} is not the true label of {unlike} of {len(labels)} images; the "
                 "file is of another data set, of another split, or in another order."
             )
@@ -74,17 +74,17 @@ class AnnotatorNoise:
         # Of CIFAR-100 the file also has labels of the twenty groups of classes.
         annotators = [name for name in content if not name.startswith("clean") and "coarse" not in name]
         if self.annotator not in annotators:
-            raise ValueError(
+            raise MimicError(
                 f"`annotator`: {self.path} has none named {self.annotator!r}; "
                 f"{nearest_names(self.annotator, annotators)}."
             )
         clean, given = content.get(_CLEAN), content[self.annotator]
         for name, array in ((_CLEAN, clean), (self.annotator, given)):
             if not (isinstance(array, np.ndarray) and array.ndim == 1 and array.dtype.kind in "iu"):
-                raise ValueError(f"`noise`: {name!r} in {self.path} is no array of whole numbers, one per image.")
+                raise MimicError(f"`noise`: {name!r} in {self.path} is no array of whole numbers, one per image.")
         assert clean is not None
         if len(clean) != len(given):
-            raise ValueError(
+            raise MimicError(
                 f"`noise`: {self.path} has {len(clean)} labels as {_CLEAN!r} and {len(given)} as {self.annotator!r}."
             )
         return torch.from_numpy(clean.astype("int64")), torch.from_numpy(given.astype("int64"))
@@ -94,7 +94,7 @@ def _arrays(path: Path) -> dict[str, Any]:
     import numpy as np
 
     if not path.is_file():
-        raise ValueError(
+        raise MimicError(
             f"`noise`: no file {path}. CIFAR-N's are CIFAR-10_human.pt and CIFAR-100_human.pt, in the folder data of "
             "https://github.com/UCSC-REAL/cifar-10-100n."
         )
@@ -107,10 +107,10 @@ def _arrays(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file ends in almost any type of error
-        raise ValueError(
+        raise MimicError(
             f"`noise`: {path} is not read: it is not whole, or holds more than arrays of whole numbers, which could "
             "run code. Fetch it again; expected is a dict of arrays, saved by torch.save."
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"`noise`: {path} holds a {type(content).__name__}; expected a dict of arrays.")
+        raise MimicError(f"`noise`: {path} holds a {type(content).__name__}; expected a dict of arrays.")
     return {str(name): value for name, value in content.items()}

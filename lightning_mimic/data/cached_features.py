@@ -91,7 +91,7 @@ class CachedFeatures(pl.LightningDataModule):
         directory: For the files.
 
     Raises:
-        ValueError: Another kind of data module or model, a backbone that trains, or random changes of the images.
+        MimicError: Another kind of data module or model, a backbone that trains, or random changes of the images.
 
     Example:
         >>> import tempfile
@@ -138,7 +138,7 @@ class CachedFeatures(pl.LightningDataModule):
         """Computes what is not there, on the trainer's device, in one process of a machine.
 
         Raises:
-            ValueError: The trainer trains another model, or the disk has no room.
+            MimicError: The trainer trains another model, or the disk has no room.
         """
         trained: Any = None if self.trainer is None else self.trainer.lightning_module
         if trained not in (None, self.model):

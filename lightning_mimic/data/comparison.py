@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from lightning_mimic.data.parts import LabelledParts, LabelledRows
+from lightning_mimic.errors import MimicError
 
 
 def comparison_loader(data: Any) -> DataLoader:
@@ -20,7 +21,7 @@ def comparison_loader(data: Any) -> DataLoader:
         data: A data module of labelled images in parts; prepared and set up if it is not yet.
 
     Raises:
-        ValueError: A data module of another kind.
+        MimicError: A data module of another kind.
 
     Example:
         >>> from lightning_mimic.data.digits import DigitsDataModule
@@ -54,7 +55,7 @@ def trusted_loader(data: Any, per_class: int = 5, seed: int = 0) -> Iterable[Any
         A list that holds the batch: images, and int64 labels of shape ``(per_class * classes,)``.
 
     Raises:
-        ValueError: A data module of another kind, or too few trusted samples of a class.
+        MimicError: A data module of another kind, or too few trusted samples of a class.
 
     Example:
         >>> from lightning_mimic.data.digits import DigitsDataModule
@@ -63,7 +64,7 @@ def trusted_loader(data: Any, per_class: int = 5, seed: int = 0) -> Iterable[Any
         tensor([2, 2, 2, 2, 2, 2, 2, 2, 2, 2])
     """
     if not isinstance(per_class, int) or isinstance(per_class, bool) or per_class < 1:
-        raise ValueError(f"`per_class` counts trusted samples of each class, 1 or more, not {per_class!r}.")
+        raise MimicError(f"`per_class` counts trusted samples of each class, 1 or more, not {per_class!r}.")
     parts = _ready(data)
     rows = parts.rows["trusted"]
     labels = parts.sources["train"].labels[rows]
@@ -72,7 +73,7 @@ def trusted_loader(data: Any, per_class: int = 5, seed: int = 0) -> Iterable[Any
     for each in range(parts.num_classes):
         of_class = order[labels[order] == each][:per_class]
         if len(of_class) < per_class:
-            raise ValueError(
+            raise MimicError(
                 f"`per_class` is {per_class}, but class {each} has {len(of_class)} trusted samples ({len(rows)} in all "
                 "classes). Ask for fewer, or have a larger share of the training split trusted (`trusted` of the "
                 "data module; with experiment=paper/... by reference=trusted_split)."
@@ -85,7 +86,7 @@ def trusted_loader(data: Any, per_class: int = 5, seed: int = 0) -> Iterable[Any
 
 def _ready(data: Any) -> LabelledParts:
     if not isinstance(data, LabelledParts):
-        raise ValueError(
+        raise MimicError(
             f"`data` is a {type(data).__name__}; expected a data module of labelled images in parts, such as "
             "DigitsDataModule. For other data give the scorer a DataLoader of your own."
         )

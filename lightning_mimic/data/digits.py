@@ -33,7 +33,7 @@ class DigitsDataModule(LabelledParts):
         num_workers: Loader processes.
 
     Raises:
-        ValueError: Another part, or a manifest for one that is not noisy.
+        MimicError: Another part, or a manifest for one that is not noisy.
 
     Example:
         >>> from lightning_mimic.data.noise import SymmetricNoise

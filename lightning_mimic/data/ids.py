@@ -10,6 +10,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
+from lightning_mimic.errors import MimicError
+
 #: int64 tensor of shape (B,), or a list of str.
 BatchIds = Tensor | list[str]
 
@@ -34,7 +36,7 @@ class _CarriesIds:
 
     def _changed(self, items: Any) -> Any:
         if not hasattr(self, "ids"):
-            raise ValueError(
+            raise MimicError(
                 "the batch's ids were lost where a new container was made of its items, as precision='64-true' and "
                 "'bf16-true' do. Give dict batches with a key 'id', or tell ids with `id_from=`."
             )
@@ -86,7 +88,7 @@ class WithIds(Dataset[SampleWithId]):
 
     Raises:
         TypeError: An iterable-style dataset, which has no indices; put an id into its samples.
-        ValueError: The number of ids is not that of the samples, ids repeat, or are neither all int nor all str.
+        MimicError: The number of ids is not that of the samples, ids repeat, or are neither all int nor all str.
 
     Example:
         >>> pairs = [(torch.zeros(2), 0), (torch.ones(2), 1)]
@@ -105,9 +107,9 @@ class WithIds(Dataset[SampleWithId]):
         if ids is not None and not isinstance(ids, list | tuple):
             ids = list(ids.tolist() if hasattr(ids, "tolist") else ids)  # a tensor, an array, a column of a table
         if ids is not None and len(ids) != len(dataset):
-            raise ValueError(f"WithIds: {len(ids)} ids for {len(dataset)} samples.")
+            raise MimicError(f"WithIds: {len(ids)} ids for {len(dataset)} samples.")
         if ids is not None and len(set(ids)) != len(ids):
-            raise ValueError(
+            raise MimicError(
                 f"WithIds: {len(ids) - len(set(ids))} of {len(ids)} ids repeat; each sample needs its own."
             )
         # bool is a kind of its own, numpy's integers are not.
@@ -116,7 +118,7 @@ class WithIds(Dataset[SampleWithId]):
             for i in ids or ()
         }
         if ids is not None and kinds not in ({int}, {str}, set()):
-            raise ValueError(
+            raise MimicError(
                 f"WithIds: ids have types {', '.join(sorted(k.__name__ for k in kinds))}; all int or all str."
             )
         self.dataset = dataset

@@ -8,6 +8,7 @@ from typing import Any
 from lightning_mimic.data.noise import LabelNoise
 from lightning_mimic.data.parts import Part, Source
 from lightning_mimic.data.pictures import PictureParts, Transform
+from lightning_mimic.errors import MimicError
 
 
 class ImageFolderDataModule(PictureParts):
@@ -32,14 +33,14 @@ class ImageFolderDataModule(PictureParts):
         num_workers: Loader processes.
 
     Raises:
-        ValueError: Another part, a manifest for one that is not noisy, or a share outside 0 to 1; in ``setup``, folders
+        MimicError: Another part, a manifest for one that is not noisy, or a share outside 0 to 1; in ``setup``, folders
             that are not there, or are not of the same classes.
 
     Example:
         >>> ImageFolderDataModule("nowhere").setup()
         Traceback (most recent call last):
         ...
-        ValueError: `root`: nowhere/train is no folder; expected nowhere/train/CLASS/NAME.jpg and nowhere/test/CLASS/...
+        lightning_mimic.errors.MimicError: `root`: nowhere/train is no folder; expected nowhere/train/CLASS/NAME.jpg ...
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class ImageFolderDataModule(PictureParts):
         self.num_classes = len(self.class_names)
         for split, dataset in opened.items():
             if differing := sorted(set(dataset.classes) ^ set(self.class_names)):
-                raise ValueError(
+                raise MimicError(
                     f"`root`: {self.root / 'train'} and {self.root / split} must have the same classes; in one of them "
                     f"alone: {', '.join(map(repr, differing))}."
                 )
@@ -83,11 +84,11 @@ class ImageFolderDataModule(PictureParts):
         folder = self.root / split
         expected = f"expected {self.root}/train/CLASS/NAME.jpg and {self.root}/test/CLASS/NAME.jpg"
         if not folder.is_dir():
-            raise ValueError(f"`root`: {folder} is no folder; {expected}.")
+            raise MimicError(f"`root`: {folder} is no folder; {expected}.")
         try:
             dataset = ImageFolder(folder)
         except OSError as error:  # no classes, a class without images
-            raise ValueError(f"`root`: {str(error).rstrip('.')} in {folder}; {expected}.") from error
+            raise MimicError(f"`root`: {str(error).rstrip('.')} in {folder}; {expected}.") from error
         known = {Path(path) for path, _ in dataset.samples}
         if others := sorted(path for path in folder.rglob("*") if path.is_file() and path not in known):
             warnings.warn(

@@ -21,6 +21,7 @@ from lightning_mimic.data.pair_loader import PairLoader
 from lightning_mimic.data.pair_stream import Reading, dealt
 from lightning_mimic.data.rejects import Rejects, summary
 from lightning_mimic.data.shards import list_shards, scanned_ids, stated_counts
+from lightning_mimic.errors import MimicError
 from lightning_mimic.manifest import KeptIds
 
 
@@ -61,13 +62,13 @@ class ImageTextDataModule(pl.LightningDataModule):
         rejects: Directory for the list of skipped pairs; they are counted without one, too.
 
     Raises:
-        ValueError: Arguments that contradict one another, or no such shards.
+        MimicError: Arguments that contradict one another, or no such shards.
 
     Example:
         >>> ImageTextDataModule("{0..3}.tar", transform=None, tokenizer=None, samples_per_epoch=100)
         Traceback (most recent call last):
         ...
-        ValueError: `samples_per_epoch` is 100, and one pass over all pairs is an epoch without `with_replacement`...
+        lightning_mimic.errors.MimicError: `samples_per_epoch` is 100, and one pass over all pairs is an epoch...
     """
 
     def __init__(
@@ -90,9 +91,9 @@ class ImageTextDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if with_replacement and samples_per_epoch is None:
-            raise ValueError("`with_replacement` has no end of its own; give `samples_per_epoch`.")
+            raise MimicError("`with_replacement` has no end of its own; give `samples_per_epoch`.")
         if samples_per_epoch is not None and not with_replacement:
-            raise ValueError(
+            raise MimicError(
                 f"`samples_per_epoch` is {samples_per_epoch}, and one pass over all pairs is an epoch without "
                 "`with_replacement`; set that to true, or leave the number out (the Trainer's `limit_train_batches` "
                 "ends epochs early)."
@@ -101,7 +102,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         given = (samples_per_epoch, batch_size, num_workers, shuffle, max_pixels)
         for (name, lowest), value in zip(least.items(), given, strict=True):
             if value is not None and value < lowest:
-                raise ValueError(f"`{name}` is {value}; expected at least {lowest}.")
+                raise MimicError(f"`{name}` is {value}; expected at least {lowest}.")
         self.shards = shards
         self.transform = transform
         self.tokenizer = tokenizer
@@ -187,7 +188,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         texts = self.tokenizer(["a photo"])
         if not isinstance(texts, Tensor) or texts.dim() != 2 or len(texts) != 1 or texts.dtype != torch.int64:
             shown = f"{texts.dtype} {tuple(texts.shape)}" if isinstance(texts, Tensor) else type(texts).__name__
-            raise ValueError(f"`tokenizer` made {shown} of one caption; expected torch.int64 (1, L).")
+            raise MimicError(f"`tokenizer` made {shown} of one caption; expected torch.int64 (1, L).")
 
     def _pairs_to_evaluate(self) -> list[PairLoader]:
         return [self._loader(self._val_urls, "val_shards", self.eval_transform)] if self._val_urls else []
@@ -199,7 +200,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         workers = max(1, num_workers)
         drawn = train and self.with_replacement
         if not drawn and len(urls) < world * workers:
-            raise ValueError(
+            raise MimicError(
                 f"`{argument}`: {len(urls)} shards for {world} ranks with {workers} workers each; every worker needs "
                 f"one of its own. Set `num_workers` to at most {len(urls) // world}, or make more and smaller shards."
                 if len(urls) >= world
@@ -231,7 +232,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         unknown = [url for url in urls if url not in counts]
         if unknown and world > 1:
             why = "which pairs `keep` keeps of each shard" if self._kept and argument == "shards" else "their number"
-            raise ValueError(
+            raise MimicError(
                 f"`{argument}`: {world} ranks need the same number of batches, and {why} is not known for "
                 f"{len(unknown)} of {len(urls)} shards, such as {unknown[0]}. Write sizes.json beside them "
                 '({"00000000.tar": 10000, ...}; `keep` needs local tars of at most 2 GiB), or draw '
@@ -262,7 +263,7 @@ class ImageTextDataModule(pl.LightningDataModule):
             return []
         dataset = getattr(loader, "dataset", None)
         if dataset is None or isinstance(dataset, IterableDataset):
-            raise ValueError(
+            raise MimicError(
                 f"`zero_shot`: {type(self.zero_shot).__name__}.{name}() is no loader of a map-style dataset."
             )
         images = LabelledImages(dataset, self.eval_transform)
@@ -282,7 +283,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"`rejects`: {directory} cannot be a directory: {error}.") from error
+            raise MimicError(f"`rejects`: {directory} cannot be a directory: {error}.") from error
 
     def _report(self) -> None:
         self._loaders, self._train = [], None

@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_mimic.errors import MimicError
+
 
 class LabelNoise(Protocol):
     """What a data module accepts as noise: from labels, classes and rows to noisy labels and the mask of wrong ones."""
@@ -23,7 +25,7 @@ class SymmetricNoise:
         seed: Of its own generator; the global one is not touched.
 
     Raises:
-        ValueError: A rate outside 0 to 1.
+        MimicError: A rate outside 0 to 1.
 
     Example:
         >>> labels = torch.zeros(10, dtype=torch.int64)
@@ -48,7 +50,7 @@ class SymmetricNoise:
             Labels, and boolean of the same shape, ``True`` where the label is now wrong.
 
         Raises:
-            ValueError: Fewer than two classes, or labels outside them.
+            MimicError: Fewer than two classes, or labels outside them.
         """
         check_labels(labels, num_classes)
         generator = torch.Generator().manual_seed(self.seed)
@@ -66,7 +68,7 @@ class AsymmetricNoise:
         seed: Of its own generator.
 
     Raises:
-        ValueError: A rate outside 0 to 1, or a class confused with itself.
+        MimicError: A rate outside 0 to 1, or a class confused with itself.
 
     Example:
         >>> labels = torch.tensor([0, 0, 1, 1])
@@ -78,7 +80,7 @@ class AsymmetricNoise:
         self.rate = _checked(rate)
         self.confusions = None if confusions is None else {int(k): int(v) for k, v in confusions.items()}
         if self.confusions and any(k == v for k, v in self.confusions.items()):
-            raise ValueError(f"`confusions`: {self.confusions} confuses a class with itself.")
+            raise MimicError(f"`confusions`: {self.confusions} confuses a class with itself.")
         self.seed = seed
 
     def __call__(self, labels: Tensor, num_classes: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -90,7 +92,7 @@ class AsymmetricNoise:
         noisy, wrong = labels.clone(), torch.zeros_like(labels, dtype=torch.bool)
         for source, taken_for in sorted(confusions.items()):
             if not (0 <= source < num_classes and 0 <= taken_for < num_classes):
-                raise ValueError(f"`confusions`: {source}: {taken_for} is outside the {num_classes} classes.")
+                raise MimicError(f"`confusions`: {source}: {taken_for} is outside the {num_classes} classes.")
             members = (labels == source).nonzero().flatten()
             chosen = members[_drawn(len(members), self.rate, generator)]
             noisy[chosen], wrong[chosen] = taken_for, True
@@ -105,18 +107,18 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
         num_classes: Labels count from 0.
 
     Raises:
-        ValueError: What it refuses.
+        MimicError: What it refuses.
 
     Example:
         >>> check_labels(torch.tensor([0, 3]), num_classes=3)
         Traceback (most recent call last):
         ...
-        ValueError: labels run from 0 to 3, outside the 3 classes.
+        lightning_mimic.errors.MimicError: labels run from 0 to 3, outside the 3 classes.
     """
     if num_classes < 2:
-        raise ValueError(f"`num_classes` is {num_classes}; a wrong label needs at least 2 classes.")
+        raise MimicError(f"`num_classes` is {num_classes}; a wrong label needs at least 2 classes.")
     if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
-        raise ValueError(
+        raise MimicError(
             f"labels run from {int(labels.min())} to {int(labels.max())}, outside the {num_classes} classes."
         )
 
@@ -130,5 +132,5 @@ def _drawn(count: int, rate: float, generator: torch.Generator) -> Tensor:
 
 def _checked(rate: float) -> float:
     if not (math.isfinite(rate) and 0 <= rate <= 1):
-        raise ValueError(f"`rate` is the share of wrong labels, between 0 and 1, not {rate!r}.")
+        raise MimicError(f"`rate` is the share of wrong labels, between 0 and 1, not {rate!r}.")
     return float(rate)

@@ -8,6 +8,7 @@ from io import BytesIO
 from typing import Any
 
 from lightning_mimic.data.rejects import Reason
+from lightning_mimic.errors import MimicError
 
 #: Suffixes of a pair's image, in the order in which they are looked for.
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -15,7 +16,7 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
-class BrokenPairError(ValueError):
+class BrokenPairError(MimicError):
     """A pair that cannot train.
 
     Args:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_mimic.data.ids import WithIds, collate_with_ids
 from lightning_mimic.data.noise import LabelNoise, SymmetricNoise
+from lightning_mimic.errors import MimicError
 from lightning_mimic.manifest import kept_of
 
 #: Which images train (or are scored): those with trusted labels, three quarters of them, the other quarter, or the many
@@ -73,7 +74,7 @@ class LabelledParts(pl.LightningDataModule, ABC):
         num_workers: Loader processes.
 
     Raises:
-        ValueError: Another part, or a manifest for one that is not noisy.
+        MimicError: Another part, or a manifest for one that is not noisy.
     """
 
     #: Set by the subclass.
@@ -93,9 +94,9 @@ class LabelledParts(pl.LightningDataModule, ABC):
     ) -> None:
         super().__init__()
         if train not in get_args(Part):
-            raise ValueError(f"`train` is {train!r}; expected one of {', '.join(map(repr, get_args(Part)))}.")
+            raise MimicError(f"`train` is {train!r}; expected one of {', '.join(map(repr, get_args(Part)))}.")
         if keep is not None and train != "noisy":
-            raise ValueError(f"`keep` is a choice among the noisy images, and `train` is {train!r}.")
+            raise MimicError(f"`keep` is a choice among the noisy images, and `train` is {train!r}.")
         self.train = train
         self.keep = keep
         self.noise = noise if noise is not None else SymmetricNoise()
@@ -136,7 +137,7 @@ class LabelledParts(pl.LightningDataModule, ABC):
         self.true_labels = labels[self.noisy_ids]
         self.given_labels, self.wrong = self.noise(self.true_labels, self.num_classes, self.noisy_ids)
         if not len(self.rows[self.train]):
-            raise ValueError(
+            raise MimicError(
                 f"`train` is {self.train!r}, and no image is in that part; its parts are "
                 f"{', '.join(f'{name} ({len(self.rows[name])})' for name in get_args(Part))}."
             )

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mimic.data.noise import LabelNoise
 from lightning_mimic.data.parts import LabelledParts, Part, Source
+from lightning_mimic.errors import MimicError
 
 #: From a PIL image of mode RGB to a tensor ``(C, H, W)``.
 Transform = Callable[[Any], Tensor]
@@ -38,7 +39,7 @@ class Pictures:
             picture = self.dataset[row][0]  # of mode RGB: torchvision converts others
         except Exception as error:  # Pillow has many types of error for a broken file
             place = "" if self.files is None else f"{self.files[row]}: "
-            raise ValueError(
+            raise MimicError(
                 f"image {row} cannot be decoded: {place}{error}. Fetch it again; nothing is left out in silence."
             ) from error
         return picture if self.transform is None else self.transform(picture)
@@ -49,11 +50,11 @@ class Pictures:
         Files are told by path, size and time of change, not read.
 
         Raises:
-            ValueError: A transform whose ``repr`` does not say what it does.
+            MimicError: A transform whose ``repr`` does not say what it does.
         """
         told = repr(self.transform)
         if " at 0x" in told:
-            raise ValueError(
+            raise MimicError(
                 f"`transform` is {told}, which does not say what it does, so that a cache could not tell it from "
                 "another. Take one of lightning_mimic.data.transforms or of torchvision.transforms.v2, or give yours a "
                 "`__repr__` with all its settings."
@@ -88,7 +89,7 @@ class PictureParts(LabelledParts):
         num_workers: Loader processes.
 
     Raises:
-        ValueError: Another part, a manifest for one that is not noisy, or a share outside 0 to 1.
+        MimicError: Another part, a manifest for one that is not noisy, or a share outside 0 to 1.
     """
 
     #: A batch of 224 by 224 pixels takes 60 MB, and each worker holds several.
@@ -111,7 +112,7 @@ class PictureParts(LabelledParts):
     ) -> None:
         super().__init__(train, noise, keep, flip, seed, batch_size, num_workers)
         if not 0 <= trusted < 1:
-            raise ValueError(f"`trusted` is a share of the training images, from 0 to below 1, not {trusted!r}.")
+            raise MimicError(f"`trusted` is a share of the training images, from 0 to below 1, not {trusted!r}.")
         self.transform = transform
         self.trusted = trusted
         self.split_seed = split_seed
@@ -128,14 +129,14 @@ class PictureParts(LabelledParts):
             ids: One per row, if they are not row numbers.
 
         Raises:
-            ValueError: Files that are not there, or labels outside the classes.
+            MimicError: Files that are not there, or labels outside the classes.
         """
         paths = None if files is None else [Path(file) for file in files]
         if missing := [path for path in paths or () if not path.is_file()]:
-            raise ValueError(f"{len(missing)} of {len(paths or ())} images are not there, such as {missing[0]}")
+            raise MimicError(f"{len(missing)} of {len(paths or ())} images are not there, such as {missing[0]}")
         found = torch.as_tensor(labels, dtype=torch.int64)
         if len(found) and not 0 <= int(found.min()) <= int(found.max()) < self.num_classes:
-            raise ValueError(
+            raise MimicError(
                 f"labels run from {int(found.min())} to {int(found.max())}, outside the {self.num_classes} classes"
             )
         pictures = Pictures(dataset, paths, self.transform)
@@ -148,7 +149,7 @@ class PictureParts(LabelledParts):
             members = (labels == label).nonzero().flatten()
             count = max(2, round(self.trusted * len(members)))
             if count >= len(members):
-                raise ValueError(
+                raise MimicError(
                     f"`trusted` is {self.trusted}, and class {label} has {len(members)} training images; {count} of "
                     "them would be trusted, and at least one must be left to train on. Take a smaller share, or more "
                     "images of that class."
@@ -164,7 +165,7 @@ class PictureParts(LabelledParts):
 
     def train_dataloader(self) -> DataLoader:
         if self.transform is None:
-            raise ValueError(
+            raise MimicError(
                 "`transform` is None, so that images stay PIL images, which a zero-shot classifier takes and training "
                 "does not. Give one, such as lightning_mimic.data.transforms.paper_transform()."
             )

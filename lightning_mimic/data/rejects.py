@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lightning_mimic.errors import MimicError
 from lightning_mimic.files import atomic_write
 
 
@@ -113,7 +114,7 @@ class Rejects:
         run: Only those of this run; of all, if left out.
 
     Raises:
-        ValueError: A part cannot be read.
+        MimicError: A part cannot be read.
 
     Example:
         >>> import tempfile
@@ -136,7 +137,7 @@ class Rejects:
                 with pq.ParquetFile(path, page_checksum_verification=True) as file:
                     tables.append(file.read().select(_SCHEMA.names).cast(_SCHEMA))
             except (OSError, ValueError, KeyError) as error:
-                raise ValueError(f"{path} is no list of rejects: {str(error).splitlines()[0]}") from error
+                raise MimicError(f"{path} is no list of rejects: {str(error).splitlines()[0]}") from error
         rows = pa.concat_tables(tables).group_by(["shard", "key", "id", "reason"], use_threads=False)
         table = rows.aggregate([("detail", "min"), ("expected", "max"), ("found", "max")])
         names = {"detail_min": "detail", "expected_max": "expected", "found_max": "found"}

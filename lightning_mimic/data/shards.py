@@ -11,6 +11,7 @@ from urllib.parse import urlparse
 
 from lightning_mimic.data.pairs import IMAGES, BrokenPairError, described, id_of
 from lightning_mimic.data.rejects import Reason
+from lightning_mimic.errors import MimicError
 
 #: Tars of at most so many bytes together are counted by their headers where nothing else tells the number of pairs.
 SCANNED_BYTES = 2**31
@@ -26,7 +27,7 @@ def list_shards(shards: str | Sequence[str], argument: str = "shards") -> list[s
         argument: What they are called in an error.
 
     Raises:
-        ValueError: None, missing files, a directory, or an address that cannot be opened.
+        MimicError: None, missing files, a directory, or an address that cannot be opened.
 
     Example:
         >>> list_shards("pipe:cat {08..10}.tar")
@@ -40,25 +41,25 @@ def list_shards(shards: str | Sequence[str], argument: str = "shards") -> list[s
         try:
             found += expand_urls(str(each))
         except ValueError as error:
-            raise ValueError(f"`{argument}`: {each!r} cannot be expanded: {error}.") from error
+            raise MimicError(f"`{argument}`: {each!r} cannot be expanded: {error}.") from error
     if not found:
-        raise ValueError(f"`{argument}` is empty; give paths such as 'shards/{{00000000..00000127}}.tar'.")
+        raise MimicError(f"`{argument}` is empty; give paths such as 'shards/{{00000000..00000127}}.tar'.")
     for url in found:
         if local_path(url) is None and (scheme := urlparse(url).scheme) not in gopen_schemes:
             known = ", ".join(f"{name}:" for name in gopen_schemes if name != "__default__")
-            raise ValueError(
+            raise MimicError(
                 f"`{argument}`: {url!r} begins with {scheme}:, which cannot be opened; a path, or one of {known} "
                 f"(any command can stand after pipe:)."
             )
     paths = [path for url in found if (path := local_path(url)) is not None]
     folder = next((path for path in paths if path.is_dir()), None)
     if folder is not None:
-        raise ValueError(f"`{argument}`: {folder} is a directory; name its shards. It holds {_tars_in(folder)}.")
+        raise MimicError(f"`{argument}`: {folder} is a directory; name its shards. It holds {_tars_in(folder)}.")
     missing = [path for path in paths if not path.exists()]
     if missing:
         folder = missing[0].parent
         there = f"holds {_tars_in(folder)}" if folder.is_dir() else "is no directory"
-        raise ValueError(
+        raise MimicError(
             f"`{argument}`: {len(missing)} of {len(found)} shards are not there: {', '.join(map(str, missing[:3]))}"
             f"{' and more' if len(missing) > 3 else ''}. "
             f"{folder} {there}. Ranges are written {{000..127}}; * is not expanded."

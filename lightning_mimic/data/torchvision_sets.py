@@ -9,7 +9,7 @@ from typing import Any
 from lightning_mimic.data.noise import LabelNoise
 from lightning_mimic.data.parts import Part, Source
 from lightning_mimic.data.pictures import PictureParts, Transform
-from lightning_mimic.gradients import nearest_names
+from lightning_mimic.errors import MimicError, nearest_names
 
 
 @dataclass(frozen=True)
@@ -136,14 +136,14 @@ class TorchvisionDataModule(PictureParts):
         download: Whether to fetch what is not in ``root``, or to unpack archives that are.
 
     Raises:
-        ValueError: An unknown name (with the nearest), another part, a manifest for one that is not noisy, or a share
+        MimicError: An unknown name (with the nearest), another part, a manifest for one that is not noisy, or a share
             outside 0 to 1; in ``prepare_data`` and ``setup``, files that cannot be had or read, with where they belong.
 
     Example:
         >>> TorchvisionDataModule("cifar-10", "datasets")
         Traceback (most recent call last):
         ...
-        ValueError: `name` is 'cifar-10'; nearest: 'cifar10', 'cifar100'...
+        lightning_mimic.errors.MimicError: `name` is 'cifar-10'; nearest: 'cifar10', 'cifar100'...
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class TorchvisionDataModule(PictureParts):
     ) -> None:
         super().__init__(train, noise, keep, transform, trusted, split_seed, flip, seed, batch_size, num_workers)
         if name not in SETS:
-            raise ValueError(f"`name` is {name!r}; {nearest_names(name, SETS)}.")
+            raise MimicError(f"`name` is {name!r}; {nearest_names(name, SETS)}.")
         self.name = name
         self.spec = SETS[name]
         self.num_classes = self.spec.num_classes
@@ -189,7 +189,7 @@ class TorchvisionDataModule(PictureParts):
             dataset = reader(self.root, download=download, **self.spec.splits[split])
             names = list(getattr(dataset, "classes", []))
             if names and len(names) != self.num_classes:
-                raise ValueError(f"there are {len(names)} classes instead of {self.num_classes}")
+                raise MimicError(f"there are {len(names)} classes instead of {self.num_classes}")
             if split == "train":
                 self.class_names = names
             files = None if self.spec.files is None else getattr(dataset, self.spec.files)
@@ -197,7 +197,7 @@ class TorchvisionDataModule(PictureParts):
         except ImportError:
             raise  # of a package that torchvision wants
         except Exception as error:  # of the network, an archive, the system, the files
-            raise ValueError(self._advice(error)) from error
+            raise MimicError(self._advice(error)) from error
 
     def _advice(self, error: Exception) -> str:
         spec = self.spec

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning_mimic.data.pictures import Transform
-from lightning_mimic.gradients import nearest_names
+from lightning_mimic.errors import MimicError, nearest_names
 
 
 def paper_transform(size: int = 224) -> Transform:
@@ -37,7 +37,7 @@ def torchvision_preset(weights: str) -> Transform:
         weights: Such as ``"ViT_B_16_Weights.IMAGENET1K_V1"``.
 
     Raises:
-        ValueError: Unknown weights (with the nearest ones).
+        MimicError: Unknown weights (with the nearest ones).
 
     Example:
         >>> torchvision_preset("ViT_B_16_Weights.IMAGENET1K_V1")
@@ -55,7 +55,7 @@ def torchvision_preset(weights: str) -> Transform:
     known: dict[str, Any] = {str(each): each for kind in kinds for each in kind}
     known |= {f"{kind.__name__}.DEFAULT": kind.DEFAULT for kind in kinds if len(kind)}
     if weights not in known:
-        raise ValueError(f"`weights`: torchvision has no {weights!r}; {nearest_names(weights, known)}.")
+        raise MimicError(f"`weights`: torchvision has no {weights!r}; {nearest_names(weights, known)}.")
     return known[weights].transforms()  # type: ignore[no-any-return]
 
 
@@ -66,7 +66,7 @@ def timm_preset(model_name: str) -> Transform:
         model_name: Such as ``"vit_base_patch16_224.augreg_in21k"``; without a tag, timm's first.
 
     Raises:
-        ValueError: An unknown model or tag (with the nearest ones).
+        MimicError: An unknown model or tag (with the nearest ones).
 
     Example:
         >>> timm_preset("vit_base_patch16_224.augreg_in21k").transforms[1]
@@ -79,6 +79,6 @@ def timm_preset(model_name: str) -> Transform:
     known = {*list_models(), *list_models(pretrained=True)}
     config = get_pretrained_cfg(model_name) if model_name in known else None
     if config is None:
-        raise ValueError(f"`model_name`: timm has no {model_name!r}; {nearest_names(model_name, known)}.")
+        raise MimicError(f"`model_name`: timm has no {model_name!r}; {nearest_names(model_name, known)}.")
     settings = resolve_data_config(pretrained_cfg=config.to_dict())
     return create_transform(**settings, is_training=False)  # type: ignore[no-any-return]

@@ -1,5 +1,6 @@
 """Per-sample gradients and what is done with them, in pure torch."""
 
+from lightning_mimic.errors import nearest_names
 from lightning_mimic.gradients.descent import Descent
 from lightning_mimic.gradients.direction import Direction
 from lightning_mimic.gradients.gate import gate_rows, hook_gradient
@@ -7,7 +8,7 @@ from lightning_mimic.gradients.graph import Graph
 from lightning_mimic.gradients.layers import LayerGradients
 from lightning_mimic.gradients.losses import LossGradients
 from lightning_mimic.gradients.model import ModelTap, WholeModelGradients
-from lightning_mimic.gradients.parameters import nearest_names, owning_layer, select_parameters
+from lightning_mimic.gradients.parameters import owning_layer, select_parameters
 
 __all__ = [
     "Descent",

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_mimic.errors import MimicError
+
 
 def _linear(layer: nn.Linear, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(inputs, weight, bias)
@@ -102,26 +104,26 @@ class LayerGradients:
         kind = next((kind for kind in type(layer).__mro__ if kind in _RULES), None)
         if kind is None:
             known = ", ".join(t.__name__ for t in _RULES)
-            raise ValueError(
+            raise MimicError(
                 f"`parameters`: {name!r} is a {type(layer).__name__}; per-sample gradients are known for {known} "
                 "layers. Name such a layer."
             )
         if any(_method(layer, method) is not getattr(kind, method, None) for method in ("forward", "_conv_forward")):
-            raise ValueError(
+            raise MimicError(
                 f"`parameters`: {name!r} is a {type(layer).__name__} with a forward of its own, which may compute "
                 f"something else than {kind.__name__}."
             )
         own = {n for n, _ in layer.named_parameters(recurse=False)}
         if "weight" not in own or not own <= {"weight", "bias"}:
             made = f"makes its weight of {', '.join(sorted(own))}" if own else "has no plain weight of its own"
-            raise ValueError(
+            raise MimicError(
                 f"`parameters`: {name!r} {made} (weight_norm, pruning ...), in which it is not linear. Name another "
                 "layer, or remove the reparametrisation."
             )
         options = _EMBEDDING_REFUSED if isinstance(layer, nn.Embedding) else ()
         refused = [option for option in options if getattr(layer, option)]
         if refused:
-            raise ValueError(
+            raise MimicError(
                 f"`parameters`: {name!r} is an Embedding with {', '.join(refused)}, under which its gradient is not "
                 "linear in its rows or not dense. Switch that off, or name another layer."
             )

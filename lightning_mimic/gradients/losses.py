@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.gradients.graph import Graph, kind_of
-from lightning_mimic.gradients.parameters import few
 
 
 class LossGradients:
@@ -35,22 +35,24 @@ class LossGradients:
         self._parameters = dict(parameters)
 
     def check(self, graph: Graph) -> None:
-        """Raises ``ValueError`` where the losses cannot be differentiated twice by every parameter.
+        """Raises ``MimicError`` where the losses cannot be differentiated twice by every parameter.
 
         Args:
             graph: The graph below ``losses``.
         """
         unused = [name for name, p in self._parameters.items() if not graph.terminals(p)]
         if unused:
-            raise ValueError(f"`parameters`: no path leads from the losses to {few(unused)}, or they are frozen.")
+            raise MimicError(
+                f"`parameters`: no path leads from the losses to {join_names(unused)}, or they are frozen."
+            )
         fused = [n for n in graph.order if "ScaledDotProduct" in n.name()]
         if not fused:
             return
         above = {id(leaf.variable) for node in fused for leaf in Graph(node).leaves}  # type: ignore[attr-defined]
         below = [name for name, p in self._parameters.items() if id(p) in above]
         if below:
-            raise ValueError(
-                f"`parameters`: {few(below)} lie below fused attention ({kind_of(fused[0])}), which cannot be "
+            raise MimicError(
+                f"`parameters`: {join_names(below)} lie below fused attention ({kind_of(fused[0])}), which cannot be "
                 "differentiated twice. Name parameters above it, or allow the slower attention that can with "
                 "`math_attention=True`."
             )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients.bare import BareUse, bare_use
 from lightning_mimic.gradients.gate import gate_rows, hook_gradient
 from lightning_mimic.gradients.graph import Graph, is_compiled, kind_of, normalises_batch
@@ -225,11 +226,11 @@ class WholeModelGradients:
         """
         uses = [use for here in self._at.values() for use in here]
         if len(uses) != 1 or not isinstance(uses[0], LayerCall):
-            raise ValueError(f"the parameters were used {len(uses)} times, not by one call of one layer.")
+            raise MimicError(f"the parameters were used {len(uses)} times, not by one call of one layer.")
         found: list[Tensor | None] = []
         self._visit(self._seed, lambda uses, gradient: found.append(gradient))
         if found[0] is None:
-            raise ValueError(f"no gradient reaches the output of {uses[0].name!r}.")
+            raise MimicError(f"no gradient reaches the output of {uses[0].name!r}.")
         return uses[0].gradients(found[0])
 
     def _above(self) -> list[Node]:

@@ -1,35 +1,13 @@
 """Which parameters a score is taken over, chosen by name."""
 
-import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from lightning_mimic.errors import MimicError, join_names, nearest_names
 
-def nearest_names(name: str, candidates: Iterable[str], count: int = 4) -> str:
-    """The candidates most like ``name``, as a phrase for an error message.
-
-    Example:
-        >>> nearest_names("haed", ["head", "body"])
-        "nearest: 'head'"
-    """
-    names = sorted(set(candidates))
-    close = difflib.get_close_matches(name, names, n=count, cutoff=0.4)
-    if close:
-        return "nearest: " + ", ".join(repr(c) for c in close)
-    shown = ", ".join(repr(c) for c in names[:count])
-    return f"there are: {shown}" + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def few(names: Sequence[str], most: int = 6) -> str:
-    """The first of the names, quoted, and how many more there are, for an error message.
-
-    Example:
-        >>> few(["a", "b", "c"], most=2)
-        "'a', 'b' and 1 more"
-    """
-    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+few = join_names  # the name under which the callbacks import it
 
 
 def select_parameters(module: nn.Module, patterns: str | Sequence[str]) -> dict[str, nn.Parameter]:
@@ -45,7 +23,7 @@ def select_parameters(module: nn.Module, patterns: str | Sequence[str]) -> dict[
         Name to parameter, in the module's order; a tied parameter once, under the first of its names.
 
     Raises:
-        ValueError: A pattern that matches nothing, or nothing is left; the message has the nearest names.
+        MimicError: A pattern that matches nothing, or nothing is left; the message has the nearest names.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -58,7 +36,7 @@ def select_parameters(module: nn.Module, patterns: str | Sequence[str]) -> dict[
     """
     given = [patterns] if isinstance(patterns, str) else list(patterns)
     if not given:
-        raise ValueError("`parameters` is empty; name a module ('head'), a parameter ('head.weight') or 'all'.")
+        raise MimicError("`parameters` is empty; name a module ('head'), a parameter ('head.weight') or 'all'.")
     wanted = [pattern for pattern in given if not pattern.startswith("!")] or ["all"]
     excluded = [pattern.removeprefix("!") for pattern in given if pattern.startswith("!")]
     # remove_duplicate=False: a tied parameter must answer to each of its names.
@@ -72,7 +50,7 @@ def select_parameters(module: nn.Module, patterns: str | Sequence[str]) -> dict[
             parameters[name] = parameter
             seen.add(id(parameter))
     if not parameters:
-        raise ValueError(f"`parameters`: nothing is left of {', '.join(map(repr, given))}.")
+        raise MimicError(f"`parameters`: nothing is left of {', '.join(map(repr, given))}.")
     return parameters
 
 
@@ -80,16 +58,16 @@ def _matches(module: nn.Module, named: Mapping[str, nn.Parameter], pattern: str)
     if pattern == "all":
         trainable = {name for name, parameter in named.items() if parameter.requires_grad}
         if not trainable:
-            raise ValueError(f"`parameters`: no parameter of {type(module).__name__} is trainable.")
+            raise MimicError(f"`parameters`: no parameter of {type(module).__name__} is trainable.")
         return trainable
     matches = {n for n in named if n == pattern or n.startswith(f"{pattern}.") or fnmatch.fnmatchcase(n, pattern)}
     if matches:
         return matches
     modules = {name for name, _ in module.named_modules(remove_duplicate=False) if name}
     if pattern in modules:
-        raise ValueError(f"`parameters`: the module {pattern!r} has no parameters of its own or below it.")
+        raise MimicError(f"`parameters`: the module {pattern!r} has no parameters of its own or below it.")
     hint = nearest_names(pattern, modules | named.keys())
-    raise ValueError(f"`parameters`: {pattern!r} names no module and no parameter of {type(module).__name__}; {hint}.")
+    raise MimicError(f"`parameters`: {pattern!r} names no module and no parameter of {type(module).__name__}; {hint}.")
 
 
 def owning_layer(module: nn.Module, names: Iterable[str]) -> tuple[str, nn.Module]:
@@ -103,7 +81,7 @@ def owning_layer(module: nn.Module, names: Iterable[str]) -> tuple[str, nn.Modul
         The layer's path within ``module`` and the layer.
 
     Raises:
-        ValueError: The names belong to several layers.
+        MimicError: The names belong to several layers.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -112,7 +90,7 @@ def owning_layer(module: nn.Module, names: Iterable[str]) -> tuple[str, nn.Modul
     """
     paths = sorted({name.rpartition(".")[0] for name in names})
     if len(paths) > 1:
-        raise ValueError(
-            f"`parameters` selects {len(paths)} layers ({few(paths)}), but the scorer needs one nn.Linear."
+        raise MimicError(
+            f"`parameters` selects {len(paths)} layers ({join_names(paths)}), but the scorer needs one nn.Linear."
         )
     return paths[0], module.get_submodule(paths[0])

@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lightning_mimic.errors import MimicError
+
 if TYPE_CHECKING:
     from torch.utils.data import Subset
 
@@ -21,7 +23,7 @@ def kept_of(dataset: Any, manifest: str | Path) -> "Subset":
         manifest: Parquet with columns ``id`` and ``keep``, as ``mimic-curate`` writes it.
 
     Raises:
-        ValueError: No manifest; it is of other samples; or it keeps none.
+        MimicError: No manifest; it is of other samples; or it keeps none.
 
     Example:
         >>> import tempfile, pyarrow as pa
@@ -37,14 +39,14 @@ def kept_of(dataset: Any, manifest: str | Path) -> "Subset":
     ids = list(dataset.sample_ids()) if hasattr(dataset, "sample_ids") else list(range(len(dataset)))
     unlike = sorted(set(ids) ^ set(known), key=str)
     if unlike:
-        raise ValueError(
+        raise MimicError(
             f"{manifest} decides on {len(set(known))} samples and the data set has {len(ids)}; {len(unlike)} ids are "
             f"in one of them alone, such as {unlike[0]!r}. Curate the scores of this data set (with `pool`, if some "
             "were never scored)."
         )
     times = Counter(each for each, stays in zip(known, keep, strict=True) if stays)
     if not times:
-        raise ValueError(f"{manifest} keeps none of its {len(known)} samples.")
+        raise MimicError(f"{manifest} keeps none of its {len(known)} samples.")
     return Subset(dataset, [place for place, each in enumerate(ids) for _ in range(times[each])])
 
 
@@ -57,7 +59,7 @@ class KeptIds:
         manifest: Parquet with columns ``id`` (text) and ``keep``.
 
     Raises:
-        ValueError: No manifest, ids that are no text, or it keeps none.
+        MimicError: No manifest, ids that are no text, or it keeps none.
 
     Example:
         >>> import tempfile
@@ -72,13 +74,13 @@ class KeptIds:
         rows = _rows(manifest)
         ids, keep = rows["id"], rows["keep"]
         if not (pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type)):
-            raise ValueError(f"{manifest} has ids of type {ids.type}; ids of image-text pairs are text.")
+            raise MimicError(f"{manifest} has ids of type {ids.type}; ids of image-text pairs are text.")
         if ids.null_count or keep.null_count:
-            raise ValueError(
+            raise MimicError(
                 f"{manifest} has {ids.null_count} rows without an id, {keep.null_count} without a decision."
             )
         if not pc.any(keep).as_py():
-            raise ValueError(f"{manifest} keeps none of its {len(ids)} samples.")
+            raise MimicError(f"{manifest} keeps none of its {len(ids)} samples.")
         self._times: dict[str, int] = {}
         self._columns: Any = None
         if pc.all(pc.match_substring_regex(ids, "^[0-9a-f]{32}$")).as_py():
@@ -137,4 +139,4 @@ def _rows(manifest: str | Path) -> pa.Table:
             rows = file.read(["id", "keep"])
             return pa.table({name: rows[name] for name in ("id", "keep")})
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{manifest} is no manifest: {str(error).splitlines()[0]}") from error
+        raise MimicError(f"{manifest} is no manifest: {str(error).splitlines()[0]}") from error

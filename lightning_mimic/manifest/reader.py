@@ -77,7 +77,7 @@ class Manifest:
             dataset: A :class:`~lightning_mimic.WithIds`, or one whose row numbers are the ids.
 
         Raises:
-            ValueError: The manifest is of another data set.
+            MimicError: The manifest is of another data set.
         """
         return kept_of(dataset, self.path)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_mimic.gradients import nearest_names
+from lightning_mimic.errors import MimicError, nearest_names
 
 
 def torchvision_backbone(name: str, weights: str | None = None, **options: Any) -> nn.Module:
@@ -22,7 +22,7 @@ def torchvision_backbone(name: str, weights: str | None = None, **options: Any) 
         From images to features ``(B, D)``.
 
     Raises:
-        ValueError: An unknown name (with the nearest ones) or tag (with the model's), weights that cannot be fetched,
+        MimicError: An unknown name (with the nearest ones) or tag (with the model's), weights that cannot be fetched,
             or a model that does not end in a linear layer.
 
     Example:
@@ -35,7 +35,7 @@ def torchvision_backbone(name: str, weights: str | None = None, **options: Any) 
 
     known = torchvision.models.list_models(torchvision.models)
     if name not in known:
-        raise ValueError(f"`name`: torchvision has no classification model {name!r}; {nearest_names(name, known)}.")
+        raise MimicError(f"`name`: torchvision has no classification model {name!r}; {nearest_names(name, known)}.")
     published = None
     if weights is not None:
         entries = torchvision.models.get_model_weights(name)
@@ -44,11 +44,11 @@ def torchvision_backbone(name: str, weights: str | None = None, **options: Any) 
             # The builder would unpickle whatever lies in torch's cache; after this it is known to be tensors.
             published.get_state_dict(progress=True, check_hash=True, weights_only=True)
         except OSError as error:
-            raise ValueError(_NOT_FETCHED.format(name=name, why=error, where=published.url)) from error
+            raise MimicError(_NOT_FETCHED.format(name=name, why=error, where=published.url)) from error
     model: nn.Module = torchvision.models.get_model(name, weights=published, **options)
     path, last = [(path, module) for path, module in model.named_modules() if not list(module.children())][-1]
     if type(last) is not nn.Linear:
-        raise ValueError(f"`name`: {name!r} ends in a {type(last).__name__}, not in a linear layer to leave out.")
+        raise MimicError(f"`name`: {name!r} ends in a {type(last).__name__}, not in a linear layer to leave out.")
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, nn.Identity())
     return model
@@ -68,7 +68,7 @@ def timm_backbone(name: str, weights: str | None = None, **options: Any) -> nn.M
         From images to features ``(B, D)``.
 
     Raises:
-        ValueError: An unknown name (with the nearest ones) or tag (with the model's), or weights that cannot be
+        MimicError: An unknown name (with the nearest ones) or tag (with the model's), or weights that cannot be
             fetched.
 
     Example:
@@ -81,9 +81,9 @@ def timm_backbone(name: str, weights: str | None = None, **options: Any) -> nn.M
 
     plain, _, tag = name.partition(".")
     if not timm.is_model(plain):
-        raise ValueError(f"`name`: timm has no model {plain!r}; {nearest_names(plain, timm.list_models())}.")
+        raise MimicError(f"`name`: timm has no model {plain!r}; {nearest_names(plain, timm.list_models())}.")
     if tag:
-        raise ValueError(f"`name`: {name!r} names weights as well; give name={plain!r} and weights={tag!r}.")
+        raise MimicError(f"`name`: {name!r} names weights as well; give name={plain!r} and weights={tag!r}.")
     if weights is None:
         model: nn.Module = timm.create_model(name, num_classes=0, **options)
         return model
@@ -95,7 +95,7 @@ def timm_backbone(name: str, weights: str | None = None, **options: Any) -> nn.M
     except OSError as error:
         published = timm.get_pretrained_cfg(full)
         where = f"model.safetensors of https://huggingface.co/{published.hf_hub_id if published else full}"
-        raise ValueError(_NOT_FETCHED.format(name=name, why=error, where=where)) from error
+        raise MimicError(_NOT_FETCHED.format(name=name, why=error, where=where)) from error
     return model
 
 
@@ -150,7 +150,7 @@ def _tag(name: str, weights: str, prefix: str, tags: Sequence[str]) -> str:
     tag = weights.removeprefix(f"{prefix}.")
     if tag not in tags:
         there = f"its tags are {', '.join(map(repr, tags))}" if tags else "it has none"
-        raise ValueError(
+        raise MimicError(
             f"`weights`: there are none {weights!r} of {name!r}; {there}. A file is given as ImageClassifier's "
             "`pretrained`."
         )

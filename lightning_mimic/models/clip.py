@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_mimic.gradients import nearest_names
+from lightning_mimic.errors import MimicError, nearest_names
 from lightning_mimic.models.contrastive import global_pair_losses, pair_losses
 from lightning_mimic.models.zero_shot import ZeroShot, recalls
 from lightning_mimic.reference import match_reference, read_reference
@@ -51,7 +51,7 @@ class CLIP(pl.LightningModule):
             the end of the fit.
 
     Raises:
-        ValueError: Towers of another kind, or an unknown one to lock.
+        MimicError: Towers of another kind, or an unknown one to lock.
         ReferenceLoadError: ``pretrained`` cannot be read or does not fit.
 
     Example:
@@ -74,18 +74,19 @@ class CLIP(pl.LightningModule):
     ) -> None:
         super().__init__()
         if not callable(getattr(towers, "encode_text", None)) or not hasattr(towers, "logit_scale"):
-            raise ValueError(
+            raise MimicError(
                 f"`towers` is a {type(towers).__name__}; expected a CLIP of open_clip: `open_clip.create_model(...)`."
             )
         if getattr(towers, "logit_bias", None) is not None:
-            raise ValueError(
+            raise MimicError(
                 "`towers` has a logit bias, as SigLIP's models do, which are trained with another loss than CLIP's. "
                 "Take an architecture without one."
             )
         self.towers = towers
         if pretrained is not None:
             wanted = {n: t for n, t in towers.state_dict().items() if t.is_floating_point()}
-            towers.load_state_dict(match_reference(read_reference(pretrained), wanted), strict=False)
+            tensors = read_reference(pretrained, argument="pretrained")
+            towers.load_state_dict(match_reference(tensors, wanted, argument="pretrained"), strict=False)
         self.locked = [_known(tower) for tower in locked]
         for tower in self.locked:
             self._lock(tower)
@@ -168,7 +169,7 @@ class CLIP(pl.LightningModule):
         optimizer = self._optimizer(groups)
         steps = self.trainer.estimated_stepping_batches
         if steps < 0 or math.isinf(steps):  # it says -1 where the data has no length
-            raise ValueError(
+            raise MimicError(
                 "the learning rate falls to zero at the end of the fit, and it is not known where that is: give the "
                 "trainer `max_steps`, or the data a length (`samples_per_epoch`, `sizes.json` beside the shards) and "
                 "the trainer `max_epochs`."
@@ -190,7 +191,7 @@ class CLIP(pl.LightningModule):
         log = partial(self.log, on_epoch=True, add_dataloader_idx=False, batch_size=len(images))
         if others.ndim == 1:
             if self.zero_shot is None:
-                raise ValueError("labelled images came to evaluate, and the model has no `zero_shot` to name classes.")
+                raise MimicError("labelled images came to evaluate, and the model has no `zero_shot` to name classes.")
             if self._classifier is None:
                 self._classifier = self.zero_shot.weights(self)
             accuracy(embedded @ self._classifier.to(embedded.dtype), others)
@@ -217,7 +218,7 @@ class CLIP(pl.LightningModule):
         of_images = tower == "image"
         kept = [path for path in _PROJECTIONS[tower] if _is_there(self.towers, path)]
         if not kept:
-            raise ValueError(
+            raise MimicError(
                 f"`locked`: the {tower} tower of {type(self.towers).__name__} has none of the projections that could "
                 f"go on training: {', '.join(_PROJECTIONS[tower])}."
             )
@@ -231,7 +232,7 @@ def _known(tower: str) -> Tower:
     for known in get_args(Tower):
         if tower == known:
             return known  # type: ignore[no-any-return]
-    raise ValueError(f"`locked`: there is no tower {tower!r}; {nearest_names(tower, get_args(Tower))}.")
+    raise MimicError(f"`locked`: there is no tower {tower!r}; {nearest_names(tower, get_args(Tower))}.")
 
 
 def _is_there(towers: nn.Module, path: str) -> bool:

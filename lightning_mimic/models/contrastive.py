@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_mimic.errors import MimicError
+
 
 def pair_losses(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     """The loss of each pair among the others: the mean of both cross-entropies, of its image and of its text.
@@ -53,7 +55,7 @@ def global_pair_losses(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
         Shape ``(B · ranks,)``, in the ranks' order.
 
     Raises:
-        ValueError: The ranks have batches of different sizes.
+        MimicError: The ranks have batches of different sizes.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return pair_losses(images, texts, scale)
@@ -62,7 +64,7 @@ def global_pair_losses(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     sizes[rank] = rows
     torch.distributed.all_reduce(sizes)
     if bool((sizes != rows).any()):
-        raise ValueError(
+        raise MimicError(
             f"a contrastive loss is taken over the pairs of all ranks, which must have as many each; these have "
             f"{sizes.tolist()}. Leave out the last incomplete batch (`drop_last=True`)."
         )

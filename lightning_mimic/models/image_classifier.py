@@ -11,7 +11,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_mimic.reference import ReferenceLoadError, match_reference, read_reference
+from lightning_mimic.errors import MimicError
+from lightning_mimic.reference import match_reference, read_reference
 
 
 class ImageClassifier(pl.LightningModule):
@@ -58,13 +59,11 @@ class ImageClassifier(pl.LightningModule):
             features = backbone(torch.zeros(1, *image_shape))
             backbone.train()
         if features.ndim != 2:
-            raise ValueError(f"`backbone` gives shape {tuple(features.shape)} for one image; expected (1, D).")
+            raise MimicError(f"`backbone` gives shape {tuple(features.shape)} for one image; expected (1, D).")
         self.head = nn.Linear(features.shape[1], num_classes)
         if pretrained is not None:
-            try:
-                weights = match_reference(read_reference(pretrained), self._backbone_weights())
-            except ReferenceLoadError as error:
-                raise ReferenceLoadError(str(error).replace("`reference`", "`pretrained`")) from error
+            tensors = read_reference(pretrained, argument="pretrained")
+            weights = match_reference(tensors, self._backbone_weights(), argument="pretrained")
             self.load_state_dict(weights, strict=False)
         self.freeze_backbone = freeze_backbone
         if freeze_backbone:
@@ -80,7 +79,7 @@ class ImageClassifier(pl.LightningModule):
         # Fewer outputs than classes would end in the middle of an epoch, and more would train in silence.
         classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
         if classes not in (None, self.head.out_features):
-            raise ValueError(
+            raise MimicError(
                 f"`num_classes` is {self.head.out_features}, and the data have {classes} classes; set "
                 f"model.num_classes={classes}."
             )
@@ -96,11 +95,11 @@ class ImageClassifier(pl.LightningModule):
         """As ever; but a model that takes features keeps the backbone that they are of.
 
         Raises:
-            ValueError: The weights are of another backbone, so that of these features the model would say anything.
+            MimicError: The weights are of another backbone, so that of these features the model would say anything.
         """
         for name, own in self._backbone_weights().items() if self.takes_features else ():
             if name in state_dict and not torch.equal(own, state_dict[name].to(own)):
-                raise ValueError(
+                raise MimicError(
                     f"the backbone of these weights is another ({name!r} differs) than the one whose features are "
                     "cached, so its losses cannot be computed from them. Train without `features`, or begin with this "
                     "backbone (`pretrained`)."

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.retrieval import retrieval_hit_rate
 
+from lightning_mimic.errors import MimicError
+
 
 class ZeroShot:
     """Names and templates from which a CLIP makes a classifier.
@@ -16,7 +18,7 @@ class ZeroShot:
         tokenizer: From sentences to int64 tokens ``(n, L)``.
 
     Raises:
-        ValueError: No classes, no templates, or a template without ``{}``.
+        MimicError: No classes, no templates, or a template without ``{}``.
 
     Example:
         >>> zero_shot = ZeroShot(["cat", "dog"], ["a photo of a {}."], lambda texts: torch.zeros(len(texts), 4))
@@ -31,13 +33,13 @@ class ZeroShot:
         self.class_names, self.templates = list(class_names), list(templates)
         self.tokenizer = tokenizer
         if not self.class_names or not self.templates:
-            raise ValueError(
+            raise MimicError(
                 f"`zero_shot` has {len(self.class_names)} class names and {len(self.templates)} templates; give at "
                 "least one of each."
             )
         for template in self.templates:
             if "{}" not in template:
-                raise ValueError(f"`templates`: {template!r} has no place for the class's name; write {{}} there.")
+                raise MimicError(f"`templates`: {template!r} has no place for the class's name; write {{}} there.")
 
     def weights(self, model: nn.Module) -> Tensor:
         """The classifier: unit vectors, shape ``(K, classes)``, on the model's device.

@@ -1,12 +1,13 @@
 """The reference checkpoint: read, matched to the model, aligned when it is a stranger."""
 
+from lightning_mimic.errors import ReferenceLoadError
 from lightning_mimic.reference.aligned import Aligned, AlignedDirection
 from lightning_mimic.reference.aligned_towers import aligned_direction
 from lightning_mimic.reference.diagnose import below_moves, diagnose, resemblance
 from lightning_mimic.reference.diagnosis import Diagnosis
 from lightning_mimic.reference.match import aliases_of, fingerprint, match_reference
 from lightning_mimic.reference.model import reference_model, refuse_module_on_features
-from lightning_mimic.reference.read import ReferenceLoadError, ReferenceSource, read_reference
+from lightning_mimic.reference.read import ReferenceSource, read_reference
 
 __all__ = [
     "Aligned",

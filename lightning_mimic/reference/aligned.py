@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import Direction
 from lightning_mimic.reference.match import fingerprint
 from lightning_mimic.reference.moments import FORGETTING, Moments
@@ -43,7 +44,7 @@ class Aligned:
             the same in every epoch: not with random augmentation.
 
     Raises:
-        ValueError: ``every`` is not a positive whole number.
+        MimicError: ``every`` is not a positive whole number.
 
     Example:
         >>> reference = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
@@ -60,7 +61,7 @@ class Aligned:
         cache: bool = False,
     ) -> None:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(f"`every` counts micro-batches between two refits, 1 or more, not {every!r}.")
+            raise MimicError(f"`every` counts micro-batches between two refits, 1 or more, not {every!r}.")
         self.reference = reference
         self.inputs = inputs
         self.every = every
@@ -118,7 +119,7 @@ class AlignedDirection(Direction):
                 it is needed.
 
         Raises:
-            ValueError: The reference does not give what the model gives.
+            MimicError: The reference does not give what the model gives.
         """
         due = not self._enough or self._steps % self._aligned.every == 0
         self._steps += 1
@@ -185,7 +186,7 @@ class AlignedDirection(Direction):
 
     @abstractmethod
     def _run(self, batch: Any, features: Mapping[str, Tensor]) -> Tensor:
-        """What the reference says of a batch, a row per sample; ``ValueError`` unless it fits the features."""
+        """What the reference says of a batch, a row per sample; ``MimicError`` unless it fits the features."""
 
     @abstractmethod
     def _add(self, features: Mapping[str, Tensor], outputs: Tensor, forgetting: float) -> Tensor:
@@ -208,7 +209,7 @@ class AlignedDirection(Direction):
         if not self._aligned.cache:
             return self._run(batch, features)
         if ids is None:
-            raise ValueError(
+            raise MimicError(
                 "`Aligned(cache=True)` keeps outputs by sample id, and the batch carries none. Use "
                 "DataLoader(WithIds(dataset), collate_fn=collate_with_ids), or leave the cache off."
             )

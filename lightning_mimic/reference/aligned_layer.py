@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import owning_layer
 from lightning_mimic.reference.aligned import Aligned, AlignedDirection
 from lightning_mimic.reference.model import reference_model
@@ -22,14 +23,14 @@ class AlignedLayer(AlignedDirection):
         targets: All parameters of its target layer, by full name.
 
     Raises:
-        ValueError: The target is not one whole linear layer.
+        MimicError: The target is not one whole linear layer.
     """
 
     def __init__(self, aligned: Aligned, module: nn.Module, targets: Mapping[str, nn.Parameter]) -> None:
         path, layer = owning_layer(module, targets)
         whole = {f"{path}.{name}" for name, _ in layer.named_parameters(recurse=False)}
         if not isinstance(layer, nn.Linear) or set(targets) != whole:
-            raise ValueError(
+            raise MimicError(
                 f"`parameters`: an aligned reference refits one whole nn.Linear, not {', '.join(sorted(targets))} of a "
                 f"{type(layer).__name__}. Name the path of the model's last linear layer."
             )
@@ -44,9 +45,9 @@ class AlignedLayer(AlignedDirection):
         with torch.inference_mode():
             outputs = self._model((self._aligned.inputs or _first)(batch))
         if not isinstance(outputs, Tensor):
-            raise ValueError(f"`Aligned`: the reference gives a {type(outputs).__name__}; expected a tensor.")
+            raise MimicError(f"`Aligned`: the reference gives a {type(outputs).__name__}; expected a tensor.")
         if outputs.shape != shape:
-            raise ValueError(
+            raise MimicError(
                 f"`Aligned`: the reference gives shape {tuple(outputs.shape)} where the target layer gives {shape}; "
                 "both must say the same things (classes, in one order) of the same samples."
             )
@@ -63,7 +64,7 @@ class AlignedLayer(AlignedDirection):
 def _first(batch: Any) -> Any:
     if isinstance(batch, list | tuple) and batch:
         return batch[0]
-    raise ValueError(
+    raise MimicError(
         f"the batch is a {type(batch).__name__}; say what of it the reference is called with: "
         "`Aligned(..., inputs=lambda batch: batch['image'])`."
     )

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mimic.gradients.parameters import few
+from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.reference.aligned import Aligned, AlignedDirection
 from lightning_mimic.reference.aligned_layer import AlignedLayer
 from lightning_mimic.reference.gauge import procrustes
@@ -48,7 +48,7 @@ class AlignedTowers(AlignedDirection):
         targets: The two projections, by full name: that of the images below a part called ``visual``.
 
     Raises:
-        ValueError: The targets are not two whole projections.
+        MimicError: The targets are not two whole projections.
     """
 
     def __init__(self, aligned: Aligned, module: nn.Module, targets: Mapping[str, nn.Parameter]) -> None:
@@ -68,7 +68,7 @@ class AlignedTowers(AlignedDirection):
         rows = len(features[self._images.weight])
         shapes = [tuple(each.shape) for each in normalised]
         if shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][0] != rows:
-            raise ValueError(
+            raise MimicError(
                 f"`Aligned`: the reference gives shapes {shapes[0]} and {shapes[1]} for {rows} pairs; expected a row "
                 "each, images and texts of one width."
             )
@@ -116,9 +116,9 @@ def _projections(module: nn.Module, targets: Mapping[str, nn.Parameter]) -> list
         linear = isinstance(layer, nn.Linear)
         whole = {f"{path}.{n}" for n, _ in layer.named_parameters(recurse=False)} if linear else set(weights)
         if len(weights) != 1 or set(names) != whole:
-            raise ValueError(
+            raise MimicError(
                 "`parameters`: an aligned CLIP refits both of its projections, that of the images (below `visual`) "
-                f"and that of the texts, each a matrix or a whole nn.Linear; not {few(sorted(targets))}. Of "
+                f"and that of the texts, each a matrix or a whole nn.Linear; not {join_names(sorted(targets))}. Of "
                 "open_clip's ViTs these are `towers.visual.proj` and `towers.text_projection`."
             )
         moments = (Moments(), Moments(centred=bool(biases)))
@@ -129,7 +129,7 @@ def _projections(module: nn.Module, targets: Mapping[str, nn.Parameter]) -> list
 def _pair(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, list | tuple) and len(batch) > 1:
         return batch[0], batch[1]
-    raise ValueError(
+    raise MimicError(
         f"the batch is a {type(batch).__name__}; say which images and texts of it the reference is called with: "
         "`Aligned(..., inputs=lambda batch: (batch['image'], batch['text']))`."
     )

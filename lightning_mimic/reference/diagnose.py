@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_mimic.errors import MimicError, ReferenceLoadError
 from lightning_mimic.gradients import Direction, LossGradients, select_parameters
 from lightning_mimic.gradients.graph import Graph, made_by
 from lightning_mimic.reference.diagnosis import Diagnosis, Estimate
 from lightning_mimic.reference.match import aliases_of, match_reference
 from lightning_mimic.reference.model import reference_model
-from lightning_mimic.reference.read import ReferenceLoadError, ReferenceSource, read_reference
+from lightning_mimic.reference.read import ReferenceSource, read_reference
 
 #: Enough for a verdict where six labels in ten are wrong.
 SAMPLES = 512
@@ -46,7 +47,7 @@ def diagnose(
 
     Raises:
         ReferenceLoadError: The reference cannot be read.
-        ValueError: No ``sample_losses``, unknown parameters, an empty loader, or a model that stands at its reference.
+        MimicError: No ``sample_losses``, unknown parameters, an empty loader, or a model that stands at its reference.
 
     Example:
         >>> class Net(nn.Linear):
@@ -61,7 +62,7 @@ def diagnose(
         False
     """
     if not callable(getattr(module, "sample_losses", None)):
-        raise ValueError(
+        raise MimicError(
             f"diagnose() needs the loss of every sample: give {type(module).__name__} a method `sample_losses(batch)` "
             "that returns one loss per sample. GradMimic looks at a reference without it, too, in the first steps."
         )
@@ -78,7 +79,7 @@ def diagnose(
     device = next(iter(moved.values())).device
     direction = Direction(held, moved)
     if direction.vanishes(direction.norm()):
-        raise ValueError("the model stands at its reference, so there is no way between them to look at.")
+        raise MimicError("the model stands at its reference, so there is no way between them to look at.")
     with own_random_numbers(device):
         batches = _first(loader, samples, device)
         scores = torch.cat([_scores(model, batch, moved, direction) for batch in batches])
@@ -246,7 +247,7 @@ def _first(loader: Iterable[Any], samples: int, device: torch.device) -> list[An
         if seen >= samples:
             break
     if not batches:
-        raise ValueError("`loader` gives no batches.")
+        raise MimicError("`loader` gives no batches.")
     return batches
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_mimic.errors import MimicError
 from lightning_mimic.reference.moments import Moments
 
 
@@ -43,7 +44,7 @@ def procrustes(moments: Sequence[Moments]) -> Rotation:
             model's of the same samples, shape ``d_model``.
 
     Raises:
-        ValueError: No moments, moments without samples or not centred, or widths that differ between modalities.
+        MimicError: No moments, moments without samples or not centred, or widths that differ between modalities.
 
     Example:
         >>> moments, x = Moments(), torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
@@ -71,19 +72,19 @@ def procrustes(moments: Sequence[Moments]) -> Rotation:
 
 def _check(moments: Sequence[Moments]) -> None:
     if not moments:
-        raise ValueError("`moments` is empty; expected one Moments for each modality, such as images and captions.")
+        raise MimicError("`moments` is empty; expected one Moments for each modality, such as images and captions.")
     for index, one in enumerate(moments):
         if not one.centred:
-            raise ValueError(
+            raise MimicError(
                 f"`moments[{index}]` keeps its scatter about zero, where the gap between modalities drowns what tells "
                 "pairs apart. Make it with `Moments(centred=True)`."
             )
         if not one.state_dict():
-            raise ValueError(f"`moments[{index}]` holds no samples; call its `add` with pairs of embeddings first.")
+            raise MimicError(f"`moments[{index}]` holds no samples; call its `add` with pairs of embeddings first.")
     shapes = [tuple(one.xy.shape) for one in moments]
     if len(set(shapes)) > 1:
         given = ", ".join(f"{reference} and {model}" for reference, model in shapes)
-        raise ValueError(
+        raise MimicError(
             f"`moments` differ in width (reference and model): {given}. Both modalities must be embedded in one space; "
             "give the embeddings after the projection."
         )

@@ -7,8 +7,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from lightning_mimic.gradients import nearest_names
-from lightning_mimic.reference.read import ReferenceLoadError
+from lightning_mimic.errors import ReferenceLoadError, nearest_names
 
 # Wrappers that put a segment of their own into names, anywhere.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -33,6 +32,8 @@ def match_reference(
     tensors: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor],
     aliases: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    *,
+    argument: str = "reference",
 ) -> dict[str, Tensor]:
     """Finds the reference's tensor for each parameter, whatever prefix the names were saved under.
 
@@ -42,6 +43,7 @@ def match_reference(
         tensors: The reference, as :func:`~lightning_mimic.reference.read_reference` returns it.
         parameters: Name to parameter of the model; the reference may hold more.
         aliases: Other names of tied parameters (:func:`aliases_of`); some formats keep only one of them.
+        argument: Name of the caller's argument that holds the reference, for messages.
 
     Returns:
         The model's names to the reference's tensors; float16 and bfloat16 become float32.
@@ -59,19 +61,22 @@ def match_reference(
     for name, tensor in tensors.items():
         plain = _unwrapped(name)
         if plain in cleaned and cleaned[plain] is not tensor:
-            raise ReferenceLoadError(f"`reference` holds {plain!r} twice, once as {name!r}. Keep one of the two.")
+            raise ReferenceLoadError(f"`{argument}` holds {plain!r} twice, once as {name!r}. Keep one of the two.")
         cleaned[plain] = tensor
     wanted = {name: _unwrapped(_stored(name, aliases.get(name, ()), cleaned)) for name in parameters}
-    found = _names(cleaned, list(wanted.values()))
+    found = _names(cleaned, list(wanted.values()), argument)
     for name, plain in wanted.items():
         for alias in map(_unwrapped, aliases.get(name, ())):
             other = found[plain].removesuffix(plain) + alias
             if other in cleaned and not torch.equal(cleaned[other], cleaned[found[plain]]):
                 raise ReferenceLoadError(
-                    f"`reference`: {found[plain]!r} and {other!r} differ, but the model holds them as one tied "
+                    f"`{argument}`: {found[plain]!r} and {other!r} differ, but the model holds them as one tied "
                     "parameter. Both must come from the same architecture."
                 )
-    return {name: _checked(found[plain], cleaned[found[plain]], parameters[name]) for name, plain in wanted.items()}
+    return {
+        name: _checked(found[plain], cleaned[found[plain]], parameters[name], argument)
+        for name, plain in wanted.items()
+    }
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -102,7 +107,7 @@ def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _names(tensors: Mapping[str, Tensor], wanted: list[str]) -> dict[str, str]:
+def _names(tensors: Mapping[str, Tensor], wanted: list[str], argument: str) -> dict[str, str]:
     """The model's names to the reference's, by one common prefix."""
     same = {name: name for name in wanted}
     if all(name in tensors for name in wanted):
@@ -129,30 +134,30 @@ def _names(tensors: Mapping[str, Tensor], wanted: list[str]) -> dict[str, str]:
     if fits:
         candidates = ", ".join(repr(fit[first]) for fit in fits)
         raise ReferenceLoadError(
-            f"`reference`: {first!r} fits several of its tensors: {candidates}. Give a state dict that holds one of "
+            f"`{argument}`: {first!r} fits several of its tensors: {candidates}. Give a state dict that holds one of "
             "them under the model's name."
         )
     missing = next(key for key in best.values() if key not in tensors)
-    raise ReferenceLoadError(f"`reference` has no tensor for {missing!r}; {nearest_names(missing, tensors)}.")
+    raise ReferenceLoadError(f"`{argument}` has no tensor for {missing!r}; {nearest_names(missing, tensors)}.")
 
 
-def _checked(name: str, tensor: Tensor, parameter: Tensor) -> Tensor:
+def _checked(name: str, tensor: Tensor, parameter: Tensor, argument: str) -> Tensor:
     if tensor.shape != parameter.shape:
         raise ReferenceLoadError(
-            f"`reference`: {name!r} has shape {tuple(tensor.shape)}, the model's has {tuple(parameter.shape)}. Both "
+            f"`{argument}`: {name!r} has shape {tuple(tensor.shape)}, the model's has {tuple(parameter.shape)}. Both "
             "must come from the same architecture and number of classes."
         )
     if tensor.is_meta or tensor.is_quantized or not tensor.is_floating_point():
         kind = "on the meta device, without data" if tensor.is_meta else f"of dtype {tensor.dtype}"
-        raise ReferenceLoadError(f"`reference`: {name!r} is {kind}; expected a floating-point tensor.")
+        raise ReferenceLoadError(f"`{argument}`: {name!r} is {kind}; expected a floating-point tensor.")
     if tensor.layout != torch.strided:
-        raise ReferenceLoadError(f"`reference`: {name!r} has the layout {tensor.layout}; expected a dense tensor.")
+        raise ReferenceLoadError(f"`{argument}`: {name!r} has the layout {tensor.layout}; expected a dense tensor.")
     # A copy: the reference must stay where it is when the module that it came from moves on.
     tensor = tensor.detach().clone() if tensor.dtype == torch.float64 else tensor.detach().to(torch.float32, copy=True)
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise ReferenceLoadError(
-            f"`reference`: {name!r} holds {bad} of {tensor.numel()} values that are NaN or infinite; this checkpoint "
+            f"`{argument}`: {name!r} holds {bad} of {tensor.numel()} values that are NaN or infinite; this checkpoint "
             "is damaged or its training diverged. Give another."
         )
     return tensor

@@ -12,7 +12,9 @@ from lightning_mimic.reference.pretrained import open_clip_model
 from lightning_mimic.reference.read import PUBLISHED, ReferenceSource, read_reference
 
 
-def reference_model(source: ReferenceSource, module: nn.Module, method: str = "sample_losses") -> nn.Module:
+def reference_model(
+    source: ReferenceSource, module: nn.Module, method: str = "sample_losses", *, argument: str = "reference"
+) -> nn.Module:
     """The reference with a method that it is asked by, frozen and in evaluation mode.
 
     Args:
@@ -20,6 +22,7 @@ def reference_model(source: ReferenceSource, module: nn.Module, method: str = "s
             ``"open_clip:ARCHITECTURE/TAG"`` is a module where towers are asked for.
         module: The module that is trained; has the method.
         method: Its name.
+        argument: Name of the caller's argument that holds the source, for messages.
 
     Returns:
         A copy, on the module's device: another full set of weights.
@@ -33,7 +36,7 @@ def reference_model(source: ReferenceSource, module: nn.Module, method: str = "s
         False
     """
     if isinstance(source, str) and source.startswith(PUBLISHED) and method.startswith("encode_"):
-        source = open_clip_model(source)
+        source = open_clip_model(source, argument=argument)
     if isinstance(source, nn.Module) and callable(getattr(source, method, None)):
         model = copy.deepcopy(source).to(next(module.parameters()).device)
     else:
@@ -41,7 +44,9 @@ def reference_model(source: ReferenceSource, module: nn.Module, method: str = "s
         stored = set(module.state_dict())
         named = [*module.named_parameters(), *module.named_buffers()]
         wanted = {name: t for name, t in named if name in stored and t.is_floating_point()}
-        model.load_state_dict(match_reference(read_reference(source), wanted, aliases_of(module)), strict=False)
+        tensors = read_reference(source, argument=argument)
+        weights = match_reference(tensors, wanted, aliases_of(module), argument=argument)
+        model.load_state_dict(weights, strict=False)
     return model.eval().requires_grad_(False)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lightning_mimic.errors import MimicError
+
 #: What is left of the older samples each time others are added.
 FORGETTING = 0.9
 
@@ -113,7 +115,7 @@ class Moments:
 
     def _sum(self, name: str) -> Tensor:
         if not self._sums:
-            raise ValueError("the sums are empty; add samples first.")
+            raise MimicError("the sums are empty; add samples first.")
         return self._sums[name]
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mimic.errors import ReferenceLoadError
+
 #: What a reference may be given as.
 ReferenceSource = str | Path | nn.Module | Mapping[str, Tensor]
 
@@ -25,17 +27,14 @@ _CONVERT = (
 )
 
 
-class ReferenceLoadError(ValueError):
-    """A reference that cannot be read, or does not fit the model; says what to do."""
-
-
-def read_reference(source: ReferenceSource) -> dict[str, Tensor]:
+def read_reference(source: ReferenceSource, *, argument: str = "reference") -> dict[str, Tensor]:
     """The named tensors of a reference.
 
     Args:
         source: Path of a Lightning ``.ckpt``, a ``.pt``/``.pth`` state dict or a ``.safetensors`` file, or
             a module, or a state dict, or one of open_clip's models, ``"open_clip:ARCHITECTURE/TAG"``. Files are read
             with ``weights_only=True``, always.
+        argument: Name of the caller's argument that holds the source, for messages.
 
     Returns:
         Name to tensor, on the CPU for files; dtypes as stored.
@@ -51,69 +50,69 @@ def read_reference(source: ReferenceSource) -> dict[str, Tensor]:
     if isinstance(source, nn.Module):
         return dict(source.state_dict())
     if isinstance(source, Mapping):
-        return _tensors(source, "the given state dict")
+        return _tensors(source, "the given state dict", argument)
     if not isinstance(source, str | Path):
         raise ReferenceLoadError(
-            f"`reference` has type {type(source).__name__}; expected a path (.ckpt, .pt, .safetensors), a module, a "
+            f"`{argument}` has type {type(source).__name__}; expected a path (.ckpt, .pt, .safetensors), a module, a "
             "state dict or 'open_clip:ARCHITECTURE/TAG'."
         )
     if str(source).startswith(PUBLISHED):
         from lightning_mimic.reference.pretrained import open_clip_model  # it imports from here
 
-        return dict(open_clip_model(str(source)).state_dict())
+        return dict(open_clip_model(str(source), argument=argument).state_dict())
     if "://" in str(source):
-        raise ReferenceLoadError(f"`reference`: {source} is an address; download the file and give its path.")
+        raise ReferenceLoadError(f"`{argument}`: {source} is an address; download the file and give its path.")
     path = Path(source).expanduser()
     if not path.exists():
         beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in {".ckpt", ".pt", ".pth", ".safetensors"})
         hint = f"; there are: {', '.join(beside[:5])}" if beside else ""
-        raise ReferenceLoadError(f"`reference`: no file {path}{hint}.")
+        raise ReferenceLoadError(f"`{argument}`: no file {path}{hint}.")
     if path.is_dir():
-        raise ReferenceLoadError(f"`reference`: {path} is a directory; give one file (.ckpt, .pt, .safetensors).")
-    content = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_torch(path)
-    return _tensors(content, str(path))
+        raise ReferenceLoadError(f"`{argument}`: {path} is a directory; give one file (.ckpt, .pt, .safetensors).")
+    read = _read_safetensors if path.suffix.lower() == ".safetensors" else _read_torch
+    return _tensors(read(path, argument), str(path), argument)
 
 
-def _read_torch(path: Path) -> Any:
+def _read_torch(path: Path, argument: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch asks to report pickle protocols that it then refuses
             return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
-        raise ReferenceLoadError(f"`reference`: {path} may not be read: {error}.") from error
+        raise ReferenceLoadError(f"`{argument}`: {path} may not be read: {error}.") from error
     except Exception as error:  # a damaged file ends in almost any type of error
         # An intact file that is refused names what it would have to import; a broken one does not.
         if isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL|[Uu]nsupported class", str(error)):
             raise ReferenceLoadError(
-                f"`reference`: {path} holds Python objects besides tensors, and reading those could run code, so it "
+                f"`{argument}`: {path} holds Python objects besides tensors, and reading those could run code, so it "
                 f"is refused. {_CONVERT}"
             ) from error
-        raise _broken(path) from error
+        raise _broken(path, argument) from error
 
 
-def _broken(path: Path) -> ReferenceLoadError:
+def _broken(path: Path, argument: str) -> ReferenceLoadError:
     return ReferenceLoadError(
-        f"`reference`: {path} ({path.stat().st_size} bytes) is not a complete torch checkpoint; it may be cut off, "
+        f"`{argument}`: {path} ({path.stat().st_size} bytes) is not a complete torch checkpoint; it may be cut off, "
         "a web page saved in its place, or a pickle that torch did not write. Fetch it again."
     )
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, argument: str) -> dict[str, Tensor]:
     try:
         import safetensors.torch
     except ModuleNotFoundError as error:
         raise ReferenceLoadError(
-            "`reference`: .safetensors files need the package safetensors: `pip install lightning-mimic[vision]`."
+            f"`{argument}`: .safetensors files need the package safetensors: `pip install lightning-mimic[vision]`."
         ) from error
     try:
         return safetensors.torch.load_file(path)
     except Exception as error:  # safetensors raises its own types and plain Exception
         raise ReferenceLoadError(
-            f"`reference`: {path} ({path.stat().st_size} bytes) is not a complete safetensors file. Fetch it again."
+            f"`{argument}`: {path} ({path.stat().st_size} bytes) is not a complete safetensors file. Fetch it again."
         ) from error
 
 
-def _tensors(content: Any, origin: str) -> dict[str, Tensor]:
+def _tensors(content: Any, origin: str, argument: str) -> dict[str, Tensor]:
     if isinstance(content, Mapping):
         for key in _CONTAINERS:
             if isinstance(content.get(key), Mapping):
@@ -124,7 +123,7 @@ def _tensors(content: Any, origin: str) -> dict[str, Tensor]:
             return tensors
         keys = ", ".join(repr(str(k)) for k in list(content)[:6]) or "none"
         raise ReferenceLoadError(
-            f"`reference`: {origin} holds no named tensors; its keys: {keys}. Expected a state dict, itself or below "
+            f"`{argument}`: {origin} holds no named tensors; its keys: {keys}. Expected a state dict, itself or below "
             f"one of: {', '.join(_CONTAINERS)}."
         )
-    raise ReferenceLoadError(f"`reference`: {origin} holds a {type(content).__name__}; expected a state dict.")
+    raise ReferenceLoadError(f"`{argument}`: {origin} holds a {type(content).__name__}; expected a state dict.")

@@ -22,7 +22,7 @@ class Agra(CosineSimilarity):
             (:func:`~lightning_mimic.data.comparison.comparison_loader`).
 
     Raises:
-        ValueError: The loader is empty, or cannot be begun again.
+        MimicError: The loader is empty, or cannot be begun again.
 
     Example:
         >>> import torch

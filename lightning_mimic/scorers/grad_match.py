@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mimic.errors import MimicError
 from lightning_mimic.scorers.products import Need, Products
 
 
@@ -26,7 +27,7 @@ class GradMatch:
         regularization: λ, in squared units of the gradients, 0 or more.
 
     Raises:
-        ValueError: A setting out of its range, or no SciPy.
+        MimicError: A setting out of its range, or no SciPy.
 
     Example:
         >>> gram = torch.tensor([[4.0, 4.0, 0.0], [4.0, 4.0, 0.0], [0.0, 0.0, 1.0]])
@@ -41,11 +42,11 @@ class GradMatch:
 
     def __init__(self, fraction: float = 0.3, regularization: float = 0.5) -> None:
         if not (isinstance(fraction, int | float) and 0 < fraction <= 1):
-            raise ValueError(
+            raise MimicError(
                 f"`fraction` is the share of a batch that is chosen, above 0 and at most 1, not {fraction!r}."
             )
         if not (isinstance(regularization, int | float) and math.isfinite(regularization) and regularization >= 0):
-            raise ValueError(f"`regularization` must be a finite number, 0 or more, not {regularization!r}.")
+            raise MimicError(f"`regularization` must be a finite number, 0 or more, not {regularization!r}.")
         _nnls()
         self.fraction = float(fraction)
         self.regularization = float(regularization)
@@ -91,5 +92,5 @@ def _nnls() -> Any:
     try:
         from scipy.optimize import nnls
     except ImportError as error:
-        raise ValueError("GradMatch needs the package SciPy: pip install 'lightning-mimic[vision]'.") from error
+        raise MimicError("GradMatch needs the package SciPy: pip install 'lightning-mimic[vision]'.") from error
     return nnls

@@ -21,7 +21,7 @@ class Influence:
             at its end; never of the test set (:func:`~lightning_mimic.data.comparison.trusted_loader`).
 
     Raises:
-        ValueError: The loader is empty, or cannot be begun again.
+        MimicError: The loader is empty, or cannot be begun again.
 
     Example:
         >>> import torch

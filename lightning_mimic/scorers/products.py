@@ -6,6 +6,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from lightning_mimic.errors import MimicError
+
 #: What a scorer may need: products that a holder of per-sample gradients declares, and two kinds of loss.
 Need = Literal["dot", "norms", "gram", "losses", "reference_losses"]
 
@@ -86,14 +88,14 @@ def second_batches(loader: Iterable[Any], scorer: str) -> Iterable[Any]:
         >>> second_batches([], "Agra")
         Traceback (most recent call last):
         ...
-        ValueError: `loader` of Agra is empty; expected at least one batch.
+        lightning_mimic.errors.MimicError: `loader` of Agra is empty; expected at least one batch.
     """
     if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")) or isinstance(loader, str | dict | Tensor):
-        raise ValueError(
+        raise MimicError(
             f"`loader` of {scorer} is a {type(loader).__name__}; expected an iterable of batches, such as a DataLoader."
         )
     if isinstance(loader, Iterator):
-        raise ValueError(
+        raise MimicError(
             f"`loader` of {scorer} is a {type(loader).__name__}, which ends once and for all; expected what can be "
             "begun again, such as a DataLoader or a list of batches."
         )
@@ -102,5 +104,5 @@ def second_batches(loader: Iterable[Any], scorer: str) -> Iterable[Any]:
     except TypeError:  # a DataLoader of a stream, which does not know
         empty = False
     if empty:
-        raise ValueError(f"`loader` of {scorer} is empty; expected at least one batch.")
+        raise MimicError(f"`loader` of {scorer} is empty; expected at least one batch.")
     return loader

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_mimic.errors import MimicError
 from lightning_mimic.scorers.products import Scorer, Weighs
 
 # Temperatures that are tried when the floor is broken: τ·2^(k/8), then infinity (uniform weights).
@@ -76,7 +77,7 @@ class SoftmaxWeighting:
             for a batch that would fall below it (in steps of 9 %). 0: no floor; 1: uniform weights.
 
     Raises:
-        ValueError: τ not a positive finite number, or ``min_ess`` outside 0 to 1.
+        MimicError: τ not a positive finite number, or ``min_ess`` outside 0 to 1.
 
     Example:
         >>> SoftmaxWeighting(temperature=1.0, min_ess=0.0)(torch.tensor([0.0, math.log(3.0)])).weights
@@ -85,9 +86,9 @@ class SoftmaxWeighting:
 
     def __init__(self, temperature: float = 1.0, min_ess: float = 0.25) -> None:
         if not (isinstance(temperature, int | float) and math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"`temperature` must be a positive finite number, not {temperature!r}.")
+            raise MimicError(f"`temperature` must be a positive finite number, not {temperature!r}.")
         if not (isinstance(min_ess, int | float) and 0 <= min_ess <= 1):
-            raise ValueError(f"`min_ess` is a fraction of the batch between 0 and 1, not {min_ess!r}.")
+            raise MimicError(f"`min_ess` is a fraction of the batch between 0 and 1, not {min_ess!r}.")
         self.temperature = float(temperature)
         self.min_ess = float(min_ess)
 
@@ -176,7 +177,7 @@ def weighting_of(scorer: Scorer, temperature: float | None = None, min_ess: floa
         min_ess: The softmax's floor; its default, if ``None``.
 
     Raises:
-        ValueError: A setting out of its range, or given with a scorer that weighs itself.
+        MimicError: A setting out of its range, or given with a scorer that weighs itself.
 
     Example:
         >>> from lightning_mimic.scorers import MimicScore
@@ -188,7 +189,7 @@ def weighting_of(scorer: Scorer, temperature: float | None = None, min_ess: floa
     if not isinstance(scorer, Weighs):
         return SoftmaxWeighting(**given)
     for name, value in given.items():
-        raise ValueError(
+        raise MimicError(
             f"`{name}` is {value!r}, but {type(scorer).__name__} makes weights itself, without a softmax; leave it out "
             "(in a configuration: null)."
         )
