@@ -54,7 +54,7 @@ class Curation:
     files: tuple[Path, ...]
 
 
-def curate(
+def curate(  # noqa: PLR0913
     ledger: str | Path,
     filter: Decides | None = None,
     out: str | Path | None = None,
@@ -103,9 +103,7 @@ def curate(
     if (trusted is None) != (mislabelled is None):
         raise CurationError("`trusted` and `mislabelled` calibrate together: the same samples, scored both ways.")
     chosen = Sign() if filter is None else filter
-    final = None if out is None else Path(out).expanduser()
-    if final is not None and final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise CurationError(f"`out`: {final} is there already; name another directory, or delete it.")
+    final = None if out is None else _free(Path(out).expanduser())
     with _temporary_folder() if final is None else atomic_directory(final) as folder:
         with Database(memory, progress) as database:
             data = Scores(ledger, database, allow_partial=allow_partial)
@@ -145,12 +143,7 @@ def curate(
             with database.reader(_ordered(data), "writing") as rows:
                 written = write_manifest(folder / "manifest.parquet", rows, provenance)
         # The database has let go of its memory by now; an export opens its own.
-        for name in exports:
-            if progress is not None:
-                progress(f"exporting {name}", 0.0)
-            EXPORTS[name].write(written, folder / EXPORTS[name].file)
-            if progress is not None:
-                progress(f"exporting {name}", 1.0)
+        _export(written, folder, exports, progress or (lambda what, share: None))
         names = sorted(path.name for path in folder.iterdir())
     place = folder if final is None else final
     manifest = Manifest(place / "manifest.parquet")
@@ -159,6 +152,20 @@ def curate(
     files = tuple(place / name for name in names)
     share = positive / scored
     return Curation(manifest, samples, kept, without, share, mean, mean_kept, quality, data.parts.lost, files)
+
+
+def _free(out: Path) -> Path:
+    """The path, unless something is there already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CurationError(f"`out`: {out} is there already; name another directory, or delete it.")
+    return out
+
+
+def _export(manifest: Manifest, folder: Path, exports: Sequence[str], progress: Progress) -> None:
+    for name in exports:
+        progress(f"exporting {name}", 0.0)
+        EXPORTS[name].write(manifest, folder / EXPORTS[name].file)
+        progress(f"exporting {name}", 1.0)
 
 
 def _ordered(data: Scores) -> str:

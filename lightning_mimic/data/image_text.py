@@ -71,7 +71,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         lightning_mimic.errors.MimicError: `samples_per_epoch` is 100, and one pass over all pairs is an epoch...
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         shards: str | Sequence[str],
         transform: Callable[[Any], Tensor],

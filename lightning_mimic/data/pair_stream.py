@@ -98,7 +98,9 @@ class PairStream(IterableDataset):
             for given, drawn, samples in self._batches(slot, reject):
                 yield slot, given, drawn, self._collated(samples)
 
-    def _batches(self, slot: int, reject: RejectWriter) -> Iterator[tuple[int, int, list[SampleWithId]]]:
+    def _batches(  # noqa: C901 -- one loop whose ends depend on each other
+        self, slot: int, reject: RejectWriter
+    ) -> Iterator[tuple[int, int, list[SampleWithId]]]:
         given, skipped = self.place.workers[slot]
         promised = None if self.promised is None else self.promised[slot]
         if self.exact and given == promised:
