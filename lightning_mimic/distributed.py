@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_mimic.errors import MimicError
 
@@ -56,6 +55,23 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(sum_over_ranks(torch.tensor(int(flag), device=device)))
 
 
+def gather_equal(tensor: Tensor) -> list[Tensor]:
+    """Gather tensors of one shape from all ranks.
+
+    Args:
+        tensor: Of the same shape and dtype on every rank; not checked.
+
+    Returns:
+        One tensor per rank, in the ranks' order, without gradients.
+    """
+    own = tensor.detach().contiguous()
+    if not is_distributed():
+        return [own]
+    tensors = [torch.empty_like(own) for _ in range(world_size())]
+    torch.distributed.all_gather(tensors, own)
+    return tensors
+
+
 def stack_over_ranks(row: Tensor) -> Tensor:
     """Stack one row per rank.
 
@@ -63,13 +79,9 @@ def stack_over_ranks(row: Tensor) -> Tensor:
         row: Shape ``(n,)`` on every rank.
 
     Returns:
-        Shape ``(ranks, n)``, in the ranks' order, without gradients.
+        Shape ``(ranks, n)``, in the ranks' order, without gradients if there are several ranks.
     """
-    if not is_distributed():
-        return row[None]
-    rows = [torch.empty_like(row) for _ in range(world_size())]
-    torch.distributed.all_gather(rows, row.detach().contiguous())
-    return torch.stack(rows)
+    return torch.stack(gather_equal(row)) if is_distributed() else row[None]
 
 
 def gather_rows(rows: Tensor) -> list[Tensor]:
@@ -81,9 +93,12 @@ def gather_rows(rows: Tensor) -> list[Tensor]:
     Returns:
         One tensor per rank, in the ranks' order, without gradients.
     """
+    own = rows.detach().contiguous()
     if not is_distributed():
-        return [rows]
-    gathered: list[Tensor] = gather_all_tensors(rows.detach().contiguous())
+        return [own]
+    from torchmetrics.utilities.distributed import gather_all_tensors  # here, so that scorers need torch only
+
+    gathered: list[Tensor] = gather_all_tensors(own)
     return gathered
 
 

@@ -162,11 +162,11 @@ def test_the_last_row_that_counts_is_not_alone():
 
 def test_what_other_ranks_hold_decides_about_alone_and_masked(monkeypatch):
     sent = []
-    monkeypatch.setattr(weighting_module, "_gather", lambda row: sent.append(row) or row[None])
+    monkeypatch.setattr(weighting_module, "stack_over_ranks", lambda row: sent.append(row) or row[None])
     parts = ([0.0], [NAN])
     for part in parts:
         judged(part)
-    monkeypatch.setattr(weighting_module, "_gather", lambda row: torch.stack(sent))
+    monkeypatch.setattr(weighting_module, "stack_over_ranks", lambda row: torch.stack(sent))
     good, bad = (judged(part) for part in parts)
     assert (good.flags.tolist(), good.masked.tolist(), good.weights.scale.tolist()) == ([OK], [False], [2.0])
     assert (bad.flags.tolist(), bad.masked.tolist()) == ([BROKEN], [True])

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -68,6 +69,13 @@ OPTIONAL = {
     "PIL": {"data/pairs.py", "data/labelled.py"},
 }
 CORE = {"lightning", "lightning_utilities", "torch", "torchmetrics", "hydra", "omegaconf", "pyarrow", "lightning_mimic"}
+#: The callbacks still have questions of their own about ranks.
+ASKS = {f"callbacks/{name}.py" for name in ("plan", "products", "second_batch", "step", "support")}
+#: Names that one file uses, and no other file of the package but those that are listed.
+OWNED = {
+    r"torch\.distributed|gather_all_tensors|\bdist\.|all_reduce|all_gather": {"distributed.py"} | ASKS,
+    r"\bos\.(replace|rename|link|fsync)\b|\bfsync\b|shutil\.move|NamedTemporaryFile|\.tmp\b": {"files.py"},
+}
 #: Of the core's packages, those that a room's files may name at all; elsewhere all but Hydra's.
 NAMED = {
     "gradients": {"torch", "lightning_mimic"},
@@ -220,6 +228,26 @@ def test_a_file_imports_only_the_packages_that_are_its_own():
     }
     assert not wrong, "\n".join(wrong)
     assert not unused
+
+
+def renames(call: ast.Call) -> bool:
+    """Whether it is a method that renames a path, such as ``Path.replace(target)``.
+
+    ``str.replace`` has two arguments, ``dataclasses.replace`` names.
+    """
+    if not isinstance(call.func, ast.Attribute):
+        return False
+    alone = len(call.args) == 1 and not call.keywords
+    return call.func.attr in ("rename", "hardlink_to") or (call.func.attr == "replace" and alone)
+
+
+def test_ranks_are_asked_about_and_files_are_renamed_in_one_place():
+    for names, owners in OWNED.items():
+        users = {place(path) for path in FILES if re.search(names, path.read_text())}
+        assert users == owners, names
+    calls = [(path, node) for path in FILES for node in ast.walk(ast.parse(path.read_text()))]
+    wrong = [f"{place(path)}:{node.lineno}" for path, node in calls if isinstance(node, ast.Call) and renames(node)]
+    assert not wrong, f"a path is renamed by its own method: {', '.join(wrong)}"
 
 
 def test_the_oracles_import_torch_only():

@@ -29,10 +29,10 @@ def effective(weights):
 def over_ranks(monkeypatch, weighting, parts, counts):
     """What each rank gets: a first pass collects what the ranks send, a second answers with all of it."""
     sent = []
-    monkeypatch.setattr(weighting_module, "_gather", lambda row: sent.append(row) or row[None])
+    monkeypatch.setattr(weighting_module, "stack_over_ranks", lambda row: sent.append(row) or row[None])
     for part, mask in zip(parts, counts, strict=True):
         weighting(part, mask)
-    monkeypatch.setattr(weighting_module, "_gather", lambda row: torch.stack(sent))
+    monkeypatch.setattr(weighting_module, "stack_over_ranks", lambda row: torch.stack(sent))
     return [weighting(part, mask) for part, mask in zip(parts, counts, strict=True)]
 
 
@@ -208,7 +208,7 @@ def test_uneven_ranks_get_what_one_process_would_give_and_their_average_is_the_w
 
 def test_ranks_exchange_one_small_row_whatever_the_batch(monkeypatch):
     sent = []
-    monkeypatch.setattr(weighting_module, "_gather", lambda row: sent.append(tuple(row.shape)) or row[None])
+    monkeypatch.setattr(weighting_module, "stack_over_ranks", lambda row: sent.append(tuple(row.shape)) or row[None])
     for rows in (1, 5000):
         SoftmaxWeighting(1.0, 0)(torch.randn(rows))
     assert sent == [(7,), (7,)]

@@ -21,6 +21,7 @@ from lightning_mimic.data.pair_loader import PairLoader
 from lightning_mimic.data.pair_stream import Reading, dealt
 from lightning_mimic.data.rejects import Rejects, summary
 from lightning_mimic.data.shards import list_shards, scanned_ids, stated_counts
+from lightning_mimic.distributed import rank, world_size
 from lightning_mimic.errors import MimicError
 from lightning_mimic.manifest import KeptIds
 
@@ -251,9 +252,7 @@ class ImageTextDataModule(pl.LightningDataModule):
     def _rank_and_world(self) -> tuple[int, int]:
         if self.trainer is not None:
             return self.trainer.global_rank, self.trainer.world_size
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
+        return rank(), world_size()
 
     def _labelled(self, name: str) -> list[DataLoader]:
         if self.zero_shot is None:

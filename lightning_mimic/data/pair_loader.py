@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_mimic.data.pair_stream import PairStream, Place, Reading
+from lightning_mimic.distributed import gather_objects
 
 
 @dataclass(eq=False)
@@ -118,10 +119,7 @@ class PairLoader:
         """Where every rank is; all ranks call it, as they do for a checkpoint."""
         ended = self._ended and not self._untaken if self.trainer is None else self.trainer.is_last_batch
         place = {"workers": self._place.workers, "turn": self._place.turn}
-        ranks: list[Any] = [place]
-        if self.world > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
-            ranks = [None] * self.world
-            torch.distributed.all_gather_object(ranks, place)
+        ranks = gather_objects(place) if self.world > 1 else [place]
         return {"epoch": max(self._epoch, 0), "ended": bool(ended), "setting": self._setting(), "ranks": ranks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

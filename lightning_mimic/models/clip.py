@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
-from torchmetrics.utilities.distributed import gather_all_tensors
 
+from lightning_mimic.distributed import gather_rows
 from lightning_mimic.errors import MimicError, nearest_names
 from lightning_mimic.models.contrastive import global_pair_losses, pair_losses
 from lightning_mimic.models.zero_shot import ZeroShot, recalls
@@ -207,9 +207,8 @@ class CLIP(pl.LightningModule):
         if not evaluated:
             return
         images, texts, tokens = map(torch.cat, zip(*evaluated, strict=True))
-        if self.trainer.world_size > 1:
-            # Of as many pairs as each rank has had.
-            images, texts, tokens = (torch.cat(gather_all_tensors(each)) for each in (images, texts, tokens))
+        if self.trainer.world_size > 1:  # ranks may have had different numbers of pairs
+            images, texts, tokens = (torch.cat(gather_rows(each)) for each in (images, texts, tokens))
         _, which = torch.unique(tokens, dim=0, return_inverse=True)
         found = recalls(images, texts, which.unsqueeze(0) == which.unsqueeze(1))
         self.log_dict({f"{stage}/{name}": value for name, value in found.items()}, sync_dist=True)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_mimic.distributed import gather_equal, is_distributed, rank, sum_over_ranks, world_size
 from lightning_mimic.errors import MimicError
 
 
@@ -57,28 +58,26 @@ def global_pair_losses(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     Raises:
         MimicError: The ranks have batches of different sizes.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
         return pair_losses(images, texts, scale)
-    rank, world, rows = torch.distributed.get_rank(), torch.distributed.get_world_size(), len(images)
+    world, rows = world_size(), len(images)
     sizes = torch.zeros(world, dtype=torch.int64, device=images.device)
-    sizes[rank] = rows
-    torch.distributed.all_reduce(sizes)
+    sizes[rank()] = rows
+    sum_over_ranks(sizes)
     if bool((sizes != rows).any()):
         raise MimicError(
             f"a contrastive loss is taken over the pairs of all ranks, which must have as many each; these have "
             f"{sizes.tolist()}. Leave out the last incomplete batch (`drop_last=True`)."
         )
-    own = slice(rank * rows, (rank + 1) * rows)
-    images, texts = (_of_all_ranks(each, own, world) for each in (images, texts))
+    own = slice(rank() * rows, (rank() + 1) * rows)
+    images, texts = (_of_all_ranks(each, own) for each in (images, texts))
     is_own = torch.zeros(world * rows, dtype=torch.bool, device=images.device)
     is_own[own] = True
     return pair_losses(images, texts, torch.where(is_own, scale, scale.detach()))
 
 
-def _of_all_ranks(embeddings: Tensor, own: slice, world: int) -> Tensor:
+def _of_all_ranks(embeddings: Tensor, own: slice) -> Tensor:
     # Of one length before they travel, because what autocast leaves in half precision is rounded only once so.
     embeddings = F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=1)
-    parts = [torch.empty_like(embeddings) for _ in range(world)]
-    torch.distributed.all_gather(parts, embeddings.detach().contiguous())
-    others = torch.cat(parts)
+    others = torch.cat(gather_equal(embeddings))
     return torch.cat([others[: own.start], embeddings, others[own.stop :]])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_mimic.distributed import is_distributed, rank
 from lightning_mimic.errors import MimicError, ReferenceLoadError
 from lightning_mimic.gradients import Direction, LossGradients, select_parameters
 from lightning_mimic.gradients.graph import Graph, made_by
@@ -186,7 +187,11 @@ def losses_and_gaps(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None
     changed, differs = other
     gaps: Tensor = model.sample_losses(changed) - losses  # type: ignore[operator]
     if len(gaps) != len(differs):  # losses of all ranks' samples, in their order
-        own = slice(torch.distributed.get_rank() * len(differs), None)
+        if not is_distributed():
+            raise MimicError(
+                f"`sample_losses` returned {len(gaps)} losses for {len(differs)} samples; expected one per sample."
+            )
+        own = slice(rank() * len(differs), None)
         losses, gaps = losses[own][: len(differs)], gaps[own][: len(differs)]
     return losses, gaps[differs]
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lightning_mimic.distributed import sum_over_ranks
 from lightning_mimic.errors import MimicError
 
 #: What is left of the older samples each time others are added.
@@ -81,12 +82,12 @@ class Moments:
         dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
         x, y = (torch.where(finite, t.detach(), 0).to(dtype) for t in (x, y))
         totals = torch.cat([finite.sum(0).to(dtype), x.sum(0), y.sum(0)])
-        count, *sums = over_ranks(totals).split([1, x.shape[1], y.shape[1]])
+        count, *sums = sum_over_ranks(totals).split([1, x.shape[1], y.shape[1]])
         some = count.clamp(min=1)
         means = [total / some if self.centred else torch.zeros_like(total) for total in sums]
         x, y = (torch.where(finite, t - mean, 0) for t, mean in zip((x, y), means, strict=True))
         with torch.autocast(x.device.type, enabled=False):
-            scatter = over_ranks(x.T @ torch.cat([x, y], 1))
+            scatter = sum_over_ranks(x.T @ torch.cat([x, y], 1))
         xx, xy = scatter.split([x.shape[1], y.shape[1]], 1)
         if not self._sums:
             zero = torch.zeros_like
@@ -119,8 +120,4 @@ class Moments:
         return self._sums[name]
 
 
-def over_ranks(sums: Tensor) -> Tensor:
-    """The sum over all ranks, in place."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)
-    return sums
+over_ranks = sum_over_ranks  # the name under which the callbacks import it

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_mimic.distributed import stack_over_ranks
 from lightning_mimic.errors import MimicError
 from lightning_mimic.scorers.products import Scorer, Weighs
 
@@ -104,7 +105,9 @@ class SoftmaxWeighting:
         peak = torch.where(counts.any(), peak, torch.zeros_like(peak))
         logits = torch.where(counts, (known - peak) / ladder[:, None], -torch.inf)  # (ladder, B)
         sums = _sums(known, counts)
-        ranks = _gather(torch.cat([torch.logsumexp(logits, 1), torch.logsumexp(2 * logits, 1), peak[None], sums]))
+        ranks = stack_over_ranks(
+            torch.cat([torch.logsumexp(logits, 1), torch.logsumexp(2 * logits, 1), peak[None], sums])
+        )
         first, second, peaks, totals = ranks.split([len(ladder), len(ladder), 1, len(sums)], 1)
         holds = totals[:, 1] > 0  # ranks with rows that count
         top = torch.where(holds, peaks[:, 0], -torch.inf).amax()
@@ -161,7 +164,7 @@ class ShareWeighting:
             given = torch.where(alike, torch.ones_like(given), given)
             scores = torch.where(alike, torch.zeros_like(scores), scores)
         given, known = (torch.where(counts, each, torch.zeros_like(each)) for each in (given, scores))
-        ranks = _gather(torch.cat([given.sum()[None], given.square().sum()[None], _sums(known, counts)]))
+        ranks = stack_over_ranks(torch.cat([given.sum()[None], given.square().sum()[None], _sums(known, counts)]))
         total, squares = ranks[:, :2].sum(0)
         some = torch.where(total > 0, total, torch.ones_like(total))
         ess = total * (total / torch.where(total > 0, squares, torch.ones_like(squares)))
@@ -215,12 +218,3 @@ def _weighed(weights: Tensor, counts: Tensor, totals: Tensor, ess: Tensor, tempe
         score_mean=score_sum / counted,
         misaligned=misaligned / counted,
     )
-
-
-def _gather(row: Tensor) -> Tensor:
-    """Stacks one row per rank, shape ``(ranks, n)``; ``(1, n)`` without a process group."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return row[None]
-    rows = [torch.empty_like(row) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(rows, row)
-    return torch.stack(rows)
