@@ -33,8 +33,9 @@ from rich.progress import Progress
 from rich.table import Table
 from torchvision.transforms import v2
 
+from lightning_mimic.data import CachedFeatures
 from lightning_mimic.data.parts import LabelledParts, Source
-from lightning_mimic.models import CachedFeatures, ImageClassifier, torchvision_backbone
+from lightning_mimic.models import ImageClassifier, torchvision_backbone
 
 SEED, SIZE, CLASSES = 0, 224, 10
 #: What training from features is to reach at least.

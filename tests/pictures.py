@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from toys import trainer
 
 from lightning_mimic import GradMimic, Ledger
+from lightning_mimic.data.cached_features import CachedFeatures
 from lightning_mimic.data.noise import SymmetricNoise
 from lightning_mimic.data.parts import LabelledParts, Source
-from lightning_mimic.models.cached_features import CachedFeatures
 from lightning_mimic.models.image_classifier import ImageClassifier
 
 CLASSES, TRAIN, TEST = 4, 60, 10

@@ -18,8 +18,9 @@ from toys import Toy, trainer
 from lightning_mimic import Aligned, GradMimic, Ledger
 from lightning_mimic.cli.score import score
 from lightning_mimic.cli.train import train
+from lightning_mimic.data import CachedFeatures
 from lightning_mimic.data.digits import DigitsDataModule
-from lightning_mimic.models import CachedFeatures, ImageClassifier
+from lightning_mimic.models import ImageClassifier
 from lightning_mimic.scorers import RhoLoss
 
 
@@ -73,7 +74,8 @@ REFUSED = {
     ),
     "another module": (
         lambda: (Pictures(), Toy()),
-        "features are cached of an ImageClassifier's backbone, and `model` is a Toy. Train without `features`.",
+        "features are cached of a classifier's backbone, such as ImageClassifier's, and `model` is a Toy without "
+        "'backbone', 'freeze_backbone', 'takes_features'. Train without `features`.",
     ),
 }
 
@@ -193,3 +195,12 @@ def test_the_commands_train_and_score_on_features(tmp_path):
     for plain, cached in found.values():
         assert_alike({"head": {}, "metrics": {}, "rows": cached}, {"head": {}, "metrics": {}, "rows": plain})
     assert len(list((tmp_path / "features").glob("*.npy"))) == 1  # all digits are of one split
+
+
+def test_the_command_refuses_a_reference_with_another_backbone_before_features_are_computed(tmp_path):
+    words = ["experiment=digits_noisy", f"features={tmp_path / 'features'}", "model.pretrained=null", "logger=none"]
+    config = composed(tmp_path, *words, "mimic.reference={_target_:torch.nn.Identity}")
+    config.paths.made_by = {}
+    with pytest.raises(ValueError, match=r"^the reference is a module \(Identity\), which would be asked about"):
+        train(config)
+    assert not (tmp_path / "features").exists()

@@ -15,8 +15,9 @@ from pictures import TEST, TRAIN, Pictures, classifier
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_mimic.data import CachedFeatures
 from lightning_mimic.data.noise import SymmetricNoise
-from lightning_mimic.models import CachedFeatures, ImageClassifier
+from lightning_mimic.models import ImageClassifier
 
 
 def prepared(folder: Path, model: ImageClassifier | None = None, **options: Any) -> list[int]:

@@ -15,9 +15,9 @@ import pytest
 from ledgers import write_ledger, write_scores
 
 from lightning_mimic.curation import CurationError, Sign, Threshold, curate
-from lightning_mimic.curation import manifest as manifests
 from lightning_mimic.curation.filters import Filter, Vote
 from lightning_mimic.ledger import LedgerError
+from lightning_mimic.manifest import EXPORTS, Export
 from lightning_mimic.version import __version__
 
 UID = "{:032x}".format
@@ -231,8 +231,8 @@ def full_disk(*_):
 def test_a_failure_leaves_nothing_behind(place, tmp_path, temporary, monkeypatch):
     write_scores(tmp_path / "scores", [1.0, -1.0])
     if place == "export":
-        export = manifests.Export("manifest.csv", full_disk, lambda database, table: None)
-        monkeypatch.setitem(manifests.EXPORTS, "csv", export)
+        export = Export("manifest.csv", full_disk, lambda database, table: None)
+        monkeypatch.setitem(EXPORTS, "csv", export)
     elif place == "write_batch":
         monkeypatch.setattr(pq.ParquetWriter, "write_batch", full_disk)
     elif place == "rename":

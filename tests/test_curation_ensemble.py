@@ -11,10 +11,10 @@ from ledgers import write_ledger, write_scores
 from snorkel.labeling.model import LabelModel
 
 from lightning_mimic.curation import CurationError, Ensemble, KMeans, Mixture, Sign, Threshold, TopK
-from lightning_mimic.curation.database import Database
 from lightning_mimic.curation.filters import Filter, Vote
 from lightning_mimic.curation.label_model import fit_label_model
 from lightning_mimic.curation.scores import Scores
+from lightning_mimic.database import Database
 
 PAPER = (Threshold(), KMeans(), Mixture())
 

@@ -10,9 +10,9 @@ from sklearn.cluster import KMeans as Clusters
 from sklearn.mixture import GaussianMixture
 
 from lightning_mimic.curation import CurationError, KMeans, Mixture, Sign, Threshold, TopK
-from lightning_mimic.curation.database import Database
 from lightning_mimic.curation.filters import by_epoch
 from lightning_mimic.curation.scores import Scores
+from lightning_mimic.database import Database
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from ledgers import CONFIG, write_ledger, write_scores
 
-from lightning_mimic.curation.database import CurationError, Database
 from lightning_mimic.curation.scores import Scores
+from lightning_mimic.database import Database
+from lightning_mimic.errors import CurationError
 from lightning_mimic.ledger import Ledger, LedgerError
 
 COLUMNS = "id, score, scorings, lift, label, predicted, flag"

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lightning_mimic.ledger import Ledger, LedgerError, LedgerWriter, note_run, open_run
-from lightning_mimic.ledger.schema import schema
+from lightning_mimic.ledger.columns import schema
 
 CONFIG = {"reweight": "all", "temperature": 0.5}
 

@@ -14,9 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mimic import WithIds, collate_with_ids
 from lightning_mimic.curation import CurationError, Manifest, curate, select
-from lightning_mimic.curation.database import Database
-from lightning_mimic.curation.manifest import write_manifest
-from lightning_mimic.data.kept import kept_of
+from lightning_mimic.database import Database
+from lightning_mimic.manifest import kept_of, write_manifest
 
 
 def manifest(path, ids, keep=True, **columns):
@@ -113,7 +112,8 @@ def test_it_is_written_in_the_order_of_its_query_with_its_provenance(tmp_path):
     said = {"made": ["of", 1, None]}
     with Database() as database:
         query = "SELECT range AS id, range % 2 = 0 AS keep FROM range(300000) ORDER BY id DESC"
-        made = write_manifest(tmp_path / "new" / "a.parquet", database, query, said)
+        with database.reader(query) as rows:
+            made = write_manifest(tmp_path / "new" / "a.parquet", rows, said)
     assert made.provenance == said == Manifest(tmp_path / "new" / "a.parquet").provenance
     assert made.table()["id"].to_pylist() == list(range(299999, -1, -1))
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.parquet"]

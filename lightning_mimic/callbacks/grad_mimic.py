@@ -149,7 +149,8 @@ class GradMimic(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not before: a resumed fit knows its step only after on_fit_start. A development run leaves nothing behind.
         record = not trainer.fast_dev_run  # type: ignore[attr-defined]
-        self.reweighter.start(trainer.global_step, trainer.train_dataloader, record=record)
+        data_module = getattr(trainer, "datamodule", None)
+        self.reweighter.start(trainer.global_step, trainer.train_dataloader, data_module, record=record)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

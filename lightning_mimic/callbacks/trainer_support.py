@@ -7,10 +7,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mimic.errors import MimicError
-from lightning_mimic.reference import Aligned, ReferenceSource
+from lightning_mimic.reference import Aligned, ReferenceSource, refuse_module_on_features
 
 
 def check_packages(trainer: object, module: object) -> None:
@@ -45,13 +45,8 @@ def check_support(trainer: pl.Trainer, module: pl.LightningModule, reference: Re
         raise MimicError(
             f"LBFGS evaluates a batch several times per step, which GradMimic does not follow. {elsewhere}"
         )
-    source = reference.reference if isinstance(reference, Aligned) else reference
-    if getattr(module, "takes_features", False) and isinstance(source, nn.Module):
-        raise MimicError(
-            f"the reference is a module ({type(source).__name__}), and would be called with cached features of another "
-            "backbone than its own. Give weights for the trained model (a path or a state dict), or train without "
-            "cached features."
-        )
+    if getattr(module, "takes_features", False):
+        refuse_module_on_features(reference)
 
 
 def backward_scale(trainer: pl.Trainer, module: pl.LightningModule) -> Tensor | None:

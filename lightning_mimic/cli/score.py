@@ -10,8 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_mimic.callbacks import AtCheckpoints
 from lightning_mimic.cli.sentences import check_made, said
+from lightning_mimic.data import CachedFeatures
 from lightning_mimic.ledger import Ledger
-from lightning_mimic.models import CachedFeatures
+from lightning_mimic.reference import refuse_module_on_features
 
 
 def score(config: DictConfig) -> Ledger:
@@ -31,6 +32,8 @@ def score(config: DictConfig) -> Ledger:
     if config.features:
         data = CachedFeatures(data, model, config.features)
     mimic = instantiate(config.mimic, reweight="none", ledger=config.ledger)
+    if config.features:
+        refuse_module_on_features(mimic.settings.reference)
     given = config.checkpoints
     checkpoints = AtCheckpoints(given if isinstance(given, str) else list(given))
     trainer: L.Trainer = instantiate(

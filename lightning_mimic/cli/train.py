@@ -10,8 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_mimic.cli.sentences import check_made
+from lightning_mimic.data import CachedFeatures
 from lightning_mimic.errors import MimicError
-from lightning_mimic.models import CachedFeatures
+from lightning_mimic.reference import refuse_module_on_features
 
 
 def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Trainer:
@@ -35,6 +36,9 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
     # Of mimic=none an experiment's own settings may be left.
     scores = OmegaConf.select(config, "mimic._target_") is not None
     callbacks = [*([instantiate(config.mimic)] if scores else []), *more_callbacks]
+    if config.features:
+        for callback in callbacks:
+            refuse_module_on_features(getattr(callback, "reference", None))
     if config.save_epochs_to:
         there = sorted(Path(config.save_epochs_to).glob("*.ckpt"))
         if there and not config.resume:

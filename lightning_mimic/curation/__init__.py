@@ -1,16 +1,55 @@
-"""Offline: from recorded scores to decisions. Knows the ledger, not the training."""
+"""From recorded scores to decisions, offline; knows the ledger, not the training.
 
-from lightning_mimic.curation.compare import Comparison, DataSet, compare
-from lightning_mimic.curation.curate import Curation, curate
-from lightning_mimic.curation.detection import Detection, detect
-from lightning_mimic.curation.ensemble import Ensemble
-from lightning_mimic.curation.filters import KMeans, Mixture, Sign, Threshold, TopK
-from lightning_mimic.curation.manifest import Manifest
-from lightning_mimic.curation.membership import Membership, membership
-from lightning_mimic.curation.metrics import DataQuality, MislabelAUROC, MislabelAveragePrecision
-from lightning_mimic.curation.quality import Quality, estimate_quality
-from lightning_mimic.curation.selection import Recipe, select
-from lightning_mimic.errors import CurationError
+Importing it loads neither torch nor Lightning; its names are imported when they are first used.
+"""
+
+from typing import TYPE_CHECKING
+
+from lightning_mimic.lazy import lazy_front
+
+if TYPE_CHECKING:
+    from lightning_mimic.curation.comparison import Comparison, DataSet, compare
+    from lightning_mimic.curation.ensemble import Ensemble
+    from lightning_mimic.curation.filters import KMeans, Mixture, Sign, Threshold, TopK
+    from lightning_mimic.curation.pipeline import Curation, curate
+    from lightning_mimic.curation.selection import Recipe, select
+    from lightning_mimic.errors import CurationError
+    from lightning_mimic.manifest import Manifest
+    from lightning_mimic.metrics import (
+        DataQuality,
+        Detection,
+        Membership,
+        MislabelAUROC,
+        MislabelAveragePrecision,
+        Quality,
+        detect,
+        estimate_quality,
+        membership,
+    )
+else:
+    __getattr__, __dir__ = lazy_front(
+        __name__,
+        {
+            "lightning_mimic.curation.comparison": ["Comparison", "DataSet", "compare"],
+            "lightning_mimic.curation.ensemble": ["Ensemble"],
+            "lightning_mimic.curation.filters": ["KMeans", "Mixture", "Sign", "Threshold", "TopK"],
+            "lightning_mimic.curation.pipeline": ["Curation", "curate"],
+            "lightning_mimic.curation.selection": ["Recipe", "select"],
+            "lightning_mimic.errors": ["CurationError"],
+            "lightning_mimic.manifest": ["Manifest"],
+            "lightning_mimic.metrics": [
+                "DataQuality",
+                "Detection",
+                "Membership",
+                "MislabelAUROC",
+                "MislabelAveragePrecision",
+                "Quality",
+                "detect",
+                "estimate_quality",
+                "membership",
+            ],
+        },
+    )
 
 __all__ = [
     "Comparison",

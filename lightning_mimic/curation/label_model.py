@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from lightning_mimic.errors import CurationError
 
 #: A share of samples to keep nearer to 0 or 1 than this is no balance to start from.
@@ -103,6 +101,7 @@ def fit_label_model(votes: Any, balance: float, seed: int = 0) -> FittedLabelMod
 def _own_random_numbers() -> Iterator[None]:
     """Restores the global generators, which the fit seeds."""
     import numpy as np
+    import torch  # snorkel's own; importing the package must not load it
 
     python, numpy = random.getstate(), np.random.get_state()
     try:

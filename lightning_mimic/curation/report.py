@@ -3,20 +3,23 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from lightning_mimic.curation.compare import Comparison
+from lightning_mimic.curation.comparison import Comparison
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _RIGHT, _WRONG, _LINE = "#0072b2", "#d55e00", "#444444"  # told apart by all eyes
 
 
 def plot_scores(
     path: str | Path,
-    scores: Tensor,
-    wrong: Tensor,
-    images: Sequence[Tensor],
+    scores: "Tensor",
+    wrong: "Tensor",
+    images: "Sequence[Tensor]",
     captions: Sequence[str],
     title: str,
 ) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from lightning_mimic.curation.database import Database, parquet
-from lightning_mimic.ledger import Ledger
+from lightning_mimic.database import Database, parquet, sql_type
+from lightning_mimic.ledger import Ledger, summarised_columns
+from lightning_mimic.ledger.columns import schema
 
 #: Samples drawn to fit clusters, mixtures and the label model.
 DRAWN = 20_000
@@ -17,6 +18,8 @@ DRAWN = 20_000
 @dataclass(frozen=True)
 class Rows:
     """Scored rows, each of a sample in an epoch, with columns ``id``, ``epoch``, ``score``, ``lift`` and ``label``.
+
+    They also have the columns that the ledger's table sums up and the ledger has recorded.
 
     ``score`` is never null, in loss per unit of weight distance; ``lift`` is the weight over that of a uniform batch,
     ``w · B``. One row per sample and epoch, or one per sample in an epoch 0, which holds its means.
@@ -69,7 +72,10 @@ class Scores:
         samples: Name of the table with a row per sample that was ever in a batch: ``id``, ``score`` (mean over its
             scorings, null where none has a score), ``scorings`` (those with a score), ``lift`` (mean of ``w · B``),
             ``label`` and ``predicted`` (of its last epoch, null where not recorded), ``flag`` (why there is no score,
-            or null).
+            or null), and the other recorded columns that the ledger's table sums up.
+        columns: Names of the columns in these tables that the ledger's table sums up, ``label`` and ``predicted``
+            first.
+        class_names: Names of the classes, ``None`` where not recorded.
         id_type: ``BIGINT`` or ``VARCHAR``.
     """
 
@@ -85,6 +91,14 @@ class Scores:
         )
         self.samples = f"{name}_samples"
         self.id_type = "VARCHAR" if pa.types.is_string(self.parts.id_type) else "BIGINT"
+        self.class_names = self.ledger.class_names
+        # Labels are in every table, whether there are any or not.
+        found = [
+            column for column in summarised_columns() if column.name in {"label", "predicted"} | self.parts.recorded
+        ]
+        self._last = [column for column in found if column.summary == "last"]
+        self._mean = [column for column in found if column.summary == "mean"]
+        self.columns = tuple(column.name for column in (*self._last, *self._mean))
         self._name = name
         self._make()
 
@@ -92,8 +106,8 @@ class Scores:
         """A row per sample: its means."""
         name = f"{self._name}_means"
         self.database.run(
-            f"CREATE OR REPLACE VIEW {name} AS SELECT id, 0 AS epoch, score, lift, label FROM {self.samples} "
-            "WHERE score IS NOT NULL"
+            f"CREATE OR REPLACE VIEW {name} AS SELECT id, 0 AS epoch, score, lift, {', '.join(self.columns)} "
+            f"FROM {self.samples} WHERE score IS NOT NULL"
         )
         return Rows(self.database, name, (0,), self._count)
 
@@ -109,10 +123,10 @@ class Scores:
         # NaN is no score, whoever wrote it; a sample alone in its batch has no weight to speak of.
         run(
             f"""CREATE VIEW {name}_everything AS
-            SELECT id, epoch, step, batch, rank, position, label, predicted, flag,
+            SELECT id, epoch, step, batch, rank, position, flag, {", ".join(self.columns)},
                 CASE WHEN isfinite(score) THEN score::DOUBLE END AS score,
                 CASE WHEN isfinite(score) AND flag <> 'alone' THEN weight::DOUBLE * batch_size END AS lift
-            FROM {parquet(*self.parts.paths)} {f"WHERE NOT ({over})" if over else ""}"""
+            FROM {self._files()} {f"WHERE NOT ({over})" if over else ""}"""
         )
         scored = "FROM {} WHERE score IS NOT NULL"
         means = self._means_of(f"{name}_everything", only_scored=True)
@@ -123,7 +137,8 @@ class Scores:
             f"""CREATE TABLE {name}_odd AS SELECT id FROM {name}_summary WHERE seen > epochs
             UNION SELECT id FROM {name}_everything WHERE score IS NULL"""
         )
-        rows = f"SELECT id, epoch, score, lift, label {scored.format(f'{name}_everything')}"
+        shown = f"SELECT id, epoch, score, lift, {', '.join(self.columns)}"
+        rows = f"{shown} {scored.format(f'{name}_everything')}"
         if self.database.value(f"SELECT count(*) FROM {name}_odd"):
             run(
                 f"""CREATE TABLE {name}_once AS SELECT * FROM {name}_everything WHERE id IN (FROM {name}_odd)
@@ -133,9 +148,9 @@ class Scores:
             run(f"DELETE FROM {name}_summary WHERE id IN (FROM {name}_odd)")
             run(f"INSERT INTO {name}_summary {self._means_of(f'{name}_once', only_scored=False)}")
             rows += f""" AND id NOT IN (FROM {name}_odd)
-            UNION ALL SELECT id, epoch, score, lift, label {scored.format(f"{name}_once")}"""
+            UNION ALL {shown} {scored.format(f"{name}_once")}"""
         run(f"CREATE VIEW {name}_rows AS {rows}")
-        self._add_classes()
+        self._add_last()
         self._count = int(self.database.value(f"SELECT count(*) FROM {self.samples}"))
 
     def _means_of(self, table: str, *, only_scored: bool) -> str:
@@ -147,34 +162,44 @@ class Scores:
         scorings, flag = "count(*)", "NULL::VARCHAR"
         if not only_scored:
             scorings, flag = "count(score)", "CASE WHEN count(score) = 0 THEN max(flag) END"
+        means = "".join(f", avg({column.name}) AS {column.name}" for column in self._mean)
         return f"""SELECT id, avg(score) AS score, {scorings} AS scorings, avg(lift) AS lift, {flag} AS flag,
-            count(*) AS seen, bit_count({bits}) AS epochs
+            count(*) AS seen, bit_count({bits}) AS epochs{means}
             FROM {table} {"WHERE score IS NOT NULL" if only_scored else ""} GROUP BY id"""
 
-    def _add_classes(self) -> None:
+    def _files(self) -> str:
+        """The parts as something to select from, with every known column."""
+        lacking = [field for field in schema(self.parts.id_type) if field.name not in self.parts.columns]
+        files = parquet(*self.parts.paths, by_name=not self.parts.uniform)
+        if not lacking:
+            return files
+        nulls = ", ".join(f"NULL::{sql_type(field.type)} AS {field.name}" for field in lacking)
+        return f"(SELECT *, {nulls} FROM {files})"
+
+    def _add_last(self) -> None:
         """Labels and predictions as of each sample's last epoch; for most that is the ledger's last."""
         run, name = self.database.run, self._name
-        kept = "id, score, scorings, lift, flag, seen"
-        if not self.parts.has_classes:
-            nothing = "NULL::BIGINT AS label, NULL::BIGINT AS predicted"
+        kept = ", ".join(["id, score, scorings, lift, flag, seen", *(column.name for column in self._mean)])
+        last = [column.name for column in self._last]
+        if self.parts.recorded.isdisjoint(last):
+            nothing = ", ".join(f"NULL::{sql_type(column.type)} AS {column.name}" for column in self._last)
             run(f"CREATE VIEW {self.samples} AS SELECT {kept}, {nothing} FROM {name}_summary")
             return
-        last = self.database.value(f"SELECT max(epoch) FROM {name}_everything")
-        classes = "SELECT id, arg_max(label, step) AS label, arg_max(predicted, step) AS predicted"
+        latest = self.database.value(f"SELECT max(epoch) FROM {name}_everything")
+        values = f"SELECT id, {', '.join(f'arg_max({each}, step) AS {each}' for each in last)}"
         run(
-            f"CREATE TABLE {name}_classes AS {classes} FROM {name}_everything WHERE epoch = {last} GROUP BY id",
+            f"CREATE TABLE {name}_last AS {values} FROM {name}_everything WHERE epoch = {latest} GROUP BY id",
             f"labels of {name}",
         )
-        others = f"FROM {name}_summary WHERE id NOT IN (SELECT id FROM {name}_classes)"
+        others = f"FROM {name}_summary WHERE id NOT IN (SELECT id FROM {name}_last)"
         if self.database.value(f"SELECT count(*) {others}"):
             run(
-                f"INSERT INTO {name}_classes {classes} FROM {name}_everything WHERE id IN (SELECT id {others}) "
-                "GROUP BY id",
+                f"INSERT INTO {name}_last {values} FROM {name}_everything WHERE id IN (SELECT id {others}) GROUP BY id",
                 f"labels of {name}",
             )
         run(
-            f"CREATE VIEW {self.samples} AS SELECT {kept}, label, predicted FROM {name}_summary "
-            f"LEFT JOIN {name}_classes USING (id)"
+            f"CREATE VIEW {self.samples} AS SELECT {kept}, {', '.join(last)} FROM {name}_summary "
+            f"LEFT JOIN {name}_last USING (id)"
         )
 
 

@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from lightning_mimic.curation.database import Database, Progress, is_whole, named
-from lightning_mimic.curation.manifest import EXPORTS, Manifest, checked_exports, write_manifest
+from lightning_mimic.database import Database, Progress, is_whole, named
 from lightning_mimic.errors import CurationError
+from lightning_mimic.manifest import EXPORTS, Manifest, checked_exports, write_manifest
 from lightning_mimic.version import __version__
 
 End = Literal["top", "bottom"]
@@ -141,13 +141,12 @@ def select(
             "kept": kept,
         }
         out.parent.mkdir(parents=True, exist_ok=True)
-        manifest = write_manifest(
-            out,
-            database,
+        query = (
             f"SELECT everyone.id, selected.id IS NOT NULL AS keep, {why} AS reason FROM ({everyone}) AS everyone "
-            "LEFT JOIN selected ON everyone.id = selected.id ORDER BY everyone.id",
-            provenance,
+            "LEFT JOIN selected ON everyone.id = selected.id ORDER BY everyone.id"
         )
+        with database.reader(query, "writing") as rows:
+            manifest = write_manifest(out, rows, provenance)
     for name in exports:
         EXPORTS[name].write(manifest, out.with_name(f"{out.stem}.{EXPORTS[name].file}"))
     return manifest

@@ -45,6 +45,8 @@ class DigitsDataModule(LabelledParts):
     """
 
     num_classes = 10
+    #: Names of the classes in the order of the labels.
+    class_names = tuple("0123456789")
     #: Of one image.
     image_shape = (1, 8, 8)
 

@@ -127,6 +127,10 @@ class WithIds(Dataset[SampleWithId]):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def sample_ids(self) -> Sequence[int | str]:
+        """The samples' ids in the data set's order."""
+        return range(len(self)) if self.ids is None else self.ids
+
     def __getitem__(self, index: int) -> SampleWithId:
         return SampleWithId(self.dataset[index], index if self.ids is None else self.ids[index])
 

@@ -43,7 +43,7 @@ class ImageFolderDataModule(PictureParts):
         lightning_mimic.errors.MimicError: `root`: nowhere/train is no folder; expected nowhere/train/CLASS/NAME.jpg ...
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         root: str | Path,
         transform: Transform | None = None,

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_mimic.data.kept import KeptIds
 from lightning_mimic.data.labelled import LabelledImages
 from lightning_mimic.data.pair_loader import PairLoader
 from lightning_mimic.data.pair_stream import Reading, dealt
@@ -24,6 +23,7 @@ from lightning_mimic.data.rejects import Rejects, summary
 from lightning_mimic.data.shards import list_shards, scanned_ids, stated_counts
 from lightning_mimic.distributed import rank, world_size
 from lightning_mimic.errors import MimicError
+from lightning_mimic.manifest import KeptIds
 
 
 class ImageTextDataModule(pl.LightningDataModule):
@@ -72,7 +72,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         lightning_mimic.errors.MimicError: `samples_per_epoch` is 100, and one pass over all pairs is an epoch...
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         shards: str | Sequence[str],
         transform: Callable[[Any], Tensor],

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lightning_mimic.data.ids import SampleWithId, collate_with_ids
-from lightning_mimic.data.kept import KeptIds
 from lightning_mimic.data.pairs import BrokenPairError, Pair, described, id_of, pair_of, picture
 from lightning_mimic.data.rejects import Reason, RejectWriter
 from lightning_mimic.data.shards import read_shard
+from lightning_mimic.manifest import KeptIds
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,9 @@ class PairStream(IterableDataset):
             for given, drawn, samples in self._batches(slot, reject):
                 yield slot, given, drawn, self._collated(samples)
 
-    def _batches(self, slot: int, reject: RejectWriter) -> Iterator[tuple[int, int, list[SampleWithId]]]:
+    def _batches(  # noqa: C901 -- one loop whose ends depend on each other
+        self, slot: int, reject: RejectWriter
+    ) -> Iterator[tuple[int, int, list[SampleWithId]]]:
         given, skipped = self.place.workers[slot]
         promised = None if self.promised is None else self.promised[slot]
         if self.exact and given == promised:

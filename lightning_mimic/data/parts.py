@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_mimic.data.ids import WithIds, collate_with_ids
-from lightning_mimic.data.kept import kept_of
 from lightning_mimic.data.noise import LabelNoise, SymmetricNoise
 from lightning_mimic.errors import MimicError
+from lightning_mimic.manifest import kept_of
 
 #: Which images train (or are scored): those with trusted labels, three quarters of them, the other quarter, or the many
 #: with doubtful labels.

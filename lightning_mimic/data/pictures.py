@@ -97,7 +97,7 @@ class PictureParts(LabelledParts):
     #: Names of the classes, where the set has them; known after :meth:`setup`.
     class_names: list[str]
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         train: Part = "noisy",
         noise: LabelNoise | None = None,

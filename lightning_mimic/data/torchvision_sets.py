@@ -146,7 +146,7 @@ class TorchvisionDataModule(PictureParts):
         lightning_mimic.errors.MimicError: `name` is 'cifar-10'; nearest: 'cifar10', 'cifar100'...
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         name: str,
         root: str | Path,

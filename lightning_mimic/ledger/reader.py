@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lightning_mimic.errors import LedgerError
-from lightning_mimic.ledger.schema import META_FILE, read_meta, schema
+from lightning_mimic.ledger.columns import nullable_columns, schema, summarised_columns
+from lightning_mimic.ledger.schema import META_FILE, class_names_in, read_meta
 from lightning_mimic.ledger.writer import PART_NAME, differences
 
 
@@ -41,6 +42,11 @@ class Ledger:
         #: The content of ``meta.json``: the run, and per attempt its configuration and first step.
         self.meta: dict[str, Any] = meta
 
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes that ``label`` and ``predicted`` are indices of; ``None`` where not recorded."""
+        return class_names_in(self.meta)
+
     def parts(
         self,
         columns: Sequence[str] | None = None,
@@ -48,39 +54,19 @@ class Ledger:
         allow_partial: bool = False,
         advance: Callable[[int, int], None] | None = None,
     ) -> "Parts":
-        """The files that hold, each read through once, so that no damaged page goes unnoticed.
+        """Return the files that hold, each read through once, so that no damaged page goes unnoticed.
 
         Args:
-            columns: Those whose pages are checked; ``None``: all.
+            columns: Names of those whose pages are checked; ``None``: all.
             allow_partial: Leave out damaged parts instead of refusing.
-            advance: Told how many parts of how many are checked.
+            advance: Called with how many parts of how many are checked.
 
         Raises:
             LedgerError: No rows; damaged parts; ids of two types; or attempts whose configuration differs, which would
                 mix scores of two meanings.
         """
-        attempts = self.meta["attempts"]
-        paths = sorted(self.directory.glob("*.parquet"))
-        named = [(path, match) for path in paths if (match := PART_NAME.fullmatch(path.name))]
-        foreign = sorted(path.name for path, match in named if match[1] != self.meta["run"])
-        if foreign:
-            raise LedgerError(f"{self.directory}: {foreign[0]} is of another run than its {META_FILE} describes.")
-        written = sorted({int(match[2]) for _, match in named})
-        if set(written) - set(range(len(attempts))):
-            raise LedgerError(
-                f"{self.directory}: parts of attempt {max(written)}, which its {META_FILE} does not know."
-            )
-        whole: list[tuple[Path, int, _Seen]] = []
-        lost = _missing(named)
-        with ThreadPoolExecutor(_READERS) as pool:
-            looks = [pool.submit(_look, path, int(match[5]), columns) for path, match in named]
-            for done, ((path, match), look) in enumerate(zip(named, looks, strict=True), start=1):
-                try:
-                    whole.append((path, int(match[2]), look.result()))
-                except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-                    lost.append(f"{path.name} ({match[5]} rows: {str(error).splitlines()[0]})")
-                if advance is not None:
-                    advance(done, len(named))
+        named = self._named()
+        whole, lost = self._checked(named, columns, advance)
         if lost and not allow_partial:
             raise LedgerError(
                 f"{self.directory}: {len(lost)} of {len(named)} parts are damaged: {'; '.join(lost[:3])}. "
@@ -88,35 +74,82 @@ class Ledger:
             )
         if not whole:
             raise LedgerError(f"{self.directory} holds no rows.")
-        if len({seen.id_type for _, _, seen in whole}) > 1:
+        if len({part.id_type for part in whole}) > 1:
             raise LedgerError(f"{self.directory} mixes int and str ids; its ranks were given different ones.")
-        # From this step on a later attempt went over an earlier one's rows again.
-        until = {
-            number: min((attempts[later]["start_step"] for later in written if later > number), default=math.inf)
-            for number in written
+        until = self._superseded_from({int(match[2]) for _, match in named})
+        left = self._left(whole, until)
+        return Parts(
+            paths=tuple(part.path for part in whole),
+            id_type=whole[0].id_type,
+            until={number: int(step) for number, step in until.items() if step < math.inf},
+            columns=tuple(each for each in schema(pa.string()).names if any(each in part.columns for part in whole)),
+            uniform=len({part.columns for part in whole}) == 1,
+            recorded=frozenset().union(*(part.recorded for part in whole)),
+            attempts=left,
+            lost=tuple(lost),
+        )
+
+    def _named(self) -> list[tuple[Path, re.Match[str]]]:
+        """The parts by their names, all of this run and of attempts that its description knows."""
+        paths = sorted(self.directory.glob("*.parquet"))
+        named = [(path, match) for path in paths if (match := PART_NAME.fullmatch(path.name))]
+        foreign = sorted(path.name for path, match in named if match[1] != self.meta["run"])
+        if foreign:
+            raise LedgerError(f"{self.directory}: {foreign[0]} is of another run than its {META_FILE} describes.")
+        latest = max((int(match[2]) for _, match in named), default=0)
+        if latest >= len(self.meta["attempts"]):
+            raise LedgerError(f"{self.directory}: parts of attempt {latest}, which its {META_FILE} does not know.")
+        return named
+
+    def _checked(
+        self,
+        named: Sequence[tuple[Path, re.Match[str]]],
+        columns: Sequence[str] | None,
+        advance: Callable[[int, int], None] | None,
+    ) -> tuple[list["_Part"], list[str]]:
+        """The parts that hold, and descriptions of those that are damaged or missing."""
+        whole, lost = [], _missing(named)
+        with ThreadPoolExecutor(_READERS) as pool:
+            looks = []
+            for path, match in named:
+                declared = self.meta["attempts"][int(match[2])].get("columns")
+                looks.append(pool.submit(_look, path, int(match[2]), int(match[5]), columns, declared))
+            for done, ((path, match), look) in enumerate(zip(named, looks, strict=True), start=1):
+                try:
+                    whole.append(look.result())
+                except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+                    lost.append(f"{path.name} ({match[5]} rows: {str(error).splitlines()[0]})")
+                if advance is not None:
+                    advance(done, len(named))
+        return whole, lost
+
+    def _superseded_from(self, written: set[int]) -> dict[int, float]:
+        """By attempt, the step from which on a later attempt went over its rows again."""
+        starts = {number: self.meta["attempts"][number]["start_step"] for number in written}
+        return {
+            number: min((start for later, start in starts.items() if later > number), default=math.inf)
+            for number in sorted(written)
         }
-        left = sorted({n for _, n, seen in whole if seen.first_step < until[n]})
+
+    def _left(self, whole: Sequence["_Part"], until: Mapping[int, float]) -> tuple[int, ...]:
+        """The attempts with rows that hold, none of which differ in their configuration."""
+        left = sorted({part.attempt for part in whole if part.first_step < until[part.attempt]})
         if not left:
             raise LedgerError(f"{self.directory} holds no rows that a later attempt did not go over again.")
-        if len({attempts[number]["config_hash"] for number in left}) > 1:
-            differing = differences([attempts[number]["config"] for number in left])
+        attempts = [self.meta["attempts"][number] for number in left]
+        if len({attempt["config_hash"] for attempt in attempts}) > 1:
+            differing = differences([attempt["config"] for attempt in attempts])
             raise LedgerError(
                 f"{self.directory}: its attempts differ in {differing}; their scores are not mixed. Record a run "
                 "with other settings in a directory of its own."
             )
-        return Parts(
-            paths=tuple(path for path, _, _ in whole),
-            id_type=whole[0][2].id_type,
-            until={number: int(step) for number, step in until.items() if step < math.inf},
-            has_classes=any(seen.has_classes for _, _, seen in whole),
-            attempts=tuple(left),
-            lost=tuple(lost),
-        )
+        return tuple(left)
 
     def table(self, *, deduplicate: bool = True, allow_partial: bool = False) -> pa.Table:
-        """All rows that hold, in order of epoch, step, batch, rank and position, in memory.
+        """Read all rows that hold, in order of epoch, step, batch, rank and position, into memory.
 
-        Rows of an attempt that a later one went over again are left out.
+        Rows of an attempt that a later one went over again are left out. The columns are those of
+        :data:`~lightning_mimic.ledger.COLUMNS`; those that a part lacks are null, others that it has are left out.
 
         Args:
             deduplicate: Keep the first row of a sample in an epoch: a distributed sampler repeats some to
@@ -127,7 +160,8 @@ class Ledger:
             LedgerError: As for :meth:`parts`.
         """
         parts = self.parts(allow_partial=allow_partial)
-        table = pa.concat_tables(pq.read_table(path, partitioning=None) for path in parts.paths)
+        form = schema(parts.id_type)
+        table = pa.concat_tables(_rows(path, form) for path in parts.paths)
         for number, step in parts.until.items():
             superseded = pc.and_(pc.equal(table["attempt"], number), pc.greater_equal(table["step"], step))
             table = table.filter(pc.invert(superseded))
@@ -141,20 +175,29 @@ class Parts:
     """A ledger's whole files, and which of their rows hold.
 
     Attributes:
-        paths: Of the files.
+        paths: Paths of the files.
         id_type: ``int64`` or ``string``.
         until: By attempt, the step from which on its rows were gone over again by a later one.
-        has_classes: Some row has a ``label`` or a ``predicted``.
-        attempts: Those that have rows which hold.
-        lost: What is damaged or missing, with the rows it held.
+        columns: Names of the known columns that some file has.
+        uniform: All files have the same known columns.
+        recorded: Of the columns that were checked, names of the nullable ones with a value in some row.
+        attempts: Numbers of those that have rows which hold.
+        lost: Descriptions of what is damaged or missing, with the rows it held.
     """
 
     paths: tuple[Path, ...]
     id_type: pa.DataType
     until: Mapping[int, int]
-    has_classes: bool
+    columns: tuple[str, ...]
+    uniform: bool
+    recorded: frozenset[str]
     attempts: tuple[int, ...]
     lost: tuple[str, ...]
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether some row has a ``label`` or a ``predicted``."""
+        return not self.recorded.isdisjoint(("label", "predicted"))
 
 
 #: Reading waits for the disk, and checksums are computed outside the interpreter's lock.
@@ -162,27 +205,61 @@ _READERS = 2
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Part:
+    path: Path
+    attempt: int
     id_type: pa.DataType
-    first_step: int
-    has_classes: bool
+    first_step: float
+    columns: frozenset[str]
+    recorded: frozenset[str]
 
 
-def _look(path: Path, rows: int, columns: Sequence[str] | None) -> _Seen:
+def _look(path: Path, attempt: int, rows: int, asked: Sequence[str] | None, declared: Sequence[str] | None) -> _Part:
     """Reads a part through, verifying every page's checksum, without keeping it."""
     with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
         form = file.schema_arrow
-        if not form.equals(schema(form.field("id").type)) or file.metadata.num_rows != rows:
-            raise ValueError(f"holds {file.metadata.num_rows} rows of columns {', '.join(form.names)}")
-        wanted = form.names if columns is None else sorted({*columns, "step", "label", "predicted"})
-        read, first_step, has_classes = 0, math.inf, False
+        known = _known_columns(form, declared)
+        if file.metadata.num_rows != rows:
+            raise ValueError(f"holds {file.metadata.num_rows} rows")
+        needed = {"step", *(each.name for each in summarised_columns()), *(known if asked is None else asked)}
+        wanted = [name for name in known if name in needed]
+        read, first_step, recorded = 0, math.inf, set[str]()
         for batch in file.iter_batches(batch_size=1 << 16, columns=wanted, use_threads=False):
             read += batch.num_rows
             first_step = min(first_step, pc.min(batch["step"]).as_py())
-            has_classes = has_classes or any(batch[name].null_count < batch.num_rows for name in ("label", "predicted"))
+            recorded |= {name for name in wanted if batch[name].null_count < batch.num_rows}
     if read != rows:
         raise ValueError(f"holds {read} rows")
-    return _Seen(form.field("id").type, int(first_step), has_classes)
+    found = frozenset(recorded).intersection(nullable_columns())
+    return _Part(path, attempt, form.field("id").type, first_step, frozenset(known), found)
+
+
+def _known_columns(form: pa.Schema, declared: Sequence[str] | None) -> list[str]:
+    """The names of the columns that this release knows, in the file's order.
+
+    Args:
+        form: The part's.
+        declared: Names that its attempt's description has; ``None`` for a ledger of before there were any.
+
+    Raises:
+        ValueError: A column that must be there is not, or has another type. A damaged name shows as one that is missing
+            and one that is unknown.
+    """
+    known, there = schema(form.field("id").type), set(form.names)
+    must = set(known.names) - set(nullable_columns()) if declared is None else set(declared)
+    damaged = declared is None and bool(there - set(known.names)) and bool(set(known.names) - there)
+    types = all(form.field(name).type == known.field(name).type for name in known.names if name in there)
+    if damaged or not must <= there or not types or len(there) < len(form.names):
+        raise ValueError(f"holds columns {', '.join(form.names)}")
+    return [name for name in form.names if name in known.names]
+
+
+def _rows(path: Path, form: pa.Schema) -> pa.Table:
+    """A part's rows with all known columns, null where it lacks one."""
+    there = set(pq.read_schema(path).names)
+    table = pq.read_table(path, columns=[name for name in form.names if name in there], partitioning=None)
+    columns = [table[field.name] if field.name in there else pa.nulls(table.num_rows, field.type) for field in form]
+    return pa.Table.from_arrays(columns, schema=form)
 
 
 def _missing(named: Sequence[tuple[Path, re.Match[str]]]) -> list[str]:

@@ -1,11 +1,10 @@
-"""The score file format: columns, flags and what the file beside them says."""
+"""The score file format: flags, and the description beside the parts."""
 
 import enum
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
 
 from lightning_mimic.errors import LedgerError
 
@@ -30,30 +29,18 @@ class Flag(enum.IntEnum):
     ALONE = 4
 
 
-def schema(id_type: pa.DataType) -> pa.Schema:
-    """The columns of a part.
+def class_names_in(meta: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the names of the classes that a description has, ``None`` where it has none.
 
-    Args:
-        id_type: ``int64`` or ``string``.
+    Raises:
+        LedgerError: They are not a list of text.
     """
-    return pa.schema(
-        [
-            ("id", id_type),
-            ("epoch", pa.int32()),
-            ("step", pa.int64()),  # optimizer steps done before the one this row took part in
-            ("batch", pa.int64()),  # index of the micro-batch within the epoch
-            ("rank", pa.int32()),
-            ("position", pa.int32()),  # row within this rank's micro-batch
-            ("attempt", pa.int32()),  # 0, and one more for each resumed or repeated fit
-            ("score", pa.float32()),  # loss per unit of weight distance; positive: towards the reference
-            ("weight", pa.float32()),  # sums to 1 over a micro-batch of all ranks
-            ("loss", pa.float32()),
-            ("batch_size", pa.int32()),  # of all ranks
-            ("flag", pa.string()),
-            ("label", pa.int64()),
-            ("predicted", pa.int64()),
-        ]
-    )
+    names = meta.get("class_names")
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise LedgerError(f"`class_names` is {names!r}; expected a list of str, in the order of the labels.")
+    return tuple(names)
 
 
 def read_meta(directory: Path) -> dict[str, Any] | None:

@@ -13,9 +13,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lightning_mimic.errors import LedgerError
+from lightning_mimic.errors import LedgerError, join_names
 from lightning_mimic.files import atomic_write, write_json
-from lightning_mimic.ledger.schema import META_FILE, SCHEMA_VERSION, read_meta, schema
+from lightning_mimic.ledger.columns import nullable_columns, schema
+from lightning_mimic.ledger.schema import (
+    META_FILE,
+    SCHEMA_VERSION,
+    class_names_in,
+    read_meta,
+)
 
 #: run, attempt, rank, number, rows: the count in the name tells what a damaged part has lost.
 PART_NAME = re.compile(r"part-(\w+)-a(\d+)-r(\d+)-(\d+)-n(\d+)\.parquet")
@@ -34,13 +40,14 @@ def open_run(
         start_step: Optimizer steps done before this attempt.
         run: The run that is continued (a resumed checkpoint's, or an earlier fit's of the same object), or
             ``None`` for a new one.
-        notes: More for ``meta.json``, without such weight.
+        notes: More for ``meta.json``, without such weight. ``class_names``, names in the order of the labels, is kept
+            once for all attempts.
 
     Returns:
         The run's id and the attempt's number.
 
     Raises:
-        LedgerError: The directory holds another run, or cannot be written.
+        LedgerError: The directory holds another run, or one with other class names, or cannot be written.
     """
     directory = Path(directory)
     digest = hashlib.sha256(json.dumps(dict(config), sort_keys=True).encode()).hexdigest()[:16]
@@ -68,8 +75,10 @@ def open_run(
             )
         attempt = len(meta["attempts"])
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        facts = {"start_step": start_step, "config": dict(config), "config_hash": digest, **notes}
+        facts = {"start_step": start_step, "config": dict(config), "config_hash": digest}
+        facts["columns"] = schema(pa.string()).names
         meta["attempts"].append({"attempt": attempt, "started": started, **facts})
+        _note(meta, attempt, notes)
         try:
             write_json(directory / META_FILE, meta, exclusive=fresh)
         except FileExistsError as error:
@@ -80,13 +89,33 @@ def open_run(
 
 
 def note_run(directory: str | Path, attempt: int, notes: Mapping[str, Any]) -> None:
-    """Adds to what ``meta.json`` says of an attempt what was known only once it ran."""
+    """Add to ``meta.json`` what is known of an attempt only once it runs; ``class_names`` as in :func:`open_run`."""
     directory = Path(directory)
     meta = read_meta(directory)
     if meta is None:
         raise LedgerError(f"`ledger`: {directory / META_FILE} was removed while the run was writing.")
-    meta["attempts"][attempt] |= notes
+    _note(meta, attempt, notes)
     write_json(directory / META_FILE, meta)
+
+
+def _note(meta: dict[str, Any], attempt: int, notes: Mapping[str, Any]) -> None:
+    """Put notes into the description: class names once for the run, the rest with the attempt."""
+    rest = dict(notes)
+    given, known = rest.pop("class_names", None), class_names_in(meta)
+    names = class_names_in({"class_names": list(given) if isinstance(given, tuple) else given})
+    if None not in (names, known) and names != known:
+        raise LedgerError(
+            f"`ledger`: run {meta['run']} began with classes {_shown(known)} and goes on with {_shown(names)}, so that "
+            "its labels would change their meaning. Go on with the same classes in the same order, or record a run of "
+            "its own in another directory."
+        )
+    if names is not None:
+        meta["class_names"] = list(names)
+    meta["attempts"][attempt] |= rest
+
+
+def _shown(names: tuple[str, ...] | None) -> str:
+    return join_names(names or (), most=4)
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> str:
@@ -130,8 +159,8 @@ class LedgerWriter:
         """Adds rows, kept in memory until :meth:`flush`.
 
         Args:
-            columns: Every column but ``attempt`` and ``rank``, by name, as lists or arrays of one length;
-                ids all int or all str.
+            columns: Columns but ``attempt`` and ``rank``, by name, as lists or arrays of one length; ids all int or all
+                str. Nullable ones may be ``None`` or left out.
 
         Raises:
             LedgerError: Ids that are neither, or not of the run's type.
@@ -143,7 +172,8 @@ class LedgerWriter:
         if self._id_type is not None and ids.type != self._id_type:
             raise LedgerError(f"ids were {self._id_type} and are now {ids.type}; a ledger holds one type of id.")
         self._id_type = ids.type
-        arrays = dict(columns) | {"id": ids, "attempt": [self._attempt] * rows, "rank": [self._rank] * rows}
+        ours = {"id": ids, "attempt": [self._attempt] * rows, "rank": [self._rank] * rows}
+        arrays = dict.fromkeys(nullable_columns()) | dict(columns) | ours
         form = schema(ids.type)
         self._pending.append(pa.Table.from_arrays([_column(arrays[f.name], f.type, rows) for f in form], schema=form))
 

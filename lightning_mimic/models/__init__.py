@@ -1,7 +1,6 @@
 """LightningModules to train, and the backbones they stand on."""
 
 from lightning_mimic.models.backbones import SmallConvNet, timm_backbone, torchvision_backbone
-from lightning_mimic.models.cached_features import CachedFeatures
 from lightning_mimic.models.clip import CLIP
 from lightning_mimic.models.contrastive import global_pair_losses, pair_losses
 from lightning_mimic.models.image_classifier import ImageClassifier
@@ -9,7 +8,6 @@ from lightning_mimic.models.zero_shot import ZeroShot, recalls
 
 __all__ = [
     "CLIP",
-    "CachedFeatures",
     "ImageClassifier",
     "SmallConvNet",
     "ZeroShot",

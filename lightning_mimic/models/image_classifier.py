@@ -51,7 +51,7 @@ class ImageClassifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         #: Batches hold the frozen backbone's features ``(B, D)`` in place of images; said by
-        #: :class:`~lightning_mimic.models.CachedFeatures` while it feeds the model.
+        #: :class:`~lightning_mimic.data.CachedFeatures` while it feeds the model.
         self.takes_features = False
         self.backbone = backbone
         with torch.no_grad():

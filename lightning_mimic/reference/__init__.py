@@ -6,7 +6,7 @@ from lightning_mimic.reference.aligned_towers import aligned_direction
 from lightning_mimic.reference.diagnose import below_moves, diagnose, resemblance
 from lightning_mimic.reference.diagnosis import Diagnosis
 from lightning_mimic.reference.match import aliases_of, fingerprint, match_reference
-from lightning_mimic.reference.model import reference_model
+from lightning_mimic.reference.model import reference_model, refuse_module_on_features
 from lightning_mimic.reference.read import ReferenceSource, read_reference
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "match_reference",
     "read_reference",
     "reference_model",
+    "refuse_module_on_features",
     "resemblance",
 ]

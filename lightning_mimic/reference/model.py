@@ -1,9 +1,12 @@
 """The reference as a model that can be asked for its losses."""
 
 import copy
+from typing import Any
 
 from torch import nn
 
+from lightning_mimic.errors import MimicError
+from lightning_mimic.reference.aligned import Aligned
 from lightning_mimic.reference.match import aliases_of, match_reference
 from lightning_mimic.reference.pretrained import open_clip_model
 from lightning_mimic.reference.read import PUBLISHED, ReferenceSource, read_reference
@@ -45,3 +48,28 @@ def reference_model(
         weights = match_reference(tensors, wanted, aliases_of(module), argument=argument)
         model.load_state_dict(weights, strict=False)
     return model.eval().requires_grad_(False)
+
+
+def refuse_module_on_features(reference: Any) -> None:
+    """Refuse a reference module where batches hold the trained model's features in place of images.
+
+    Args:
+        reference: Any reference, also an :class:`~lightning_mimic.Aligned` one; weights of the trained model and
+            ``None`` are accepted.
+
+    Raises:
+        MimicError: It is a module, which has a backbone of its own.
+
+    Example:
+        >>> refuse_module_on_features(nn.Linear(1, 1))
+        Traceback (most recent call last):
+            ...
+        lightning_mimic.errors.MimicError: the reference is a module (Linear), which would be asked...
+    """
+    reference = reference.reference if isinstance(reference, Aligned) else reference
+    if isinstance(reference, nn.Module):
+        raise MimicError(
+            f"the reference is a module ({type(reference).__name__}), which would be asked about the features of "
+            "another backbone than its own. Give weights for the trained model (a path or a state dict), or train "
+            "without `features`."
+        )

@@ -99,6 +99,24 @@ def describe(loader: Any) -> dict[str, Any]:
     return {"dataset": f"{kind.__module__}.{kind.__qualname__}", "samples": samples}
 
 
+def class_names_of(*sources: object) -> list[str] | None:
+    """Return the names of the classes in the order of the labels, where some source has them.
+
+    They are the attribute ``class_names`` or ``classes`` of a source or of what it wraps (as ``dataset``).
+
+    Args:
+        sources: A data module, a loader, a data set.
+    """
+    for source in sources:
+        for _ in range(10):  # a wrapper may, by mistake, wrap itself
+            for attribute in ("class_names", "classes"):
+                names = getattr(source, attribute, None)
+                if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+                    return list(names)
+            source = getattr(source, "dataset", None)
+    return None
+
+
 def _tensors(batch: Any) -> Iterator[Tensor]:
     found: list[Tensor] = []
 

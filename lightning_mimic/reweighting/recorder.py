@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_mimic.errors import MimicError
-from lightning_mimic.ledger import Flag, LedgerWriter
+from lightning_mimic.ledger import Flag, LedgerWriter, nullable_columns
 from lightning_mimic.reweighting.batch import Ids
 from lightning_mimic.reweighting.loss_problem import LossProblem
 
@@ -93,7 +93,7 @@ class ScoreRecorder:
             if self._writer is not None:
                 if position.assumed:
                     self._check_epoch(rows["id"].tolist() if "id" in rows else list(ids or ()))
-                arrays = {name: rows[name].numpy() if name in rows else None for name in _OPTIONAL}
+                arrays = {name: rows[name].numpy() if name in rows else None for name in nullable_columns()}
                 self._writer.append(
                     arrays
                     | {
@@ -141,9 +141,6 @@ class ScoreRecorder:
         first = next((place for place, code in enumerate(codes) if code), len(codes))
         del self._positions[first:], self._columns[first:]
         return LossProblem(codes[first] if first < len(codes) else 0)
-
-
-_OPTIONAL = ("score", "weight", "loss", "batch_size", "label", "predicted")
 
 
 def _to_host(columns: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

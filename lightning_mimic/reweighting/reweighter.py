@@ -16,7 +16,7 @@ from lightning_mimic.gradients import ModelHooks
 from lightning_mimic.ledger import Flag, LedgerWriter, note_run, open_run
 from lightning_mimic.reference import Aligned, ReferenceSource
 from lightning_mimic.reference.diagnose import to_device
-from lightning_mimic.reweighting.batch import Ids, class_columns, describe, sample_ids
+from lightning_mimic.reweighting.batch import Ids, class_columns, class_names_of, describe, sample_ids
 from lightning_mimic.reweighting.choice import Choice, choose_method
 from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.gate import Reweight
@@ -160,12 +160,13 @@ class Reweighter:
 
     # A run
 
-    def start(self, step: int = 0, loader: Any = None, *, record: bool = True) -> None:
+    def start(self, step: int = 0, loader: Any = None, data_module: Any = None, *, record: bool = True) -> None:
         """Open the ledger; called by the first :meth:`step`, if not before.
 
         Args:
             step: Optimizer steps done before, in a run that is resumed.
-            loader: Of the training batches; what it holds is noted in the ledger.
+            loader: Of the training batches; its data set and the names of its classes are noted in the ledger.
+            data_module: Where the names of the classes are looked for, too.
             record: Write the ledger.
 
         Raises:
@@ -174,7 +175,9 @@ class Reweighter:
         writer, directory = None, self._directory
         self._records = record and directory is not None
         if record and directory is not None:
-            self._run, self._attempt = _open_on_all_ranks(directory, self.config, step, self._run, loader)
+            self._run, self._attempt = _open_on_all_ranks(
+                directory, self.config, step, self._run, _describe_data(loader, data_module)
+            )
             writer = LedgerWriter(directory, self._run, self._attempt, distributed.rank())
         self._recorder = ScoreRecorder(writer, {Flag.ZERO_DIRECTION} if self._target.aligns else ())
         self._next = Position(0, step, 0)
@@ -362,21 +365,24 @@ class Reweighter:
         return result.with_report(report)
 
 
+def _describe_data(loader: Any, data_module: Any) -> dict[str, Any]:
+    """Return the data set and the names of its classes, as the ledger notes them."""
+    data = {} if loader is None else {"data": describe(loader)}
+    return data | {"class_names": class_names_of(data_module, loader)}
+
+
 def _open_on_all_ranks(
-    directory: Path, config: Mapping[str, Any], step: int, run: str | None, loader: Any
+    directory: Path, config: Mapping[str, Any], step: int, run: str | None, notes: Mapping[str, Any]
 ) -> tuple[str, int]:
     """Open the ledger on the first rank; raises ``LedgerError`` on all of them together.
 
     Returns:
         The run and the attempt.
     """
-    notes: dict[str, Any] = {"package_version": __version__}
-    if loader is not None:
-        notes["data"] = describe(loader)
     opened: tuple[str, int] | str = ""
     if distributed.rank() == 0:
         try:
-            opened = open_run(directory, dict(config), step, run, notes)
+            opened = open_run(directory, dict(config), step, run, {"package_version": __version__, **notes})
         except LedgerError as error:
             opened = str(error)
     opened = distributed.broadcast(opened)

@@ -3,11 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
-
-from lightning_mimic.curation.manifest import Manifest
 from lightning_mimic.errors import CurationError, nearest_names
+from lightning_mimic.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -87,6 +84,10 @@ def compare(manifests: Mapping[str, Manifest], noise: Mapping[str, float] | None
     pairs = [(figure(each), each.right) for each in found if each.right is not None]
     pearson = spearman = None
     if len(pairs) >= 3 and all(len(set(values)) > 1 for values in zip(*pairs, strict=True)):
+        # Not at the top: importing the package must not load them.
+        import torch
+        from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
+
         estimated, right = torch.tensor(pairs, dtype=torch.float64).T
         pearson, spearman = float(pearson_corrcoef(estimated, right)), float(spearman_corrcoef(estimated, right))
     return Comparison(tuple(sorted(found, key=figure, reverse=True)), pearson, spearman)

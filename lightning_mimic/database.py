@@ -1,4 +1,4 @@
-"""DuckDB, and nothing else in the package imports it: tables that need not fit into memory."""
+"""Tables that need not fit into memory, on DuckDB, which nothing else in the package imports."""
 
 import contextlib
 import re
@@ -203,14 +203,19 @@ class Database:
         self.tell(what, 1.0)
 
 
-def parquet(*paths: Path) -> str:
+def parquet(*paths: Path, by_name: bool = False) -> str:
     """Parquet files as something to select from; nothing in their names means more than a name.
+
+    Args:
+        paths: Paths of the files.
+        by_name: A file may lack a column that another has; it is null there.
 
     Example:
         >>> parquet(Path("run[1]/a.parquet"))
         "read_parquet(['run[[]1]/a.parquet'], hive_partitioning = false)"
     """
-    return f"read_parquet([{', '.join(_literal(path) for path in paths)}], hive_partitioning = false)"
+    how = "hive_partitioning = false" + (", union_by_name = true" if by_name else "")
+    return f"read_parquet([{', '.join(_literal(path) for path in paths)}], {how})"
 
 
 def _csv(path: Path) -> str:
@@ -221,6 +226,26 @@ def _csv(path: Path) -> str:
 
 def _literal(path: Path) -> str:
     return quoted(re.sub(r"[\[*?]", r"[\g<0>]", str(path)))
+
+
+def sql_type(kind: pa.DataType) -> str:
+    """DuckDB's name of an Arrow type.
+
+    Example:
+        >>> sql_type(pa.int64())
+        'BIGINT'
+    """
+    return _SQL_TYPES[kind]
+
+
+_SQL_TYPES = {
+    pa.int32(): "INTEGER",
+    pa.int64(): "BIGINT",
+    pa.float32(): "FLOAT",
+    pa.float64(): "DOUBLE",
+    pa.bool_(): "BOOLEAN",
+    pa.string(): "VARCHAR",
+}
 
 
 def is_whole(column: str) -> str:

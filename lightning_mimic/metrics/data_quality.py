@@ -1,54 +1,17 @@
-"""What scores say of a data set, as torchmetrics: accumulated over batches, and over ranks."""
+"""The calibrated share of good samples as a torchmetric, accumulated over batches and over ranks."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_mimic.curation.detection import suspicion
-from lightning_mimic.curation.quality import estimate_quality
-
-
-class MislabelAUROC(BinaryAUROC):
-    """Probability that a wrong label scores lower than a right one, 0 to 1; 0.5 is chance.
-
-    Example:
-        >>> metric = MislabelAUROC()
-        >>> metric.update(torch.tensor([-1.0, 0.5, 2.0]), torch.tensor([True, False, False]))
-        >>> metric.compute()
-        tensor(1.)
-    """
-
-    def update(self, scores: Tensor, wrong: Tensor) -> None:
-        """Adds samples.
-
-        Args:
-            scores: Shape ``(n,)``, lower is more suspicious.
-            wrong: Boolean, which labels are wrong in truth.
-        """
-        super().update(suspicion(scores), wrong.long())
-
-
-class MislabelAveragePrecision(BinaryAveragePrecision):
-    """Average precision of finding wrong labels by low scores, 0 to 1; chance is their share.
-
-    Example:
-        >>> metric = MislabelAveragePrecision()
-        >>> metric.update(torch.tensor([-1.0, 0.5, 2.0]), torch.tensor([True, False, True]))
-        >>> metric.compute()
-        tensor(0.8333)
-    """
-
-    def update(self, scores: Tensor, wrong: Tensor) -> None:
-        """Adds samples, as for :class:`MislabelAUROC`."""
-        super().update(suspicion(scores), wrong.long())
+from lightning_mimic.metrics.estimate import estimate_quality
 
 
 class DataQuality(Metric):
-    """The calibrated share of good samples, 0 to 1; see :func:`~lightning_mimic.curation.estimate_quality`.
+    """The calibrated share of good samples, 0 to 1; see :func:`~lightning_mimic.metrics.estimate_quality`.
 
     Give mean scores of the data with :meth:`update`, and those of trusted samples, with true and with wrong labels,
     with :meth:`calibrate`.

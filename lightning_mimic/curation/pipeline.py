@@ -10,13 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lightning_mimic.curation.database import Database, Progress
 from lightning_mimic.curation.filters import Decides, Decision, Sign
-from lightning_mimic.curation.manifest import EXPORTS, Manifest, checked_exports, write_manifest
-from lightning_mimic.curation.quality import Quality, estimate_quality
 from lightning_mimic.curation.scores import Scores
+from lightning_mimic.database import Database, Progress, quoted
 from lightning_mimic.errors import CurationError, nearest_names
 from lightning_mimic.files import atomic_directory
+from lightning_mimic.manifest import EXPORTS, Manifest, checked_exports, write_manifest
+from lightning_mimic.metrics.estimate import Quality, estimate_quality
 from lightning_mimic.version import __version__
 
 Unscored = Literal["keep", "drop", "fail"]
@@ -54,7 +54,7 @@ class Curation:
     files: tuple[Path, ...]
 
 
-def curate(
+def curate(  # noqa: PLR0913
     ledger: str | Path,
     filter: Decides | None = None,
     out: str | Path | None = None,
@@ -103,9 +103,7 @@ def curate(
     if (trusted is None) != (mislabelled is None):
         raise CurationError("`trusted` and `mislabelled` calibrate together: the same samples, scored both ways.")
     chosen = Sign() if filter is None else filter
-    final = None if out is None else Path(out).expanduser()
-    if final is not None and final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise CurationError(f"`out`: {final} is there already; name another directory, or delete it.")
+    final = None if out is None else _free(Path(out).expanduser())
     with _temporary_folder() if final is None else atomic_directory(final) as folder:
         with Database(memory, progress) as database:
             data = Scores(ledger, database, allow_partial=allow_partial)
@@ -140,14 +138,12 @@ def curate(
                 "mean_score": {"all": mean, "kept": mean_kept},
                 "quality": None if quality is None else asdict(quality),
             }
-            written = write_manifest(folder / "manifest.parquet", database, _ORDERED, provenance)
+            if data.class_names is not None:
+                provenance["class_names"] = list(data.class_names)
+            with database.reader(_ordered(data), "writing") as rows:
+                written = write_manifest(folder / "manifest.parquet", rows, provenance)
         # The database has let go of its memory by now; an export opens its own.
-        for name in exports:
-            if progress is not None:
-                progress(f"exporting {name}", 0.0)
-            EXPORTS[name].write(written, folder / EXPORTS[name].file)
-            if progress is not None:
-                progress(f"exporting {name}", 1.0)
+        _export(written, folder, exports, progress or (lambda what, share: None))
         names = sorted(path.name for path in folder.iterdir())
     place = folder if final is None else final
     manifest = Manifest(place / "manifest.parquet")
@@ -158,8 +154,33 @@ def curate(
     return Curation(manifest, samples, kept, without, share, mean, mean_kept, quality, data.parts.lost, files)
 
 
-_ORDERED = """SELECT id, keep, score, scorings::INT AS scorings, lift, votes_keep::INT AS votes_keep,
-    votes::INT AS votes, reason, label, predicted FROM decided ORDER BY score NULLS LAST, id"""
+def _free(out: Path) -> Path:
+    """The path, unless something is there already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CurationError(f"`out`: {out} is there already; name another directory, or delete it.")
+    return out
+
+
+def _export(manifest: Manifest, folder: Path, exports: Sequence[str], progress: Progress) -> None:
+    for name in exports:
+        progress(f"exporting {name}", 0.0)
+        EXPORTS[name].write(manifest, folder / EXPORTS[name].file)
+        progress(f"exporting {name}", 1.0)
+
+
+def _ordered(data: Scores) -> str:
+    """The manifest's rows, the most suspicious first."""
+    columns = list(data.columns)
+    if data.class_names is not None:
+        names = f"[{', '.join(quoted(name) for name in data.class_names)}]::VARCHAR[]"
+        known = f"BETWEEN 0 AND {len(data.class_names) - 1}"
+        columns += [f"CASE WHEN {each} {known} THEN ({names})[{each} + 1] END AS {each}_name" for each in _CLASSES]
+    return f"""SELECT id, keep, score, scorings::INT AS scorings, lift, votes_keep::INT AS votes_keep,
+        votes::INT AS votes, reason, {", ".join(columns)} FROM decided ORDER BY score NULLS LAST, id"""
+
+
+#: The columns that are indices of classes.
+_CLASSES = ("label", "predicted")
 
 
 def _everyone(data: Scores, pool: str | Path | None) -> str:
@@ -182,11 +203,12 @@ def _everyone(data: Scores, pool: str | Path | None) -> str:
 def _decide(database: Database, data: Scores, everyone: str, decision: Decision, unscored: Unscored) -> None:
     """The table ``decided``: all samples, the filter's opinion, and what is done."""
     why = decision.reason.replace("'", "''")
+    columns = ", ".join(f"scores.{name}" for name in data.columns)
     # On its own, so that its sums and the joins do not need their memory at once.
     database.run(f"CREATE TABLE opinions AS {decision.query}", "deciding")
     database.run(
         f"""CREATE TABLE decided AS SELECT everyone.id, scores.score, coalesce(scores.scorings, 0) AS scorings,
-            scores.lift, scores.label, scores.predicted, decision.keep AS opinion, votes_keep, votes,
+            scores.lift, {columns}, decision.keep AS opinion, votes_keep, votes,
             coalesce(decision.keep, {unscored == "keep"}) AS keep,
             CASE WHEN decision.keep IS NULL THEN coalesce(
                     'no score: ' || scores.flag, CASE WHEN scores.scorings > 0 THEN 'no vote on it' END, 'never scored')

@@ -1,23 +1,25 @@
-"""What a manifest keeps of a data set, or of a stream whose samples come by one by one."""
+"""Which samples of a data set, or of a stream of samples, a manifest keeps."""
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from torch.utils.data import Subset
 
-from lightning_mimic.data.ids import WithIds
 from lightning_mimic.errors import MimicError
 
+if TYPE_CHECKING:
+    from torch.utils.data import Subset
 
-def kept_of(dataset: Any, manifest: str | Path) -> Subset:
-    """The samples that a manifest keeps, in the data set's order; one that it keeps twice is there twice.
+
+def kept_of(dataset: Any, manifest: str | Path) -> "Subset":
+    """Return the samples that a manifest keeps, in the data set's order; one that it keeps twice is there twice.
 
     Args:
-        dataset: A :class:`WithIds`, or one whose row numbers the ids are.
+        dataset: One with a method ``sample_ids()``, such as :class:`~lightning_mimic.WithIds`; otherwise the ids are
+            its row numbers.
         manifest: Parquet with columns ``id`` and ``keep``, as ``mimic-curate`` writes it.
 
     Raises:
@@ -30,9 +32,11 @@ def kept_of(dataset: Any, manifest: str | Path) -> Subset:
         >>> list(kept_of(["a", "b", "c"], path))
         ['a', 'c']
     """
+    from torch.utils.data import Subset  # importing the package must not load torch
+
     rows = _rows(manifest)
     known, keep = rows["id"].to_pylist(), rows["keep"].to_pylist()
-    ids = dataset.ids if isinstance(dataset, WithIds) and dataset.ids is not None else list(range(len(dataset)))
+    ids = list(dataset.sample_ids()) if hasattr(dataset, "sample_ids") else list(range(len(dataset)))
     unlike = sorted(set(ids) ^ set(known), key=str)
     if unlike:
         raise MimicError(

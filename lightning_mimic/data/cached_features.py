@@ -6,7 +6,7 @@ import hashlib
 import math
 import shutil
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import lightning.pytorch as pl
 import torch
@@ -15,16 +15,38 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_mimic.errors import MimicError
+from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.files import atomic_write
-from lightning_mimic.models.image_classifier import ImageClassifier
-from lightning_mimic.reference import Aligned, fingerprint
+from lightning_mimic.reference import fingerprint
 
 #: Of the files; what is cached under another one is not used.
 FORMAT = 1
 # The sources that a stage of Lightning's reads; others read all.
 _READ = {"fit": ("train", "val"), "validate": ("train", "val"), "test": ("test",)}
 _HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
+class FeatureModel(Protocol):
+    """A classifier that can be trained on its frozen backbone's features, such as ``ImageClassifier``.
+
+    Attributes:
+        backbone: From images ``(B, C, H, W)`` to features ``(B, D)``.
+        head: The trained layer; its ``in_features`` is D.
+        freeze_backbone: The backbone does not train and stays in evaluation mode.
+        takes_features: Batches hold features in place of images; set while features are fed.
+        device: On which the model is.
+    """
+
+    backbone: nn.Module
+    head: Any
+    freeze_backbone: bool
+    takes_features: bool
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+_MODEL = ("backbone", "head", "freeze_backbone", "takes_features", "device")
 
 
 class FeatureRows:
@@ -74,6 +96,7 @@ class CachedFeatures(pl.LightningDataModule):
     Example:
         >>> import tempfile
         >>> from lightning_mimic.data.digits import DigitsDataModule
+        >>> from lightning_mimic.models import ImageClassifier
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU())
         >>> model = ImageClassifier(net, num_classes=10, image_shape=(1, 8, 8), freeze_backbone=True)
         >>> cached = CachedFeatures(DigitsDataModule(), model, tempfile.mkdtemp())
@@ -83,17 +106,17 @@ class CachedFeatures(pl.LightningDataModule):
         torch.Size([1, 16])
     """
 
-    def __init__(self, data: pl.LightningDataModule, model: pl.LightningModule, directory: str | Path) -> None:
+    def __init__(self, data: pl.LightningDataModule, model: FeatureModel, directory: str | Path) -> None:
         super().__init__()
         if not isinstance(data, pl.LightningDataModule) or not callable(getattr(data, "mirrored", None)):
             raise MimicError(
                 f"features are cached of labelled images, and `data` is a {type(data).__name__}. Train without "
                 "`features`."
             )
-        if not isinstance(model, ImageClassifier):
+        if missing := [name for name in _MODEL if not hasattr(model, name)]:
             raise MimicError(
-                f"features are cached of an ImageClassifier's backbone, and `model` is a {type(model).__name__}. Train "
-                "without `features`."
+                "features are cached of a classifier's backbone, such as ImageClassifier's, and `model` is a "
+                f"{type(model).__name__} without {join_names(missing)}. Train without `features`."
             )
         if not model.freeze_backbone:
             raise MimicError(
@@ -115,9 +138,11 @@ class CachedFeatures(pl.LightningDataModule):
         """Computes what is not there, on the trainer's device, in one process of a machine.
 
         Raises:
-            MimicError: The trainer trains another model, a reference that would be asked about images, or no room.
+            MimicError: The trainer trains another model, or the disk has no room.
         """
-        self._check_trainer()
+        trained: Any = None if self.trainer is None else self.trainer.lightning_module
+        if trained not in (None, self.model):
+            raise MimicError("the features are of another model than the one that the trainer got; give both the same.")
         self.data.prepare_data()
         self.data.setup()
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -164,6 +189,11 @@ class CachedFeatures(pl.LightningDataModule):
         return getattr(self.data, "num_classes", None)
 
     @property
+    def class_names(self) -> Any:
+        """Of the wrapped module, where it has them."""
+        return getattr(self.data, "class_names", None)
+
+    @property
     def _device(self) -> torch.device:
         return self.model.device if self.trainer is None else self.trainer.strategy.root_device
 
@@ -187,21 +217,6 @@ class CachedFeatures(pl.LightningDataModule):
                 key = repr([*said, self._source(name).key(), self._views(name)])
                 paths[name] = self.directory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
         return paths
-
-    def _check_trainer(self) -> None:
-        if self.trainer is None:
-            return
-        if self.trainer.lightning_module is not self.model:
-            raise MimicError("the features are of another model than the one that the trainer got; give both the same.")
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            reference = getattr(callback, "reference", None)
-            reference = reference.reference if isinstance(reference, Aligned) else reference
-            if isinstance(reference, nn.Module):
-                raise MimicError(
-                    f"the reference is a module ({type(reference).__name__}), which would be asked about the features "
-                    "of another backbone than its own. Give weights for the trained model (a path or a state dict), or "
-                    "train without `features`."
-                )
 
     def _features(self, images: Tensor, views: int) -> Tensor:
         """On the CPU, float32, shape ``(B, views, D)``."""

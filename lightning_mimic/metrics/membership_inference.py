@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision, binary_jaccard_index
 
-from lightning_mimic.curation.detection import suspicion
-from lightning_mimic.curation.manifest import Manifest
 from lightning_mimic.errors import CurationError
+from lightning_mimic.manifest import Manifest
+from lightning_mimic.metrics.detection import suspicion
 
 
 @dataclass(frozen=True)

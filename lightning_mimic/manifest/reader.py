@@ -1,0 +1,106 @@
+"""Read a manifest: decisions about samples, with their provenance."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lightning_mimic.errors import CurationError
+from lightning_mimic.manifest import exports
+from lightning_mimic.manifest.filter import kept_of
+
+if TYPE_CHECKING:
+    from torch.utils.data import Subset
+
+#: Key of the provenance among a Parquet file's key-value metadata.
+PROVENANCE = b"lightning_mimic"
+
+
+class Manifest:
+    """Decisions about samples, with their provenance.
+
+    The file has a row per sample (or per listing of a sample, where a pool lists it more than once), the most
+    suspicious first. A manifest made of others has ``id``, ``keep`` and ``reason`` only.
+
+    - ``id``; ``keep``; ``reason``: why it goes or has no opinion, null where it is kept on its score;
+    - ``score``: mean mimic score, loss per unit of weight distance, unbounded; lower is more suspicious, null: none;
+    - ``scorings``: how many scores that is the mean of;
+    - ``lift``: mean of weight times batch size, 0 to B; 1 is the weight in a uniform batch;
+    - ``votes_keep`` of ``votes``: null unless many voted;
+    - ``label`` and ``predicted``: indices of classes, null where not recorded;
+    - ``label_name`` and ``predicted_name``: their names, where the run recorded the names of its classes;
+    - what else the ledger's table of columns sums up and the run recorded.
+
+    Args:
+        path: Path of a file with columns ``id`` and ``keep``.
+
+    Raises:
+        CurationError: No such file, or something else.
+
+    Example:
+        >>> Manifest("nowhere.parquet")
+        Traceback (most recent call last):
+            ...
+        lightning_mimic.errors.CurationError: nowhere.parquet is no manifest: there is no such file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        if not self.path.is_file():
+            raise CurationError(f"{self.path} is no manifest: there is no such file.")
+        try:
+            form = pq.read_schema(self.path)
+        except (OSError, pa.ArrowException) as error:
+            raise CurationError(f"{self.path} is no manifest: {str(error).splitlines()[0]}") from error
+        if not {"id", "keep"} <= set(form.names):
+            raise CurationError(f"{self.path} is no manifest: its columns are {', '.join(form.names)}.")
+        #: Settings and sources of the decisions.
+        self.provenance: dict[str, Any] = json.loads((form.metadata or {}).get(PROVENANCE, b"{}"))
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes that ``label`` and ``predicted`` are indices of; ``None`` where not recorded."""
+        names = self.provenance.get("class_names")
+        return None if names is None else tuple(names)
+
+    def table(self) -> pa.Table:
+        """Read all of it into memory."""
+        with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
+            return file.read()
+
+    def subset(self, dataset: Any) -> "Subset":
+        """Return the samples of a data set that are kept, in its order.
+
+        Args:
+            dataset: A :class:`~lightning_mimic.WithIds`, or one whose row numbers are the ids.
+
+        Raises:
+            MimicError: The manifest is of another data set.
+        """
+        return kept_of(dataset, self.path)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the table as CSV."""
+        exports.write_csv(self, path)
+
+    def to_datacomp(self, path: str | Path) -> None:
+        """Write the kept ids as DataComp's resharder reads them: ``.npy`` of ``u8,u8``, sorted, with repeats.
+
+        Raises:
+            CurationError: An id is not 32 hexadecimal digits.
+        """
+        exports.write_datacomp(self, path)
+
+    def to_cleanlab(self, path: str | Path) -> None:
+        """Write a table as cleanlab's ``find_label_issues`` returns it, as CSV in the order of ids.
+
+        Its columns are ``is_label_issue`` (not kept), ``label_quality`` (share of the other scored samples with a lower
+        mean score, 0 to 1; lower is worse, empty: never scored), ``given_label`` and ``predicted_label`` (names of
+        classes where they are known).
+
+        Raises:
+            CurationError: No labels were recorded.
+        """
+        exports.write_cleanlab(self, path)
