@@ -291,3 +291,16 @@ def test_the_same_checkpoint_twice_scores_all_against_an_aligned_reference(tmp_p
     assert listed.known == [False] * 28 + [True] * 52  # four samples per feature with the eighth batch
     scores = torch.cat([column(rows, "score", epoch) for epoch in (0, 1)])
     torch.testing.assert_close(scores[28:], torch.cat(found)[28:], **CLOSE)
+
+
+def test_the_progress_bar_says_scoring_and_shows_no_epoch(tmp_path, capsys):
+    mimic = GradMimic(parameters_of(toy(Moody, seed=1)), "head", reweight="none", ledger=tmp_path / "s")
+    fit = trainer(mimic, AtCheckpoints(checkpoints(tmp_path)), epochs=3, enable_progress_bar=True)
+    fit.fit(toy(Moody), loader(toy_data(14)))
+    shown = "".join(capsys.readouterr())
+    assert "scoring: 100%" in shown
+    assert "12/12" in shown
+    assert "Epoch" not in shown
+    assert not fit.progress_bar_callback.is_disabled
+    steps = Ledger(tmp_path / "s").table(deduplicate=False)["step"].to_pylist()
+    assert steps == [4 * epoch + sample // 4 for epoch in range(3) for sample in range(14)]

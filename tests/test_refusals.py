@@ -182,16 +182,6 @@ def test_fsdp_is_refused():
         callback.on_fit_start(fit, module)
 
 
-def test_the_other_lightning_package_is_named():
-    import pytorch_lightning
-
-    class Other(pytorch_lightning.LightningModule):
-        pass
-
-    with pytest.raises(TypeError, match="`pytorch_lightning` is another package"):
-        GradMimic({}, "head").setup(trainer(), Other(), "fit")
-
-
 def test_an_unreadable_reference_leaves_no_ledger(tmp_path):
     with pytest.raises(ReferenceLoadError):
         trainer(GradMimic("no.pt", "head", ledger=tmp_path / "s")).fit(toy(), loader(toy_data(8)))

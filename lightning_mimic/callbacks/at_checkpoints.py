@@ -1,20 +1,13 @@
 """Scoring without training, at one checkpoint per epoch."""
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.data import _set_sampler_epoch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.trainer import call
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from lightning_mimic.callbacks.grad_mimic import GradMimic
 from lightning_mimic.callbacks.trainer_support import backward_scale, loss_of
@@ -23,9 +16,10 @@ from lightning_mimic.gradients import select_parameters
 from lightning_mimic.reference import Aligned, ReferenceLoadError, read_reference
 from lightning_mimic.reweighting.recorder import Position
 from lightning_mimic.reweighting.reference_batches import evaluating
+from lightning_mimic.trainer_package import fabric_of, package_of, pl
 
 
-class AtCheckpoints(Callback):
+class AtCheckpoints(pl.Callback):
     """Score samples at checkpoints, with the :class:`~lightning_mimic.GradMimic` of the same trainer; train nothing.
 
     ``fit`` iterates the training data once per checkpoint; epoch *k* of the ledger is checkpoint *k*. The module is in
@@ -84,22 +78,20 @@ class AtCheckpoints(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Score at every checkpoint; the trainer's own loop then finds all epochs done."""
         reweighter = _mimic_of(trainer).reweighter
-        strategy = trainer.strategy
-        alone = strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
-        batches = trainer.num_training_batches
-        steps = len(self.checkpoints) * batches
-        quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero
-        progress = Tqdm(desc="scoring", total=int(steps) if steps < float("inf") else None, disable=quiet)
+        package, strategy = package_of(trainer), trainer.strategy
+        parallel = isinstance(strategy, package.strategies.ParallelStrategy)
+        alone = strategy.block_backward_sync() if parallel else nullcontext()  # type: ignore[attr-defined]
         # Scores that need no gradient are still found by the graph between the loss and some parameters.
         scored = reweighter.targets or select_parameters(pl_module, "all")
-        with evaluating(pl_module, scored), alone, progress:
+        steps = itertools.count()
+        with evaluating(pl_module, scored), alone, self._progress(trainer) as progress:
             for path in self.checkpoints:
                 pl_module.load_state_dict(_tensors(path, pl_module))
                 for batch_idx, batch in enumerate(_epoch_of(trainer)):
-                    position = Position(trainer.current_epoch, progress.n, batch_idx)
                     pl_module.eval()  # whatever the module's own hooks have set
+                    position = Position(trainer.current_epoch, next(steps), batch_idx)
                     with reweighter.begin(batch, None, position, backward_scale(trainer, pl_module)) as step:
-                        outputs = call._call_strategy_hook(trainer, "training_step", step.batch, batch_idx)
+                        outputs = _call(trainer, "training_step", step.batch, batch_idx)
                         loss = loss_of(outputs)
                         if loss is not None:
                             step.after_forward(loss, backward_follows=False)
@@ -115,6 +107,15 @@ class AtCheckpoints(Callback):
         """Give the trainer its own progress bar back."""
         if trainer.progress_bar_callback is not None:
             trainer.progress_bar_callback.enable()
+
+    def _progress(self, trainer: pl.Trainer) -> Any:
+        """Return a progress bar over the batches of all checkpoints, shown where the trainer would show one."""
+        total = len(self.checkpoints) * trainer.num_training_batches
+        return package_of(trainer).callbacks.progress.tqdm_progress.Tqdm(
+            desc="scoring",
+            total=int(total) if total < float("inf") else None,
+            disable=trainer.progress_bar_callback is None or not trainer.is_global_zero,
+        )
 
     def _check(self, trainer: pl.Trainer, mimic: GradMimic) -> None:
         count = len(self.checkpoints)
@@ -137,16 +138,22 @@ class AtCheckpoints(Callback):
 
 def _epoch_of(trainer: pl.Trainer) -> Iterator[Any]:
     """Iterate the training batches once, as the trainer's own loop gives them to the module."""
-    loader = trainer.train_dataloader
-    combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
+    package, loader = package_of(trainer), trainer.train_dataloader
+    kind = package.utilities.combined_loader.CombinedLoader
+    combined = loader if isinstance(loader, kind) else kind(loader, "max_size_cycle")
     for each in combined.flattened:
-        _set_sampler_epoch(each, trainer.current_epoch)
+        fabric_of(package).utilities.data._set_sampler_epoch(each, trainer.current_epoch)
     module = trainer.lightning_module
     limit = trainer.num_training_batches
-    for batch, _, _ in islice(iter(combined), None if limit == float("inf") else int(limit)):
+    for batch, _, _ in itertools.islice(iter(combined), None if limit == float("inf") else int(limit)):
         batch = trainer.precision_plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-        yield call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+        yield _call(trainer, "batch_to_device", batch, dataloader_idx=0)
+
+
+def _call(trainer: pl.Trainer, hook: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a hook of the strategy as the trainer's own loop does, so that the module may log within it."""
+    return package_of(trainer).trainer.call._call_strategy_hook(trainer, hook, *args, **kwargs)
 
 
 def _mimic_of(trainer: pl.Trainer) -> GradMimic:

@@ -6,11 +6,6 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
-
 from lightning_mimic import distributed
 from lightning_mimic.callbacks.trainer_support import backward_scale, check_packages, check_support, loss_of
 from lightning_mimic.reference import Aligned, ReferenceSource
@@ -23,9 +18,10 @@ from lightning_mimic.reweighting.recorder import Position
 from lightning_mimic.reweighting.reference_monitor import OnDoubtful
 from lightning_mimic.reweighting.settings import OnNonfinite, Settings, Uncovered
 from lightning_mimic.scorers import Scorer, Weighting
+from lightning_mimic.trainer_package import package_of, pl
 
 
-class GradMimic(Callback):
+class GradMimic(pl.Callback):
     """Weight every sample by how far a descent step on it moves the model towards a reference.
 
     Per sample *i* of a micro-batch, over all ranks: ``mᵢ = −⟨∇ℓᵢ, v⟩/‖v‖`` with ``v = θ_ref − θ``, then
@@ -168,7 +164,7 @@ class GradMimic(Callback):
         if result is not None:
             pl_module.log_dict(result.figures(), prog_bar=True, on_step=True, on_epoch=False, batch_size=len(result))
             if result.report:
-                rank_zero_info(result.report)
+                package_of(trainer).utilities.rank_zero_info(result.report)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.reweighter.flush()
@@ -204,7 +200,7 @@ class GradMimic(Callback):
         check_support(trainer, pl_module, self.settings.reference)
 
         def prepare(batch: Any) -> Any:
-            return trainer.precision_plugin.convert_input(move_data_to_device(batch, pl_module.device))
+            return trainer.precision_plugin.convert_input(pl.utilities.move_data_to_device(batch, pl_module.device))
 
         with ExitStack() as failed:
             reweighter = Reweighter(pl_module, **self.settings.as_arguments(), prepare=prepare)

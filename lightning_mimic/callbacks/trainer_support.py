@@ -3,31 +3,32 @@
 from collections.abc import Mapping
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
 from lightning_mimic.errors import MimicError
 from lightning_mimic.reference import Aligned, ReferenceSource, refuse_module_on_features
+from lightning_mimic.trainer_package import package_of, pl
 
 
 def check_packages(trainer: object, module: object) -> None:
-    """Raises ``TypeError`` when trainer or module come from the other of Lightning's two packages."""
-    for role, thing, kind in (("Trainer", trainer, pl.Trainer), ("module", module, pl.LightningModule)):
-        if not isinstance(thing, kind):
-            raise TypeError(
-                f"GradMimic is a callback of the package `lightning`, but the {role} is a "
-                f"{type(thing).__module__}.{type(thing).__name__}. Import both from `lightning` (`import lightning as "
-                "L`); `pytorch_lightning` is another package, and their classes do not mix."
-            )
+    """Raise ``TypeError`` if trainer and module come from different ones of Lightning's two packages."""
+    package = package_of(trainer)
+    if not isinstance(module, package.LightningModule):
+        name = f"{type(module).__module__}.{type(module).__name__}"
+        raise TypeError(
+            f"the Trainer is one of `{package.__name__}`, and the module {name} is none of its LightningModules. "
+            "Import both from `lightning` (`import lightning as L`), or both from `pytorch_lightning`: their classes "
+            "do not mix."
+        )
 
 
 def check_support(trainer: pl.Trainer, module: pl.LightningModule, reference: ReferenceSource | Aligned | None) -> None:
     """Raise ``MimicError`` for trainers, modules and references with which weights or scores would be wrong."""
-    strategy = trainer.strategy
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+    strategy, package = trainer.strategy, package_of(trainer)
+    kinds = package.strategies
+    known = isinstance(strategy, kinds.SingleDeviceStrategy | kinds.DDPStrategy)
+    if not known or isinstance(strategy, kinds.DeepSpeedStrategy):
         raise MimicError(
             f"GradMimic runs on a single device and under DDP; {type(strategy).__name__} splits or replaces "
             "parameters and gradients in ways that are not tested with it. Use strategy='ddp'."
@@ -37,7 +38,9 @@ def check_support(trainer: pl.Trainer, module: pl.LightningModule, reference: Re
         raise MimicError(
             f"GradMimic needs automatic optimization; {type(module).__name__} steps its optimizers by hand. {elsewhere}"
         )
-    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+    if package.utilities.signature_utils.is_param_in_hook_signature(
+        module.training_step, "dataloader_iter", explicit=True
+    ):
         raise MimicError(
             "GradMimic must see each batch before training_step does; take `batch` instead of `dataloader_iter`."
         )

@@ -8,16 +8,14 @@ import shutil
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.files import atomic_write
 from lightning_mimic.reference import fingerprint
+from lightning_mimic.trainer_package import pl
 
 #: Of the files; what is cached under another one is not used.
 FORMAT = 1
@@ -230,7 +228,7 @@ class CachedFeatures(pl.LightningDataModule):
         try:
             held = _opened(path)
         except (ValueError, EOFError) as error:
-            rank_zero_warn(f"{path} is damaged ({error}); its features are computed anew.")
+            pl.utilities.rank_zero_warn(f"{path} is damaged ({error}); its features are computed anew.")
             return False
         ends = [0, len(images) - 1]
         expected = self._features(torch.stack([images[row] for row in ends]), views)
@@ -239,7 +237,9 @@ class CachedFeatures(pl.LightningDataModule):
             # Another device or batch size rounds otherwise; another backbone or image differs by more.
             if difference <= 1e-2 * expected.norm():
                 return True
-        rank_zero_warn(f"{path} does not hold what the backbone says of these images; its features are computed anew.")
+        pl.utilities.rank_zero_warn(
+            f"{path} does not hold what the backbone says of these images; its features are computed anew."
+        )
         return False
 
     def _write(self, path: Path, images: Any, views: int) -> None:
@@ -271,7 +271,9 @@ class CachedFeatures(pl.LightningDataModule):
             generator=torch.Generator(),  # or it would draw from the one that the training draws from
         )
         quiet = self.trainer is None or self.trainer.progress_bar_callback is None
-        with Tqdm(desc="Features", total=shape[0], unit="images", disable=quiet) as progress:
+        with pl.callbacks.progress.tqdm_progress.Tqdm(
+            desc="Features", total=shape[0], unit="images", disable=quiet
+        ) as progress:
             for batch in loader:
                 file.write(self._features(batch, shape[1]).numpy().astype("<f4", copy=False).tobytes())
                 progress.update(len(batch))

@@ -5,12 +5,12 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from lightning_mimic.errors import MimicError
+from lightning_mimic.trainer_package import pl
 
 #: int64 tensor of shape (B,), or a list of str.
 BatchIds = Tensor | list[str]
@@ -29,7 +29,7 @@ class _CarriesIds:
         return self._changed(apply_to_collection(self._plain(), Tensor, Tensor.pin_memory))
 
     def to(self, device: torch.device | str, **kwargs: Any) -> Any:
-        return self._changed(move_data_to_device(self._plain(), device))
+        return self._changed(pl.utilities.move_data_to_device(self._plain(), device))
 
     def _plain(self) -> Any:
         raise AssertionError  # pragma: no cover

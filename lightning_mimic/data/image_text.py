@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -24,6 +23,7 @@ from lightning_mimic.data.shards import list_shards, scanned_ids, stated_counts
 from lightning_mimic.distributed import rank, world_size
 from lightning_mimic.errors import MimicError
 from lightning_mimic.manifest import KeptIds
+from lightning_mimic.trainer_package import pl
 
 
 class ImageTextDataModule(pl.LightningDataModule):

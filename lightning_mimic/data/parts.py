@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -15,6 +14,7 @@ from lightning_mimic.data.ids import WithIds, collate_with_ids
 from lightning_mimic.data.noise import LabelNoise, SymmetricNoise
 from lightning_mimic.errors import MimicError
 from lightning_mimic.manifest import kept_of
+from lightning_mimic.trainer_package import pl
 
 #: Which images train (or are scored): those with trusted labels, three quarters of them, the other quarter, or the many
 #: with doubtful labels.

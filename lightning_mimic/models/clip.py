@@ -6,9 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -17,6 +15,7 @@ from lightning_mimic.errors import MimicError, nearest_names
 from lightning_mimic.models.contrastive import global_pair_losses, pair_losses
 from lightning_mimic.models.zero_shot import ZeroShot, recalls
 from lightning_mimic.reference import match_reference, read_reference
+from lightning_mimic.trainer_package import pl
 
 Tower = Literal["image", "text"]
 #: Cosines are multiplied with at most this, as CLIP was trained.
@@ -161,7 +160,7 @@ class CLIP(pl.LightningModule):
                 child.eval()
         return self
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
+    def configure_optimizers(self) -> pl.utilities.types.OptimizerLRScheduler:
         trained = {n: p for n, p in self.named_parameters() if p.requires_grad}
         vectors = [p for p in trained.values() if p.ndim < 2]
         matrices = [p for p in trained.values() if p.ndim >= 2]

@@ -4,15 +4,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_mimic.errors import MimicError
 from lightning_mimic.reference import match_reference, read_reference
+from lightning_mimic.trainer_package import pl
 
 
 class ImageClassifier(pl.LightningModule):
@@ -145,7 +144,7 @@ class ImageClassifier(pl.LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate(batch, "test", self.test_accuracy)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
+    def configure_optimizers(self) -> pl.utilities.types.OptimizerLRScheduler:
         optimizer = self._optimizer([p for p in self.parameters() if p.requires_grad])
         if self._scheduler is None:
             return optimizer
