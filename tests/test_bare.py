@@ -165,7 +165,7 @@ UNSEEN = {  # what is computed, its parts, what is unseen (the rest is exact), a
         "p",
         "more than swap two axes",
     ),
-    "prelu": (lambda n, x: n.l(x.mT), lambda: {"l": nn.PReLU(D)}, "l.*", "no rule is known"),
+    "prelu": (lambda n, x: F.prelu(x.mT, n.p), lambda: {"p": bare(D)}, "p", "no rule is known"),
     "instance norm": (lambda n, x: n.l(x.mT), lambda: {"l": nn.InstanceNorm1d(D, affine=True)}, "l.*", "used by"),
     "squared weight": (lambda n, x: n.l(x), lambda: {"l": Squared(D, D)}, "l.weight", "used by Pow"),
     "weight norm": (

@@ -9,7 +9,7 @@ from oracles import per_sample_gradients
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_mimic.gradients import LayerGradients
+from lightning_mimic.gradients import LayerGradients, layer_rules
 
 KNOWN = [
     nn.Linear(2, 2),
@@ -22,6 +22,13 @@ KNOWN = [
     nn.BatchNorm2d(2),
     nn.BatchNorm3d(2),
     nn.Embedding(2, 2),
+    nn.ConvTranspose1d(2, 2, 1),
+    nn.ConvTranspose2d(2, 2, 1),
+    nn.ConvTranspose3d(2, 2, 1),
+    nn.Bilinear(2, 2, 2),
+    nn.RMSNorm(2),
+    nn.PReLU(),
+    nn.PReLU(2),
 ]
 
 
@@ -38,20 +45,20 @@ def test_known_layers_pass_the_check(layer):
     "layer",
     [
         nn.MultiheadAttention(2, 1),
-        nn.ConvTranspose2d(2, 2, 1),
-        nn.Bilinear(2, 2, 2),
         nn.EmbeddingBag(2, 2),
         nn.InstanceNorm2d(2, affine=True),
         nn.SyncBatchNorm(2),
-        nn.PReLU(),
+        nn.RReLU(),
         nn.Sequential(nn.Linear(2, 2)),
     ],
 )
-def test_a_layer_of_an_unknown_kind_is_refused_by_name_and_type(layer):
+def test_a_layer_of_an_unknown_kind_is_refused_by_name_and_type(layer, monkeypatch):
+    monkeypatch.setattr(layer_rules, "_REGISTERED", {})
     message = (
-        f"`parameters`: 'body.head' is a {type(layer).__name__}; per-sample gradients are known for Linear, Conv1d, "
-        "Conv2d, Conv3d, LayerNorm, GroupNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, Embedding layers. Name such a "
-        "layer."
+        f"`parameters`: 'body.head' is a {type(layer).__name__}; per-sample gradients are known for Linear, Bilinear, "
+        "Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, LayerNorm, RMSNorm, GroupNorm, "
+        "BatchNorm1d, BatchNorm2d, BatchNorm3d, Embedding, PReLU layers. Name such a layer, or register a rule for "
+        "this one with `lightning_mimic.gradients.register_layer_rule`."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         LayerGradients.check("body.head", layer)
@@ -65,6 +72,9 @@ def test_a_layer_of_an_unknown_kind_is_refused_by_name_and_type(layer):
         (nn.utils.prune.identity(nn.Conv2d(2, 2, 1, bias=False), "weight"), "weight_orig"),
         (nn.utils.spectral_norm(nn.Conv1d(2, 2, 1)), "bias, weight_orig"),
         (parametrizations.weight_norm(nn.Linear(2, 2)), "bias"),
+        (parametrizations.weight_norm(nn.ConvTranspose2d(2, 2, 1)), "bias"),
+        (nn.utils.prune.identity(nn.Bilinear(2, 2, 2), "weight"), "bias, weight_orig"),
+        (nn.utils.prune.identity(nn.PReLU(2), "weight"), "weight_orig"),
     ],
 )
 def test_a_layer_that_makes_its_weight_of_others_is_refused_with_their_names(layer, own):
@@ -78,7 +88,11 @@ def test_a_layer_that_makes_its_weight_of_others_is_refused_with_their_names(lay
 
 @pytest.mark.parametrize(
     "layer",
-    [parametrizations.weight_norm(nn.Linear(2, 2, bias=False)), nn.LayerNorm(2, elementwise_affine=False)],
+    [
+        parametrizations.weight_norm(nn.Linear(2, 2, bias=False)),
+        nn.LayerNorm(2, elementwise_affine=False),
+        nn.RMSNorm(2, elementwise_affine=False),
+    ],
 )
 def test_a_layer_without_parameters_of_its_own_is_refused_in_a_whole_sentence(layer):
     with pytest.raises(ValueError, match=r"`parameters`: 'head' ") as caught:
@@ -130,6 +144,14 @@ def test_linear_layers_offer_all_three_products_and_others_the_dot(layer):
         (nn.BatchNorm2d(3), (5, 3, 4, 4)),
         (nn.BatchNorm3d(3), (5, 3, 4, 4, 4)),
         (nn.Embedding(2, 3), (5, 3)),
+        (nn.ConvTranspose1d(2, 3, 1), (5, 3, 4)),
+        (nn.ConvTranspose2d(2, 3, 1), (5, 3, 4, 4)),
+        (nn.ConvTranspose3d(2, 3, 1), (5, 3, 4, 4, 4)),
+        (nn.Bilinear(2, 2, 3), (5, 3)),
+        (nn.RMSNorm(3), (5, 3)),
+        (nn.RMSNorm((4, 3)), (5, 4, 3)),
+        (nn.PReLU(), (5,)),
+        (nn.PReLU(3), (5, 3)),
     ],
 )
 def test_an_output_without_a_batch_axis_is_recognised(layer, shape):
@@ -148,6 +170,11 @@ class Standardised(nn.Conv2d):  # as in BiT: another weight through the inner me
         return super()._conv_forward(input, weight / weight.std((1, 2, 3), keepdim=True), bias)
 
 
+class Cropped(nn.ConvTranspose2d):
+    def _output_padding(self, *arguments):
+        return [0, 0]
+
+
 def on_the_object(name: str) -> nn.Module:
     layer = nn.Conv1d(2, 2, 1)
     setattr(layer, name, lambda *inputs: inputs[0])
@@ -162,6 +189,7 @@ def on_the_object(name: str) -> nn.Module:
             Standardised(4, 2, 3),
             "Standardised with a forward of its own, which may compute something else than Conv2d.",
         ),
+        (Cropped(4, 2, 3), "Cropped with a forward of its own, which may compute something else than ConvTranspose2d."),
         (on_the_object("forward"), "Conv1d with a forward of its own"),
         (on_the_object("_conv_forward"), "Conv1d with a forward of its own"),
     ],

@@ -3,11 +3,14 @@
 from lightning_mimic.gradients.descent import Descent
 from lightning_mimic.gradients.direction import Direction
 from lightning_mimic.gradients.graph import Graph
+from lightning_mimic.gradients.layer_rule import LayerRule
+from lightning_mimic.gradients.layer_rules import is_linear, register_layer_rule
 from lightning_mimic.gradients.layers import LayerGradients
 from lightning_mimic.gradients.losses import LossGradients
 from lightning_mimic.gradients.model import ModelHooks, WholeModelGradients
 from lightning_mimic.gradients.parameters import owning_layer, select_parameters
 from lightning_mimic.gradients.row_hooks import gate_rows, hook_gradient
+from lightning_mimic.gradients.rule_check import check_layer_rule
 from lightning_mimic.gradients.sample_gradients import SampleGradients
 
 #: The classes that represent per-sample gradients.
@@ -19,12 +22,16 @@ __all__ = [
     "Direction",
     "Graph",
     "LayerGradients",
+    "LayerRule",
     "LossGradients",
     "ModelHooks",
     "SampleGradients",
     "WholeModelGradients",
+    "check_layer_rule",
     "gate_rows",
     "hook_gradient",
+    "is_linear",
     "owning_layer",
+    "register_layer_rule",
     "select_parameters",
 ]

@@ -8,21 +8,23 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from lightning_mimic.errors import MimicError
+from lightning_mimic.gradients.layer_rule import map_tensors
 from lightning_mimic.gradients.layers import LayerGradients
 from lightning_mimic.gradients.nodes import node_of_all
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One call of a layer: what its per-sample gradients are made of.
+    """One call of a layer, from which its per-sample gradients are computed.
 
     Attributes:
         name: The layer's path.
         layer: The layer.
-        parts: ``"weight"`` and/or ``"bias"`` to the full name of the parameter that is looked at.
-        node: Where the output's whole gradient arrives, in this shape or flattened: :func:`~.graph.node_of_all`,
+        parts: The layer's own parameter names, such as ``"weight"``, to the full names of the observed parameters.
+        node: Where the output's whole gradient arrives, in this shape or flattened: :func:`~.nodes.node_of_all`,
             taken before an in-place operation could replace it.
-        shape: The output's.
+        shape: The output's shape.
     """
 
     name: str
@@ -30,37 +32,48 @@ class LayerCall:
     parts: Mapping[str, str]
     node: Node
     shape: tuple[int, ...]
-    _inputs: Tensor = field(repr=False)
-    _version: int
+    _args: tuple[Any, ...] = field(repr=False)
+    _kwargs: Mapping[str, Any] = field(repr=False)
+    _versions: tuple[tuple[Tensor, int], ...] = field(repr=False)
 
     #: The batch's axis in ``shape``.
     axis: ClassVar[int] = 0
 
     @property
     def inputs(self) -> Tensor:
-        """The layer's input.
+        """The first tensor among the layer's inputs.
 
         Raises:
-            RuntimeError: It was changed in place after the layer had used it.
+            RuntimeError: An input was changed in place after the layer had used it.
         """
-        if self._inputs._version != self._version:
+        self._check_versions()
+        return self._versions[0][0]
+
+    def gradients(self, output_gradients: Tensor) -> LayerGradients:
+        """Return the per-sample gradients of this call, given the gradient of its output.
+
+        Raises:
+            RuntimeError: An input was changed in place after the layer had used it.
+            MimicError: A rule that was registered for the layer is wrong.
+        """
+        self._check_versions()
+        gradients = output_gradients.reshape(self.shape)
+        return LayerGradients(self.layer, self._args, gradients, list(self.parts), kwargs=self._kwargs)
+
+    def dot(self, output_gradients: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
+        """Return this call's share in ``⟨gᵢ, v⟩``, shape ``(B,)``; ``vectors`` by full name."""
+        return self.gradients(output_gradients).dot(self.local(vectors))
+
+    def local(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the vectors of this layer by part, from those by full name."""
+        return {part: vectors[name] for part, name in self.parts.items()}
+
+    def _check_versions(self) -> None:
+        if any(tensor._version != version for tensor, version in self._versions):
             raise RuntimeError(
                 f"the input of {self.name!r} was changed in place after the layer had used it, so the scores cannot be "
                 "taken from it. Use the out-of-place operation."
             )
-        return self._inputs
-
-    def gradients(self, output_gradients: Tensor) -> LayerGradients:
-        """The per-sample gradients of this call, given the gradient of its output."""
-        return LayerGradients(self.layer, self.inputs, output_gradients.reshape(self.shape), list(self.parts))
-
-    def dot(self, output_gradients: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
-        """This call's share in ``⟨gᵢ, v⟩``, shape ``(B,)``; ``vectors`` by full name."""
-        return self.gradients(output_gradients).dot(self.local(vectors))
-
-    def local(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The vectors of this layer by part, from those by full name."""
-        return {part: vectors[name] for part, name in self.parts.items()}
 
 
 @dataclass
@@ -82,7 +95,7 @@ class LayerHooks:
     Args:
         name: The layer's path, for messages.
         layer: A layer that :meth:`LayerGradients.check` accepts.
-        parts: ``"weight"`` and/or ``"bias"`` to the full name of the parameter.
+        parts: The layer's own parameter names, such as ``"weight"``, to the full names of the parameters.
     """
 
     def __init__(self, name: str, layer: nn.Module, parts: Mapping[str, str]) -> None:
@@ -95,7 +108,7 @@ class LayerHooks:
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def forward_hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             if self.into is not None and module is layer:
-                self._record(self.into, args[0] if args else kwargs["input"], output)
+                self._record(self.into, args, kwargs, output)
 
         # First of all hooks: another one may put something else in the output's place.
         self._handle = layer.register_forward_hook(forward_hook, prepend=True, with_kwargs=True)
@@ -105,13 +118,27 @@ class LayerHooks:
         self.into = None
         self._handle.remove()
 
-    def _record(self, into: LayerCalls, inputs: Tensor, output: Tensor) -> None:
+    def _record(self, into: LayerCalls, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+        if not isinstance(output, Tensor):
+            raise MimicError(
+                f"`parameters`: {self.name!r} returned a {type(output).__name__}; a layer with a rule must return one "
+                "tensor."
+            )
         if not output.requires_grad or output.grad_fn is None:
             into.without_gradient.update(self.parts.values())
             return
         node = node_of_all(output)
         if node is None:
             return  # the graph may know more
+        versions: list[tuple[Tensor, int]] = []
+
+        def detached(tensor: Tensor) -> Tensor:
+            twin = tensor.detach()  # counts changes in place together with the tensor
+            if not twin.is_inference():
+                versions.append((twin, twin._version))
+            return twin
+
+        inputs, named = map_tensors(detached, args), map_tensors(detached, dict(kwargs))
         into.calls.append(
             LayerCall(
                 name=self.name,
@@ -119,7 +146,8 @@ class LayerHooks:
                 parts=self.parts,
                 node=node,
                 shape=tuple(output.shape),
-                _inputs=inputs.detach(),
-                _version=inputs._version,
+                _args=inputs,
+                _kwargs=named,
+                _versions=tuple(versions),
             )
         )

@@ -1,71 +1,16 @@
-"""Per-sample gradients of one layer, held as its input and its output gradient."""
+"""Per-sample gradients of one layer, held as its inputs and its output gradient."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mimic.errors import MimicError
+from lightning_mimic.errors import MimicError, nearest_names
+from lightning_mimic.gradients.layer_rule import cast, map_tensors
+from lightning_mimic.gradients.layer_rules import is_linear, objection, rule_of
+from lightning_mimic.gradients.rule_check import check_registered_rule
 from lightning_mimic.gradients.sample_gradients import refuse_product
-
-
-def _linear(layer: nn.Linear, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(inputs, weight, bias)
-
-
-def _convolution(layer: nn.Conv2d, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # The layer's own arithmetic with other weights: it honours stride, groups and padding_mode.
-    output: Tensor = layer._conv_forward(inputs, weight, bias)
-    return output
-
-
-def _layer_norm(layer: nn.LayerNorm, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.layer_norm(inputs, layer.normalized_shape, weight, bias, layer.eps)
-
-
-def _group_norm(layer: nn.GroupNorm, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.group_norm(inputs, layer.num_groups, weight, bias, layer.eps)
-
-
-def _batch_norm(layer: nn.BatchNorm2d, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    by_batch = layer.training or layer.running_mean is None
-    mean, variance = (None, None) if by_batch else (layer.running_mean, layer.running_var)
-    if mean is not None and variance is not None:
-        mean, variance = mean.to(inputs.dtype), variance.to(inputs.dtype)
-    return F.batch_norm(inputs, mean, variance, weight, bias, by_batch, 0.0, layer.eps)
-
-
-def _embedding(layer: nn.Embedding, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows = F.embedding(inputs, weight, layer.padding_idx)
-    # The padding row gets no gradient, whatever direction it is given.
-    return rows if layer.padding_idx is None else rows * (inputs != layer.padding_idx).unsqueeze(-1)
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """What a kind of layer computes with other weights, and how many axes one sample takes at the least."""
-
-    apply: Callable[..., Tensor]
-    axes: int
-    channels_last: bool = False  # the bias runs along the last axes, not along the second
-
-
-# Layers linear in their parameters.
-_RULES: dict[type[nn.Module], _Rule] = {
-    nn.Linear: _Rule(_linear, 1, channels_last=True),
-    nn.Conv1d: _Rule(_convolution, 2),
-    nn.Conv2d: _Rule(_convolution, 3),
-    nn.Conv3d: _Rule(_convolution, 4),
-    nn.LayerNorm: _Rule(_layer_norm, 1, channels_last=True),
-    nn.GroupNorm: _Rule(_group_norm, 1),
-    nn.BatchNorm1d: _Rule(_batch_norm, 1),
-    nn.BatchNorm2d: _Rule(_batch_norm, 3),
-    nn.BatchNorm3d: _Rule(_batch_norm, 4),
-    nn.Embedding: _Rule(_embedding, 1, channels_last=True),
-}
-_EMBEDDING_REFUSED = ("max_norm", "scale_grad_by_freq", "sparse")
 
 
 class LayerGradients:
@@ -77,10 +22,15 @@ class LayerGradients:
     normalisation in training mode the rows are the samples' contributions to the total.
 
     Args:
-        layer: A linear, convolutional, normalisation or embedding layer (:meth:`check`).
-        inputs: The layer's input *a*, shape ``(B, ...)``.
+        layer: A linear, convolutional, normalisation or embedding layer, a PReLU, or another one with a rule
+            (:meth:`check`, :func:`~lightning_mimic.gradients.register_layer_rule`).
+        inputs: The layer's input *a*, shape ``(B, ...)``, or a tuple of all positional arguments of its call.
         output_gradients: ``∂ℓᵢ/∂output`` of the unreduced losses, the output's shape.
-        parts: Which of ``"weight"`` and ``"bias"`` the rows hold; all that the layer has, if left out.
+        parts: Names of the parameters that the rows hold, such as ``"weight"``; all that the layer has, if left out.
+        kwargs: Keyword arguments of the layer's call.
+
+    Raises:
+        MimicError: A rule that was registered for the layer is wrong.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
@@ -90,44 +40,34 @@ class LayerGradients:
     """
 
     def __init__(
-        self, layer: nn.Module, inputs: Tensor, output_gradients: Tensor, parts: Sequence[str] | None = None
+        self,
+        layer: nn.Module,
+        inputs: Tensor | tuple[Any, ...],
+        output_gradients: Tensor,
+        parts: Sequence[str] | None = None,
+        *,
+        kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self._layer = layer
-        self._rule = _rule(layer)
-        self._inputs = inputs
+        self._rule = rule_of(layer)
+        self._inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        self._kwargs = dict(kwargs or {})
         self._output_gradients = output_gradients
         own = [name for name, _ in layer.named_parameters(recurse=False)]
         self._parts = own if parts is None else [name for name in own if name in parts]
+        check_registered_rule(layer, self._inputs, self._kwargs)
 
     @staticmethod
     def check(name: str, layer: nn.Module) -> None:
-        """Raises ``ValueError`` if the layer's gradients do not follow from its input and output gradient."""
-        kind = next((kind for kind in type(layer).__mro__ if kind in _RULES), None)
-        if kind is None:
-            known = ", ".join(t.__name__ for t in _RULES)
-            raise MimicError(
-                f"`parameters`: {name!r} is a {type(layer).__name__}; per-sample gradients are known for {known} "
-                "layers. Name such a layer."
-            )
-        if any(_method(layer, method) is not getattr(kind, method, None) for method in ("forward", "_conv_forward")):
-            raise MimicError(
-                f"`parameters`: {name!r} is a {type(layer).__name__} with a forward of its own, which may compute "
-                f"something else than {kind.__name__}."
-            )
-        own = {n for n, _ in layer.named_parameters(recurse=False)}
-        if "weight" not in own or not own <= {"weight", "bias"}:
-            made = f"makes its weight of {', '.join(sorted(own))}" if own else "has no plain weight of its own"
-            raise MimicError(
-                f"`parameters`: {name!r} {made} (weight_norm, pruning ...), in which it is not linear. Name another "
-                "layer, or remove the reparametrisation."
-            )
-        options = _EMBEDDING_REFUSED if isinstance(layer, nn.Embedding) else ()
-        refused = [option for option in options if getattr(layer, option)]
-        if refused:
-            raise MimicError(
-                f"`parameters`: {name!r} is an Embedding with {', '.join(refused)}, under which its gradient is not "
-                "linear in its rows or not dense. Switch that off, or name another layer."
-            )
+        """Raise ``MimicError`` if the layer's gradients do not follow from its inputs and output gradient.
+
+        Args:
+            name: The layer's path, for the message.
+            layer: The layer.
+        """
+        refused = objection(layer)
+        if refused is not None:
+            raise MimicError(f"`parameters`: {name!r} {refused}")
 
     @property
     def products(self) -> frozenset[str]:
@@ -142,49 +82,51 @@ class LayerGradients:
             >>> sorted(LayerGradients.products_of(nn.Conv2d(1, 1, 1)))
             ['dot']
         """
-        return frozenset({"dot", "norms", "gram"} if isinstance(layer, nn.Linear) else {"dot"})
+        return frozenset({"dot", "norms", "gram"} if is_linear(layer) else {"dot"})
 
     @staticmethod
     def batch_first(layer: nn.Module, shape: Sequence[int]) -> bool:
         """Whether an output of this shape has a batch axis before the axes that one sample takes."""
-        axes = len(layer.normalized_shape) if isinstance(layer, nn.LayerNorm) else _rule(layer).axes
-        return len(shape) > axes
+        return len(shape) > rule_of(layer).axes(layer)
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> "LayerGradients":
-        """Rows of other samples, whose inputs and output gradients ``change`` makes of these."""
-        return LayerGradients(self._layer, change(self._inputs), change(self._output_gradients), self._parts)
+        """Return rows of other samples, whose inputs and output gradients ``change`` makes of these."""
+        inputs, kwargs = map_tensors(change, self._inputs), map_tensors(change, self._kwargs)
+        return LayerGradients(self._layer, inputs, change(self._output_gradients), self._parts, kwargs=kwargs)
 
     def divided(self, scale: Tensor) -> "LayerGradients":
-        """The same rows, if these are ``scale`` times too large; in float32 or higher."""
+        """Return the rows divided by ``scale``, in float32 or higher."""
         dtype = torch.promote_types(self._output_gradients.dtype, torch.float32)
-        return LayerGradients(self._layer, self._inputs, self._output_gradients.to(dtype) / scale, self._parts)
+        gradients = self._output_gradients.to(dtype) / scale
+        return LayerGradients(self._layer, self._inputs, gradients, self._parts, kwargs=self._kwargs)
 
     @torch.no_grad()
     def dot(self, vectors: Mapping[str, Tensor]) -> Tensor:
-        """``⟨gᵢ, v⟩`` for every sample.
+        """Return ``⟨gᵢ, v⟩`` for every sample.
 
         Args:
-            vectors: ``"weight"`` and/or ``"bias"`` to a tensor of that parameter's shape; a part that is
-                left out counts as zero.
+            vectors: The layer's own parameter names, such as ``"weight"``, to a tensor of that parameter's shape; a
+                part that is left out counts as zero.
 
         Returns:
             Shape ``(B,)``, in the dtype of ``vectors`` or higher.
+
+        Raises:
+            MimicError: A name that is no parameter of the layer.
         """
+        for name in vectors:
+            if name not in self._rule.parameters:
+                raise MimicError(f"{type(self._layer).__name__} has no {name!r}; {nearest_names(name, self._parts)}.")
         dtype = torch.promote_types(next(iter(vectors.values())).dtype, torch.float32)
-        weight, bias = (vectors[part].to(dtype) if part in vectors else None for part in ("weight", "bias"))
         gradients = self._output_gradients.to(dtype)
         with _full_precision(gradients):
-            if weight is not None:
-                moved = self._rule.apply(self._layer, _as(self._inputs, dtype), weight, bias)
-            else:
-                assert bias is not None
-                along = bias if self._rule.channels_last else bias.reshape(-1, *[1] * (gradients.ndim - 2))
-                moved = along.expand_as(gradients)
-            return (gradients * moved).flatten(1).sum(1)
+            moved = self._linear_part({part: vector.to(dtype) for part, vector in vectors.items()}, dtype)
+            product = gradients * moved
+            return product.flatten(1).sum(1) if product.ndim > 1 else product
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """``‖gᵢ‖`` for every sample of an ``nn.Linear``, shape ``(B,)``; without tokens ``‖aᵢ‖ ‖bᵢ‖``."""
+        """Return ``‖gᵢ‖`` for every sample of an ``nn.Linear``, shape ``(B,)``; without tokens ``‖aᵢ‖ ‖bᵢ‖``."""
         inputs, gradients = self._tokens("norms")
         # A confident sample's gradient is small, and its square may be none at all.
         size = gradients.abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(gradients.dtype).tiny)
@@ -203,7 +145,7 @@ class LayerGradients:
 
     @torch.no_grad()
     def gram(self) -> Tensor:
-        """``⟨gᵢ, gⱼ⟩`` for all pairs of samples of an ``nn.Linear``, shape ``(B, B)``."""
+        """Return ``⟨gᵢ, gⱼ⟩`` for all pairs of samples of an ``nn.Linear``, shape ``(B, B)``."""
         inputs, gradients = self._tokens("gram")
         rows, tokens = inputs.shape[:2]
         gram = torch.zeros(rows, rows, dtype=inputs.dtype, device=inputs.device)
@@ -222,13 +164,13 @@ class LayerGradients:
         return gram
 
     def mean(self) -> dict[str, Tensor]:
-        """``Σᵢ gᵢ / B`` by part, each of that parameter's shape."""
+        """Return ``Σᵢ gᵢ / B`` by part, each of that parameter's shape."""
         rows = self._output_gradients
         dtype = torch.promote_types(rows.dtype, torch.float32)
         return self.weighted_sum(torch.full((len(rows),), 1 / len(rows), dtype=dtype, device=rows.device))
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
-        """``Σᵢ weightsᵢ gᵢ``, the gradient of a weighted loss.
+        """Return ``Σᵢ weightsᵢ gᵢ``, the gradient of a weighted loss.
 
         Args:
             weights: Shape ``(B,)``.
@@ -241,9 +183,14 @@ class LayerGradients:
         dtype = next(iter(held.values())).dtype
         rows = (self._output_gradients * weights.view(-1, *[1] * (self._output_gradients.ndim - 1))).to(dtype)
         with torch.enable_grad(), _full_precision(rows):
-            output = self._rule.apply(self._layer, _as(self._inputs, dtype), held["weight"], held.get("bias"))
+            output = self._linear_part(held, dtype)
             sums = torch.autograd.grad(output, list(wanted.values()), rows)
         return dict(zip(wanted, sums, strict=True))
+
+    def _linear_part(self, vectors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Return what the layer adds to its output for these parameters, inputs being cast to the dtype."""
+        inputs, kwargs = cast(self._inputs, dtype), cast(self._kwargs, dtype)
+        return self._rule.linear_part(self._layer, vectors, inputs, kwargs, self._output_gradients)
 
     def _tokens(self, product: str) -> tuple[Tensor, Tensor]:
         """Return input and output gradient as ``(B, tokens, features)``, in float32 or higher."""
@@ -251,24 +198,11 @@ class LayerGradients:
             refuse_product(product, f"LayerGradients of {type(self._layer).__name__}", self.products)
         dtype = torch.promote_types(self._output_gradients.dtype, torch.float32)
         rows = len(self._output_gradients)
-        pair = [t.to(dtype).reshape(rows, -1, t.shape[-1]) for t in (self._inputs, self._output_gradients)]
+        inputs: Tensor = next(each for each in (*self._inputs, *self._kwargs.values()))
+        pair = [t.to(dtype).reshape(rows, -1, t.shape[-1]) for t in (inputs, self._output_gradients)]
         return pair[0], pair[1]
 
 
 def _full_precision(tensor: Tensor) -> torch.autocast:
     """Autocast would put products back into half precision."""
     return torch.autocast(tensor.device.type, enabled=False)
-
-
-def _method(layer: nn.Module, name: str) -> object:
-    """What the layer calls by this name: the class's function, or what was put in its place on the object."""
-    return vars(layer).get(name, getattr(type(layer), name, None))
-
-
-def _rule(layer: nn.Module) -> _Rule:
-    return next(_RULES[kind] for kind in type(layer).__mro__ if kind in _RULES)
-
-
-def _as(inputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inputs in the product's dtype; an embedding's are indices and stay what they are."""
-    return inputs.to(dtype) if inputs.is_floating_point() else inputs

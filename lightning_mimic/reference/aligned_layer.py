@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mimic.errors import MimicError
-from lightning_mimic.gradients import owning_layer
+from lightning_mimic.gradients import is_linear, owning_layer
 from lightning_mimic.reference.aligned import Aligned, AlignedDirection
 from lightning_mimic.reference.model import reference_model
 from lightning_mimic.reference.moments import Moments
@@ -29,7 +29,7 @@ class AlignedLayer(AlignedDirection):
     def __init__(self, aligned: Aligned, module: nn.Module, targets: Mapping[str, nn.Parameter]) -> None:
         path, layer = owning_layer(module, targets)
         whole = {f"{path}.{name}" for name, _ in layer.named_parameters(recurse=False)}
-        if not isinstance(layer, nn.Linear) or set(targets) != whole:
+        if not isinstance(layer, nn.Linear) or not is_linear(layer) or set(targets) != whole:
             raise MimicError(
                 f"`parameters`: an aligned reference refits one whole nn.Linear, not {', '.join(sorted(targets))} of a "
                 f"{type(layer).__name__}. Name the path of the model's last linear layer."

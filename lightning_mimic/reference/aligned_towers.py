@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mimic.errors import MimicError, join_names
+from lightning_mimic.gradients.layer_rules import find_rule, is_linear
 from lightning_mimic.reference.aligned import Aligned, AlignedDirection
 from lightning_mimic.reference.aligned_layer import AlignedLayer
 from lightning_mimic.reference.gauge import procrustes
@@ -115,7 +116,9 @@ def _projections(module: nn.Module, targets: Mapping[str, nn.Parameter]) -> list
         layer = module.get_submodule(path)
         linear = isinstance(layer, nn.Linear)
         whole = {f"{path}.{n}" for n, _ in layer.named_parameters(recurse=False)} if linear else set(weights)
-        if len(weights) != 1 or set(names) != whole:
+        # A layer with another rule than nn.Linear's does something else with its matrix than to multiply by it.
+        other = find_rule(layer) is not None and not is_linear(layer)
+        if len(weights) != 1 or set(names) != whole or other:
             raise MimicError(
                 "`parameters`: an aligned CLIP refits both of its projections, that of the images (below `visual`) "
                 f"and that of the texts, each a matrix or a whole nn.Linear; not {join_names(sorted(targets))}. Of "
