@@ -130,7 +130,7 @@ def test_a_layer_with_a_rule_that_returns_no_tensor_is_refused_when_it_is_called
     register_layer_rule(Pair, SCALE)
     layer = Pair(3)
     hooks = LayerHooks("pair", layer, {"factor": "pair.factor"})
-    hooks.into = into = LayerCalls()
+    hooks.into = LayerCalls()
     with pytest.raises(MimicError, match=r"`parameters`: 'pair' returned a tuple; a layer with a rule must ret"):
         layer(torch.ones(2, 3))
 
@@ -165,17 +165,17 @@ def reference_of(kind: type[Toy]) -> dict[str, Tensor]:
     return {n: p + torch.randn(p.shape, generator=generator) / 10 for n, p in parameters_of(toy(kind)).items()}
 
 
-@pytest.mark.parametrize("scope", ["loss", "target"])
+@pytest.mark.parametrize("reweight", ["all", "target"])
 @pytest.mark.parametrize(("kind", "parameters"), [(Rich, "all"), (Rich, "head"), (Rich, "act"), (Scaled, "head")])
-def test_a_fit_with_such_layers_is_training_by_a_loop(kind, parameters, scope, tmp_path):
+def test_a_fit_with_such_layers_is_training_by_a_loop(kind, parameters, reweight, tmp_path):
     register_layer_rule(Scale, SCALE)
     ours, oracle, data = toy(kind), toy(kind), toy_data(12)
     reference = reference_of(kind)
     names = [n for n in reference if parameters == "all" or n.startswith(parameters)]
-    settings = {"temperature": 0.7, "min_ess": 0, "scope": scope, "ledger": tmp_path / "s"}
+    settings = {"temperature": 0.7, "min_ess": 0, "reweight": reweight, "ledger": tmp_path / "s"}
     trainer(GradMimic(reference, parameters, **settings)).fit(ours, loader(data))
     batches = [data[i : i + 4] for i in range(0, 12, 4)]
-    seen = trained_by_oracle(oracle, batches, reference, scope=scope, targets=names, losses=toy_losses)
+    seen = trained_by_oracle(oracle, batches, reference, reweight=reweight, targets=names, losses=toy_losses)
     torch.testing.assert_close(parameters_of(ours), parameters_of(oracle), rtol=1e-9, atol=1e-9)
     scores = torch.tensor(Ledger(tmp_path / "s").table().sort_by("id")["score"].to_pylist())
     torch.testing.assert_close(scores, torch.cat([s for s, _ in seen]).float(), rtol=1e-6, atol=1e-6)
