@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "ledger": BASE,
     "manifest": BASE | {"database"},
     "reweighting": PURE | RECORDS,
-    **{room: PURE | RECORDS | {"reweighting"} for room in ("callbacks", "models", "data")},
+    "trainer_package": set(),
+    **{room: PURE | RECORDS | {"reweighting", "trainer_package"} for room in ("callbacks", "models", "data")},
     "metrics": OFFLINE | {"distributed"},
     "curation": OFFLINE | {"metrics"},
     "report": OFFLINE | {"metrics", "curation"},
@@ -48,7 +49,7 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT)
 STAGES = {
     "": ["", "version", "errors", "lazy", "files", "database", "ledger", "manifest", "curation"],
     "torch torchmetrics": ["distributed", "gradients", "scorers", "reference", "reweighting", "metrics", "report"],
-    "lightning.pytorch": ["callbacks", "models", "data"],
+    "lightning.pytorch": ["trainer_package", "callbacks", "models", "data"],
     "hydra omegaconf": ["cli"],
 }
 LARGE = {"torch", "torchmetrics", "lightning", "pytorch_lightning", "hydra", "omegaconf", "duckdb", "snorkel"}
@@ -68,12 +69,10 @@ OPTIONAL = {
     "webdataset": {"data/shards.py"},
     "PIL": {"data/pairs.py", "data/labelled.py"},
 }
-CORE = {"lightning", "lightning_utilities", "torch", "torchmetrics", "hydra", "omegaconf", "pyarrow", "lightning_mimic"}
-#: The callbacks still have questions of their own about ranks.
-ASKS = {f"callbacks/{name}.py" for name in ("plan", "products", "second_batch", "step", "support")}
+CORE = {"lightning", "lightning_utilities", "pytorch_lightning", "torch", "torchmetrics", "hydra", "omegaconf", "pyarrow", "lightning_mimic"}
 #: Names that one file uses, and no other file of the package but those that are listed.
 OWNED = {
-    r"torch\.distributed|gather_all_tensors|\bdist\.|all_reduce|all_gather": {"distributed.py"} | ASKS,
+    r"torch\.distributed|gather_all_tensors|\bdist\.|all_reduce|all_gather": {"distributed.py"},
     r"\bos\.(replace|rename|link|fsync)\b|\bfsync\b|shutil\.move|NamedTemporaryFile|\.tmp\b": {"files.py"},
 }
 #: Of the core's packages, those that a room's files may name at all; elsewhere all but Hydra's.

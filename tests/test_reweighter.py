@@ -1,5 +1,8 @@
 """The engine in loops of one's own: the same scores and steps as the callback's, wherever it runs."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from ranks import on_two_ranks, strategy, two
+from ranks import strategy, two
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -253,7 +256,12 @@ def batches_of_rank(rank: int) -> DataLoader[Any]:
     return DataLoader(WithIds(toy_data(24)), batch_sampler=batches, collate_fn=collate_with_ids)
 
 
-def on_rank(rank: int, folder: Path) -> None:
+def on_rank() -> None:
+    """One of the two processes that torchrun starts."""
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     for name, (options, parameters, settings) in PAIRED.items():
         reference = None if "scorer" in settings else parameters_of(toy(seed=1))
         module = toy()
@@ -270,10 +278,22 @@ def on_rank(rank: int, folder: Path) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
         torch.save((parameters_of(net), parameters_of(module)), folder / f"{name}-{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
-def test_two_processes_take_the_steps_of_the_callback(tmp_path):
-    on_two_ranks(on_rank, tmp_path)
+def test_two_processes_under_torchrun_take_the_steps_of_the_callback(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    program = tmp_path / "program.py"
+    program.write_text("import test_reweighter\n\ntest_reweighter.on_rank()\n")
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [*torchrun, str(program), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     for name in PAIRED:
         for rank in (0, 1):
             ours, theirs = torch.load(tmp_path / f"{name}-{rank}.pt")
