@@ -230,6 +230,13 @@ def test_a_layer_that_can_be_differentiated_once_only_is_compared_by_its_gradien
         check_layer_rule(Custom(), x)
 
 
+def test_of_such_a_layer_the_product_is_compared_with_the_gradient():
+    rule = LayerRule(lambda layer, p, x: x * (p["weight"] + p["weight"].detach()), ("weight",))  # the gradient is right
+    register_layer_rule(Custom, rule)
+    with pytest.raises(MimicError, match="its product with other values of 'weight' is not autograd's"):
+        check_layer_rule(Custom(), torch.randn(4, 3))
+
+
 def test_inputs_that_show_nothing_leave_the_comparison_to_the_next_call_and_nan_shows_nothing():
     register_layer_rule(Square, LayerRule(lambda layer, p, x: 2 * x * p["weight"], ("weight",)))
 
