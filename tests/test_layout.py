@@ -69,7 +69,8 @@ OPTIONAL = {
     "webdataset": {"data/shards.py"},
     "PIL": {"data/pairs.py", "data/labelled.py"},
 }
-CORE = {"lightning", "lightning_utilities", "pytorch_lightning", "torch", "torchmetrics", "hydra", "omegaconf", "pyarrow", "lightning_mimic"}
+TRAINERS = {"lightning", "pytorch_lightning"}
+CORE = TRAINERS | {"lightning_utilities", "torch", "torchmetrics", "hydra", "omegaconf", "pyarrow", "lightning_mimic"}
 #: Names that one file uses, and no other file of the package but those that are listed.
 OWNED = {
     r"torch\.distributed|gather_all_tensors|\bdist\.|all_reduce|all_gather": {"distributed.py"},
@@ -79,11 +80,11 @@ OWNED = {
 NAMED = {
     "gradients": {"torch", "lightning_mimic"},
     "scorers": {"torch", "lightning_mimic"},
-    "reference": CORE - {"lightning", "lightning_utilities", "hydra", "omegaconf"},
-    "reweighting": CORE - {"lightning", "lightning_utilities", "hydra", "omegaconf"},
+    "reference": CORE - TRAINERS - {"lightning_utilities", "hydra", "omegaconf"},
+    "reweighting": CORE - TRAINERS - {"hydra", "omegaconf"},
     "ledger": {"pyarrow", "lightning_mimic"},
     "manifest": {"pyarrow", "torch", "lightning_mimic"},
-    "curation": CORE - {"lightning", "lightning_utilities", "hydra", "omegaconf"},
+    "curation": CORE - TRAINERS - {"lightning_utilities", "hydra", "omegaconf"},
     "cli": CORE,
 }
 

@@ -12,6 +12,7 @@ from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients.layer_rule import map_tensors
 from lightning_mimic.gradients.layers import LayerGradients
 from lightning_mimic.gradients.nodes import node_of_all
+from lightning_mimic.gradients.rule_check import check_registered_rule
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class LayerCall:
         """
         self._check_versions()
         return self._versions[0][0]
+
+    def check_rule(self) -> None:
+        """Compare a rule that a user registered for the layer with autograd, once for each kind of call.
+
+        Raises:
+            MimicError: The rule is wrong.
+        """
+        check_registered_rule(self.layer, self._args, self._kwargs)
 
     def gradients(self, output_gradients: Tensor) -> LayerGradients:
         """Return the per-sample gradients of this call, given the gradient of its output.

@@ -94,6 +94,7 @@ def _choose(task: ScoringTask, forward: Forward, previous: Choice | None) -> Cho
         known = previous.method if previous is not None else None
         method = reverse = known if isinstance(known, ReversePass) else ReversePass(task)
         reverse.look_again()
+    wrong_rule = _wrong_rule(forward)
     try:
         if isinstance(method, ReversePass):
             rows = method.rows(forward, method.gate_edge(forward), forward.seed)
@@ -104,11 +105,23 @@ def _choose(task: ScoringTask, forward: Forward, previous: Choice | None) -> Cho
         refusal = error
     pending = distributed.any_rank(pending and looks < MOST_LOOKS, forward.loss.device)
     refused = distributed.any_rank(refusal is not None, forward.loss.device)
+    if wrong_rule is not None:  # whatever other method there may be
+        raise wrong_rule
     if forward.losses is None and refusal is not None:
         raise refusal
     if forward.losses is not None and refused:
         return _double(task, forward, refusal)
     return Choice(method, "contribution" if mixed else "own_loss", pending, looks)
+
+
+def _wrong_rule(forward: Forward) -> MimicError | None:
+    """Return what is wrong with a rule that a user registered for an observed layer."""
+    try:
+        for call in forward.calls.calls:
+            call.check_rule()
+    except MimicError as error:
+        return error
+    return None
 
 
 def _refuse_static_graph(forward: Forward) -> None:
