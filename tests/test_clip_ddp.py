@@ -56,8 +56,8 @@ class Keep(pl.Callback):
         self.losses.append(float(trainer.callback_metrics["train/loss_step"]))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        aim = {} if self.callback is None else self.callback.state_dict().get("aim", {})
-        self.aligned = aim.get("aligned")
+        target = {} if self.callback is None else self.callback.state_dict().get("target", {})
+        self.aligned = target.get("aligned")
 
 
 def data_of(case: str) -> torch.utils.data.TensorDataset:

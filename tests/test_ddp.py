@@ -76,7 +76,7 @@ class Keep(pl.Callback):
         self.callback, self.path = callback, path
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        torch.save(self.callback.state_dict()["aim"]["aligned"], self.path)
+        torch.save(self.callback.state_dict()["target"]["aligned"], self.path)
 
 
 class Divided:

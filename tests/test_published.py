@@ -89,7 +89,7 @@ def test_a_published_model_of_another_architecture_is_aligned(snapshot):
     for reference in (NAME, towers("wide", seed=1, dtype=torch.float32)):
         callback = GradMimic(Aligned(reference, every=1), KINDS["vit"][-1])
         trainer(callback).fit(clip(), loader(pairs(96), 32))
-        fitted.append(callback.state_dict()["aim"]["aligned"])
+        fitted.append(callback.state_dict()["target"]["aligned"])
     torch.testing.assert_close(fitted[0]["reference"], fitted[1]["reference"], rtol=0, atol=0)
     assert bool(fitted[0]["fitted"])
     assert fitted[0]["of"] == fitted[1]["of"]

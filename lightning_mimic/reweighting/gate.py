@@ -65,7 +65,7 @@ class Gate(ABC):
         if not forward.of_all_ranks:
             return rows
         # The gradient holds the rows of all ranks, which have as many each.
-        scale, passing, masked = (torch.cat(distributed.gather_rows(each)) for each in rows)
+        scale, passing, masked = (torch.cat(distributed.gather_equal(each)) for each in rows)
         return scale, passing, masked
 
 
