@@ -20,7 +20,6 @@ from lightning_mimic.reweighting.methods import (
     ReversePass,
     ScoringMethod,
     ScoringTask,
-    one_call_rows,
     only_call,
     refuse_uncovered,
 )
@@ -83,22 +82,17 @@ def _choose(task: ScoringTask, forward: Forward, previous: Choice | None) -> Cho
         return _double(task, forward, None)
     refusal: ValueError | None = None
     looks = 1 + (previous.looks if previous is not None and previous.pending else 0)
-    method: ScoringMethod
     pending = mixed = False
-    call = only_call(task, forward)
-    if call is not None:
-        rows, mixed = one_call_rows(forward, call)
+    method: InBackward | ReversePass
+    if only_call(task, forward) is not None:
         method = InBackward(task)
     else:
         # The same object as before knows that it has seen all parameters once.
-        known = previous.method if previous is not None else None
-        method = reverse = known if isinstance(known, ReversePass) else ReversePass(task)
-        reverse.look_again()
+        known = None if previous is None else previous.method
+        method = known if isinstance(known, ReversePass) else ReversePass(task)
     wrong_rule = _wrong_rule(forward)
     try:
-        if isinstance(method, ReversePass):
-            rows = method.rows(forward, method.gate_edge(forward), forward.seed)
-            mixed = rows.normalised()
+        rows, mixed = method.observed(forward)
         if not mixed:
             pending = not _samples_are_apart(task, forward, rows)
     except ValueError as error:  # not raised before the other ranks have been asked

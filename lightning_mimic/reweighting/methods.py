@@ -165,6 +165,12 @@ class InBackward(ScoringMethod):
         """The layer's."""
         return LOSS_PRODUCTS | self._task.layer_products
 
+    def observed(self, forward: Forward) -> tuple[WholeModelGradients, bool]:
+        """Return the gradients at the layer's call, and whether a normalisation above it mixes the samples."""
+        call = self._call(forward)
+        rows = WholeModelGradients(forward.root, [call], forward.graph, forward.rows)
+        return rows, mixes_samples(made_by(forward.loss), call.node)
+
     def gate_edge(self, forward: Forward) -> GradientEdge:
         """Return the layer's output."""
         return GradientEdge(self._call(forward).node, 0)
@@ -218,7 +224,18 @@ class ReversePass(ScoringMethod):
         """Return the lowest cut above the target parameters, or all of them."""
         return forward.losses_edge if forward.losses_edge and forward.of_all_ranks else self._cuts.lowest(forward)
 
-    def rows(self, forward: Forward, edge: GradientEdge, seed: Tensor) -> WholeModelGradients:
+    def observed(self, forward: Forward) -> tuple[WholeModelGradients, bool]:
+        """Return the gradients at all uses, and whether a normalisation above one of them mixes the samples.
+
+        Raises:
+            MimicError: Some parameters' gradients would not be seen.
+        """
+        self._cuts.known_shape = None  # the cut is looked for again
+        rows = self._rows(forward, self.gate_edge(forward), forward.seed)
+        self._all_seen = True
+        return rows, rows.normalised()
+
+    def _rows(self, forward: Forward, edge: GradientEdge, seed: Tensor) -> WholeModelGradients:
         """Return the per-sample gradients, computed when products with them are asked for.
 
         Args:
@@ -240,14 +257,13 @@ class ReversePass(ScoringMethod):
             raise MimicError(_unseen(task.targets, unseen))
         rows = WholeModelGradients(forward.root, uses, graph, forward.rows, seed)
         _refuse_compiled(rows.compiled())
-        self._all_seen = True
         return rows
 
     def score(self, forward: Forward, edge: GradientEdge, step: Step) -> None:
         """Go through the layers, weigh, and let the weights enter above them."""
         # As small as in the backward pass: what fits into half precision there must fit here.
         scale = step.scale / forward.rows
-        rows = self.rows(forward, edge, forward.seed * scale)
+        rows = self._rows(forward, edge, forward.seed * scale)
         if self._task.layer_needs:
             call = forward.only_call(self._task.hooks.layers[0].name)
             own = rows.only_layer().divided(scale)
@@ -255,10 +271,6 @@ class ReversePass(ScoringMethod):
         else:
             products = {"dot": rows.dot(step.direction) / scale}
         step.gate.before_backward(forward, edge, step.weigh(products), step.scale)
-
-    def look_again(self) -> None:
-        """Look for the cut again at the next micro-batch."""
-        self._cuts.known_shape = None
 
 
 class DoubleBackward(ScoringMethod):
@@ -361,12 +373,6 @@ def only_call(task: ScoringTask, forward: Forward) -> LayerCall | None:
         unavoidable = escaping_parameters(root, cuts[-1].node, {}) if cuts else around
         around = around if len(around) > len(unavoidable) else []
     return None if around else call
-
-
-def one_call_rows(forward: Forward, call: LayerCall) -> tuple[WholeModelGradients, bool]:
-    """Return the gradients at one layer's call, for checks, and whether a normalisation above it mixes samples."""
-    rows = WholeModelGradients(forward.root, [call], forward.graph, forward.rows)
-    return rows, mixes_samples(made_by(forward.loss), call.node)
 
 
 def refuse_uncovered(task: ScoringTask, forward: Forward, edge: GradientEdge) -> None:
