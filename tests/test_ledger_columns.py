@@ -68,6 +68,28 @@ def test_a_column_of_a_newer_release_is_left_out(frozen):
     assert curate(frozen, Sign(), unscored="keep").manifest.table().equals(rows)
 
 
+@pytest.mark.parametrize("holder", ["a0-r0-000000", "a1-r1-000000"])  # the first part, the last
+def test_a_column_of_a_newer_release_may_be_in_some_parts_only(holder, frozen):
+    before, rows = Ledger(frozen).table(), curate(frozen, Sign(), unscored="keep").manifest.table()
+    (part,) = frozen.glob(f"*-{holder}-*.parquet")
+    with pq.ParquetFile(part) as file:
+        table = file.read()
+    table = table.add_column(0, "entropy", pa.array([0.5] * table.num_rows, pa.float32()))
+    pq.write_table(table, part, write_page_checksum=True)
+    assert Ledger(frozen).table().equals(before)
+    assert curate(frozen, Sign(), unscored="keep").manifest.table().equals(rows)
+
+
+def test_an_older_release_reads_ledgers_of_a_newer_one(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(table_of, "COLUMNS", (*table_of.COLUMNS, NEWER))
+        write_scores(tmp_path, [1.0, 2.0], entropy=0.5)
+        assert "entropy" in Ledger(tmp_path).table().column_names
+    assert "entropy" in Ledger(tmp_path).meta["attempts"][0]["columns"]
+    assert Ledger(tmp_path).table()["score"].to_pylist() == [1.0, 2.0]
+    assert "entropy" not in Ledger(tmp_path).table().column_names
+
+
 def test_a_newer_release_reads_ledgers_of_an_older_one(newer):
     table = Ledger(DATA / "ledger_v1_int").table()
     assert table.column_names[-1] == "entropy"

@@ -16,7 +16,7 @@ class Column:
     Attributes:
         name: Name in the file.
         type: Arrow's type; :data:`ID` stands for that of the run's ids.
-        unit: Unit of the values, empty for names, numbers of things and codes.
+        unit: Unit of the values; empty for names, indices and shares.
         meaning: Content, in one phrase.
         nullable: A row may have no value, and a part may lack the column: a reader takes it as null.
         summary: How curation sums up a sample's values: their mean, or the one of its last epoch; ``None``: it is not
@@ -34,7 +34,7 @@ class Column:
 #: In the order of the file. A new column is nullable, so that ledgers that lack it stay readable.
 COLUMNS = (
     Column("id", ID, "", "the sample's id, an int or a str"),
-    Column("epoch", pa.int32(), "epochs", "epochs finished before"),
+    Column("epoch", pa.int32(), "", "index of the epoch"),
     Column("step", pa.int64(), "steps", "optimizer steps done before the one that the row took part in"),
     Column("batch", pa.int64(), "", "index of the micro-batch within the epoch"),
     Column("rank", pa.int32(), "", "process that scored the row"),

@@ -83,7 +83,7 @@ class Ledger:
             id_type=whole[0].id_type,
             until={number: int(step) for number, step in until.items() if step < math.inf},
             columns=tuple(each for each in schema(pa.string()).names if any(each in part.columns for part in whole)),
-            uniform=len({part.columns for part in whole}) == 1,
+            uniform=len({part.names for part in whole}) == 1,
             recorded=frozenset().union(*(part.recorded for part in whole)),
             attempts=left,
             lost=tuple(lost),
@@ -179,7 +179,7 @@ class Parts:
         id_type: ``int64`` or ``string``.
         until: By attempt, the step from which on its rows were gone over again by a later one.
         columns: Names of the known columns that some file has.
-        uniform: All files have the same known columns.
+        uniform: All files have the same columns, known or not.
         recorded: Of the columns that were checked, names of the nullable ones with a value in some row.
         attempts: Numbers of those that have rows which hold.
         lost: Descriptions of what is damaged or missing, with the rows it held.
@@ -210,6 +210,7 @@ class _Part:
     attempt: int
     id_type: pa.DataType
     first_step: float
+    names: frozenset[str]
     columns: frozenset[str]
     recorded: frozenset[str]
 
@@ -231,7 +232,8 @@ def _look(path: Path, attempt: int, rows: int, asked: Sequence[str] | None, decl
     if read != rows:
         raise ValueError(f"holds {read} rows")
     found = frozenset(recorded).intersection(nullable_columns())
-    return _Part(path, attempt, form.field("id").type, first_step, frozenset(known), found)
+    names = frozenset(form.names)
+    return _Part(path, attempt, form.field("id").type, first_step, names, frozenset(known), found)
 
 
 def _known_columns(form: pa.Schema, declared: Sequence[str] | None) -> list[str]:
