@@ -1,9 +1,14 @@
 # Both commands start from nothing but Python 3.11+ and make.
-.PHONY: demo test check clean
+.PHONY: demo test check check-lowest clean
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
+# The oldest Python that setup.cfg promises, and the tests of what differs between releases of torch.
+LOWEST_PYTHON ?= python3.11
+LOWEST ?= .venv-lowest
+LOWEST_TESTS = $(addsuffix .py,$(addprefix tests/test_,nodes graph graph_uses bare tap gate layers attention \
+    model_gradients loss_gradients product_laws random_nets modes ways callback))
 
 demo: $(VENV)/.installed
 	$(RUN)/python scripts/demo.py
@@ -17,6 +22,9 @@ check: $(VENV)/.installed
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
+check-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest $(LOWEST_TESTS)
+
 $(VENV)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lightning_mimic needs Python 3.11 or newer; make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
@@ -24,5 +32,12 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	$(RUN)/python -m pip install --editable '.[all,dev]'
 	touch $@
 
+# Every `name>=release` of setup.cfg becomes `name==release`.
+$(LOWEST)/.installed: setup.cfg
+	$(LOWEST_PYTHON) -m venv --clear $(LOWEST)
+	sed -n 's/^    \([a-z].*\)>=/\1==/p' setup.cfg | sort -u > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --constraint $(LOWEST)/lowest.txt --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) outputs multirun build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) outputs multirun build *.egg-info .mypy_cache .pytest_cache .ruff_cache

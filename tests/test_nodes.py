@@ -55,5 +55,12 @@ def test_the_whole_gradient_of_a_view_arrives_at_its_base():
     total = (3 * view).sum() + view.relu_().sum()
     (arrived,) = torch.autograd.grad(total, [GradientEdge(node, 0)])
     torch.testing.assert_close(arrived, 3 + (matrix > 0).float())
-    for other in (view, view.mT, view[1:], view.tanh().unbind()[0], nn.Parameter(torch.ones(4)).view(2, 2)[:, 0]):
+
+
+def test_the_node_of_all_is_unknown_for_parts_for_other_orders_and_for_one_output_of_several():
+    _, view = product()
+    one_of_two = torch.std_mean(view, 2)[1].view(-1)
+    for other in (view.mT, view[1:], view.unbind()[0], one_of_two, nn.Parameter(torch.ones(4)).view(2, 2)[:, 0]):
         assert node_of_all(other) is None
+    view.mul_(2)
+    assert node_of_all(view) is None

@@ -60,7 +60,7 @@ def is_leaf(node: Node) -> bool:
 
 def unrolls(node: Any, shape: tuple[int, ...]) -> bool:
     """Whether the node is what a view of a tensor of this shape becomes in place, with all elements in their order."""
-    if kind_of(node) != "AsStrided" or node._saved_storage_offset or prod(node._saved_size) != prod(shape):
+    if kind_of(node) != "AsStrided" or prod(node._saved_size) != prod(shape):
         return False
     steps = [prod(node._saved_size[axis + 1 :]) for axis in range(len(node._saved_size))]
     lengths = zip(node._saved_size, node._saved_stride, steps, strict=True)
