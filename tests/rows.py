@@ -26,7 +26,7 @@ class Ad(nn.Module):
         return self.compute(self, x)
 
 
-def bare(*shape: int) -> nn.Parameter:
+def param(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(shape))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError, join_names
-from lightning_mimic.gradients import Descent
+from lightning_mimic.gradients import GradientDirection
 from lightning_mimic.reference.diagnose import own_random_numbers
 from lightning_mimic.reweighting.batch import sample_count
 from lightning_mimic.reweighting.messages import HOOKED
@@ -51,7 +51,7 @@ class ReferenceBatches:
         self._prepare = prepare
         self._device = next(module.parameters()).device
         #: Of a descent step on the current batch.
-        self.direction = Descent()
+        self.direction = GradientDirection()
         self._go_to(0, 0)
 
     def advance(self) -> None:
@@ -65,7 +65,7 @@ class ReferenceBatches:
             sums, rows = self._gradients(self._next())
         for each in (*sums.values(), rows):
             distributed.sum_over_ranks(each)
-        self.direction.follow({name: each / rows for name, each in sums.items()})
+        self.direction.update({name: each / rows for name, each in sums.items()})
         if not bool(torch.isfinite(self.direction.norm())):
             raise FloatingPointError(
                 f"batch {self._taken - 1} of the `loader` of {self._scorer} has losses or gradients that are not "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mimic.errors import MimicError
-from lightning_mimic.gradients import Descent, Direction, select_parameters
+from lightning_mimic.gradients import Direction, GradientDirection, select_parameters
 from lightning_mimic.reference import (
     Aligned,
     AlignedDirection,
@@ -62,7 +62,7 @@ class Target:
         self.parameters = {} if parameters is None else select_parameters(module, parameters)
         check_needs(scorer, needs, module, self.parameters)
         #: Towards the reference, or against the gradient of a second batch; ``None`` if none is needed.
-        self.direction: Direction | Descent | None = None
+        self.direction: Direction | GradientDirection | None = None
         #: Of the reference; ``None`` without one.
         self.fingerprint: str | None = None
         #: It is not known yet whether the reference has to be aligned; until then all weights are uniform.
