@@ -1,4 +1,4 @@
-"""A CLIP's reference that is a stranger: fitted anew from lists of all that was seen, and what must not matter."""
+"""A CLIP's unrelated reference: fitted anew from lists of all that was seen, and what must not matter."""
 
 import contextlib
 import copy

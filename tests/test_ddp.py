@@ -101,7 +101,7 @@ def gathered(embeddings: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-STRANGER = {"reference": Aligned(toy(seed=1), every=2)}
+UNRELATED = {"reference": Aligned(toy(seed=1), every=2)}
 CACHED = {"reference": Aligned(toy(seed=1), every=2, cache=True)}
 WHOLE = [toy_data(8, seed=5)[:3], toy_data(8, seed=5)[3:8]]  # second batches that every rank has
 SOFTMAX: dict[str, Any] = {"reference": None}
@@ -136,10 +136,10 @@ CASES: dict[str, tuple[type[Toy], tuple[int, int], dict[str, Any], dict[str, Any
     "rho_loss": (WithLosses, UNEVEN, {}, {"scorer": RhoLoss(), "parameters": None}, {}),
     "rho_loss, static_graph": (WithLosses, EVEN, {"static_graph": True}, {"scorer": RhoLoss(), "parameters": None}, {}),
     "reference_loss": (WithLosses, UNEVEN, {}, {"scorer": ReferenceLoss(), "parameters": None}, {}),
-    "aligned, accumulated": (Toy, EVEN, {}, STRANGER, {"accumulate_grad_batches": 2}),
-    "aligned, uneven ranks": (WithLosses, UNEVEN, {}, STRANGER, {}),
+    "aligned, accumulated": (Toy, EVEN, {}, UNRELATED, {"accumulate_grad_batches": 2}),
+    "aligned, uneven ranks": (WithLosses, UNEVEN, {}, UNRELATED, {}),
     "aligned, static_graph": (WithLosses, EVEN, {"static_graph": True}, CACHED | {"reweight": "target"}, {}),
-    "aligned, contrastive": (Contrastive, EVEN, {}, STRANGER, {}),
+    "aligned, contrastive": (Contrastive, EVEN, {}, UNRELATED, {}),
     "broken samples, aligned": (Toy, UNEVEN, {}, CACHED, {}),
     "agra, last batch smaller": (WithLosses, EVEN, {}, SHARES | {"scorer": Agra(WHOLE)}, {}),
     "agra, divided": (WithLosses, UNEVEN, {}, SHARES | {"scorer": Agra(Divided(3))}, {"accumulate_grad_batches": 2}),
@@ -281,11 +281,11 @@ def test_all_ranks_judge_the_reference_by_the_samples_of_all(case, folder):
     assert said[0] == said[1]
     assert said[0].startswith(f"the reference is unrelated: {facts['findings'][0]}")
     assert Ledger(folder / case).table().num_rows == facts["samples"] == facts["score"]["count"] == 520
-    assert facts["knowledge"]["count"] <= 520
+    assert facts["label_gap"]["count"] <= 520
     if kind is WithLosses:  # labels are exchanged within a rank
         parts = toy_data(600)
         parts = [parts[start + a : start + b] for start in range(0, 520, 40) for a, b in ((0, 24), (24, 40))]
-        expected = diagnose(toy(kind), toy(kind, seed=1), parts, "head", samples=520).facts() | {"line": {}}
+        expected = diagnose(toy(kind), toy(kind, seed=1), parts, "head", samples=520).facts() | {"path_losses": {}}
         assert facts.pop("verdict") == expected.pop("verdict")
         assert len(facts.pop("findings")) == len(expected.pop("findings"))
         torch.testing.assert_close(facts, expected, rtol=1e-6, atol=1e-6)

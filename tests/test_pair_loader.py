@@ -218,8 +218,8 @@ def test_a_manifest_of_hexadecimal_ids_tells_the_counts_of_a_plain_dict(tmp_path
     assert kept._columns is not None
     true = Counter(each for each, stays in zip(ids, keep, strict=True) if stays)
     assert [kept.times(each) for each in ids] == [true[each] for each in ids]
-    strangers = ["1" + "0" * 31, "0" * 31, ids[0].upper(), "g" * 32, "", "0" * 15 + "g" + "f" * 16]
-    assert [kept.times(each) for each in strangers] == [None] * 6
+    unknown = ["1" + "0" * 31, "0" * 31, ids[0].upper(), "g" * 32, "", "0" * 15 + "g" + "f" * 16]
+    assert [kept.times(each) for each in unknown] == [None] * 6
 
 
 @pytest.mark.parametrize(

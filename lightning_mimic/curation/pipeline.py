@@ -190,12 +190,12 @@ def _everyone(data: Scores, pool: str | Path | None) -> str:
     database = data.database
     ids = database.ids(pool, data.id_type)
     database.run(f"CREATE TABLE pool AS SELECT id FROM {ids}", "reading the pool")
-    strangers = database.column(f"SELECT id FROM {data.samples} WHERE id NOT IN (SELECT id FROM pool) LIMIT 3")
-    if strangers:
+    unknown = database.column(f"SELECT id FROM {data.samples} WHERE id NOT IN (SELECT id FROM pool) LIMIT 3")
+    if unknown:
         count = database.value(f"SELECT count(*) FROM {data.samples} WHERE id NOT IN (SELECT id FROM pool)")
         raise CurationError(
             f"{data.ledger.directory} has scores of {count} samples that `pool` {pool} does not list, such as "
-            f"{strangers[0]!r}. Give the pool that was trained on."
+            f"{unknown[0]!r}. Give the pool that was trained on."
         )
     return "pool"
 

@@ -211,10 +211,10 @@ def _same_samples(database: Database, terms: tuple[Term, ...]) -> None:
             ("term0", f"term{k}", (terms[0], term)),
             (f"term{k}", "term0", (term, terms[0])),
         ):
-            strangers = f"FROM {one} WHERE id NOT IN (SELECT id FROM {other})"
-            count = database.value(f"SELECT count(*) {strangers}")
+            unknown = f"FROM {one} WHERE id NOT IN (SELECT id FROM {other})"
+            count = database.value(f"SELECT count(*) {unknown}")
             if count:
-                example = database.value(f"SELECT min(id) {strangers}")
+                example = database.value(f"SELECT min(id) {unknown}")
                 raise CurationError(
                     f"{count} samples of {first.path}, such as {example!r}, are unknown to {second.path}. "
                     "`allow_unknown=true` takes what a table does not know as not chosen by it."

@@ -73,11 +73,11 @@ class ReferenceMonitor:
         self._seconds += time.perf_counter() - started
         if samples[0] < self._samples:
             return None
-        score, knowledge, loss, reference_loss = map(estimate, estimates)
+        score, label_gap, loss, reference_loss = map(estimate, estimates)
         return Diagnosis(
             samples=int(samples[0]),
             score=score,
-            knowledge=knowledge,
+            label_gap=label_gap,
             loss=None if loss is None else loss.mean,
             reference_loss=None if reference_loss is None else reference_loss.mean,
             **self._facts,
@@ -104,7 +104,7 @@ class ReferenceMonitor:
         if on_doubtful == "align" and aligned and not uniform:
             return f"{message} It is aligned from here on."
         fix = " Give it as lightning_mimic.Aligned(...), or compare losses with the scorer RhoLoss."
-        message += fix if diagnosis.mendable and not aligned else " Use another reference."
+        message += fix if diagnosis.alignable and not aligned else " Use another reference."
         message += " Weights stay uniform." * uniform
         if on_doubtful == "raise":
             raise MimicError(message)

@@ -16,12 +16,12 @@ from lightning_mimic.reference import (
     ReferenceSource,
     aliases_of,
     aligned_direction,
-    below_moves,
     fingerprint,
     match_reference,
     read_reference,
     reference_model,
-    resemblance,
+    rest_trains,
+    weight_similarity,
 )
 from lightning_mimic.reference.diagnose import whole_reference
 from lightning_mimic.reweighting.batch import Ids, describe
@@ -185,7 +185,7 @@ class Target:
         elif self.undecided:
             self.direction = self._aligned
         # A reference that knows nothing is no better for being aligned.
-        self.undecided = not diagnosis.mendable
+        self.undecided = not diagnosis.alignable
 
     def warn_if_unaligned(self) -> None:
         """Warn, at the end of a run, of an alignment that did not work."""
@@ -248,14 +248,14 @@ class Target:
                     f"{error} A model of another architecture can be given as lightning_mimic.Aligned(model)."
                 ) from error
             self._align(Aligned(source), module)
-            return {"misfit": str(error)}
+            return {"mismatch": str(error)}
         self.direction = Direction(held, self.parameters)
         self.fingerprint = fingerprint(held)
         if self._align_doubtful:
             self._aligned = aligned_direction(Aligned(source), module, self.parameters)
             self.undecided = True
-        return resemblance(module, tensors, self.parameters, held) | {
-            "below_moves": below_moves(module, self.parameters)
+        return weight_similarity(module, tensors, self.parameters, held) | {
+            "rest_trains": rest_trains(module, self.parameters)
         }
 
     def _align(self, aligned: Aligned, module: nn.Module) -> None:

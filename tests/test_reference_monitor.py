@@ -60,7 +60,7 @@ def trained(net, knows=True, only="", dtype=torch.float64):
 
 
 def reference(name, kind=WithLosses):
-    net = toy(Wide if "wide" in name else kind, seed=2 * (name == "stranger"))
+    net = toy(Wide if "wide" in name else kind, seed=2 * (name == "unrelated"))
     return trained(net, knows="ignorant" not in name, only="head" if name in ("good", "ignorant") else "")
 
 
@@ -74,7 +74,7 @@ def noted(folder, attempt=0):
     if (facts := Ledger(folder).meta["attempts"][attempt].get("diagnosis")) is None:
         return None
     verdict, findings = facts.pop("verdict"), facts.pop("findings")
-    estimates = {name: facts[name] and Estimate(**facts[name]) for name in ("score", "knowledge")}
+    estimates = {name: facts[name] and Estimate(**facts[name]) for name in ("score", "label_gap")}
     found = Diagnosis(**(facts | estimates))
     assert (found.verdict, [reason for _, reason in found.findings]) == (verdict, findings)
     return found
@@ -105,13 +105,13 @@ def fit(folder, source, module=None, data=None, parameters="head", epochs=1, opt
 @pytest.mark.parametrize("parameters", ["head", "all"])
 @pytest.mark.parametrize("kind", [WithLosses, Toy])
 def test_a_fit_finds_what_is_found_before_it(kind, parameters, options, tmp_path, told):
-    for name in ("good", "stranger"):
+    for name in ("good", "unrelated"):
         source, data = reference(name), batches(size=60)  # 540 samples in nine
         fit(tmp_path / name, source, still(kind), data, parameters, options=options)
         found = noted(tmp_path / name)
-        expected = dataclasses.replace(diagnose(still(), source, data, parameters), line={})
+        expected = dataclasses.replace(diagnose(still(), source, data, parameters), path_losses={})
         if kind is Toy:
-            expected = dataclasses.replace(expected, knowledge=None, loss=None, reference_loss=None)
+            expected = dataclasses.replace(expected, label_gap=None, loss=None, reference_loss=None)
         same(found, expected, **CLOSE)
         same(found.score, estimated(column(tmp_path / name)[:540]), **CLOSE)
         assert (found.samples, found.verdict == "compatible") == (540, name == "good")
@@ -144,27 +144,27 @@ def test_a_reference_is_asked_twice_a_batch_for_512_samples_and_said_once(scorer
     assert (warned, len(told), noted(tmp_path / "t"), len(Counted.asked)) == ([], 1, None, calls)
 
 
-MEND = " Give it as lightning_mimic.Aligned(...), or compare losses with the scorer RhoLoss."
+ALIGN_FIX = " Give it as lightning_mimic.Aligned(...), or compare losses with the scorer RhoLoss."
 OTHER, UNIFORM = " Use another reference.", " Use another reference. Weights stay uniform."
 HERE = " It is aligned from here on."
 TOOK = re.compile(r" Looking at it took \d+\.\d s\.")
-KIN, BLIND = "compatible (", "unrelated: it does not know"
+COMPATIBLE, BLIND = "compatible (", "unrelated: it does not know"
 APART, UNFIT = "unrelated: its weights have nothing", "unrelated: its weights do not fit"
 ALIGN, LOSSES, GIVEN = {"on_doubtful": "align"}, {"scorer": RhoLoss(), "parameters": None}, {"aligned": True}
 # reference, settings, how its verdict begins, what follows the diagnosis, whether that is a warning
 SAID = {
-    "good": ("good", {}, KIN, "", False),
-    "stranger": ("stranger", {}, APART, MEND, True),
+    "good": ("good", {}, COMPATIBLE, "", False),
+    "unrelated": ("unrelated", {}, APART, ALIGN_FIX, True),
     "ignorant": ("ignorant", {}, BLIND, OTHER, True),
-    "good, align": ("good", ALIGN, KIN, "", False),
-    "stranger, align": ("stranger", ALIGN, APART, HERE, False),
+    "good, align": ("good", ALIGN, COMPATIBLE, "", False),
+    "unrelated, align": ("unrelated", ALIGN, APART, HERE, False),
     "ignorant, align": ("ignorant", ALIGN, BLIND, UNIFORM, True),
     "wide, align": ("wide", ALIGN, UNFIT, HERE, False),
     "wide, ignorant, align": ("wide, ignorant", ALIGN, UNFIT, UNIFORM, True),
-    "aligned": ("stranger", GIVEN, KIN, "", False),
+    "aligned": ("unrelated", GIVEN, COMPATIBLE, "", False),
     "aligned, ignorant": ("ignorant", GIVEN, BLIND, OTHER, True),
     "aligned, ignorant, align": ("ignorant", ALIGN | GIVEN, BLIND, UNIFORM, True),
-    "losses": ("stranger", LOSSES, KIN, "", False),
+    "losses": ("unrelated", LOSSES, COMPATIBLE, "", False),
     "losses, ignorant": ("ignorant", LOSSES, BLIND, OTHER, True),
 }
 
@@ -177,22 +177,22 @@ def test_what_it_is_worth_is_said_in_full(case, tmp_path, told):
     warned = fit(tmp_path / "s", source, epochs=2, **given)
     warned, told = ([TOOK.sub("", text, 1) for text in said] for said in (warned, told))
     found, alone = noted(tmp_path / "s"), "aligned" in settings or "scorer" in settings
-    assert not alone or (found.kinship, found.score, found.cosines) == (None, None, {})  # by what it knows alone
+    assert not alone or (found.weight_cosine, found.score, found.cosines) == (None, None, {})  # by what it knows alone
     assert (warned, told) == (([f"{found}.{ends}"], []) if warns else ([], [f"{found}.{ends}"]))
     assert str(found).startswith(f"the reference is {begins}")
-    assert found.knowledge.count > 300
+    assert found.label_gap.count > 300
 
 
 def test_raise_stops_and_leaves_what_was_scored(tmp_path):
     module = still()
     with pytest.raises(ValueError, match="its weights have nothing in common") as caught:
-        fit(tmp_path / "s", reference("stranger"), module, on_doubtful="raise")
-    assert TOOK.sub("", str(caught.value)) == f"{noted(tmp_path / 's')}.{MEND}"
+        fit(tmp_path / "s", reference("unrelated"), module, on_doubtful="raise")
+    assert TOOK.sub("", str(caught.value)) == f"{noted(tmp_path / 's')}.{ALIGN_FIX}"
     assert untouched(module)
     assert column(tmp_path / "s").isfinite().sum() == len(column(tmp_path / "s")) == 512
 
 
-@pytest.mark.parametrize("name", ["good", "stranger", "ignorant", "wide"])
+@pytest.mark.parametrize("name", ["good", "unrelated", "ignorant", "wide"])
 def test_to_align_is_to_wait_and_then_to_go_where_it_leads(name, tmp_path, told):
     source = reference(name)
     fit(tmp_path / "a", source, on_doubtful="align", temperature=0.3)
@@ -250,7 +250,7 @@ def run(folder, source, path=None, count=640, epochs=1, **settings):
     return parameters_of(module)
 
 
-@pytest.mark.parametrize("name", ["good", "stranger"])
+@pytest.mark.parametrize("name", ["good", "unrelated"])
 def test_what_was_decided_stays_so_in_a_resumed_fit(name, tmp_path, told):
     source, whole = reference(name, Counted), toy(WithLosses)
     fit(tmp_path / "w", source, whole, epochs=2, on_doubtful="align")
@@ -274,8 +274,8 @@ def test_a_fit_resumed_before_the_verdict_looks_anew(doubtful, tmp_path, told):
 
 
 def test_a_fit_resumed_with_the_reference_aligned_aligns_it(tmp_path, told):
-    run(tmp_path, reference("stranger"))
-    run(tmp_path / "r", Aligned(reference("stranger")), tmp_path / "c/one.ckpt", epochs=2)
+    run(tmp_path, reference("unrelated"))
+    run(tmp_path / "r", Aligned(reference("unrelated")), tmp_path / "c/one.ckpt", epochs=2)
     assert column(tmp_path / "r/s").isfinite().sum() > 500
 
 
