@@ -28,8 +28,8 @@ from rich.table import Table
 
 from lightning_mimic.curation import curate, detect
 from lightning_mimic.models import CLIP, pair_losses
-from lightning_mimic.reference.gauge import Rotation
-from lightning_mimic.reference.moments import Moments
+from lightning_mimic.reference.procrustes import Rotation
+from lightning_mimic.reference.running_statistics import RunningStatistics
 
 STARTS = {"scratch": "from scratch", "locked": "locked towers"}
 METHODS = {"plain": "plain", "weighted": "Grad-Mimic", "sign": "kept by sign", "rival": "kept by rival"}
@@ -191,9 +191,9 @@ def prepared(t: Training) -> dict[str, Any]:
 def no_rotation() -> Any:
     """Takes the reference's embeddings in their own frame."""
 
-    def identity(moments: Sequence[Moments]) -> Rotation:
+    def identity(statistics: Sequence[RunningStatistics]) -> Rotation:
         one = torch.ones(())
-        return Rotation(torch.eye(len(moments[0].xy)), one, one > 0)
+        return Rotation(torch.eye(len(statistics[0].xy)), one, one > 0)
 
     return mock.patch("lightning_mimic.reference.aligned_towers.procrustes", identity)
 

@@ -151,7 +151,7 @@ def test_two_processes_equal_one(case, folder):
         if case in ALIGNED:
             assert aligned["enough"]
             assert bool(aligned["fitted"])
-            for part in ("moments", "reference"):
+            for part in ("statistics", "reference"):
                 torch.testing.assert_close(aligned[part], keep.aligned[part], **CLOSE)
     torch.testing.assert_close(ends[0][0], ends[1][0], rtol=0, atol=0)
     moved = [n for n, p in module_of(case).named_parameters() if not torch.equal(p, module.get_parameter(n))]

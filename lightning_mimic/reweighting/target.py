@@ -189,9 +189,9 @@ class Target:
 
     def warn_if_unaligned(self) -> None:
         """Warn, at the end of a run, of an alignment that did not work."""
-        complaint = self._aligned.complaint() if self._aligned is not None and not self.undecided else None
-        if complaint is not None:
-            warn_once_for_all_ranks(complaint)
+        message = self._aligned.failure_message() if self._aligned is not None and not self.undecided else None
+        if message is not None:
+            warn_once_for_all_ranks(message)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs of alignment and second batches."""
