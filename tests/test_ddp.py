@@ -80,7 +80,7 @@ class Keep(pl.Callback):
 
 
 class Divided:
-    """Second batches of 4, of which each rank has its part."""
+    """Reference batches of 4, of which each rank has its part."""
 
     def __init__(self, first: int) -> None:
         self.first = first
@@ -103,7 +103,7 @@ def gathered(embeddings: Tensor) -> Tensor:
 
 UNRELATED = {"reference": Aligned(toy(seed=1), every=2)}
 CACHED = {"reference": Aligned(toy(seed=1), every=2, cache=True)}
-WHOLE = [toy_data(8, seed=5)[:3], toy_data(8, seed=5)[3:8]]  # second batches that every rank has
+WHOLE = [toy_data(8, seed=5)[:3], toy_data(8, seed=5)[3:8]]  # reference batches that every rank has
 SOFTMAX: dict[str, Any] = {"reference": None}
 SHARES: dict[str, Any] = {"reference": None, "temperature": None, "min_ess": None}
 

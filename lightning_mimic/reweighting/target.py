@@ -28,7 +28,7 @@ from lightning_mimic.reweighting.batch import Ids, describe
 from lightning_mimic.reweighting.checks import check_needs
 from lightning_mimic.reweighting.reference_batches import ReferenceBatches
 from lightning_mimic.reweighting.reference_monitor import ReferenceMonitor, warn_once_for_all_ranks
-from lightning_mimic.scorers import Compares, Need, Scorer
+from lightning_mimic.scorers import Need, Scorer, UsesLoader
 
 
 class Target:
@@ -61,7 +61,7 @@ class Target:
         #: The scored parameters by full name; empty for a scorer that needs no gradient.
         self.parameters = {} if parameters is None else select_parameters(module, parameters)
         check_needs(scorer, needs, module, self.parameters)
-        #: Towards the reference, or against the gradient of a second batch; ``None`` if none is needed.
+        #: Towards the reference, or against the gradient of a reference batch; ``None`` if none is needed.
         self.direction: Direction | GradientDirection | None = None
         #: Of the reference; ``None`` without one.
         self.fingerprint: str | None = None
@@ -79,7 +79,7 @@ class Target:
             "aligned_every": reference.every if isinstance(reference, Aligned) else None,
             "parameters": list(self.parameters),
         }
-        if isinstance(scorer, Compares) and "dot" in needs:
+        if isinstance(scorer, UsesLoader) and "dot" in needs:
             self._follow_batches(scorer.loader, module, type(scorer).__name__, prepare)
         if reference is None:
             return
@@ -120,7 +120,7 @@ class Target:
         return isinstance(direction, Direction) and bool(direction.vanishes(direction.norm()))
 
     def advance(self) -> None:
-        """Take the direction of the next second batch, for a scorer that uses a loader."""
+        """Take the direction of the next reference batch, for a scorer that uses a loader."""
         if self._batches is not None:
             self._batches.advance()
 
@@ -194,7 +194,7 @@ class Target:
             warn_once_for_all_ranks(message)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs of alignment and second batches."""
+        """Return what a resumed run needs of alignment and reference batches."""
         return {
             "undecided": self.undecided,
             "aligned": None if self._aligned is None else self._aligned.state_dict(),
@@ -233,7 +233,7 @@ class Target:
     ) -> None:
         self._batches = ReferenceBatches(loader, module, self.parameters, scorer, prepare)
         self.direction = self._batches.direction
-        self._config["second_batches"] = describe(loader)
+        self._config["reference_batches"] = describe(loader)
 
     def _point(self, source: ReferenceSource, module: nn.Module) -> dict[str, Any]:
         """Take the direction to given weights, and return how similar to the model's they are."""
