@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lightning_mimic.curation.filters import Decides, Decision, Sign
+from lightning_mimic.curation.filters import Decision, DecisionRule, Sign
 from lightning_mimic.curation.scores import Scores
 from lightning_mimic.database import Database, Progress, quoted
 from lightning_mimic.errors import CurationError, nearest_names
@@ -56,7 +56,7 @@ class Curation:
 
 def curate(  # noqa: PLR0913
     ledger: str | Path,
-    filter: Decides | None = None,
+    filter: DecisionRule | None = None,
     out: str | Path | None = None,
     *,
     pool: str | Path | None = None,
@@ -72,7 +72,7 @@ def curate(  # noqa: PLR0913
 
     Args:
         ledger: Recorded scores.
-        filter: Decides; by default :class:`~lightning_mimic.curation.Sign`.
+        filter: A decision rule; by default :class:`~lightning_mimic.curation.Sign`.
         out: Directory for the manifest and its exports, which appears when all is done; ``None``: a temporary one,
             which goes with the result's manifest.
         pool: Parquet or CSV whose column ``id`` lists all samples that there are; one that it lists twice has two rows.
@@ -175,7 +175,7 @@ def _ordered(data: Scores) -> str:
         names = f"[{', '.join(quoted(name) for name in data.class_names)}]::VARCHAR[]"
         known = f"BETWEEN 0 AND {len(data.class_names) - 1}"
         columns += [f"CASE WHEN {each} {known} THEN ({names})[{each} + 1] END AS {each}_name" for each in _CLASSES]
-    return f"""SELECT id, keep, score, scorings::INT AS scorings, lift, votes_keep::INT AS votes_keep,
+    return f"""SELECT id, keep, score, scorings::INT AS scorings, relative_weight, votes_keep::INT AS votes_keep,
         votes::INT AS votes, reason, {", ".join(columns)} FROM decided ORDER BY score NULLS LAST, id"""
 
 
@@ -208,7 +208,7 @@ def _decide(database: Database, data: Scores, everyone: str, decision: Decision,
     database.run(f"CREATE TABLE opinions AS {decision.query}", "deciding")
     database.run(
         f"""CREATE TABLE decided AS SELECT everyone.id, scores.score, coalesce(scores.scorings, 0) AS scorings,
-            scores.lift, {columns}, decision.keep AS opinion, votes_keep, votes,
+            scores.relative_weight, {columns}, decision.keep AS opinion, votes_keep, votes,
             coalesce(decision.keep, {unscored == "keep"}) AS keep,
             CASE WHEN decision.keep IS NULL THEN coalesce(
                     'no score: ' || scores.flag, CASE WHEN scores.scorings > 0 THEN 'no vote on it' END, 'never scored')
@@ -239,7 +239,7 @@ def _calibration(
         raise CurationError("`mislabelled` is empty; expected one ledger or more.")
     all_scores = [Scores(ledger, database, f"trusted{k}") for k, ledger in enumerate(ledgers)]
     for scores in all_scores:
-        ours, theirs = _moments(data), _moments(scores)
+        ours, theirs = _scored_when(data), _scored_when(scores)
         if ours != theirs:
             raise CurationError(
                 f"{scores.ledger.directory} was scored {theirs}, and {data.ledger.directory} {ours}. A score changes "
@@ -268,7 +268,7 @@ def _calibration(
     return [row[0] for row in rows], [list(row[1:]) for row in rows]
 
 
-def _moments(scores: Scores) -> str:
+def _scored_when(scores: Scores) -> str:
     """When scores were taken, as a phrase."""
     checkpoints = scores.ledger.meta["attempts"][scores.parts.attempts[-1]].get("checkpoints")
     if checkpoints is None:

@@ -27,7 +27,7 @@ class Manifest:
     - ``id``; ``keep``; ``reason``: why it goes or has no opinion, null where it is kept on its score;
     - ``score``: mean mimic score, loss per unit of weight distance, unbounded; lower is more suspicious, null: none;
     - ``scorings``: how many scores that is the mean of;
-    - ``lift``: mean of weight times batch size, 0 to B; 1 is the weight in a uniform batch;
+    - ``relative_weight``: mean of weight times batch size, 0 to B; 1 is the weight in a uniform batch;
     - ``votes_keep`` of ``votes``: null unless many voted;
     - ``label`` and ``predicted``: indices of classes, null where not recorded;
     - ``label_name`` and ``predicted_name``: their names, where the run recorded the names of its classes;
