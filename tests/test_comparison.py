@@ -131,7 +131,7 @@ def test_every_competitor_trains_and_scores_from_its_configuration(tmp_path):
         ledger = Ledger(tmp_path / name / "scores")
         settings[name] = ledger.meta["attempts"][0]["config"]
         assert ledger.table().num_rows == 64
-    expected = {"dataset": "lightning_mimic.data.parts.LabelledRows", "samples": 1097}
+    expected = {"dataset": "lightning_mimic.data.splits.LabelledRows", "samples": 1097}
     assert settings["agra"]["reference_batches"] == expected
     assert (settings["agra"]["temperature"], settings["agra"]["min_ess"]) == (None, None)
     assert (settings["influence"]["temperature"], settings["influence"]["min_ess"]) == (1.0, 0.25)

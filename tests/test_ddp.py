@@ -8,9 +8,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from pictures import assert_alike, of_a_rank, train_on_a_rank
 from ranks import WORLD, on_two_ranks, two
 from ranks import strategy as strategy_of
+from small_images import assert_alike, of_a_rank, train_on_a_rank
 from torch import Tensor, nn
 from toys import FEATURES, Residual, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
@@ -207,8 +207,8 @@ def on_rank(rank: int, folder: Path) -> None:
             trainer(callback, strategy=strategy, **fit_on_two).fit(module, mine)
         except ValueError as error:
             (folder / f"{case}-{rank}").write_text(str(error).partition(" Looking")[0])
-    (folder / "pictures").mkdir(exist_ok=True)
-    train_on_a_rank(rank, folder / "pictures")
+    (folder / "images").mkdir(exist_ok=True)
+    train_on_a_rank(rank, folder / "images")
     # Only the second rank's reference is bad, and both stop.
     bad = {"head.weight": torch.zeros(1), "head.bias": torch.zeros(1)} if rank else parameters_of(toy(seed=1))
     try:
@@ -267,10 +267,10 @@ def test_a_fault_on_one_rank_stops_all_of_them(folder):
 
 def test_two_processes_train_on_one_file_of_features(folder):
     for rank in range(WORLD):
-        plain, cached = (of_a_rank(rank, folder / "pictures", name) for name in ("plain", "cached"))
+        plain, cached = (of_a_rank(rank, folder / "images", name) for name in ("plain", "cached"))
         assert_alike(cached, plain)
         assert set(cached["rows"]["rank"]) == {0, 1}
-    assert len(list((folder / "pictures" / "features").iterdir())) == 1
+    assert len(list((folder / "images" / "features").iterdir())) == 1
 
 
 @pytest.mark.parametrize("case", JUDGED)

@@ -164,8 +164,8 @@ def test_skipped_pairs_are_not_decoded_again(shards, monkeypatch):
     for _ in range(3):
         next(running)
     decoded = []
-    whole = pair_stream.picture
-    monkeypatch.setattr(pair_stream, "picture", lambda *given: decoded.append(1) or whole(*given))
+    whole = pair_stream.decode_image
+    monkeypatch.setattr(pair_stream, "decode_image", lambda *given: decoded.append(1) or whole(*given))
     resumed = module(shards).train_dataloader()
     resumed.load_state_dict(state.state_dict())
     assert sorted(flat(batches_of(resumed))) == ALL[12:]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lightning_mimic.data.ids import SampleWithId, collate_with_ids
-from lightning_mimic.data.pairs import BrokenPairError, Pair, described, id_of, pair_of, picture
+from lightning_mimic.data.pairs import BrokenPairError, Pair, decode_image, described, id_of, pair_of
 from lightning_mimic.data.rejects import Reason, RejectWriter
 from lightning_mimic.data.shards import read_shard
 from lightning_mimic.manifest import KeptIds
@@ -187,7 +187,7 @@ class PairStream(IterableDataset):
 
     def _sample(self, pair: Pair, reject: RejectWriter) -> SampleWithId | None:
         try:
-            image = picture(pair.image, self.config.max_pixels)
+            image = decode_image(pair.image, self.config.max_pixels)
         except BrokenPairError as broken:
             reject(pair.shard, broken.reason, broken.detail, key=pair.key, id=pair.id)
             return None
