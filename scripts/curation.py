@@ -1,4 +1,4 @@
-"""From scores to a data set: filters, calibrated quality, rivals and training on what is kept, on the digits."""
+"""From scores to a data set: filters, calibrated quality, baselines and training on what is kept, on the digits."""
 
 import json
 import statistics

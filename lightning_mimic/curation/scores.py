@@ -86,7 +86,7 @@ class Scores:
         self.parts = self.ledger.parts(
             _COLUMNS,
             allow_partial=allow_partial,
-            advance=lambda done, of: database.tell(f"checking {name}", done / of),
+            advance=lambda done, of: database.report_progress(f"checking {name}", done / of),
         )
         self.samples = f"{name}_samples"
         self.id_type = "VARCHAR" if pa.types.is_string(self.parts.id_type) else "BIGINT"
