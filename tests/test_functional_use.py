@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from rows import Ad, assert_exact, losses_of, param, tapped, vectors_of
+from rows import Ad, assert_exact, losses_of, param, traced, vectors_of
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -236,7 +236,7 @@ def test_products_equal_those_of_a_loop_over_samples(kind):
 def test_what_no_rule_is_known_for_is_named_with_the_reason(kind):
     compute, parts, unseen, reason = UNSEEN[kind]
     net, x = ad(compute, parts), torch.randn(TOKENS).double()
-    found = tapped(net, losses_of, x, vectors_of(net))[2]
+    found = traced(net, losses_of, x, vectors_of(net))[2]
     assert all(reason in phrase for phrase in found.values())
     assert_exact(net, x, unseen=[unseen])
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import per_sample_gradients
-from rows import Ad, assert_exact, looped, losses_of, param, tapped, vectors_of
+from rows import Ad, assert_exact, looped, losses_of, param, traced, vectors_of
 from test_functional_use import FLAT, TOKENS, B, D, ad
 from torch import nn
 
@@ -97,7 +97,7 @@ def test_an_input_changed_in_place_after_its_use_stops():
     net.layer.weight.requires_grad_(False)
     x = torch.randn(FLAT).double()
     vectors = vectors_of(net) | vectors_of(net, ["layer.weight"])
-    rows = tapped(net, losses_of, x, vectors)[1]
+    rows = traced(net, losses_of, x, vectors)[1]
     with pytest.raises(RuntimeError, match=r"^the input of 'layer' was changed in place after the layer had used it"):
         rows.dot(vectors)
 
@@ -116,4 +116,4 @@ def test_what_autograd_keeps_changed_in_place_stops(change):
     vectors = vectors_of(net)
     x = torch.randn(FLAT).double()
     with pytest.raises(RuntimeError, match=r"in place|inplace"):
-        tapped(net, losses_of, x, vectors)[1].dot(vectors)
+        traced(net, losses_of, x, vectors)[1].dot(vectors)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import per_sample_gradients
-from rows import looped, losses_of, param, tapped, vectors_of
+from rows import looped, losses_of, param, traced, vectors_of
 from torch import nn
 
 from lightning_mimic.gradients import Graph, LossGradients
@@ -95,7 +95,7 @@ def nets(draw):
 
 def both(net, x, names):
     vectors = vectors_of(net, names)
-    losses, rows, unseen = tapped(net, losses_of, x, vectors)
+    losses, rows, unseen = traced(net, losses_of, x, vectors)
     assert unseen == {}
     found = LossGradients(losses, {name: net.get_parameter(name) for name in names})
     found.check(Graph(losses.grad_fn))

@@ -86,7 +86,7 @@ def column(folder, name="score"):
 
 
 @pytest.fixture
-def told(monkeypatch):
+def logged(monkeypatch):
     found = []
     monkeypatch.setattr(grad_mimic, "rank_zero_info", found.append)
     return found
@@ -104,7 +104,7 @@ def fit(folder, source, module=None, data=None, parameters="head", epochs=1, opt
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}], ids=["", "accumulated"])
 @pytest.mark.parametrize("parameters", ["head", "all"])
 @pytest.mark.parametrize("kind", [WithLosses, Toy])
-def test_a_fit_finds_what_is_found_before_it(kind, parameters, options, tmp_path, told):
+def test_a_fit_finds_what_is_found_before_it(kind, parameters, options, tmp_path, logged):
     for name in ("good", "unrelated"):
         source, data = reference(name), batches(size=60)  # 540 samples in nine
         fit(tmp_path / name, source, still(kind), data, parameters, options=options)
@@ -118,7 +118,7 @@ def test_a_fit_finds_what_is_found_before_it(kind, parameters, options, tmp_path
 
 
 @pytest.mark.parametrize("kind", [Moody, Noisy])
-def test_only_scoring_leaves_training_bit_identical(kind, tmp_path, told):
+def test_only_scoring_leaves_training_bit_identical(kind, tmp_path, logged):
     plain, scored, source = toy(kind), toy(kind), reference("good", kind)
     torch.manual_seed(0)
     trainer(epochs=2).fit(plain, batches(shuffle=True))
@@ -131,17 +131,17 @@ def test_only_scoring_leaves_training_bit_identical(kind, tmp_path, told):
 
 
 @pytest.mark.parametrize("scorer", [None, RhoLoss()])
-def test_a_reference_is_asked_twice_a_batch_for_512_samples_and_said_once(scorer, tmp_path, told):
+def test_a_reference_is_asked_twice_a_batch_for_512_samples_and_said_once(scorer, tmp_path, logged):
     source, settings = reference("good", Counted), {"scorer": scorer, "parameters": None if scorer else "head"}
     Counted.asked = ()
     fit(tmp_path / "s", source, epochs=2, **settings)
     assert Counted.asked == ((False, False, False),) * (2 * 8 + (20 if scorer else 0))
     assert all(p.requires_grad and p.grad is None for p in source.parameters())
-    assert len(told) == 1
+    assert len(logged) == 1
     Counted.asked = ()
     warned = fit(tmp_path / "t", source, data=batches(511, 73), **settings)
     calls = 2 * 7 + (7 if scorer else 0)
-    assert (warned, len(told), noted(tmp_path / "t"), len(Counted.asked)) == ([], 1, None, calls)
+    assert (warned, len(logged), noted(tmp_path / "t"), len(Counted.asked)) == ([], 1, None, calls)
 
 
 ALIGN_FIX = " Give it as lightning_mimic.Aligned(...), or compare losses with the scorer RhoLoss."
@@ -170,15 +170,15 @@ SAID = {
 
 
 @pytest.mark.parametrize("case", SAID)
-def test_what_it_is_worth_is_said_in_full(case, tmp_path, told):
+def test_what_it_is_worth_is_said_in_full(case, tmp_path, logged):
     name, settings, begins, ends, warns = SAID[case]
     source = Aligned(reference(name)) if "aligned" in settings else reference(name)
     given = {key: value for key, value in settings.items() if key != "aligned"}
     warned = fit(tmp_path / "s", source, epochs=2, **given)
-    warned, told = ([TOOK.sub("", text, 1) for text in said] for said in (warned, told))
+    warned, logged = ([TOOK.sub("", text, 1) for text in said] for said in (warned, logged))
     found, alone = noted(tmp_path / "s"), "aligned" in settings or "scorer" in settings
     assert not alone or (found.weight_cosine, found.score, found.cosines) == (None, None, {})  # by what it knows alone
-    assert (warned, told) == (([f"{found}.{ends}"], []) if warns else ([], [f"{found}.{ends}"]))
+    assert (warned, logged) == (([f"{found}.{ends}"], []) if warns else ([], [f"{found}.{ends}"]))
     assert str(found).startswith(f"the reference is {begins}")
     assert found.label_gap.count > 300
 
@@ -193,7 +193,7 @@ def test_raise_stops_and_leaves_what_was_scored(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["good", "unrelated", "ignorant", "wide"])
-def test_to_align_is_to_wait_and_then_to_go_where_it_leads(name, tmp_path, told):
+def test_to_align_is_to_wait_and_then_to_go_where_it_leads(name, tmp_path, logged):
     source = reference(name)
     fit(tmp_path / "a", source, on_doubtful="align", temperature=0.3)
     fit(tmp_path / "b", source if name == "good" else Aligned(source), temperature=0.3)
@@ -251,46 +251,46 @@ def run(folder, source, path=None, count=640, epochs=1, **settings):
 
 
 @pytest.mark.parametrize("name", ["good", "unrelated"])
-def test_what_was_decided_stays_so_in_a_resumed_fit(name, tmp_path, told):
+def test_what_was_decided_stays_so_in_a_resumed_fit(name, tmp_path, logged):
     source, whole = reference(name, Counted), toy(WithLosses)
     fit(tmp_path / "w", source, whole, epochs=2, on_doubtful="align")
     run(tmp_path, source, on_doubtful="align")
-    told.clear()
+    logged.clear()
     Counted.asked = ()
     found = run(tmp_path, source, tmp_path / "c/one.ckpt", epochs=2, on_doubtful="align")
-    assert (told, Counted.asked) == ([], ())
+    assert (logged, Counted.asked) == ([], ())
     torch.testing.assert_close(found, parameters_of(whole), rtol=0, atol=0)
     torch.testing.assert_close(column(tmp_path / "s"), column(tmp_path / "w"), equal_nan=True, rtol=0, atol=0)
     assert noted(tmp_path / "s", 1) is None
 
 
 @pytest.mark.parametrize("doubtful", ["warn", "align"])
-def test_a_fit_resumed_before_the_verdict_looks_anew(doubtful, tmp_path, told):
+def test_a_fit_resumed_before_the_verdict_looks_anew(doubtful, tmp_path, logged):
     run(tmp_path, reference("good"), count=256, on_doubtful=doubtful)
     run(tmp_path, reference("good"), tmp_path / "c/one.ckpt", count=256, epochs=4, on_doubtful=doubtful)
-    assert (noted(tmp_path / "s"), len(told), noted(tmp_path / "s", 1).samples) == (None, 1, 512)
+    assert (noted(tmp_path / "s"), len(logged), noted(tmp_path / "s", 1).samples) == (None, 1, 512)
     known = column(tmp_path / "s").isfinite()
     assert known.tolist() == [doubtful == "warn"] * 768 + [True] * 256
 
 
-def test_a_fit_resumed_with_the_reference_aligned_aligns_it(tmp_path, told):
+def test_a_fit_resumed_with_the_reference_aligned_aligns_it(tmp_path, logged):
     run(tmp_path, reference("unrelated"))
     run(tmp_path / "r", Aligned(reference("unrelated")), tmp_path / "c/one.ckpt", epochs=2)
     assert column(tmp_path / "r/s").isfinite().sum() > 500
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
-def test_a_module_as_reference_follows_the_trainers_precision(precision, tmp_path, told):
+def test_a_module_as_reference_follows_the_trainers_precision(precision, tmp_path, logged):
     source = trained(toy(WithLosses, dtype=torch.float32), only="head", dtype=torch.float32)
     module, data = toy(WithLosses, dtype=torch.float32), DataLoader(task(dtype=torch.float32), 64)
     trainer(GradMimic(source, "head"), precision=precision).fit(module, data)
-    assert len(told) == 1
+    assert len(logged) == 1
 
 
-def test_a_batch_may_be_a_named_tuple(tmp_path, told):
+def test_a_batch_may_be_a_named_tuple(tmp_path, logged):
     data = DataLoader([Named(x, y) for x, y in task()], 64)
     trainer(GradMimic(reference("good", ByName), "head")).fit(toy(ByName), data)
-    assert len(told) == 1
+    assert len(logged) == 1
 
 
 def test_a_module_that_cannot_be_copied_is_trained_all_the_same(tmp_path):
@@ -299,7 +299,7 @@ def test_a_module_that_cannot_be_copied_is_trained_all_the_same(tmp_path):
     trainer(GradMimic(parameters_of(reference("good")), "head")).fit(module, batches())
 
 
-def test_samples_that_hold_nan_are_left_out(tmp_path, told):
+def test_samples_that_hold_nan_are_left_out(tmp_path, logged):
     data, gone = task(), [3, 100, 101, 500]
     data.tensors[0][gone] = float("nan")
     with pytest.warns(UserWarning, match="samples held NaN"):

@@ -103,20 +103,20 @@ def curate(  # noqa: PLR0913
     if (trusted is None) != (mislabelled is None):
         raise CurationError("`trusted` and `mislabelled` calibrate together: the same samples, scored both ways.")
     chosen = Sign() if filter is None else filter
-    final = None if out is None else _free(Path(out).expanduser())
+    final = None if out is None else _require_empty(Path(out).expanduser())
     with _temporary_folder() if final is None else atomic_directory(final) as folder:
         with Database(memory, progress) as database:
             data = Scores(ledger, database, allow_partial=allow_partial)
             calibration = None if trusted is None or mislabelled is None else _calibration(data, trusted, mislabelled)
             for name in exports:
                 EXPORTS[name].check(database, data.samples)
-            everyone = _everyone(data, pool)
+            all_samples = _all_samples(data, pool)
             positive, scored = database.row(f"SELECT count_if(score >= 0), count(score) FROM {data.samples}")
             if not scored:
                 raise CurationError(f"{data.ledger.directory}: none of its samples has a score.")
             quality = None if calibration is None else estimate_quality(positive, scored, *calibration)
             decision = chosen.decide(data)
-            _decide(database, data, everyone, decision, unscored)
+            _decide(database, data, all_samples, decision, unscored)
             samples, kept, without, mean, mean_kept = database.row(
                 "SELECT count(*), count_if(keep), count_if(opinion IS NULL), avg(score), avg(score) FILTER (keep) "
                 "FROM decided"
@@ -154,7 +154,7 @@ def curate(  # noqa: PLR0913
     return Curation(manifest, samples, kept, without, share, mean, mean_kept, quality, data.parts.lost, files)
 
 
-def _free(out: Path) -> Path:
+def _require_empty(out: Path) -> Path:
     """The path, unless something is there already."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CurationError(f"`out`: {out} is there already; name another directory, or delete it.")
@@ -183,7 +183,7 @@ def _ordered(data: Scores) -> str:
 _CLASSES = ("label", "predicted")
 
 
-def _everyone(data: Scores, pool: str | Path | None) -> str:
+def _all_samples(data: Scores, pool: str | Path | None) -> str:
     """All ids there are, as a table; those of the pool must include the ledger's."""
     if pool is None:
         return f"(SELECT id FROM {data.samples})"
@@ -200,22 +200,22 @@ def _everyone(data: Scores, pool: str | Path | None) -> str:
     return "pool"
 
 
-def _decide(database: Database, data: Scores, everyone: str, decision: Decision, unscored: Unscored) -> None:
+def _decide(database: Database, data: Scores, all_samples: str, decision: Decision, unscored: Unscored) -> None:
     """The table ``decided``: all samples, the filter's opinion, and what is done."""
     why = decision.reason.replace("'", "''")
     columns = ", ".join(f"scores.{name}" for name in data.columns)
     # On its own, so that its sums and the joins do not need their memory at once.
     database.run(f"CREATE TABLE opinions AS {decision.query}", "deciding")
     database.run(
-        f"""CREATE TABLE decided AS SELECT everyone.id, scores.score, coalesce(scores.scorings, 0) AS scorings,
+        f"""CREATE TABLE decided AS SELECT all_samples.id, scores.score, coalesce(scores.scorings, 0) AS scorings,
             scores.relative_weight, {columns}, decision.keep AS opinion, votes_keep, votes,
             coalesce(decision.keep, {unscored == "keep"}) AS keep,
             CASE WHEN decision.keep IS NULL THEN coalesce(
                     'no score: ' || scores.flag, CASE WHEN scores.scorings > 0 THEN 'no vote on it' END, 'never scored')
                 WHEN NOT decision.keep THEN '{why}' END AS reason
-        FROM {everyone} AS everyone
-        LEFT JOIN {data.samples} AS scores ON everyone.id = scores.id
-        LEFT JOIN opinions AS decision ON everyone.id = decision.id""",
+        FROM {all_samples} AS all_samples
+        LEFT JOIN {data.samples} AS scores ON all_samples.id = scores.id
+        LEFT JOIN opinions AS decision ON all_samples.id = decision.id""",
         "putting together",
     )
 

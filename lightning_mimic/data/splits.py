@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_mimic.data.ids import WithIds, collate_with_ids
 from lightning_mimic.data.noise import LabelNoise, SymmetricNoise
 from lightning_mimic.errors import MimicError
-from lightning_mimic.manifest import kept_of
+from lightning_mimic.manifest import kept_subset
 from lightning_mimic.trainer_package import pl
 
 #: The images that train or are scored: all with trusted labels, three quarters of these, the other quarter, or those
@@ -152,7 +152,7 @@ class LabelledSplits(pl.LightningDataModule, ABC):
                 labels, _ = self.noise(labels, self.num_classes, rows)
         samples: Any = self._samples("train", rows, labels)
         if self.keep is not None:
-            samples = kept_of(samples, self.keep)
+            samples = kept_subset(samples, self.keep)
         return DataLoader(
             samples,
             batch_size=self.batch_size,

@@ -233,7 +233,7 @@ class WholeModelGradients(DotOnly):
 
     def _above(self) -> list[Node]:
         """The nodes that the reverse pass goes through."""
-        leading = self._graph.leading_to(self._at)
+        leading = self._graph.nodes_reaching(self._at)
         return [n for n in self._graph.order if any(child in leading for child, _ in n.next_functions)]
 
     def _visit(self, seed: Tensor, visit: Callable[[Sequence[Use], Tensor | None], None]) -> None:

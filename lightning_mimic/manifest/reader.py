@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from lightning_mimic.errors import CurationError
 from lightning_mimic.manifest import exports
-from lightning_mimic.manifest.filter import kept_of
+from lightning_mimic.manifest.filter import kept_subset
 
 if TYPE_CHECKING:
     from torch.utils.data import Subset
@@ -79,7 +79,7 @@ class Manifest:
         Raises:
             MimicError: The manifest is of another data set.
         """
-        return kept_of(dataset, self.path)
+        return kept_subset(dataset, self.path)
 
     def to_csv(self, path: str | Path) -> None:
         """Write the table as CSV."""

@@ -134,7 +134,7 @@ class AlignedDirection(Direction):
         if self._enough:
             fitted, sound = self._fit()
             sound = sound & held
-            self.point_to({name: torch.where(sound, t, self._reference[name]) for name, t in fitted.items()})
+            self.set_reference({name: torch.where(sound, t, self._reference[name]) for name, t in fitted.items()})
             self._fitted = self._fitted | sound
             self.failed = self.failed + ~sound
 
@@ -182,7 +182,7 @@ class AlignedDirection(Direction):
         self._fitted, self.failed = state["fitted"].to(device), state["failed"].to(device)
         for name, statistics in self._statistics.items():
             statistics.load_state_dict({key: tensor.to(device) for key, tensor in state["statistics"][name].items()})
-        self.point_to({name: tensor.to(device) for name, tensor in state["reference"].items()})
+        self.set_reference({name: tensor.to(device) for name, tensor in state["reference"].items()})
 
     @abstractmethod
     def _run(self, batch: Any, features: Mapping[str, Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from lightning_mimic.distributed import is_distributed, rank
 from lightning_mimic.errors import MimicError, ReferenceLoadError
 from lightning_mimic.gradients import Direction, LossGradients, select_parameters
 from lightning_mimic.gradients.graph import Graph
-from lightning_mimic.gradients.nodes import made_by
+from lightning_mimic.gradients.nodes import grad_fn_of
 from lightning_mimic.reference.diagnosis import Diagnosis, Estimate
 from lightning_mimic.reference.match import aliases_of, match_reference
 from lightning_mimic.reference.model import reference_model
@@ -82,11 +82,11 @@ def diagnose(
     direction = Direction(held, moved)
     if direction.vanishes(direction.norm()):
         raise MimicError("the model stands at its reference, so there is no way between them to look at.")
-    with own_random_numbers(device):
+    with isolated_rng(device):
         batches = _first(loader, samples, device)
         scores = torch.cat([_scores(model, batch, moved, direction) for batch in batches])
         whole = whole_reference(reference, module)
-        gaps = [] if whole is None else [losses_and_gaps(whole, batch) for batch in batches]
+        gaps = [] if whole is None else [losses_and_label_gaps(whole, batch) for batch in batches]
         losses = _path_losses(model, batches, moved, direction)
     known = [gap for _, gap in gaps if gap is not None]
     theirs = estimate(sums_of(torch.cat([losses for losses, _ in gaps]))) if gaps else None
@@ -135,13 +135,13 @@ def rest_trains(module: nn.Module, targets: Mapping[str, Tensor]) -> bool:
     return any(p.requires_grad for name, p in module.named_parameters() if name not in targets)
 
 
-def exchanged(batch: Any) -> tuple[Any, Tensor] | None:
-    """The batch with each sample's labels given to the next one, and for which that makes a difference.
+def exchange_labels(batch: Any) -> tuple[Any, Tensor] | None:
+    """Return the batch with each sample's labels given to the next one, and the samples whose labels change.
 
     ``None`` if the batch is not inputs and labels.
 
     Example:
-        >>> other, differs = exchanged((torch.zeros(3, 1), torch.tensor([0, 2, 2])))
+        >>> other, differs = exchange_labels((torch.zeros(3, 1), torch.tensor([0, 2, 2])))
         >>> other[1], differs
         (tensor([2, 0, 2]), tensor([ True,  True, False]))
     """
@@ -179,10 +179,10 @@ def estimate(sums: Tensor) -> Estimate | None:
 
 
 @torch.no_grad()
-def losses_and_gaps(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
-    """The reference's losses, and how much higher they are with each other's labels, where these differ."""
+def losses_and_label_gaps(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Return the reference's losses, and how much higher they are with exchanged labels, where these differ."""
     losses: Tensor = model.sample_losses(batch)  # type: ignore[operator]
-    other = exchanged(batch)
+    other = exchange_labels(batch)
     if other is None:
         return losses, None
     changed, differs = other
@@ -208,8 +208,8 @@ def whole_reference(source: ReferenceSource, module: nn.Module) -> nn.Module | N
     return model.to(next(module.parameters()).dtype)
 
 
-def own_random_numbers(device: torch.device) -> AbstractContextManager[None]:
-    """Within it random numbers are drawn from generators that nothing else sees."""
+def isolated_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context within which the global random state is saved and restored."""
     return torch.random.fork_rng([device.index or 0] if device.type == "cuda" else [])
 
 
@@ -217,7 +217,7 @@ def _scores(model: nn.Module, batch: Any, targets: Mapping[str, nn.Parameter], d
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the attention that can be differentiated twice
         losses = model.sample_losses(batch)  # type: ignore[operator]
         rows = LossGradients(losses, targets)
-        rows.check(Graph(made_by(losses)))
+        rows.check(Graph(grad_fn_of(losses)))
         return (-rows.dot(direction) / direction.norm()).detach()
 
 

@@ -10,7 +10,7 @@ from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.gradients import WholeModelGradients
 from lightning_mimic.gradients.graph import not_a_plain_mean
-from lightning_mimic.gradients.nodes import made_by
+from lightning_mimic.gradients.nodes import grad_fn_of
 from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.messages import COMPILED, NOT_PLAIN
 from lightning_mimic.reweighting.methods import (
@@ -28,8 +28,8 @@ from lightning_mimic.reweighting.methods import (
 #: Whose gradient is scored: a sample's own loss's, its contribution to a total that mixes samples, or none.
 ScoreKind = Literal["own_loss", "contribution", "no_gradient"]
 
-#: Micro-batches in a row that are looked at while some gradient is zero, as of a unit that died.
-MOST_LOOKS = 20
+#: Consecutive micro-batches that are checked while some gradient is zero, as that of a dead unit.
+MAX_CHECKS = 20
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Choice:
         method: Scores the samples.
         kind: Whose gradient is scored.
         pending: A gradient of zero showed nothing of some parameters; the next micro-batch is to be looked at, too.
-        looks: Micro-batches in a row that were looked at.
+        checks: Consecutive micro-batches that were checked.
     """
 
     method: ScoringMethod
     kind: ScoreKind
     pending: bool = False
-    looks: int = 1
+    checks: int = 1
 
 
 def choose_method(task: ScoringTask, forward: Forward, previous: Choice | None) -> Choice:
@@ -71,7 +71,7 @@ def choose_method(task: ScoringTask, forward: Forward, previous: Choice | None) 
     choice.method.check_products()
     edge = choice.method.gate_edge(forward)
     if forward.losses is None:
-        reason = not_a_plain_mean(made_by(forward.loss), edge.node)
+        reason = not_a_plain_mean(grad_fn_of(forward.loss), edge.node)
         if reason:
             raise MimicError(NOT_PLAIN.format(reason))
     refuse_uncovered(task, forward, edge)
@@ -82,7 +82,7 @@ def _choose(task: ScoringTask, forward: Forward, previous: Choice | None) -> Cho
     if forward.of_all_ranks:
         return _double(task, forward, None)
     refusal: ValueError | None = None
-    looks = 1 + (previous.looks if previous is not None and previous.pending else 0)
+    checks = 1 + (previous.checks if previous is not None and previous.pending else 0)
     method: ScoringMethod
     pending = mixed = False
     call = only_call(task, forward)
@@ -93,7 +93,7 @@ def _choose(task: ScoringTask, forward: Forward, previous: Choice | None) -> Cho
         # The same object as before knows that it has seen all parameters once.
         known = previous.method if previous is not None else None
         method = reverse = known if isinstance(known, ReversePass) else ReversePass(task)
-        reverse.look_again()
+        reverse.reset_cut()
     try:
         if isinstance(method, ReversePass):
             rows = method.rows(forward, method.gate_edge(forward), forward.seed)
@@ -102,13 +102,13 @@ def _choose(task: ScoringTask, forward: Forward, previous: Choice | None) -> Cho
             pending = not _samples_are_apart(task, forward, rows)
     except ValueError as error:  # not raised before the other ranks have been asked
         refusal = error
-    pending = distributed.any_rank(pending and looks < MOST_LOOKS, forward.loss.device)
+    pending = distributed.any_rank(pending and checks < MAX_CHECKS, forward.loss.device)
     refused = distributed.any_rank(refusal is not None, forward.loss.device)
     if forward.losses is None and refusal is not None:
         raise refusal
     if forward.losses is not None and refused:
         return _double(task, forward, refusal)
-    return Choice(method, "contribution" if mixed else "own_loss", pending, looks)
+    return Choice(method, "contribution" if mixed else "own_loss", pending, checks)
 
 
 def _refuse_static_graph(forward: Forward) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.gradients import GradientDirection
-from lightning_mimic.reference.diagnose import own_random_numbers
+from lightning_mimic.reference.diagnose import isolated_rng
 from lightning_mimic.reweighting.batch import sample_count
 from lightning_mimic.reweighting.messages import HOOKED
 
@@ -61,7 +61,7 @@ class ReferenceBatches:
             ValueError: There is none, or its losses are not one per sample or do not depend on the targets.
             FloatingPointError: Its gradient is not finite.
         """
-        with own_random_numbers(self._device):
+        with isolated_rng(self._device):
             sums, rows = self._gradients(self._next())
         for each in (*sums.values(), rows):
             distributed.sum_over_ranks(each)
@@ -79,7 +79,7 @@ class ReferenceBatches:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes on from there: the batches of this pass up to there are drawn and left out."""
-        with own_random_numbers(self._device):
+        with isolated_rng(self._device):
             self._go_to(state["passes"], state["taken"])
 
     def _go_to(self, passes: int, taken: int) -> None:

@@ -11,7 +11,7 @@ from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError
 from lightning_mimic.ledger import Flag
 from lightning_mimic.reference import Diagnosis
-from lightning_mimic.reference.diagnose import SAMPLES, estimate, losses_and_gaps, own_random_numbers, sums_of
+from lightning_mimic.reference.diagnose import SAMPLES, estimate, isolated_rng, losses_and_label_gaps, sums_of
 from lightning_mimic.reweighting.weigh import StepResult
 
 #: What to do about a reference that the diagnosis does not find compatible.
@@ -61,8 +61,8 @@ class ReferenceMonitor:
         started = time.perf_counter()
         reference_losses = gaps = None
         if self._model is not None:
-            with own_random_numbers(self._device):
-                reference_losses, gaps = losses_and_gaps(self._model, batch)
+            with isolated_rng(self._device):
+                reference_losses, gaps = losses_and_label_gaps(self._model, batch)
         losses = result.losses
         if losses is not None:
             losses = torch.where(result.flags == Flag.NONFINITE_LOSS, torch.nan, losses.float())

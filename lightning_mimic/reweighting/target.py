@@ -95,7 +95,7 @@ class Target:
         if isinstance(reference, Aligned):
             self._align(reference, module)
         elif "dot" in needs:
-            self.facts = self._point(source, module)
+            self.facts = self._set_direction(source, module)
         self._whole = whole_reference(source, module) if self._reference is None else self._reference
 
     @property
@@ -176,7 +176,7 @@ class Target:
         """
         return scores if self.direction is not self._aligned else None
 
-    def settle(self, diagnosis: Diagnosis) -> None:
+    def choose_direction(self, diagnosis: Diagnosis) -> None:
         """Choose between the reference as it is and aligned, once it has been diagnosed."""
         if not (self._align_doubtful and self.aligns):
             return
@@ -235,7 +235,7 @@ class Target:
         self.direction = self._batches.direction
         self._config["reference_batches"] = describe(loader)
 
-    def _point(self, source: ReferenceSource, module: nn.Module) -> dict[str, Any]:
+    def _set_direction(self, source: ReferenceSource, module: nn.Module) -> dict[str, Any]:
         """Take the direction to given weights, and return how similar to the model's they are."""
         tensors = read_reference(source)
         try:
