@@ -68,14 +68,14 @@ class Database:
         self.connection.close()
         shutil.rmtree(self._spill, ignore_errors=True)
 
-    def tell(self, what: str, share: float) -> None:
-        """Passes on how far something is."""
+    def report_progress(self, what: str, share: float) -> None:
+        """Report the progress of a task to the callback."""
         if self._progress is not None:
             self._progress(what, share)
 
     def run(self, sql: str, what: str = "") -> None:
         """Runs a statement; one that may take long says what it does."""
-        with self._told(what):
+        with self._progress_of(what):
             self._answer(sql)
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
@@ -108,7 +108,7 @@ class Database:
     @contextlib.contextmanager
     def reader(self, sql: str, what: str = "") -> Iterator[pa.RecordBatchReader]:
         """An answer piece by piece, in its order."""
-        with self._told(what):
+        with self._progress_of(what):
             yield self.connection.sql(sql).to_arrow_reader(1 << 17)
 
     def columns(self, table: str) -> dict[str, str]:
@@ -181,8 +181,8 @@ class Database:
         return f"(SELECT {typed} AS id, * EXCLUDE ({name}) FROM {table})"
 
     @contextlib.contextmanager
-    def _told(self, what: str) -> Iterator[None]:
-        """Tells how far the query under way is, from a thread beside it."""
+    def _progress_of(self, what: str) -> Iterator[None]:
+        """Report the progress of the running query, from another thread."""
         if self._progress is None or not what:
             yield
             return
@@ -190,17 +190,17 @@ class Database:
 
         def watch() -> None:
             while not over.wait(0.2):
-                self.tell(what, max(0.0, self.connection.query_progress()) / 100)
+                self.report_progress(what, max(0.0, self.connection.query_progress()) / 100)
 
         watcher = threading.Thread(target=watch, daemon=True)
-        self.tell(what, 0.0)
+        self.report_progress(what, 0.0)
         watcher.start()
         try:
             yield
         finally:
             over.set()
             watcher.join()
-        self.tell(what, 1.0)
+        self.report_progress(what, 1.0)
 
 
 def parquet(*paths: Path, by_name: bool = False) -> str:

@@ -92,7 +92,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise _exists(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _hidden(final)
+    temporary = _temporary_path(final)
     temporary.mkdir()
     try:
         yield temporary
@@ -130,7 +130,7 @@ def _renamed(path: Path, exclusive: bool) -> Iterator[Path]:
     """Yield a temporary name, whose file is renamed afterwards and removed after an error."""
     if exclusive and os.path.lexists(path):
         raise _exists(path)
-    temporary = _hidden(path)
+    temporary = _temporary_path(path)
     try:
         yield temporary
         if exclusive:
@@ -160,7 +160,7 @@ def _claim(temporary: Path, path: Path) -> None:
             raise
 
 
-def _hidden(path: Path) -> Path:
+def _temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 

@@ -175,14 +175,14 @@ def show(console: Console, results: list[dict[str, Any]], chosen: float, title: 
     for method, temperature in dict.fromkeys((r["method"], r["temperature"]) for r in results):
         rows = [of[method, temperature, seed] for seed in seeds]
         over = {
-            rival: [row["last_accuracy"] - of[rival, 1.0, row["seed"]][figure] for row in rows]
-            for rival, figure in (("none", "best_accuracy"), ("reference", "last_accuracy"))
+            baseline: [row["last_accuracy"] - of[baseline, 1.0, row["seed"]][figure] for row in rows]
+            for baseline, figure in (("none", "best_accuracy"), ("reference", "last_accuracy"))
         }
         table.add_row(
             METHODS[method],
             "–" if method in ("reference", "none") else f"{temperature:g}{'*' * (temperature == chosen != 1)}",
             *(cell([row[figure] for row in rows]) for figure in FIGURES[:2]),
-            *("–" if method in (rival, "reference") else cell(gaps) for rival, gaps in over.items()),
+            *("–" if method in (baseline, "reference") else cell(gaps) for baseline, gaps in over.items()),
             cell([row["auroc"] for row in rows]),
         )
     console.print(table)

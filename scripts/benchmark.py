@@ -209,9 +209,9 @@ def weigh(workers: list[Worker], options: argparse.Namespace, tick: Callable[[],
 
 
 def groups_of(model: str, options: argparse.Namespace) -> list[list[Worker]]:
-    """Those that take turns with one another: the callback for all targets, and the rivals target by target.
+    """Those that take turns with one another: the callback for all targets, and the baselines target by target.
 
-    The rivals run fewer rounds, and need too much memory to be there all at once. Plain training goes first in each.
+    The baselines run fewer rounds, and need too much memory to be there all at once. Plain training goes first in each.
     """
     if options.memory_only:
         plain = Worker(model, options.targets[0], "plain", WARM_UP)
@@ -222,9 +222,9 @@ def groups_of(model: str, options: argparse.Namespace) -> list[list[Worker]]:
     first = [Worker(model, options.targets[0], m, rounds) for m in ("plain", "again") if m in options.methods]
     groups = [first + [Worker(model, t, "ours", rounds) for t in options.targets if "ours" in options.methods]]
     for target in options.targets:
-        rivals = [Worker(model, target, m, slow) for m in ("vmap", "loop") if m in options.methods]
-        if rivals:
-            groups.append([Worker(model, target, "plain", slow), *rivals])
+        baselines = [Worker(model, target, m, slow) for m in ("vmap", "loop") if m in options.methods]
+        if baselines:
+            groups.append([Worker(model, target, "plain", slow), *baselines])
     return groups
 
 

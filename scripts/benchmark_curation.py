@@ -45,9 +45,9 @@ def generate(folder: Path, ids: int, epochs: int, rows_per_part: int, seed: int 
             members = order[start : start + rows_per_part]
             place = np.arange(start, start + len(members))
             score = np.where(wrong[members], -0.5, 0.5) + random.standard_normal(len(members))
-            lift = np.exp(score)
-            sums = np.add.reduceat(lift, np.arange(0, len(lift), BATCH))
-            size = np.minimum(BATCH, len(lift) - BATCH * (np.arange(len(lift)) // BATCH))
+            exponentials = np.exp(score)
+            sums = np.add.reduceat(exponentials, np.arange(0, len(exponentials), BATCH))
+            size = np.minimum(BATCH, len(exponentials) - BATCH * (np.arange(len(exponentials)) // BATCH))
             writer.append(
                 {
                     "id": members,
@@ -56,7 +56,7 @@ def generate(folder: Path, ids: int, epochs: int, rows_per_part: int, seed: int 
                     "batch": place // BATCH,
                     "position": place % BATCH,
                     "score": score.astype(np.float32),
-                    "weight": (lift / sums[np.arange(len(lift)) // BATCH]).astype(np.float32),
+                    "weight": (exponentials / sums[np.arange(len(exponentials)) // BATCH]).astype(np.float32),
                     "loss": None,
                     "batch_size": size,
                     "flag": pa.DictionaryArray.from_arrays(np.zeros(len(members), np.int8), ["ok"]),

@@ -34,16 +34,16 @@ from rich.table import Table
 from torchvision.transforms import v2
 
 from lightning_mimic.data import CachedFeatures
-from lightning_mimic.data.parts import LabelledParts, Source
+from lightning_mimic.data.splits import LabelledSplits, Source
 from lightning_mimic.models import ImageClassifier, torchvision_backbone
 
 SEED, SIZE, CLASSES = 0, 224, 10
 #: What training from features is to reach at least.
 BAR = 8
-# Whether it mirrors, and whether its features are there; None: on the images.
+# Whether it flips, and whether its features are there; None: on the images.
 WAYS: dict[str, tuple[str, bool, bool | None]] = {
-    "plain": ("images, mirrored", True, None),
-    "mirrored": ("features of both views: computed, then trained on", True, False),
+    "plain": ("images, flipped", True, None),
+    "flipped": ("features of both views: computed, then trained on", True, False),
     "one view": ("features of one view: computed, then trained on", False, False),
     "there": ("features of both views that are there already", True, True),
 }
@@ -76,7 +76,7 @@ def jpeg(drawn: random.Random) -> bytes:
     return file.getvalue()
 
 
-class Photographs(LabelledParts):
+class Photographs(LabelledSplits):
     """All of them train."""
 
     num_classes = CLASSES

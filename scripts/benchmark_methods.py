@@ -67,7 +67,7 @@ class Unusable(Exception):  # noqa: N818 - a finding, not an error
     """The method cannot train this model; the reason in a word."""
 
 
-class Rival(Plain):
+class Baseline(Plain):
     """Scores and weights the samples by hand; the gradients of the samples are up to the subclass."""
 
     def __init__(self, net: nn.Module, path: str | None, reference: Path) -> None:
@@ -92,7 +92,7 @@ class Rival(Plain):
         return v, torch.stack([tensor.norm() for tensor in v.values()]).norm()
 
 
-class Vmapped(Rival):
+class Vmapped(Baseline):
     """All samples' gradients at once, each as large as its parameters."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -132,7 +132,7 @@ class HandedOver(torch.autograd.Function):
         return None, None, *(factor * gradient for gradient in ctx.gradients)
 
 
-class Looped(Rival):
+class Looped(Baseline):
     """A backward pass per sample, through the whole batch's graph."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A small CLIP on digits with captions, 40 % of them wrong: plain training, Grad-Mimic, curation, and their rivals.
+"""A small CLIP on digits with captions, 40 % of them wrong: plain training, Grad-Mimic, curation, and their baselines.
 
 Every run is one of mimic-train, on shards as scripts/make_digit_shards.py writes them:
 
@@ -28,11 +28,11 @@ from rich.table import Table
 
 from lightning_mimic.curation import curate, detect
 from lightning_mimic.models import CLIP, pair_losses
-from lightning_mimic.reference.gauge import Rotation
-from lightning_mimic.reference.moments import Moments
+from lightning_mimic.reference.procrustes import Rotation
+from lightning_mimic.reference.running_statistics import RunningStatistics
 
 STARTS = {"scratch": "from scratch", "locked": "locked towers"}
-METHODS = {"plain": "plain", "weighted": "Grad-Mimic", "sign": "kept by sign", "rival": "kept by rival"}
+METHODS = {"plain": "plain", "weighted": "Grad-Mimic", "sign": "kept by sign", "baseline": "kept by baseline"}
 TEMPERATURES = (0.3, 0.1, 0.05)
 DIRECTIONS = {"aligned": "rotation and ridge", "ridge": "ridge only", "as_is": "weights as they are"}
 PROJECTIONS = ("towers.visual.head.proj.weight", "towers.text_projection")
@@ -138,7 +138,7 @@ def overrides(t: Training) -> list[str]:
     # As many steps as training on everything has.
     steps = ["trainer.max_epochs=-1", f"++trainer.max_steps={25 * 29}"]
     scored = replace(t, method="scored").folder / "curated" / "manifest.parquet"
-    return [*plain, *steps, f"data.keep={scored if t.method == 'sign' else t.out / 'rival.parquet'}"]
+    return [*plain, *steps, f"data.keep={scored if t.method == 'sign' else t.out / 'baseline.parquet'}"]
 
 
 def composed(t: Training) -> Any:
@@ -183,7 +183,7 @@ def prepared(t: Training) -> dict[str, Any]:
     scores = (model.encode_image(images, normalize=True) * model.encode_text(texts, normalize=True)).sum(1)
     wrong = mismatched(t, ids)
     lowest = torch.zeros_like(wrong).index_fill(0, scores.argsort()[: int(wrong.sum())], True)
-    pq.write_table(pa.table({"id": ids, "keep": (~lowest).tolist()}), t.out / "rival.parquet")
+    pq.write_table(pa.table({"id": ids, "keep": (~lowest).tolist()}), t.out / "baseline.parquet")
     found = detect(scores, lowest, wrong)
     return {"auroc": found.auroc, "f1": found.f1}
 
@@ -191,9 +191,9 @@ def prepared(t: Training) -> dict[str, Any]:
 def no_rotation() -> Any:
     """Takes the reference's embeddings in their own frame."""
 
-    def identity(moments: Sequence[Moments]) -> Rotation:
+    def identity(statistics: Sequence[RunningStatistics]) -> Rotation:
         one = torch.ones(())
-        return Rotation(torch.eye(len(moments[0].xy)), one, one > 0)
+        return Rotation(torch.eye(len(statistics[0].xy)), one, one > 0)
 
     return mock.patch("lightning_mimic.reference.aligned_towers.procrustes", identity)
 
@@ -265,7 +265,7 @@ def show(console: Console, results: list[dict[str, Any]], out: Path) -> dict[str
             )
     references = [row for row in results if row["method"] == "reference"]
     found.add_section()
-    found.add_row("rival, share known", *(cell([row[figure] for row in references]) for figure in ("auroc", "f1")))
+    found.add_row("baseline, share known", *(cell([row[figure] for row in references]) for figure in ("auroc", "f1")))
     console.print(learnt)
     console.print(f"The reference: {cell([row['test_accuracy'] for row in references], ' ')}", highlight=False)
     console.print(found)
@@ -286,7 +286,7 @@ def main() -> None:
         "images; best: the best epoch on them, which no one can know. Over last, over best: the last epoch less plain "
         "training's last and best one. Kept by: plain training on what a filter keeps, as many steps. Steps saved: to "
         "the lowest loss of held-out pairs that plain training has. Locked towers: the reference's, under projections "
-        "that begin anew. Found: by the mean score of a short run. Rival: the reference's own similarity "
+        "that begin anew. Found: by the mean score of a short run. Baseline: the reference's own similarity "
         "of the pair.",
         style="dim",
     )
@@ -307,7 +307,8 @@ def compared(work: Work, seeds: Sequence[Training]) -> list[dict[str, Any]]:
     ]
     results += work("scoring", scored)
     results += work("training", [replace(s, method="plain", start=start) for start in STARTS for s in seeds] + weighted)
-    return results + work("training on what is kept", [replace(s, method=m) for m in ("sign", "rival") for s in seeds])
+    filtered = [replace(s, method=m) for m in ("sign", "baseline") for s in seeds]
+    return results + work("training on what is kept", filtered)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From scores to a data set: filters, calibrated quality, rivals and training on what is kept, on the digits."""
+"""From scores to a data set: filters, calibrated quality, baselines and training on what is kept, on the digits."""
 
 import json
 import statistics
@@ -170,11 +170,11 @@ def logits_of(tensors: dict[str, torch.Tensor], images: torch.Tensor, overrides:
     return model.eval()(images)
 
 
-def figures(scores: torch.Tensor, judged_wrong: torch.Tensor, wrong: torch.Tensor) -> dict[str, float | None]:
+def figures(scores: torch.Tensor, predicted_wrong: torch.Tensor, wrong: torch.Tensor) -> dict[str, float | None]:
     """Of :data:`FIGURES`; those on wrong labels are unknown where there are none."""
     if not bool(wrong.any()):
-        return dict.fromkeys(FIGURES) | {"kept": float((~judged_wrong).float().mean())}
-    found = asdict(detect(scores, judged_wrong, wrong))
+        return dict.fromkeys(FIGURES) | {"kept": float((~predicted_wrong).float().mean())}
+    found = asdict(detect(scores, predicted_wrong, wrong))
     return {"kept": found["share_kept"]} | {name: found[name] for name in FIGURES[1:]}
 
 

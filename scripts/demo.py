@@ -115,7 +115,7 @@ def write_files(
         scores,
         wrong,
         [digits.images(torch.tensor(row["id"])) for row in lowest],
-        [f"given {row['label']}\nlikely {row['predicted']}" for row in lowest],
+        [f"given {row['label']}\npredicted {row['predicted']}" for row in lowest],
         f"{len(scores)} handwritten digits, {digits.noise.rate:.0%} wrong labels",
     )
 
@@ -136,7 +136,7 @@ def show(console: Console, results: list[dict[str, Any]], rate: float, epochs: i
         "In %, mean and standard deviation over seeds. Learning rate and epochs were chosen for plain training, on "
         "trusted images; Grad-Mimic has its defaults. kept: share judged right, beside the share that is. AUROC, "
         "precision, recall, F1: finding the wrong labels; Grad-Mimic judges wrong what has a negative mean score, its "
-        "rival, the loss of the reference, what the reference does not predict.",
+        "baseline, the loss of the reference, what the reference does not predict.",
         style="dim",
     )
 

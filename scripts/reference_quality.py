@@ -69,10 +69,10 @@ def made(t: Training) -> dict[str, Any]:
 
 
 def trained(t: Training) -> dict[str, Any]:
-    """Trains with the reference, spoilt as it may be, and returns the figures."""
+    """Trains with the reference, corrupted as it may be, and returns the figures."""
     digits, test = test_images(t)
     curve, out = Curve(*test), t.out / f"{t.series}_{t.amount}"
-    reference = spoilt(t)
+    reference = corrupted(t)
     common = [f"seed={t.seed}", f"data.noise.rate={t.noise_rate}", f"paths.reference={t.base}"]
     if t.series == "plain":
         trainer = run(curve, out, *SCRATCH, *common, "mimic=none")
@@ -98,7 +98,7 @@ def test_images(t: Training) -> tuple[DigitsDataModule, Any]:
     return digits, next(iter(digits.test_dataloader()))
 
 
-def spoilt(t: Training) -> Path:
+def corrupted(t: Training) -> Path:
     """The reference with noise on its weights, where that is asked for."""
     if t.series not in ("probe", "noise"):
         return t.base
@@ -157,8 +157,8 @@ def main() -> None:
     console, out, started = Console(width=120), arguments.out, time.monotonic()
     seeds = [(out / f"seed{seed}", seed, arguments.rate) for seed in arguments.seeds]
     references = [Training(*s, "reference", amount) for s in seeds for amount in (None, *EPOCHS)]
-    spoils = [("probe", NOISE), ("noise", NOISE), ("epochs", EPOCHS)]
-    runs = [Training(*s, series, float(a)) for series, amounts in spoils for a in amounts for s in seeds]
+    corruptions = [("probe", NOISE), ("noise", NOISE), ("epochs", EPOCHS)]
+    runs = [Training(*s, series, float(a)) for series, amounts in corruptions for a in amounts for s in seeds]
     with at_work(console, made) as work:
         work("references", references)
     with at_work(console, trained) as work:

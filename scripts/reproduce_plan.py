@@ -17,7 +17,7 @@ TEMPERATURES = (0.03, 0.1, 0.3, 1.0, 3.0)
 FLOORS = (0.0, 0.1, 0.25, 0.5)
 REFERENCES = ("seen", "trusted_split")
 #: Of a reference's own training labels.
-SPOILT = (0.2, 0.4, 0.6)
+CORRUPTED = (0.2, 0.4, 0.6)
 #: By what a run's seed is less than its reference's, and than that of what stands for published weights.
 OTHER_SEED, PRETRAINED_SEED = 100, 1000
 #: Full fine-tuning with and without a floor: temperatures, and whether model and reference begin from the same weights.
@@ -125,10 +125,11 @@ class Plan:
         return [self.runs("temperature", each, OF_KIND.format("probe"), *self.kept, "reference=trusted_split")]
 
     def reference_quality(self) -> list[Sweep]:
-        spoilt = {"data.noise.rate": SPOILT}
-        made = [self.reference("references/spoilt", seed, spoilt, *self.kept) for seed in self.seeds]
+        corrupted = {"data.noise.rate": CORRUPTED}
+        made = [self.reference("references/corrupted", seed, corrupted, *self.kept) for seed in self.seeds]
         each, common = {"mimic": ["official"]}, [*self.kept, "data.noise.rate=0.4"]
-        runs = [self.runs(f"reference_quality/{rate}", each, f"spoilt/${{seed}}/{rate}", *common) for rate in SPOILT]
+        name, path = "reference_quality/{}", "corrupted/${{seed}}/{}"
+        runs = [self.runs(name.format(rate), each, path.format(rate), *common) for rate in CORRUPTED]
         clean = self.runs("reference_quality/0.0", {"mimic": ["none", "official"]}, OF_KIND.format("probe"), *common)
         return [*made, *runs, clean]
 

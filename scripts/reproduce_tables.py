@@ -12,12 +12,12 @@ import torch
 from paper_figures import linear_probe
 from reproduce_plan import (
     ALL_RATES,
+    CORRUPTED,
     FLOOR_TEMPERATURES,
     FLOORS,
     FRACTIONS,
     RATES,
     REFERENCES,
-    SPOILT,
     STARTS,
     TEMPERATURES,
     methods_of,
@@ -228,11 +228,11 @@ def temperatures(results: Results) -> Iterator[Table]:
 
 
 def reference_quality(results: Results) -> Table:
-    """What a reference from spoilt labels is worth."""
+    """What a reference from corrupted labels is worth."""
     cells: dict[tuple[str, str], Values] = {}
-    for rate in (0.0, *SPOILT):
+    for rate in (0.0, *CORRUPTED):
         run, column = ("reference_quality", rate, "official"), percent(rate)
-        setting, kind = ("spoilt", rate) if rate else ("probe", "seen")
+        setting, kind = ("corrupted", rate) if rate else ("probe", "seen")
         cells["the reference", column] = results.references(setting, kind, accuracy)
         cells["Grad-Mimic with it", column] = results.values(*run, of=accuracy)
         cells["AUROC of its scores", column] = results.values(*run, of=found("auroc"))

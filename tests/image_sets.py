@@ -14,7 +14,7 @@ import torchvision.datasets
 from PIL import Image
 from torch import Tensor
 
-from lightning_mimic.data.pictures import Transform
+from lightning_mimic.data.image_splits import Transform
 from lightning_mimic.data.torchvision_sets import SETS, TorchvisionDataModule
 from lightning_mimic.data.transforms import paper_transform
 

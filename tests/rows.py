@@ -26,7 +26,7 @@ class Ad(nn.Module):
         return self.compute(self, x)
 
 
-def bare(*shape: int) -> nn.Parameter:
+def param(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(shape))
 
 
@@ -58,7 +58,7 @@ def looped(gradients: Mapping[str, Tensor], vectors: Mapping[str, Tensor]) -> Te
     ).sum(0)
 
 
-def tapped(
+def traced(
     net: nn.Module, losses_of: Callable, batch: Any, names: Iterable[str], seed: Tensor | None = None
 ) -> tuple[Tensor, WholeModelGradients, dict[str, str]]:
     """The losses of one forward pass, the gradients' rows, and what was not seen."""
@@ -90,7 +90,7 @@ def assert_exact(
     """Exactly ``unseen`` (globs; ``None``: whatever it likes) is reported, and the rest agrees with the oracle."""
     vectors = vectors_of(net, names)
     torch.manual_seed(7)  # dropout
-    found = unknown(*tapped(net, losses_of, batch, vectors)[1:], oracle)
+    found = unknown(*traced(net, losses_of, batch, vectors)[1:], oracle)
     if unseen is not None:
         assert set(found) == {name for name in vectors if any(fnmatch.fnmatchcase(name, glob) for glob in unseen)}, (
             found
@@ -99,9 +99,9 @@ def assert_exact(
     if found:
         vectors = {name: v for name, v in vectors.items() if name not in found}
         torch.manual_seed(7)
-        assert unknown(*tapped(net, losses_of, batch, vectors)[1:], oracle) == {}
+        assert unknown(*traced(net, losses_of, batch, vectors)[1:], oracle) == {}
     torch.manual_seed(7)
-    rows = tapped(net, losses_of, batch, vectors)[1]
+    rows = traced(net, losses_of, batch, vectors)[1]
     dot = rows.dot(vectors)
     torch.manual_seed(7)
     if vectors:

@@ -1,4 +1,4 @@
-"""A reference that is a stranger: fitted anew from lists of all that was seen, and against what must not matter."""
+"""An unrelated reference: fitted anew from lists of all that was seen, and against what must not matter."""
 
 import contextlib
 import copy
@@ -56,7 +56,7 @@ class PerToken(nn.Sequential):
         super().__init__(nn.Linear(FEATURES, 4 * 5), nn.Tanh(), nn.Unflatten(1, (4, 5)), nn.Linear(5, CLASSES))
 
 
-def stranger(kind="wider", dtype=torch.float64):
+def unrelated(kind="wider", dtype=torch.float64):
     """A reference that shares nothing with the model but the question."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
@@ -154,10 +154,10 @@ CASES = {
 def test_every_step_goes_by_the_layer_fitted_to_all_that_was_seen(case, tmp_path):
     kind, name, every, aligning, settings, options = CASES[case]
     ours, theirs, data = toy(kind), toy(kind), toy_data(42)  # ten batches of 4, one of 2
-    aligned = Aligned(stranger(name), every=every, **aligning)
+    aligned = Aligned(unrelated(name), every=every, **aligning)
     callback = GradMimic(aligned, "head", temperature=0.3, min_ess=0, ledger=tmp_path / "s", **settings)
     trainer(callback, epochs=2, **options).fit(ours, loader(data))
-    listed = Listed(stranger(name), every, centred=kind is not Bare)
+    listed = Listed(unrelated(name), every, centred=kind is not Bare)
     loops = {"reweight": settings.get("reweight", "all"), "accumulate": options.get("accumulate_grad_batches", 1)}
     loops |= {"clip": options.get("gradient_clip_val"), "tau": 0.3, "targets": ("head.weight", "head.bias")}
     loops["score"] = cosine(listed) if case == "cosine" else listed
@@ -192,7 +192,7 @@ def test_a_sample_with_nan_is_as_if_it_were_not_there(part, tmp_path):
 
     left = [[k for k in range(start, min(start + 4, 42)) if k not in gone] for start in range(0, 42, 4)]
     without = torch.utils.data.DataLoader(WithIds(data), batch_sampler=left, collate_fn=collate_with_ids)
-    aligned = Aligned(stranger(), every=2)
+    aligned = Aligned(unrelated(), every=2)
     expected = fit(toy(Three), aligned, without, ledger=tmp_path / "a")
     found = fit(toy(Three), aligned, loader(data), ledger=tmp_path / "b")
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
@@ -204,15 +204,15 @@ def test_a_sample_with_nan_is_as_if_it_were_not_there(part, tmp_path):
 @pytest.mark.parametrize("cache", [False, True])
 def test_a_batch_may_be_a_dict(cache):
     samples = [{"x": x, "y": y, "id": k} for k, (x, y) in enumerate(toy_data(42))]
-    aligned = Aligned(stranger(), lambda batch: batch["x"], 3, cache=cache)
+    aligned = Aligned(unrelated(), lambda batch: batch["x"], 3, cache=cache)
     found = fit(toy(Keyed), aligned, torch.utils.data.DataLoader(samples, 4))
-    torch.testing.assert_close(found, fit(toy(), Aligned(stranger(), every=3)), rtol=0, atol=0)
+    torch.testing.assert_close(found, fit(toy(), Aligned(unrelated(), every=3)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 def test_a_reference_follows_the_trainers_precision(precision):
     batches = torch.utils.data.DataLoader(toy_data(42, dtype=torch.float32), 4)
-    aligned = Aligned(stranger(dtype=torch.float32))
+    aligned = Aligned(unrelated(dtype=torch.float32))
     assert all(p.isfinite().all() for p in fit(toy(), aligned, batches, options={"precision": precision}).values())
 
 
@@ -220,7 +220,7 @@ def test_a_reference_follows_the_trainers_precision(precision):
 @pytest.mark.parametrize("saved", ["within the fit", "after it"])
 @pytest.mark.parametrize("count", [42, 20])  # the break after the warm-up, or in it
 def test_a_resumed_fit_equals_the_uninterrupted_one(count, saved, tmp_path):
-    aligned, batches, whole, resumed = Aligned(stranger(), every=3), loader(toy_data(count)), toy(), toy()
+    aligned, batches, whole, resumed = Aligned(unrelated(), every=3), loader(toy_data(count)), toy(), toy()
     fit(whole, aligned, batches, epochs=3, ledger=tmp_path / "a")
     first = GradMimic(aligned, "head", temperature=0.3, min_ess=0, ledger=tmp_path / "b")
     saver = ModelCheckpoint(tmp_path / "c", "within")
@@ -268,17 +268,17 @@ REFUSED = {
         "`parameters` selects 2 layers ('body', 'head'), but the scorer needs one nn.Linear.",
     ),
     "no direction": (WithLosses, Aligned(toy(WithLosses)), None, UNDIRECTED),
-    "no direction to a stranger": (WithLosses, Aligned(stranger()), None, UNDIRECTED),
+    "no direction to an unrelated one": (WithLosses, Aligned(unrelated()), None, UNDIRECTED),
     "no ids": (
         Toy,
-        Aligned(stranger(), cache=True),
+        Aligned(unrelated(), cache=True),
         "head",
         "`Aligned(cache=True)` keeps outputs by sample id, and the batch carries none. Use "
         "DataLoader(WithIds(dataset), collate_fn=collate_with_ids), or leave the cache off.",
     ),
     "no inputs": (
         Keyed,
-        Aligned(stranger()),
+        Aligned(unrelated()),
         "head",
         "the batch is a dict; say what of it the reference is called with: "
         "`Aligned(..., inputs=lambda batch: batch['image'])`.",
@@ -302,5 +302,5 @@ def test_what_cannot_be_aligned_is_refused_in_a_sentence(case):
 def test_every_is_a_positive_whole_number(every):
     message = f"`every` counts micro-batches between two refits, 1 or more, not {every!r}."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        Aligned(stranger(), every=every)
-    assert Aligned(stranger()).every == 10
+        Aligned(unrelated(), every=every)
+    assert Aligned(unrelated()).every == 10

@@ -1,10 +1,10 @@
-"""Fits beside a reference that is a stranger: when it is asked, what it leaves alone, when it is of no use."""
+"""Fits beside an unrelated reference: when it is asked, what it leaves alone, when it is of no use."""
 
 import copy
 
 import pytest
 import torch
-from test_aligned import CLOSE, WARM, Drops, fit, scores_of, stranger
+from test_aligned import CLOSE, WARM, Drops, fit, scores_of, unrelated
 from torch import nn
 from toys import CLASSES, FEATURES, HIDDEN, loader, parameters_of, toy, toy_data, trainer
 
@@ -19,9 +19,9 @@ def sentences(warned):
 
 @pytest.mark.parametrize("given", ["state dict", "path"])
 def test_weights_of_the_modules_own_architecture_serve_as_well(given, tmp_path):
-    state = stranger("toy").state_dict()
+    state = unrelated("toy").state_dict()
     torch.save({"state_dict": state}, tmp_path / "reference.pt")
-    sources = [stranger("toy"), state if given == "state dict" else tmp_path / "reference.pt"]
+    sources = [unrelated("toy"), state if given == "state dict" else tmp_path / "reference.pt"]
     modules = [toy(), toy()]
     for module, source in zip(modules, sources, strict=True):
         trainer(GradMimic(Aligned(source), "head"), epochs=2).fit(module, loader(toy_data(42)))
@@ -53,17 +53,17 @@ def test_the_basis_of_a_reference_does_not_matter(copies, penalty, monkeypatch, 
     for name, reference in {
         "weights": parameters_of(twin),
         "twin": Aligned(twin),
-        "stranger": Aligned(in_another_basis(twin, copies)),
+        "unrelated": Aligned(in_another_basis(twin, copies)),
     }.items():
         trainer(GradMimic(reference, "head", ledger=tmp_path / name), epochs=2).fit(module, loader(data, 20))
-    plain, own, foreign = (scores_of(tmp_path / name)[200:] for name in ("weights", "twin", "stranger"))
+    plain, own, foreign = (scores_of(tmp_path / name)[200:] for name in ("weights", "twin", "unrelated"))
     torch.testing.assert_close(foreign, own, **CLOSE)
     # Without a penalty these are the scores by weights; with it they differ by a few hundredths of their spread.
     torch.testing.assert_close(own, plain, rtol=0, atol=1e-5 if penalty < 1e-9 else 0.1 * float(plain.std()))
 
 
 @pytest.mark.filterwarnings("ignore:the reference is")  # unrelated, by its weights
-def test_wrong_labels_are_found_where_the_weights_of_a_stranger_mislead(tmp_path):
+def test_wrong_labels_are_found_where_the_weights_of_an_unrelated_reference_mislead(tmp_path):
     generator = torch.Generator().manual_seed(0)
     centres = 1.5 * torch.randn(CLASSES, FEATURES, generator=generator).double()
     labels = torch.randint(0, CLASSES, (480,), generator=generator)
@@ -85,7 +85,7 @@ def test_wrong_labels_are_found_where_the_weights_of_a_stranger_mislead(tmp_path
 @pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize("every", [1, 3, 10])
 def test_a_reference_is_asked_on_refit_steps_only_and_left_as_it_is(every, cache):
-    asked, module, reference = [], toy(), stranger("moody").train()
+    asked, module, reference = [], toy(), unrelated("moody").train()
     before = copy.deepcopy(reference.state_dict())
 
     def inputs(batch):
@@ -114,7 +114,7 @@ def test_the_cache_changes_nothing_when_batches_are_mixed_anew(ids):
     for cache in (False, True):
         order = torch.Generator().manual_seed(3)
         batches = loader(toy_data(42), ids=ids, shuffle=True, generator=order)
-        found.append(fit(toy(), Aligned(stranger("moody"), every=2, cache=cache), batches, epochs=3))
+        found.append(fit(toy(), Aligned(unrelated("moody"), every=2, cache=cache), batches, epochs=3))
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
 
 
@@ -123,7 +123,7 @@ def test_only_scoring_leaves_training_bit_identical(tmp_path):
     torch.manual_seed(0)
     trainer(epochs=2).fit(plain, batches)
     torch.manual_seed(0)
-    fit(scored, Aligned(stranger("moody"), every=3), batches, reweight="none", ledger=tmp_path / "s")
+    fit(scored, Aligned(unrelated("moody"), every=3), batches, reweight="none", ledger=tmp_path / "s")
     torch.testing.assert_close(parameters_of(scored), parameters_of(plain), rtol=0, atol=0)
     assert int(scores_of(tmp_path / "s").isfinite().sum()) == 84 - 28
 
@@ -132,7 +132,7 @@ def test_too_few_samples_leave_training_plain_and_are_said(tmp_path):
     plain = toy()
     trainer(epochs=1).fit(plain, loader(toy_data(28)))
     with pytest.warns(UserWarning, match="never aligned") as said:
-        ours = fit(toy(), Aligned(stranger()), loader(toy_data(28)), epochs=1, ledger=tmp_path / "s")
+        ours = fit(toy(), Aligned(unrelated()), loader(toy_data(28)), epochs=1, ledger=tmp_path / "s")
     assert sentences(said) == [
         "the reference was never aligned, so all weights were uniform: 28 samples of the 32 that it takes were seen. "
         "Train longer, or name a narrower layer."
@@ -150,7 +150,7 @@ def test_constant_features_leave_training_plain_and_are_said(value):
         nn.init.constant_(module.body.bias, value).requires_grad_(False)
     trainer(epochs=2).fit(plain, loader(toy_data(42), 6))
     with pytest.warns(UserWarning, match="could not be aligned") as said:
-        fit(ours, Aligned(stranger(), every=5), loader(toy_data(42), 6))
+        fit(ours, Aligned(unrelated(), every=5), loader(toy_data(42), 6))
     assert sentences(said) == [
         "2 times the reference could not be aligned (constant or infinite features); the last alignment that worked "
         "was kept, and weights were uniform before the first."
@@ -161,7 +161,7 @@ def test_constant_features_leave_training_plain_and_are_said(value):
 def test_an_alignment_that_fails_leaves_the_last_one_that_worked():
     module = toy()
     targets = dict(module.head.named_parameters(prefix="head"))
-    direction = AlignedLayer(Aligned(stranger(), every=1), module, targets)
+    direction = AlignedLayer(Aligned(unrelated(), every=1), module, targets)
     x = toy_data(40).tensors[0]
     assert bool(direction.vanishes(torch.tensor(1.0)))
     direction.observe((x,), None, lambda: {"head.weight": torch.tanh(module.body(x))})
@@ -176,19 +176,19 @@ def test_an_alignment_that_fails_leaves_the_last_one_that_worked():
 
 
 def test_one_callback_serves_two_fits():
-    callback, modules = GradMimic(Aligned(stranger(), every=3), "head"), [toy(), toy()]
+    callback, modules = GradMimic(Aligned(unrelated(), every=3), "head"), [toy(), toy()]
     for module in modules:
         trainer(callback).fit(module, loader(toy_data(42)))
     torch.testing.assert_close(parameters_of(modules[1]), parameters_of(modules[0]), rtol=0, atol=0)
 
 
 def test_a_development_run_aligns_and_leaves_no_ledger(tmp_path):
-    fit(toy(), Aligned(stranger()), loader(toy_data(64), 32), options={"fast_dev_run": 2}, ledger=tmp_path / "s")
+    fit(toy(), Aligned(unrelated()), loader(toy_data(64), 32), options={"fast_dev_run": 2}, ledger=tmp_path / "s")
     assert not (tmp_path / "s").exists()
 
 
 def test_mixed_precision_scores_like_full_precision(tmp_path):
-    data, aligned = toy_data(80, dtype=torch.float32), Aligned(stranger(dtype=torch.float32))
+    data, aligned = toy_data(80, dtype=torch.float32), Aligned(unrelated(dtype=torch.float32))
     for precision in ("32-true", "bf16-mixed"):
         module = toy(dtype=torch.float32)
         fit(module, aligned, loader(data), options={"precision": precision}, ledger=tmp_path / precision)

@@ -1,4 +1,4 @@
-"""A CLIP's reference that is a stranger: fitted anew from lists of all that was seen, and what must not matter."""
+"""A CLIP's unrelated reference: fitted anew from lists of all that was seen, and what must not matter."""
 
 import contextlib
 import copy
@@ -141,7 +141,7 @@ def test_every_step_goes_by_the_projections_fitted_to_all_that_was_seen(case, tm
 
 
 def fit(module, aligned, batches=None, *, kind="vit", epochs=1, options=None, **settings):
-    """What was fitted, and the moments."""
+    """What was fitted, and the statistics."""
     callback = GradMimic(aligned, KINDS[kind][-1], temperature=TAU, min_ess=0, **settings)
     trainer(callback, epochs=epochs, **(options or {})).fit(module, batches or loader(pairs(80), ROWS))
     return callback.state_dict()["target"]["aligned"]
@@ -202,7 +202,7 @@ def test_a_cache_asks_once_for_each_pair_and_changes_nothing(cache, tmp_path):
     held = fit(clip(), Aligned(Counted(), every=2, cache=cache), epochs=3, ledger=tmp_path / "a")
     plain = fit(clip(), Aligned(towers(seed=1), every=2), epochs=3, ledger=tmp_path / "b")
     assert sum(Counted.asked) == (80 if cache else 80 + 5 * ROWS)
-    for part in ("moments", "reference"):
+    for part in ("statistics", "reference"):
         torch.testing.assert_close(held[part], plain[part], rtol=0, atol=0)
     torch.testing.assert_close(scores_of(tmp_path / "a"), scores_of(tmp_path / "b"), equal_nan=True, rtol=0, atol=0)
 
@@ -241,8 +241,8 @@ def test_a_pair_with_a_broken_image_is_not_in_the_sums(cache):
     aligned = Aligned(towers("wide", seed=1), every=2, cache=cache)
     expected = fit(clip(**STILL), aligned, without, epochs=2)
     found = fit(clip(**STILL), aligned, loader(data, ROWS), epochs=2)
-    assert float(found["moments"]["image_layer"]["count"]) < 80 + 5 * ROWS
-    for part in ("moments", "reference"):
+    assert float(found["statistics"]["image_layer"]["count"]) < 80 + 5 * ROWS
+    for part in ("statistics", "reference"):
         torch.testing.assert_close(found[part], expected[part], rtol=1e-9, atol=1e-9)
 
 
@@ -252,7 +252,7 @@ def test_bfloat16_is_near_to_float32():
         aligned = Aligned(towers("wide", seed=1, dtype=torch.float32), every=1)
         batches = loader(pairs(80, dtype=torch.float32), ROWS)
         state = fit(clip(dtype=torch.float32, **STILL), aligned, batches, options={"precision": precision})
-        assert all(t.dtype == torch.float32 for part in state["moments"].values() for t in part.values())
+        assert all(t.dtype == torch.float32 for part in state["statistics"].values() for t in part.values())
         found[precision] = torch.cat([state["reference"][name].flatten() for name in sorted(state["reference"])])
     exact, rounded = found.values()
     assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.05

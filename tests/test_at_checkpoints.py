@@ -11,7 +11,7 @@ import torch.multiprocessing
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import save_file
-from test_aligned import Listed, stranger
+from test_aligned import Listed, unrelated
 from torch import nn
 from toys import FEATURES, HIDDEN, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
 
@@ -280,7 +280,7 @@ def test_two_processes_score_as_one(tmp_path):
 
 
 def test_the_same_checkpoint_twice_scores_all_against_an_aligned_reference(tmp_path):
-    (path,), data, reference = checkpoints(tmp_path, count=1), toy_data(40), stranger()
+    (path,), data, reference = checkpoints(tmp_path, count=1), toy_data(40), unrelated()
     mimic = GradMimic(Aligned(reference, every=3), "head", reweight="none", ledger=tmp_path / "s")
     trainer(mimic, AtCheckpoints([path, path]), epochs=2).fit(toy(Moody), loader(data))
     module, listed = toy_at(Moody, 0), Listed(reference, 3)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracles import per_sample_gradients
-from rows import Ad, assert_exact, losses_of, tapped, vectors_of
+from rows import Ad, assert_exact, losses_of, traced, vectors_of
 from torch import nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
@@ -110,7 +110,7 @@ def test_what_cross_attention_splits_is_unseen_and_the_rest_exact(kind, tokens):
     net = Ad(compute, attention=attention(**options), before=nn.Linear(WIDTH, WIDTH)).double()
     if kind == "without a batch":
         vectors = vectors_of(net, [name for name, _ in net.attention.named_parameters(prefix="attention")])
-        found = tapped(net, lambda net, x: net(x).sum(1)[:ROWS], inputs(tokens), vectors)[2]
+        found = traced(net, lambda net, x: net(x).sum(1)[:ROWS], inputs(tokens), vectors)[2]
         assert set(found) == set(vectors)
     else:
         net.compute = lambda net, x: compute(net, net.before(x))
@@ -139,7 +139,7 @@ def test_attention_over_the_batch_by_mistake_is_unseen():
     torch.manual_seed(0)
     net = Ad(lambda net, x: net.attention(x, x, x)[0], attention=attention(batch_first=False)).double()
     vectors = vectors_of(net)
-    assert set(tapped(net, losses_of, inputs(2), vectors)[2]) == set(vectors)
+    assert set(traced(net, losses_of, inputs(2), vectors)[2]) == set(vectors)
 
 
 def test_a_decoder_layer_is_exact_but_for_its_cross_attention():
@@ -183,7 +183,7 @@ def test_what_a_reentrant_checkpoint_hides_is_unseen(kind):
     torch.manual_seed(0)
     net = checkpointed(BLOCKS[kind](), use_reentrant=True)
     vectors = vectors_of(net)
-    assert set(tapped(net, losses_of, inputs(2), vectors)[2]) == {name for name in vectors if name.startswith("block")}
+    assert set(traced(net, losses_of, inputs(2), vectors)[2]) == {name for name in vectors if name.startswith("block")}
     assert_exact(net, inputs(2), names=["after.weight", "after.bias"], oracle=plainly)
 
 
@@ -204,4 +204,4 @@ def test_a_layer_used_above_a_reentrant_checkpoint_that_uses_it_too_is_unseen():
 
     net = Ad(compute, layer=nn.Linear(WIDTH, WIDTH)).double()
     vectors = vectors_of(net)
-    assert set(tapped(net, losses_of, inputs(2), vectors)[2]) == set(vectors)
+    assert set(traced(net, losses_of, inputs(2), vectors)[2]) == set(vectors)

@@ -11,7 +11,16 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from lightning.pytorch.callbacks import ModelCheckpoint
-from pictures import TRAIN, Pictures, assert_alike, classifier, convolutions, of, reference_of, vision_transformer
+from small_images import (
+    TRAIN,
+    SmallImages,
+    assert_alike,
+    classifier,
+    convolutions,
+    of,
+    reference_of,
+    vision_transformer,
+)
 from torch import nn
 from toys import Toy, trainer
 
@@ -30,7 +39,7 @@ def fitted(folder: Path, features: Path | None, backbone: Callable[[], nn.Module
     for epochs in (2, 3):
         model, path = classifier(backbone), folder / "last.ckpt"
         fit = trainer(callback, epochs=epochs, **options)
-        data = of(Pictures(), model, features)
+        data = of(SmallImages(), model, features)
         fit.fit(model, data, ckpt_path=path if path.exists() else None)
         fit.save_checkpoint(path)
     fit.test(model, data, verbose=False)
@@ -49,7 +58,7 @@ def test_a_head_is_trained_as_on_the_images(backbone, tmp_path):
     assert len(list((tmp_path / "features").iterdir())) == 2  # of both splits
 
 
-class Shifted(Pictures):
+class Shifted(SmallImages):
     """Changes its batches, and does not say so."""
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -61,11 +70,11 @@ REFUSED = {
     "augment": (
         lambda: (DigitsDataModule(augment=True), classifier()),
         "DigitsDataModule changes its training images at random, and the features of changed images are not those that "
-        "are cached. Set `augment=false` (mirroring by `flip` is cached), or train without `features`.",
+        "are cached. Set `augment=false` (flipping by `flip` is cached), or train without `features`.",
     ),
     "a hook of its own": (lambda: (Shifted(), classifier()), "Shifted changes its training images at random, and"),
     "a backbone that trains": (
-        lambda: (Pictures(), classifier(freeze_backbone=False)),
+        lambda: (SmallImages(), classifier(freeze_backbone=False)),
         f"the backbone trains, so that its features change with every step and cannot be cached. Set {FIT}",
     ),
     "other data": (
@@ -73,7 +82,7 @@ REFUSED = {
         "features are cached of labelled images, and `data` is a LightningDataModule. Train without `features`.",
     ),
     "another module": (
-        lambda: (Pictures(), Toy()),
+        lambda: (SmallImages(), Toy()),
         "features are cached of a classifier's backbone, such as ImageClassifier's, and `model` is a Toy without "
         "'backbone', 'freeze_backbone', 'takes_features'. Train without `features`.",
     ),
@@ -89,7 +98,7 @@ def test_what_cannot_be_cached_is_refused(case, tmp_path):
 
 def fit_on_features(folder: Path, model: ImageClassifier, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     fit = trainer(*callbacks, limit_val_batches=0)
-    fit.fit(model, CachedFeatures(Pictures(), model, folder), **options)
+    fit.fit(model, CachedFeatures(SmallImages(), model, folder), **options)
     return fit
 
 
@@ -126,14 +135,14 @@ def test_a_reference_with_another_backbone_is_refused_before_training(case, tmp_
 def test_a_checkpoint_with_another_backbone_is_refused(tmp_path):
     other = classifier(seed=1)
     fit = trainer(ModelCheckpoint(tmp_path, "other"), enable_checkpointing=True)
-    fit.fit(other, Pictures())
+    fit.fit(other, SmallImages())
     with pytest.raises(ValueError, match=f"^{re.escape(STRANGE)}$"):
         fit_on_features(tmp_path / "features", classifier(), ckpt_path=tmp_path / "other.ckpt")
 
 
 def test_another_model_than_the_trainers_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^the features are of another model than the one that the trainer got; give"):
-        trainer().fit(classifier(), CachedFeatures(Pictures(), classifier(), tmp_path))
+        trainer().fit(classifier(), CachedFeatures(SmallImages(), classifier(), tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["losses", "aligned"])
@@ -147,7 +156,7 @@ def test_a_reference_of_the_same_backbone_is_asked_as_on_the_images(kind, tmp_pa
         never = pytest.warns(UserWarning, match="never aligned") if kind == "aligned" else contextlib.nullcontext()
         with never:
             fit = trainer(GradMimic(reference, ledger=ledger, **how))
-            fit.fit(model, of(Pictures(), model, features))
+            fit.fit(model, of(SmallImages(), model, features))
         found.append({"head": dict(model.head.named_parameters()), "metrics": {}})
         found[-1]["rows"] = Ledger(ledger).table().select(["id", "weight", "loss"]).to_pydict()
     assert_alike(found[1], found[0])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pictures import TEST, TRAIN, Pictures, classifier
+from small_images import TEST, TRAIN, SmallImages, classifier
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -24,12 +24,12 @@ def prepared(folder: Path, model: ImageClassifier | None = None, **options: Any)
     """How many images the backbone saw while features were made ready, by call."""
     model, seen = model or classifier(), []
     handle = model.backbone.register_forward_pre_hook(lambda _, images: seen.append(len(images[0])))
-    CachedFeatures(Pictures(**options), model, folder).prepare_data()
+    CachedFeatures(SmallImages(**options), model, folder).prepare_data()
     handle.remove()
     return seen
 
 
-BUILT = [TRAIN, TRAIN, TEST]  # plain and mirrored, and the test split
+BUILT = [TRAIN, TRAIN, TEST]  # plain and flipped, and the test split
 LOOKED = [2, 2, 2]
 
 
@@ -97,7 +97,7 @@ class Broken(nn.Flatten):
 
 
 def test_an_interruption_leaves_nothing_half(tmp_path):
-    data = Pictures()
+    data = SmallImages()
     data.eval_batch_size = 8
     with pytest.raises(KeyboardInterrupt):
         CachedFeatures(data, classifier(Broken), tmp_path).prepare_data()
@@ -114,7 +114,7 @@ def test_two_runs_at_once_do_not_disturb_each_other(tmp_path):
     for model in models:  # the features of a split are computed by both at the same time
         model.backbone.register_forward_pre_hook(together)
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda model: CachedFeatures(Pictures(), model, tmp_path).prepare_data(), models))
+        list(pool.map(lambda model: CachedFeatures(SmallImages(), model, tmp_path).prepare_data(), models))
     assert len(list(tmp_path.iterdir())) == 2
     assert prepared(tmp_path) == LOOKED
 
@@ -137,7 +137,7 @@ def test_a_full_disk_is_said(when, monkeypatch, tmp_path):
 
 
 def test_nothing_else_draws_otherwise_and_images_come_back(tmp_path):
-    model, data = classifier(), Pictures()
+    model, data = classifier(), SmallImages()
     cached = CachedFeatures(data, model, tmp_path)
     model.backbone.train()  # as somebody may have left it
     before = torch.get_rng_state()
@@ -163,7 +163,7 @@ def mask() -> int:
 
 
 def test_workers_open_the_file_themselves(tmp_path):
-    cached = CachedFeatures(Pictures(num_workers=1), classifier(), tmp_path)
+    cached = CachedFeatures(SmallImages(num_workers=1), classifier(), tmp_path)
     cached.prepare_data()
     cached.setup()
     rows = cached.data.sources["train"].images

@@ -76,11 +76,11 @@ def callback_of(case: str, ledger: Path) -> GradMimic | None:
     if options is None:
         return None
     options = {"parameters": KINDS[CASES[case][0]][-1], "temperature": 0.05, "min_ess": 0.0, "ledger": ledger} | options
-    stranger, cache = options.pop("reference", None), options.pop("cache", False)
-    if stranger is None:
+    kind, cache = options.pop("reference", None), options.pop("cache", False)
+    if kind is None:
         reference = parameters_of(clip(CASES[case][0], seed=1))
         return GradMimic(reference | {"towers.logit_scale": torch.tensor(3.0).double()}, **options)
-    return GradMimic(Aligned(clip(stranger, seed=1), every=2, cache=cache), **options)
+    return GradMimic(Aligned(clip(kind, seed=1), every=2, cache=cache), **options)
 
 
 def fit(case: str, folder: Path, batches: Any, **options: Any) -> tuple[CLIP, Keep]:
@@ -151,7 +151,7 @@ def test_two_processes_equal_one(case, folder):
         if case in ALIGNED:
             assert aligned["enough"]
             assert bool(aligned["fitted"])
-            for part in ("moments", "reference"):
+            for part in ("statistics", "reference"):
                 torch.testing.assert_close(aligned[part], keep.aligned[part], **CLOSE)
     torch.testing.assert_close(ends[0][0], ends[1][0], rtol=0, atol=0)
     moved = [n for n, p in module_of(case).named_parameters() if not torch.equal(p, module.get_parameter(n))]

@@ -1,4 +1,4 @@
-"""Second batches of labelled parts: the same noisy data again, or trusted samples; and the commands that use them."""
+"""Reference batches of labelled parts: the same noisy data again, or trusted samples; and their commands."""
 
 import re
 from pathlib import Path
@@ -103,7 +103,7 @@ class Scarce(DigitsDataModule):
         ),
     ],
 )
-def test_what_gives_no_second_batch_is_refused(make, message):
+def test_what_gives_no_reference_batch_is_refused(make, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         make()
 
@@ -131,7 +131,8 @@ def test_every_competitor_trains_and_scores_from_its_configuration(tmp_path):
         ledger = Ledger(tmp_path / name / "scores")
         settings[name] = ledger.meta["attempts"][0]["config"]
         assert ledger.table().num_rows == 64
-    assert settings["agra"]["second_batches"] == {"dataset": "lightning_mimic.data.parts.LabelledRows", "samples": 1097}
+    expected = {"dataset": "lightning_mimic.data.splits.LabelledRows", "samples": 1097}
+    assert settings["agra"]["reference_batches"] == expected
     assert (settings["agra"]["temperature"], settings["agra"]["min_ess"]) == (None, None)
     assert (settings["influence"]["temperature"], settings["influence"]["min_ess"]) == (1.0, 0.25)
     assert settings["grad_match"]["scorer_settings"] == {"fraction": 0.3, "regularization": 0.5}

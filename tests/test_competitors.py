@@ -53,7 +53,7 @@ def mixed_losses(module: nn.Module, batch: Any) -> Tensor:
 
 
 def formula(scorer: Any, names: Any = HEAD, losses: Any = losses_of) -> Any:
-    """The scores of a micro-batch by explicit gradients; of the second batches, one after the other."""
+    """The scores of a micro-batch by explicit gradients; of the reference batches, one after the other."""
     others = itertools.cycle(OTHERS)
 
     def score(module: Toy, batch: Any, gradients: dict[str, Tensor]) -> Tensor:
@@ -212,10 +212,10 @@ def test_where_no_sample_agrees_the_batch_moves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("scorer", [Agra, Influence])
-def test_a_second_batch_without_a_gradient_leaves_weights_uniform(scorer, tmp_path):
+def test_a_reference_batch_without_a_gradient_leaves_weights_uniform(scorer, tmp_path):
     blank = [torch.zeros_like(each) for each in OTHERS[0]]
     callback = GradMimic(scorer=scorer([blank]), parameters="head", ledger=tmp_path / "s")
-    with pytest.warns(UserWarning, match="or a second batch has no gradient, so there is no direction: uniform"):
+    with pytest.warns(UserWarning, match="or a reference batch has no gradient, so there is no direction: uniform"):
         trainer(callback).fit(toy(Weighted), loader(toy_data(4)))
     rows = Ledger(tmp_path / "s").table()
     assert rows["weight"].to_pylist() == [0.25] * 4
@@ -223,7 +223,7 @@ def test_a_second_batch_without_a_gradient_leaves_weights_uniform(scorer, tmp_pa
     assert rows["score"].to_pylist() == [None] * 4
 
 
-def test_the_second_batch_leaves_no_trace():
+def test_the_reference_batch_leaves_no_trace():
     def fitted(*callbacks: Any) -> dict[str, Tensor]:
         module = toy(Regular)
         module.norm.eval()
@@ -255,7 +255,7 @@ class Seen(Dataset):
 
 
 @pytest.mark.parametrize("with_sampler", [False, True])
-def test_every_pass_over_the_second_batches_has_its_own_order(with_sampler):
+def test_every_pass_over_the_reference_batches_has_its_own_order(with_sampler):
     seen = Seen()
     sampler = DistributedSampler(seen, num_replicas=1, rank=0) if with_sampler else None
     others = DataLoader(seen, 4, shuffle=None if with_sampler else True, sampler=sampler)
@@ -265,7 +265,7 @@ def test_every_pass_over_the_second_batches_has_its_own_order(with_sampler):
     assert first != second
 
 
-def test_the_second_batch_is_taken_in_evaluation_mode_and_full_precision():
+def test_the_reference_batch_is_taken_in_evaluation_mode_and_full_precision():
     module = toy(Regular, dtype=torch.float32)
     module.norm.running_mean.fill_(0.2)
     others = [each.float() if each.is_floating_point() else each for each in OTHERS[0]]
@@ -289,7 +289,7 @@ def test_a_frozen_target_is_scored_as_a_trained_one(tmp_path):
     assert not frozen.head.weight.requires_grad
 
 
-def test_a_resumed_fit_goes_on_with_the_second_batch_that_is_due(tmp_path):
+def test_a_resumed_fit_goes_on_with_the_reference_batch_that_is_due(tmp_path):
     def fit(name: str, epochs: int, checkpoint: Any = None) -> tuple[Toy, Any]:
         module = toy(WithLosses)
         shuffled = DataLoader(toy_data(10, seed=2), 4, shuffle=True)  # 3 batches beside the 4 of an epoch

@@ -176,7 +176,7 @@ def test_hooks_that_would_change_the_mean_gradient_are_refused():
         fitted(WithLosses, AGRA, module)
 
 
-def test_a_second_batch_that_holds_nan_stops_the_fit_by_its_number():
+def test_a_reference_batch_that_holds_nan_stops_the_fit_by_its_number():
     broken = [OTHERS[0], [torch.full_like(OTHERS[1][0], NAN), OTHERS[1][1]]]
     message = (
         "batch 1 of the `loader` of Influence has losses or gradients that are not finite, so there is nothing to "

@@ -154,7 +154,7 @@ def test_datacomps_recipe_is_the_fixed_one(tmp_path):
         assert OmegaConf.is_missing(bare.data, "shards")
 
 
-STRANGERS = {
+UNRELATED = {
     "another start": ["mimic=aligned"],
     "another architecture": [
         "mimic=aligned_architecture",
@@ -164,10 +164,10 @@ STRANGERS = {
 }
 
 
-@pytest.mark.parametrize("kind", STRANGERS)
-def test_a_reference_may_be_a_stranger(kind, tmp_path):
+@pytest.mark.parametrize("kind", UNRELATED)
+def test_a_reference_may_be_unrelated(kind, tmp_path):
     reference(tmp_path)
-    config = composed(tmp_path, "experiment=digits_scratch", *STRANGERS[kind], "trainer.fast_dev_run=true", *QUIET)
+    config = composed(tmp_path, "experiment=digits_scratch", *UNRELATED[kind], "trainer.fast_dev_run=true", *QUIET)
     assert instantiate(config.mimic).reference.every == 10
     with pytest.warns(UserWarning, match="never aligned"):  # in one batch
         train(config)

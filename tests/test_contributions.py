@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracles import contributions, per_sample_gradients
-from rows import assert_exact, contrastive, looped, losses_of, tapped, vectors_of
+from rows import assert_exact, contrastive, looped, losses_of, traced, vectors_of
 from test_model_gradients import IMAGES, made, timm_resnet, torchvision_resnet
 from torch import nn
 
@@ -109,7 +109,7 @@ def test_above_the_last_norm_over_the_batch_rows_are_the_samples_own(names):
 def test_running_statistics_are_left_to_the_forward_pass():
     net, x = fresh("convolutions")
     vectors = vectors_of(net)
-    rows = tapped(net, losses_of, x, vectors)[1]
+    rows = traced(net, losses_of, x, vectors)[1]
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
     rows.dot(vectors)
     rows.rows_that_mix_samples()
@@ -121,7 +121,7 @@ def test_a_resnets_contributions_add_up_to_the_ordinary_product(make):
     torch.manual_seed(0)
     net, x = make().double(), torch.randn(4, *IMAGES).double()
     vectors = vectors_of(net)
-    losses, rows, unseen = tapped(net, losses_of, x, vectors)
+    losses, rows, unseen = traced(net, losses_of, x, vectors)
     assert unseen == {}
     total = torch.autograd.grad(losses.sum(), [net.get_parameter(name) for name in vectors], retain_graph=True)
     slope = sum((g * v).sum() for g, v in zip(total, vectors.values(), strict=True))
@@ -134,7 +134,7 @@ def test_a_resnets_contributions_add_up_to_the_ordinary_product(make):
 def test_under_a_contrastive_loss_products_add_up_to_the_ordinary_one(kind):
     net, x, _ = made(kind)
     vectors = vectors_of(net)
-    losses, rows, _ = tapped(net, contrastive, x, vectors)
+    losses, rows, _ = traced(net, contrastive, x, vectors)
     total = torch.autograd.grad(losses.sum(), [net.get_parameter(name) for name in vectors], retain_graph=True)
     slope = sum((g * v).sum() for g, v in zip(total, vectors.values(), strict=True))
     torch.testing.assert_close(rows.dot(vectors).sum(), slope, rtol=1e-9, atol=0)

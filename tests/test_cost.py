@@ -94,5 +94,5 @@ def test_an_aligned_reference_of_the_model_s_own_size(benches, name, monkeypatch
     assert (9 * between + refit + solving) / 10 <= ALIGNED * bench.plain
 
 
-def test_the_rivals_of_the_benchmark_do_the_same_job(tmp_path):
+def test_the_baselines_of_the_benchmark_do_the_same_job(tmp_path):
     check_agreement(tmp_path)

@@ -59,12 +59,12 @@ def slow(rows, everyone, keep_unscored):
     for name in everyone:
         mine = [row for (owner, _), row in first.items() if owner == name]
         scored = [row for row in mine if row["score"] is not None]
-        lifts = [row["weight"] * row["batch_size"] for row in scored if row["flag"] != "alone"]
+        products = [row["weight"] * row["batch_size"] for row in scored if row["flag"] != "alone"]
         score = sum(row["score"] for row in scored) / len(scored) if scored else None
         why = f"no score: {mine[0]['flag']}" if mine else "never scored"
         reason = why if score is None else None if score >= 0 else "mean score below 0"
         facts = {"id": name, "keep": keep_unscored if score is None else score >= 0, "score": score}
-        facts |= {"scorings": len(scored), "lift": sum(lifts) / len(lifts) if lifts else None}
+        facts |= {"scorings": len(scored), "relative_weight": sum(products) / len(products) if products else None}
         facts |= {"votes_keep": None, "votes": None, "reason": reason}
         out.append(facts | {name: mine[-1][name] if mine else None for name in ("label", "predicted")})
     return sorted(out, key=lambda row: (row["score"] is None, row["score"] or 0, row["id"]))
@@ -94,7 +94,7 @@ def test_every_row_agrees_with_a_slow_loop(kind, pool, tmp_path):
         assert done.share_kept == sum(score >= 0 for score in by_id.values()) / len(by_id)
         assert done.manifest.provenance["unscored"] == {"samples": done.unscored, "are": unscored}
     types = {"id": "int64" if kind == "int" else "string", "keep": "bool", "score": "double", "scorings": "int32"}
-    types |= {"lift": "double", "votes_keep": "int32", "votes": "int32", "reason": "string"}
+    types |= {"relative_weight": "double", "votes_keep": "int32", "votes": "int32", "reason": "string"}
     types |= {"label": "int64", "predicted": "int64"}
     assert {field.name: str(field.type) for field in table.schema} == types
 
@@ -206,12 +206,12 @@ def test_without_a_directory_the_files_go_with_the_result(tmp_path, temporary):
 
 
 class Raises(Filter):
-    def vote(self, rows):
+    def vote(self, table):
         raise RuntimeError("on purpose")
 
 
 class Quoting(Filter):
-    def vote(self, rows):
+    def vote(self, table):
         return Vote("CASE WHEN id > 4 THEN score > 1 END", "it's low")
 
 

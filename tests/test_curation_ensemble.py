@@ -25,7 +25,7 @@ class Says(Filter):
 
     keep: str
 
-    def vote(self, rows):
+    def vote(self, table):
         return Vote(self.keep, "said so")
 
 
@@ -252,11 +252,11 @@ def test_runs_and_threads_agree(by, tmp_path):
         assert (same.query, same.facts) == (decision.query, decision.facts)
 
 
-def test_the_model_is_fitted_on_drawn_samples_and_decides_on_all(tmp_path, monkeypatch):
+def test_the_model_is_fitted_on_sampled_ones_and_decides_on_all(tmp_path, monkeypatch):
     truth, votes = simulated(4000, np.array([0.7, 0.75, 0.8, 0.85, 0.9]), 0.6, 0.1, seed=9)
     write_scores(tmp_path, as_scores(votes))
     whole, _ = decided(tmp_path, Ensemble([Sign()]))
-    monkeypatch.setattr("lightning_mimic.curation.scores.DRAWN", 1000)
+    monkeypatch.setattr("lightning_mimic.curation.scores.SAMPLE_SIZE", 1000)
     given = []
 
     def fit(votes, balance, seed):
@@ -264,10 +264,10 @@ def test_the_model_is_fitted_on_drawn_samples_and_decides_on_all(tmp_path, monke
         return fit_label_model(votes, balance, seed)
 
     monkeypatch.setattr("lightning_mimic.curation.ensemble.fit_label_model", fit)
-    drawn, _ = decided(tmp_path, Ensemble([Sign()], seed=4))
+    sampled, _ = decided(tmp_path, Ensemble([Sign()], seed=4))
     assert given == [((pytest.approx(1000, rel=0.15), 5), 4)]
-    assert drawn.keys() == whole.keys()
-    right = [np.mean([found[i][0] == truth[i] for i in found]) for found in (whole, drawn)]
+    assert sampled.keys() == whole.keys()
+    right = [np.mean([found[i][0] == truth[i] for i in found]) for found in (whole, sampled)]
     assert right[1] == pytest.approx(right[0], abs=0.02)
 
 

@@ -14,7 +14,7 @@ from lightning_mimic.database import Database
 from lightning_mimic.errors import CurationError
 from lightning_mimic.ledger import Ledger, LedgerError
 
-COLUMNS = "id, score, scorings, lift, label, predicted, flag"
+COLUMNS = "id, score, scorings, relative_weight, label, predicted, flag"
 
 
 @pytest.fixture
@@ -92,13 +92,13 @@ def test_samples_and_scorings_are_those_of_a_slow_reader(seed, named, tmp_path, 
     found = {row[0]: row[1:] for row in fetched(database, f"SELECT {COLUMNS} FROM {scores.samples}")}
     assert found.keys() == {row["id"] for row in kept}
     assert database.value(f"SELECT count(*) FROM {scores.samples}") == len(found)
-    for sample, (score, scorings, lift, label, predicted, flag) in found.items():
+    for sample, (score, scorings, relative_weight, label, predicted, flag) in found.items():
         own = sorted((row for row in kept if row["id"] == sample), key=lambda row: row["epoch"])
         scored = [row for row in own if math.isfinite(row["score"])]
         assert scorings == len(scored)
         assert score == mean([row["score"] for row in scored])
         weighed = [row["weight"] * row["batch_size"] for row in scored if row["flag"] != "alone"]
-        assert lift == mean(weighed)
+        assert relative_weight == mean(weighed)
         assert (label, predicted) == (own[-1]["label"], own[-1]["predicted"])
         assert flag in {row["flag"] for row in own} if not scored else flag is None
     view = scores.scorings()
@@ -108,9 +108,8 @@ def test_samples_and_scorings_are_those_of_a_slow_reader(seed, named, tmp_path, 
         for r in kept
         if math.isfinite(r["score"])
     ]
-    assert sorted(fetched(database, f"SELECT id, epoch, score, lift, label FROM {view.name}"), key=str) == sorted(
-        expected, key=str
-    )
+    found = fetched(database, f"SELECT id, epoch, score, relative_weight, label FROM {view.name}")
+    assert sorted(found, key=str) == sorted(expected, key=str)
     table = Ledger(tmp_path).table().select(["id", "epoch", "score", "attempt", "position"]).to_pylist()
     same = [
         (r["id"], r["epoch"], r["score"] if math.isfinite(r["score"]) else None, r["attempt"], r["position"])
@@ -127,11 +126,11 @@ def test_means_are_the_scored_samples_in_an_epoch_0(tmp_path, database):
     write_ledger(tmp_path, {"id": ["a", "b", "c", "a", "b"], "weight": 0.25, "batch_size": 8} | columns)
     means = Scores(tmp_path, database).means()
     assert means.epochs == (0,)
-    found = fetched(database, f"SELECT id, epoch, score, lift, label FROM {means.name} ORDER BY id")
+    found = fetched(database, f"SELECT id, epoch, score, relative_weight, label FROM {means.name} ORDER BY id")
     assert found == [("a", 0, 1.5, 2.0, 4), ("b", 0, -2.0, 2.0, 5)]
 
 
-def test_never_scored_samples_are_there_with_their_flag_and_one_alone_has_no_lift(tmp_path):
+def test_never_scored_samples_are_there_with_their_flag_and_one_alone_has_no_relative_weight(tmp_path):
     flags = ["zero_direction", "alone", "ok"]
     write_ledger(tmp_path, {"id": [1, 2, 3], "score": [None, 3.0, 4.0], "flag": flags, "weight": 1.0, "batch_size": 1})
     assert samples(tmp_path) == [

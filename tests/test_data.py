@@ -132,7 +132,7 @@ def test_a_forgotten_collate_function_is_noticed():
 
 
 @pytest.mark.parametrize(("rate", "wrong"), [(0, 0), (0.1, 900), (0.33333, 2999), (0.4, 3600), (1, 9000)])
-def test_symmetric_noise_spoils_exactly_its_share_and_knows_where(rate, wrong):
+def test_symmetric_noise_corrupts_exactly_its_share_and_knows_where(rate, wrong):
     noisy, mask = SymmetricNoise(rate, seed=3)(LABELS, 10)
     assert int(mask.sum()) == wrong
     assert torch.equal(mask, noisy != LABELS)
@@ -214,7 +214,7 @@ def test_the_digits_parts_are_disjoint_and_together_all():
     assert ids["trusted_held"] == ids["val"]
 
 
-def test_the_digits_ids_are_rows_and_only_noisy_labels_are_spoilt():
+def test_the_digits_ids_are_rows_and_only_noisy_labels_are_corrupted():
     source = load_digits()
     images, labels = torch.tensor(source.images).float().unsqueeze(1) / 16, torch.tensor(source.target)
     module = digits()
@@ -239,7 +239,7 @@ def test_the_digits_split_and_order_depend_on_the_seed():
 
 
 @pytest.mark.parametrize(("rate", "wrong"), [(0, 0), (0.4, 20), (1, 50)])
-def test_the_trusted_images_that_are_held_out_are_spoilt_by_the_noise_alone(rate, wrong):
+def test_the_trusted_images_that_are_held_out_are_corrupted_by_the_noise_alone(rate, wrong):
     labels = torch.tensor(load_digits().target)
     module = digits("trusted_held", rate=rate)
     ids, given, shown = read(module.train_dataloader())

@@ -8,9 +8,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from pictures import assert_alike, of_a_rank, train_on_a_rank
 from ranks import WORLD, on_two_ranks, two
 from ranks import strategy as strategy_of
+from small_images import assert_alike, of_a_rank, train_on_a_rank
 from torch import Tensor, nn
 from toys import FEATURES, Residual, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
@@ -80,7 +80,7 @@ class Keep(pl.Callback):
 
 
 class Divided:
-    """Second batches of 4, of which each rank has its part."""
+    """Reference batches of 4, of which each rank has its part."""
 
     def __init__(self, first: int) -> None:
         self.first = first
@@ -101,9 +101,9 @@ def gathered(embeddings: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-STRANGER = {"reference": Aligned(toy(seed=1), every=2)}
+UNRELATED = {"reference": Aligned(toy(seed=1), every=2)}
 CACHED = {"reference": Aligned(toy(seed=1), every=2, cache=True)}
-WHOLE = [toy_data(8, seed=5)[:3], toy_data(8, seed=5)[3:8]]  # second batches that every rank has
+WHOLE = [toy_data(8, seed=5)[:3], toy_data(8, seed=5)[3:8]]  # reference batches that every rank has
 SOFTMAX: dict[str, Any] = {"reference": None}
 SHARES: dict[str, Any] = {"reference": None, "temperature": None, "min_ess": None}
 
@@ -136,10 +136,10 @@ CASES: dict[str, tuple[type[Toy], tuple[int, int], dict[str, Any], dict[str, Any
     "rho_loss": (WithLosses, UNEVEN, {}, {"scorer": RhoLoss(), "parameters": None}, {}),
     "rho_loss, static_graph": (WithLosses, EVEN, {"static_graph": True}, {"scorer": RhoLoss(), "parameters": None}, {}),
     "reference_loss": (WithLosses, UNEVEN, {}, {"scorer": ReferenceLoss(), "parameters": None}, {}),
-    "aligned, accumulated": (Toy, EVEN, {}, STRANGER, {"accumulate_grad_batches": 2}),
-    "aligned, uneven ranks": (WithLosses, UNEVEN, {}, STRANGER, {}),
+    "aligned, accumulated": (Toy, EVEN, {}, UNRELATED, {"accumulate_grad_batches": 2}),
+    "aligned, uneven ranks": (WithLosses, UNEVEN, {}, UNRELATED, {}),
     "aligned, static_graph": (WithLosses, EVEN, {"static_graph": True}, CACHED | {"reweight": "target"}, {}),
-    "aligned, contrastive": (Contrastive, EVEN, {}, STRANGER, {}),
+    "aligned, contrastive": (Contrastive, EVEN, {}, UNRELATED, {}),
     "broken samples, aligned": (Toy, UNEVEN, {}, CACHED, {}),
     "agra, last batch smaller": (WithLosses, EVEN, {}, SHARES | {"scorer": Agra(WHOLE)}, {}),
     "agra, divided": (WithLosses, UNEVEN, {}, SHARES | {"scorer": Agra(Divided(3))}, {"accumulate_grad_batches": 2}),
@@ -207,8 +207,8 @@ def on_rank(rank: int, folder: Path) -> None:
             trainer(callback, strategy=strategy, **fit_on_two).fit(module, mine)
         except ValueError as error:
             (folder / f"{case}-{rank}").write_text(str(error).partition(" Looking")[0])
-    (folder / "pictures").mkdir(exist_ok=True)
-    train_on_a_rank(rank, folder / "pictures")
+    (folder / "images").mkdir(exist_ok=True)
+    train_on_a_rank(rank, folder / "images")
     # Only the second rank's reference is bad, and both stop.
     bad = {"head.weight": torch.zeros(1), "head.bias": torch.zeros(1)} if rank else parameters_of(toy(seed=1))
     try:
@@ -267,10 +267,10 @@ def test_a_fault_on_one_rank_stops_all_of_them(folder):
 
 def test_two_processes_train_on_one_file_of_features(folder):
     for rank in range(WORLD):
-        plain, cached = (of_a_rank(rank, folder / "pictures", name) for name in ("plain", "cached"))
+        plain, cached = (of_a_rank(rank, folder / "images", name) for name in ("plain", "cached"))
         assert_alike(cached, plain)
         assert set(cached["rows"]["rank"]) == {0, 1}
-    assert len(list((folder / "pictures" / "features").iterdir())) == 1
+    assert len(list((folder / "images" / "features").iterdir())) == 1
 
 
 @pytest.mark.parametrize("case", JUDGED)
@@ -281,11 +281,11 @@ def test_all_ranks_judge_the_reference_by_the_samples_of_all(case, folder):
     assert said[0] == said[1]
     assert said[0].startswith(f"the reference is unrelated: {facts['findings'][0]}")
     assert Ledger(folder / case).table().num_rows == facts["samples"] == facts["score"]["count"] == 520
-    assert facts["knowledge"]["count"] <= 520
+    assert facts["label_gap"]["count"] <= 520
     if kind is WithLosses:  # labels are exchanged within a rank
         parts = toy_data(600)
         parts = [parts[start + a : start + b] for start in range(0, 520, 40) for a, b in ((0, 24), (24, 40))]
-        expected = diagnose(toy(kind), toy(kind, seed=1), parts, "head", samples=520).facts() | {"line": {}}
+        expected = diagnose(toy(kind), toy(kind, seed=1), parts, "head", samples=520).facts() | {"path_losses": {}}
         assert facts.pop("verdict") == expected.pop("verdict")
         assert len(facts.pop("findings")) == len(expected.pop("findings"))
         torch.testing.assert_close(facts, expected, rtol=1e-6, atol=1e-6)

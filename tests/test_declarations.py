@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from rows import losses_of, tapped
+from rows import losses_of, traced
 from torch import nn
 
 from lightning_mimic.errors import MimicError
@@ -181,7 +181,7 @@ def test_scores_are_given_back_detached_in_float32_or_higher(dtype):
 def held():
     """One object of every class that represents per-sample gradients, over the parameters of one layer."""
     net = nn.Sequential(nn.Linear(3, 2), nn.Tanh())
-    losses, whole, unseen = tapped(net, losses_of, torch.randn(4, 3), ["0.weight", "0.bias"])
+    losses, whole, unseen = traced(net, losses_of, torch.randn(4, 3), ["0.weight", "0.bias"])
     assert not unseen
     return [
         LayerGradients(net[0], torch.randn(4, 3), torch.randn(4, 2)),

@@ -73,22 +73,22 @@ def by_hand(module, reference, batches, names):
             if labels[k] != labels[k - 1]:  # the first gets the last one's
                 right, wrong = (F.cross_entropy(reference(rows[[k]]), labels[[j]]) for j in (k, k - 1))
                 gaps.append((wrong - right).detach())
-    line = {}
+    losses = {}
     for t in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0):
         state = own | {name: (1 - t) * own[name] + t * theirs[name] for name in names}
-        line[t] = float(F.cross_entropy(torch.func.functional_call(module, state, (x,)), y))
+        losses[t] = float(F.cross_entropy(torch.func.functional_call(module, state, (x,)), y))
     matrices = [name for name, p in own.items() if p.ndim > 1]
-    kin = [name for name in matrices if name not in names] or matrices
+    outside = [name for name in matrices if name not in names] or matrices
     return Diagnosis(
         samples=len(x),
         cosines={name: cosine(own, theirs, [name]) for name in names},
         distances={name: float((theirs[name] - own[name]).norm() / own[name].norm()) for name in names},
-        kinship=cosine(own, theirs, kin),
+        weight_cosine=cosine(own, theirs, outside),
         score=estimated(scores),
-        knowledge=estimated(torch.stack(gaps)),
-        loss=line[0.0],
+        label_gap=estimated(torch.stack(gaps)),
+        loss=losses[0.0],
         reference_loss=float(losses_of(reference, (x, y)).detach().mean()),
-        line=line,
+        path_losses=losses,
     )
 
 
@@ -119,10 +119,10 @@ def test_every_figure_is_what_loops_give(case):
         toy(kind, seed=1),
         list(DataLoader(toy_data(22), 4)),
     )
-    expected = dataclasses.replace(by_hand(module, reference, batches, names), below_moves=moves)
-    assert 0 < expected.knowledge.count < 22
+    expected = dataclasses.replace(by_hand(module, reference, batches, names), rest_trains=moves)
+    assert 0 < expected.label_gap.count < 22
     if case == "held alone":
-        expected = dataclasses.replace(expected, kinship=None, knowledge=None, reference_loss=None)
+        expected = dataclasses.replace(expected, weight_cosine=None, label_gap=None, reference_loss=None)
         reference = nn.ModuleDict({"head": reference.head})
     for source in (reference, reference.state_dict()):
         same(diagnose(module, source, batches, parameters), expected)
@@ -160,8 +160,8 @@ def test_no_more_batches_are_taken_than_it_needs(samples, taken):
 def test_a_batch_may_be_no_tuple(kind):
     made = {"dict": dict, "named tuple": Named, "tensor": lambda x, y: torch.cat([x, y[:, None]], 1)}[kind]
     module, reference, batches = toy(ByName), toy(ByName, seed=1), list(DataLoader(toy_data(12), 4))
-    expected = dataclasses.replace(by_hand(module, reference, batches[:2], HEAD), below_moves=True)
-    expected = dataclasses.replace(expected, knowledge=expected.knowledge if made is Named else None)
+    expected = dataclasses.replace(by_hand(module, reference, batches[:2], HEAD), rest_trains=True)
+    expected = dataclasses.replace(expected, label_gap=expected.label_gap if made is Named else None)
     taken = iter([made(x=x, y=y) for x, y in batches])
     same(diagnose(module, reference, taken, "head", samples=7), expected)
     assert len(list(taken)) == 1
@@ -175,7 +175,7 @@ def test_labels_of_one_kind_say_nothing_of_the_reference_and_answers_of_one_kind
     else:
         reference.load_state_dict({name: 0 * p for name, p in reference.state_dict().items()})
     found = diagnose(toy(WithLosses), reference, DataLoader(data, 50), "head.weight")
-    assert (found.mendable, found.knowledge is None) == ((True, True) if case == "one label" else (False, False))
+    assert (found.alignable, found.label_gap is None) == ((True, True) if case == "one label" else (False, False))
 
 
 def test_a_sample_with_nan_is_left_out():
@@ -183,7 +183,7 @@ def test_a_sample_with_nan_is_left_out():
     expected = diagnose(*models, [data[:5], data[6:]], "head")
     data.tensors[0][5] = float("nan")
     found = diagnose(*models, [data[:6], data[6:]], "head")
-    same(dataclasses.replace(found, samples=11, knowledge=expected.knowledge), expected)
+    same(dataclasses.replace(found, samples=11, label_gap=expected.label_gap), expected)
 
 
 def test_a_file_of_it_holds_plain_numbers_where_the_model_starts_from_zero():
@@ -224,44 +224,46 @@ TWO = [("doubtful", UPHILL.format("0.3 ± 0.1")), ("doubtful", BELOW.format("0.5
 FOUR = [("unrelated", text) for text in (UNFIT, STRANGE.format("0.10"), BLIND.format("0.3 ± 0.1"))] + TWO[:1]
 # fields, findings, whether aligning it can help
 TABLE = [
-    ({"misfit": "why"}, [("unrelated", UNFIT)], True),
-    ({"kinship": math.nextafter(0.2, 0)}, [("unrelated", STRANGE.format("0.20"))], True),
-    ({"kinship": 0.2}, [("doubtful", LITTLE.format("0.20"))], True),
-    ({"kinship": -0.3}, [("unrelated", STRANGE.format("-0.30"))], True),
-    ({"kinship": math.nextafter(0.4, 0), "below_moves": True}, [("doubtful", LITTLE.format("0.40"))], True),
-    ({"kinship": 0.4, "below_moves": True}, [("doubtful", BELOW.format("0.40"))], True),
-    ({"kinship": math.nextafter(0.9, 0), "below_moves": True}, [("doubtful", BELOW.format("0.90"))], True),
-    ({"kinship": 0.9, "below_moves": True}, [], True),
+    ({"mismatch": "why"}, [("unrelated", UNFIT)], True),
+    ({"weight_cosine": math.nextafter(0.2, 0)}, [("unrelated", STRANGE.format("0.20"))], True),
+    ({"weight_cosine": 0.2}, [("doubtful", LITTLE.format("0.20"))], True),
+    ({"weight_cosine": -0.3}, [("unrelated", STRANGE.format("-0.30"))], True),
+    ({"weight_cosine": math.nextafter(0.4, 0), "rest_trains": True}, [("doubtful", LITTLE.format("0.40"))], True),
+    ({"weight_cosine": 0.4, "rest_trains": True}, [("doubtful", BELOW.format("0.40"))], True),
+    ({"weight_cosine": math.nextafter(0.9, 0), "rest_trains": True}, [("doubtful", BELOW.format("0.90"))], True),
+    ({"weight_cosine": 0.9, "rest_trains": True}, [], True),
     ({"score": SHY}, [("doubtful", UPHILL.format("0.3 ± 0.1"))], True),
-    ({"score": ABOVE, "knowledge": ABOVE}, [], True),
-    ({"score": Estimate(-5.0, 0.1, 99), "knowledge": Estimate(-0.01, 0.005, 99)}, [], True),
+    ({"score": ABOVE, "label_gap": ABOVE}, [], True),
+    ({"score": Estimate(-5.0, 0.1, 99), "label_gap": Estimate(-0.01, 0.005, 99)}, [], True),
     ({"score": Estimate(0.0, 0.0, 100)}, [("doubtful", UPHILL.format("0 ± 0"))], True),
-    ({"knowledge": SHY}, [("unrelated", BLIND.format("0.3 ± 0.1"))], False),
-    ({"misfit": "why", "kinship": 0.1, "knowledge": SHY, "score": SHY}, FOUR, False),
-    ({"kinship": 0.5, "below_moves": True, "score": SHY}, TWO, True),
+    ({"label_gap": SHY}, [("unrelated", BLIND.format("0.3 ± 0.1"))], False),
+    ({"mismatch": "why", "weight_cosine": 0.1, "label_gap": SHY, "score": SHY}, FOUR, False),
+    ({"weight_cosine": 0.5, "rest_trains": True, "score": SHY}, TWO, True),
 ]
 
 
 @pytest.mark.parametrize("row", range(len(TABLE)))
 def test_the_verdict_follows_from_the_figures(row):
-    fields, findings, mendable = TABLE[row]
-    found = Diagnosis(samples=512, line={0.0: 1.0, 0.25: 0.5}, **fields)
+    fields, findings, alignable = TABLE[row]
+    found = Diagnosis(samples=512, path_losses={0.0: 1.0, 0.25: 0.5}, **fields)
     verdict = findings[0][0] if findings else "compatible"
-    assert (found.findings, found.verdict, found.mendable) == (findings, verdict, mendable)
+    assert (found.findings, found.verdict, found.alignable) == (findings, verdict, alignable)
     facts = json.loads(json.dumps(found.facts(), allow_nan=False))
     assert facts == found.facts()
     expected = (verdict, [reason for _, reason in findings], {"0.0": 1.0, "0.25": 0.5})
-    assert (facts.pop("verdict"), facts.pop("findings"), facts.pop("line")) == expected
-    estimates = {name: facts[name] and Estimate(**facts[name]) for name in ("score", "knowledge")}
-    assert dataclasses.replace(Diagnosis(**(facts | estimates)), line=found.line) == found
+    assert (facts.pop("verdict"), facts.pop("findings"), facts.pop("path_losses")) == expected
+    estimates = {name: facts[name] and Estimate(**facts[name]) for name in ("score", "label_gap")}
+    assert dataclasses.replace(Diagnosis(**(facts | estimates)), path_losses=found.path_losses) == found
 
 
 def test_it_reads_as_a_sentence():
-    found = Diagnosis(512, kinship=0.95, score=Estimate(0.12345, 0.00678, 512), loss=2.3456, reference_loss=0.12345)
+    found = Diagnosis(
+        512, weight_cosine=0.95, score=Estimate(0.12345, 0.00678, 512), loss=2.3456, reference_loss=0.12345
+    )
     facts = "cosine to the model 0.95; mean mimic score 0.123 ± 0.0068; its loss 0.123; the model's 2.35"
     assert str(found) == f"the reference is compatible (512 samples; {facts})"
     two = f"{BLIND.format('0.3 ± 0.1')}; {LITTLE.format('0.25')}"
-    found = Diagnosis(100, kinship=0.25, knowledge=SHY)
+    found = Diagnosis(100, weight_cosine=0.25, label_gap=SHY)
     assert str(found) == f"the reference is unrelated: {two} (100 samples; cosine to the model 0.25)"
 
 
@@ -274,7 +276,7 @@ def digits():
     data, found = DigitsDataModule(train="noisy", noise=SymmetricNoise(0.4, seed=0)), {}
     data.setup()
     images, labels = data.images(data.rows["trusted"]), data.sources["train"].labels[data.rows["trusted"]]
-    for name, seed, width, by in (("kin", 0, 8, 0), ("other", 1, 8, 0), ("wide", 0, 9, 0), ("shuffled", 0, 8, 1)):
+    for name, seed, width, by in (("related", 0, 8, 0), ("other", 1, 8, 0), ("wide", 0, 9, 0), ("shuffled", 0, 8, 1)):
         net = found[name] = classifier(seed, width)
         optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
         for _ in range(60):
@@ -289,8 +291,8 @@ def digits():
 
 WRONG = {"doubtful", "unrelated"}
 CLAIMS = {
-    "shared frozen backbone": ("kin", "head", {"compatible"}),
-    "shared start": ("kin", "all", {"compatible"}),
+    "shared frozen backbone": ("related", "head", {"compatible"}),
+    "shared start": ("related", "all", {"compatible"}),
     "other start": ("other", "all", {"unrelated"}),
     "other start, head": ("other", "head", {"unrelated"}),
     "noise": ("noise", "all", WRONG),
@@ -307,4 +309,4 @@ def test_the_verdict_on_digits(case, digits):
         module.backbone.requires_grad_(False)
     found = diagnose(module, references[name], batches, parameters)
     assert found.verdict in verdicts, str(found)
-    assert (found.samples, found.misfit is None) == ((0, False) if name == "wide" else (512, True))
+    assert (found.samples, found.mismatch is None) == ((0, False) if name == "wide" else (512, True))

@@ -59,7 +59,7 @@ def test_the_description_is_read_as_it_was_written():
 
 def test_decisions_on_numbers():
     done = curate(DATA / "ledger_v1_int", Sign(), unscored="drop")
-    columns = ["id", "keep", "score", "scorings", "lift", "reason", "label", "predicted"]
+    columns = ["id", "keep", "score", "scorings", "relative_weight", "reason", "label", "predicted"]
     rows = [tuple(row[name] for name in columns) for row in done.manifest.table().to_pylist()]
     assert rows == [
         (11, False, -1.0, 2, 0.625, "mean score below 0", 1, 1),

@@ -63,7 +63,7 @@ def test_a_row_of_scale_one_goes_through_bit_for_bit(dtype):
         assert gated[same].isnan().tolist() == row.isnan().tolist()  # a NaN has many spellings
 
 
-def judged(scores, clean=None, *, vanishes=False, scaled=False):
+def weighed(scores, clean=None, *, vanishes=False, scaled=False):
     clean = None if clean is None else torch.tensor(clean)
     return weigh_batch(torch.tensor(scores), clean, torch.tensor(vanishes), SoftmaxWeighting(0.5, 0), scaled=scaled)
 
@@ -71,7 +71,7 @@ def judged(scores, clean=None, *, vanishes=False, scaled=False):
 @pytest.mark.parametrize("scaled", [False, True])
 def test_trusted_rows_are_weighed_and_ok(scaled):
     scores = torch.tensor([1.0, -2.0, 0.5])
-    result = judged(scores.tolist(), scaled=scaled)
+    result = weighed(scores.tolist(), scaled=scaled)
     torch.testing.assert_close(result.scores, scores, **EXACT)
     torch.testing.assert_close(result.weights.weights, torch.softmax(scores / 0.5, 0))
     assert result.flags.tolist() == [OK] * 3
@@ -103,7 +103,7 @@ CASES = [
 @pytest.mark.parametrize(("score", "clean", "vanishes", "scaled", "flag", "masked"), CASES)
 def test_what_is_wrong_with_a_row_is_flagged_by_precedence(score, clean, vanishes, scaled, flag, masked):
     known = None if clean is None else [True, clean, True]
-    result = judged([1.0, score, -1.0], known, vanishes=vanishes, scaled=scaled)
+    result = weighed([1.0, score, -1.0], known, vanishes=vanishes, scaled=scaled)
     others = ZERO if vanishes else OK
     assert result.flags.tolist() == [others, flag, others]
     assert result.masked.tolist() == [False, masked, False]
@@ -117,14 +117,14 @@ def test_what_is_wrong_with_a_row_is_flagged_by_precedence(score, clean, vanishe
 
 
 def test_at_the_reference_all_rows_weigh_the_same_and_none_has_a_score():
-    result = judged([5.0, -5.0, 0.0, 1e9], vanishes=True)
+    result = weighed([5.0, -5.0, 0.0, 1e9], vanishes=True)
     torch.testing.assert_close(result.weights.weights, torch.full((4,), 0.25))
     torch.testing.assert_close(result.weights.scale, torch.ones(4))
     assert result.scores.isnan().all()
 
 
 def test_under_a_scaler_a_row_that_overflowed_reaches_the_scaler():
-    result = judged([0.5, NAN], scaled=True)
+    result = weighed([0.5, NAN], scaled=True)
     gated = gate_rows(torch.tensor([[1.0], [INF]]), result.weights.scale, result.masked)
     torch.testing.assert_close(gated, torch.tensor([[2.0], [INF]]), **EXACT)
 
@@ -140,7 +140,7 @@ def test_under_a_scaler_a_row_that_overflowed_reaches_the_scaler():
     ],
 )
 def test_where_all_rows_are_broken_none_is_masked_and_the_loss_goes_through(scores, clean, scaled, flag, vanishes):
-    result = judged(scores, clean, scaled=scaled, vanishes=vanishes)
+    result = weighed(scores, clean, scaled=scaled, vanishes=vanishes)
     assert not result.masked.any()
     assert result.flags.tolist() == [flag] * len(scores)
     assert result.weights.scale.tolist() == [1.0] * len(scores)
@@ -149,15 +149,15 @@ def test_where_all_rows_are_broken_none_is_masked_and_the_loss_goes_through(scor
 
 
 def test_a_single_row_is_alone_and_keeps_its_score():
-    result = judged([-3.0])
+    result = weighed([-3.0])
     assert result.flags.tolist() == [ALONE]
     assert (result.scores.tolist(), result.weights.weights.tolist(), result.masked.tolist()) == ([-3.0], [1.0], [False])
-    assert judged([-3.0], vanishes=True).flags.tolist() == [ZERO]
-    assert judged([NAN], scaled=True).flags.tolist() == [OVERFLOW]
+    assert weighed([-3.0], vanishes=True).flags.tolist() == [ZERO]
+    assert weighed([NAN], scaled=True).flags.tolist() == [OVERFLOW]
 
 
 def test_the_last_row_that_counts_is_not_alone():
-    assert judged([1.0, NAN]).flags.tolist() == [OK, BROKEN]
+    assert weighed([1.0, NAN]).flags.tolist() == [OK, BROKEN]
 
 
 def test_what_other_ranks_hold_decides_about_alone_and_masked(monkeypatch):
@@ -165,8 +165,8 @@ def test_what_other_ranks_hold_decides_about_alone_and_masked(monkeypatch):
     monkeypatch.setattr(weighting_module, "stack_over_ranks", lambda row: sent.append(row) or row[None])
     parts = ([0.0], [NAN])
     for part in parts:
-        judged(part)
+        weighed(part)
     monkeypatch.setattr(weighting_module, "stack_over_ranks", lambda row: torch.stack(sent))
-    good, bad = (judged(part) for part in parts)
+    good, bad = (weighed(part) for part in parts)
     assert (good.flags.tolist(), good.masked.tolist(), good.weights.scale.tolist()) == ([OK], [False], [2.0])
     assert (bad.flags.tolist(), bad.masked.tolist()) == ([BROKEN], [True])

@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_mimic.gradients.graph import (
-    escaping_parameters,
     mixes_samples,
     normalises_batch,
     not_a_plain_mean,
     reaches,
     targets_left_out,
+    uncovered_parameters,
     used_beyond,
     walk,
 )
@@ -59,7 +59,7 @@ LOSSES = {
 def test_parameters_that_the_loss_reaches_around_the_gate_are_named(case):
     net, (loss_of, names) = Net(), LOSSES[case]
     loss = loss_of(net, net.body(torch.randn(3, 4)))
-    assert escaping_parameters(loss.grad_fn, net.gate, dict(net.named_parameters())) == names
+    assert uncovered_parameters(loss.grad_fn, net.gate, dict(net.named_parameters())) == names
 
 
 def test_a_frozen_backbone_does_not_escape():
@@ -67,7 +67,7 @@ def test_a_frozen_backbone_does_not_escape():
     net.body.requires_grad_(False)
     h = net.body(torch.randn(3, 4))
     loss = (h + net.layer(h)).mean()
-    assert escaping_parameters(loss.grad_fn, net.gate, dict(net.named_parameters())) == []
+    assert uncovered_parameters(loss.grad_fn, net.gate, dict(net.named_parameters())) == []
 
 
 def test_the_graph_is_walked_without_recursion():

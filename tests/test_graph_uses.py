@@ -116,7 +116,7 @@ def test_deep_and_dense_graphs_are_walked_once_and_without_recursion():
     graph = Graph(y.sum().grad_fn)
     assert len(graph.terminals(layer.weight)) == 1
     assert graph.deepest([y.grad_fn, call]) == [call]
-    assert len(graph.leading_to([call])) == 3002
+    assert len(graph.nodes_reaching([call])) == 3002
     assert lowest_cut(graph, [call], B).node is call
     assert lowest_cut(graph, graph.leaves, B).node is call
 
@@ -140,12 +140,12 @@ def test_the_deepest_marks_are_those_with_no_mark_below():
 
 def test_what_leads_to_a_mark_is_the_mark_and_what_is_above():
     graph, body, left, right = branches()
-    assert graph.leading_to([]) == set()
-    assert graph.leading_to([graph.root]) == {graph.root}
-    assert left in graph.leading_to([body])
-    assert right in graph.leading_to([body])
-    assert graph.leading_to([left]) & {body, left, right} == {left}
-    assert graph.leading_to(graph.leaves) == set(graph.order)
+    assert graph.nodes_reaching([]) == set()
+    assert graph.nodes_reaching([graph.root]) == {graph.root}
+    assert left in graph.nodes_reaching([body])
+    assert right in graph.nodes_reaching([body])
+    assert graph.nodes_reaching([left]) & {body, left, right} == {left}
+    assert graph.nodes_reaching(graph.leaves) == set(graph.order)
 
 
 @st.composite
@@ -177,7 +177,7 @@ def graphs(draw):
 @given(case=graphs())
 def test_leading_and_deepest_agree_with_a_search_from_every_node(case):
     graph, marks = case
-    assert graph.leading_to(marks) == {n for n in graph.order if any(reaches(n, mark) for mark in marks)}
+    assert graph.nodes_reaching(marks) == {n for n in graph.order if any(reaches(n, mark) for mark in marks)}
     below = {mark: [other for other in marks if other is not mark and reaches(mark, other)] for mark in marks}
     assert set(graph.deepest(marks)) == {mark for mark in marks if not below[mark]}
 

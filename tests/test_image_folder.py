@@ -63,7 +63,7 @@ def test_an_image_keeps_its_id_and_its_cache_notices_another(tmp_path):
     assert opened(tmp_path).sources["train"].key() != key
 
 
-def test_trusted_and_mirrored_images_go_by_their_ids(tmp_path):
+def test_trusted_and_flipped_images_go_by_their_ids(tmp_path):
     write_folder(tmp_path)
     module = opened(tmp_path, trusted=0.5, noise=SymmetricNoise(1.0), flip=True)
     ids = [IDS[row] for row in module.noisy_ids.tolist()]
@@ -74,10 +74,10 @@ def test_trusted_and_mirrored_images_go_by_their_ids(tmp_path):
     assert sorted(found) == sorted(ids)
     assert [found[each][1] for each in ids] == module.given_labels.tolist()
     assert bool(module.wrong.all())
-    drawn = torch.stack([module.mirrored(IDS, epoch) for epoch in range(100)])
-    assert (drawn.float().mean(0) - 0.5).abs().max() < 0.2
+    flips = torch.stack([module.flipped(IDS, epoch) for epoch in range(100)])
+    assert (flips.float().mean(0) - 0.5).abs().max() < 0.2
     for order in (torch.randperm(9), torch.tensor([4])):
-        assert torch.equal(module.mirrored([IDS[row] for row in order.tolist()], 3), drawn[3][order])
+        assert torch.equal(module.flipped([IDS[row] for row in order.tolist()], 3), flips[3][order])
 
 
 def test_a_manifest_keeps_by_path_and_a_fit_records_it(tmp_path):

@@ -65,7 +65,7 @@ OPTIONAL = {
     "safetensors": {"reference/read.py"},
     "torchvision": {"data/image_folder.py", "data/torchvision_sets.py", "data/transforms.py", "models/backbones.py"},
     "timm": {"data/transforms.py", "models/backbones.py"},
-    "open_clip": {"models/zero_shot.py", "reference/pretrained.py"},
+    "open_clip": {"models/zero_shot.py", "reference/open_clip_hub.py"},
     "webdataset": {"data/shards.py"},
     "PIL": {"data/pairs.py", "data/labelled.py"},
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import per_sample_gradients
-from rows import Ad, bare, contrastive, looped, losses_of, vectors_of
+from rows import Ad, contrastive, looped, losses_of, param, vectors_of
 from test_contributions import fresh
 from test_model_gradients import NETS, made
 from torch import nn
@@ -49,7 +49,7 @@ def test_products_equal_those_of_a_loop_over_samples(kind, dtype):
         assert_own(net, x, rtol=1e-9 if dtype == torch.float64 else 1e-3)
 
 
-NETS_OF_BARE = {
+NETS_OF_PARAMETERS = {
     "class token": (lambda n, x: torch.cat([n.p.expand(B, -1, -1), n.l(x)], 1), {"p": (1, 1, D)}),
     "one number": (lambda n, x: n.l(x) * n.p.exp(), {"p": ()}),
     "a slice and a row": (lambda n, x: n.l(x)[..., :2] @ n.p[:2] + n.p[2], {"p": (D, 5)}),
@@ -62,11 +62,11 @@ NETS_OF_BARE = {
 
 
 @pytest.mark.parametrize("losses", [losses_of, contrastive])
-@pytest.mark.parametrize("kind", NETS_OF_BARE)
-def test_bare_parameters(kind, losses):
+@pytest.mark.parametrize("kind", NETS_OF_PARAMETERS)
+def test_parameters_of_no_layer(kind, losses):
     torch.manual_seed(0)
-    compute, shapes = NETS_OF_BARE[kind]
-    net = Ad(compute, l=nn.Linear(D, D), **{name: bare(*shape) for name, shape in shapes.items()}).double()
+    compute, shapes = NETS_OF_PARAMETERS[kind]
+    net = Ad(compute, l=nn.Linear(D, D), **{name: param(*shape) for name, shape in shapes.items()}).double()
     assert_own(net, torch.randn(B, T, D).double(), losses_of=losses)
 
 
@@ -83,7 +83,7 @@ class Clip(nn.Module):
     def __init__(self):
         super().__init__()
         self.image = nn.Sequential(nn.Linear(5, D), nn.LayerNorm(D))
-        self.words, self.projection = nn.Embedding(9, D), bare(D, D)
+        self.words, self.projection = nn.Embedding(9, D), param(D, D)
         self.logit_scale = nn.Parameter(torch.tensor(1.3))
 
     def forward(self, pairs):

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_mimic import WithIds, collate_with_ids
 from lightning_mimic.curation import CurationError, Manifest, curate, select
 from lightning_mimic.database import Database
-from lightning_mimic.manifest import kept_of, write_manifest
+from lightning_mimic.manifest import kept_subset, write_manifest
 
 
 def manifest(path, ids, keep=True, **columns):
@@ -55,7 +55,7 @@ def selection(made, folder):
 
 READERS = {
     "table": lambda made, folder: made.table().to_pylist(),
-    "subset": lambda made, folder: kept_of(WithIds(range(150), uids(150)), made.path).indices,
+    "subset": lambda made, folder: kept_subset(WithIds(range(150), uids(150)), made.path).indices,
     "csv": comma_separated,
     "datacomp": npy,
     "cleanlab": issues,
@@ -97,7 +97,7 @@ def test_what_is_no_manifest_is_refused(tmp_path):
             Manifest(path)
         if name != ".":
             with pytest.raises(ValueError, match=f"^{re.escape(f'{path} is no manifest: ')}"):
-                kept_of([0], path)
+                kept_subset([0], path)
 
 
 def test_a_file_that_is_cut_off_is_no_manifest(tmp_path):
@@ -285,4 +285,4 @@ def test_a_flipped_bit_of_an_id_is_not_another_sample(tmp_path):
     place = content.index((1017).to_bytes(8, "little"))
     path.write_bytes(content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :])  # 1017 becomes 953
     with pytest.raises(ValueError, match=r"manifest\.parquet is no manifest: .*CRC"):
-        kept_of(WithIds(ids, [953 if i == 1017 else i for i in ids]), path)
+        kept_subset(WithIds(ids, [953 if i == 1017 else i for i in ids]), path)

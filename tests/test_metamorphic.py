@@ -9,13 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ways import CASES, own_losses
+from test_methods import CASES, own_losses
 from toys import WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
 
 from lightning_mimic import GradMimic, Ledger
 from lightning_mimic.gradients import select_parameters
 
-SOME = ["all", "deep, with sample_losses", "residual around the layer", "tied", "bare", "attention", "contrastive, all"]
+RESIDUAL = "residual around the layer"
+SOME = ["all", "deep, with sample_losses", RESIDUAL, "tied", "functional", "attention", "contrastive, all"]
 CHOSEN = [*SOME, "two terms, one layer", "tied by hand"]
 
 
@@ -57,7 +58,7 @@ def test_the_length_of_the_way_changes_nothing(case, factor):
     torch.testing.assert_close(scored(case, batch, moved), scored(case, batch, far), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["all", "tied", "bare", "attention", "contrastive, all"])
+@pytest.mark.parametrize("case", ["all", "tied", "functional", "attention", "contrastive, all"])
 def test_a_reference_one_step_ahead_gives_the_gradients_length(case):
     batch = toy_data(6)[:]
     gradients, start = gradients_of(case, batch), parameters_of(toy(CASES[case][0]))
@@ -68,7 +69,7 @@ def test_a_reference_one_step_ahead_gives_the_gradients_length(case):
         torch.testing.assert_close(scores[i].double(), length, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["all", "tied", "bare", "attention", "contrastive, all"])
+@pytest.mark.parametrize("case", ["all", "tied", "functional", "attention", "contrastive, all"])
 def test_the_scores_sum_to_that_of_the_sum(case):
     batch, reference = toy_data(6)[:], reference_of(case)
     gradients = gradients_of(case, batch)

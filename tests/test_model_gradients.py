@@ -6,7 +6,7 @@ import timm
 import torch
 import torchvision
 from oracles import per_sample_gradients
-from rows import assert_exact, looped, losses_of, tapped, vectors_of
+from rows import assert_exact, looped, losses_of, traced, vectors_of
 from torch import nn
 
 IMAGES, TOKENS = (3, 32, 32), (6,)
@@ -161,7 +161,7 @@ def test_products_of_an_autocast_pass_are_near_those_of_the_exact_one(kind):
         with torch.autocast("cpu", torch.bfloat16):
             return losses_of(net, x).float()
 
-    dot = tapped(net, autocast, x, vectors)[1].dot(vectors)
+    dot = traced(net, autocast, x, vectors)[1].dot(vectors)
     assert dot.dtype == torch.float32
     expected = looped(per_sample_gradients(net, losses_of, x), vectors)
     assert float((dot - expected).norm() / expected.norm()) < 0.05
@@ -206,7 +206,7 @@ def test_a_frozen_backbone_below_leaves_the_head():
     net.head.requires_grad_(True)
     assert_exact(net, x)
     vectors = vectors_of(net, ["head.weight", "blocks.0.mlp.fc1.weight", "cls_token"])
-    unseen = tapped(net, losses_of, x, vectors)[2]
+    unseen = traced(net, losses_of, x, vectors)[2]
     assert set(unseen) == {"blocks.0.mlp.fc1.weight", "cls_token"}
     assert "ran without gradient" in unseen["blocks.0.mlp.fc1.weight"]
     assert unseen["cls_token"] == "no path leads from the loss to it"

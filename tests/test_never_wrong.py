@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import per_sample_gradients
-from rows import Ad, assert_exact, bare, looped, losses_of, tapped, vectors_of
-from test_bare import FLAT, TOKENS, B, D, ad
+from rows import Ad, assert_exact, looped, losses_of, param, traced, vectors_of
+from test_functional_use import FLAT, TOKENS, B, D, ad
 from torch import nn
 
 from lightning_mimic.gradients import Graph, ModelHooks, WholeModelGradients
@@ -31,13 +31,13 @@ COINCIDENCES = {
         lambda n, x: x + n.l(torch.linspace(-1, 1, B * D).double().view(B, D)),
         lambda: {"l": nn.LayerNorm(D)},
     ),
-    "a doubled table": (lambda n, x: x + 2 * n.p, lambda: {"p": bare(B, D)}),
-    "a scaled table": (lambda n, x: x + n.p * torch.linspace(-1, 1, B * D).view(B, D), lambda: {"p": bare()}),
-    "a token spread over time": (lambda n, x: x + n.p.expand(B, D), lambda: {"p": bare(D)}),
-    "rows and columns": (lambda n, x: x + (n.p + torch.ones(B, 1)) @ n.q, lambda: {"p": bare(D), "q": bare(D, D)}),
+    "a doubled table": (lambda n, x: x + 2 * n.p, lambda: {"p": param(B, D)}),
+    "a scaled table": (lambda n, x: x + n.p * torch.linspace(-1, 1, B * D).view(B, D), lambda: {"p": param()}),
+    "a token spread over time": (lambda n, x: x + n.p.expand(B, D), lambda: {"p": param(D)}),
+    "rows and columns": (lambda n, x: x + (n.p + torch.ones(B, 1)) @ n.q, lambda: {"p": param(D), "q": param(D, D)}),
     "a low rank weight": (
         lambda n, x: F.linear(x, torch.linspace(-1, 1, B * 2).double().view(B, 2) @ n.p),
-        lambda: {"p": bare(2, D)},
+        lambda: {"p": param(2, D)},
     ),
     "time first": (lambda n, x: n.l(x.transpose(0, 1)).transpose(0, 1), lambda: {"l": nn.Linear(D, D)}),
 }
@@ -50,7 +50,7 @@ def test_as_many_rows_as_samples_are_not_taken_for_the_samples(kind):
 
 
 NEVER_WRONG = {
-    "a weight whose axes stay": (lambda n, x: x @ n.p.permute(0, 1), lambda: {"p": bare(D, D)}),
+    "a weight whose axes stay": (lambda n, x: x @ n.p.permute(0, 1), lambda: {"p": param(D, D)}),
     "a layer with a forward of its own": (lambda n, x: n.l(x), lambda: {"l": patched(nn.Linear(D, D))}),
     "samples exchanged and put back": (
         lambda n, x: n.l(x[[0, 2, 1]])[[0, 2, 1]],
@@ -97,7 +97,7 @@ def test_an_input_changed_in_place_after_its_use_stops():
     net.layer.weight.requires_grad_(False)
     x = torch.randn(FLAT).double()
     vectors = vectors_of(net) | vectors_of(net, ["layer.weight"])
-    rows = tapped(net, losses_of, x, vectors)[1]
+    rows = traced(net, losses_of, x, vectors)[1]
     with pytest.raises(RuntimeError, match=r"^the input of 'layer' was changed in place after the layer had used it"):
         rows.dot(vectors)
 
@@ -112,8 +112,8 @@ def test_what_autograd_keeps_changed_in_place_stops(change):
         (x if change == "x" else h).mul_(2)
         return y.sin()
 
-    net = Ad(compute, before=nn.Linear(D, D), scale=bare(D)).double()
+    net = Ad(compute, before=nn.Linear(D, D), scale=param(D)).double()
     vectors = vectors_of(net)
     x = torch.randn(FLAT).double()
     with pytest.raises(RuntimeError, match=r"in place|inplace"):
-        tapped(net, losses_of, x, vectors)[1].dot(vectors)
+        traced(net, losses_of, x, vectors)[1].dot(vectors)

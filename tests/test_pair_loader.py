@@ -164,8 +164,8 @@ def test_skipped_pairs_are_not_decoded_again(shards, monkeypatch):
     for _ in range(3):
         next(running)
     decoded = []
-    whole = pair_stream.picture
-    monkeypatch.setattr(pair_stream, "picture", lambda *given: decoded.append(1) or whole(*given))
+    whole = pair_stream.decode_image
+    monkeypatch.setattr(pair_stream, "decode_image", lambda *given: decoded.append(1) or whole(*given))
     resumed = module(shards).train_dataloader()
     resumed.load_state_dict(state.state_dict())
     assert sorted(flat(batches_of(resumed))) == ALL[12:]
@@ -218,8 +218,8 @@ def test_a_manifest_of_hexadecimal_ids_tells_the_counts_of_a_plain_dict(tmp_path
     assert kept._columns is not None
     true = Counter(each for each, stays in zip(ids, keep, strict=True) if stays)
     assert [kept.times(each) for each in ids] == [true[each] for each in ids]
-    strangers = ["1" + "0" * 31, "0" * 31, ids[0].upper(), "g" * 32, "", "0" * 15 + "g" + "f" * 16]
-    assert [kept.times(each) for each in strangers] == [None] * 6
+    unknown = ["1" + "0" * 31, "0" * 31, ids[0].upper(), "g" * 32, "", "0" * 15 + "g" + "f" * 16]
+    assert [kept.times(each) for each in unknown] == [None] * 6
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from pair_shards import encoded, picture_of
 from PIL import Image
 
-from lightning_mimic.data.pairs import BrokenPairError, described, id_of, pair_of, picture
+from lightning_mimic.data.pairs import BrokenPairError, decode_image, described, id_of, pair_of
 from lightning_mimic.data.rejects import Reason
 
 GREY = [[0, 51], [102, 255]]
@@ -49,27 +49,27 @@ def test_every_mode_becomes_rgb_with_its_own_colours(mode):
     data = encoded(of_mode(mode), **options)
     with_mode = Image.open(BytesIO(data)).mode
     assert with_mode == mode.partition(" ")[0]
-    image = picture(data, 100)
+    image = decode_image(data, 100)
     assert (image.mode, image.size) == ("RGB", (2, 2))
     assert np.asarray(image).tolist() == TRUE[mode]
 
 
 def test_sixteen_bits_are_scaled_and_not_cut_off():
     values = np.array([[0, 128, 129, 300], [32768, 65279, 65407, 65535]], dtype=np.uint16)
-    image = picture(encoded(Image.fromarray(values)), 100)
+    image = decode_image(encoded(Image.fromarray(values)), 100)
     assert np.asarray(image)[..., 0].tolist() == [[0, 0, 1, 1], [128, 254, 255, 255]]
 
 
 @pytest.mark.parametrize(("kind", "near"), [("JPEG", 6), ("WEBP", 6), ("GIF", 0), ("BMP", 0)])
 def test_other_formats_are_decoded_whatever_the_name_says(kind, near):
-    image = np.asarray(picture(encoded(Image.new("RGB", (16, 16), (200, 100, 50)), kind), 1000)).astype(int)
+    image = np.asarray(decode_image(encoded(Image.new("RGB", (16, 16), (200, 100, 50)), kind), 1000)).astype(int)
     assert abs(image - [200, 100, 50]).max() <= near
 
 
 def test_a_cmyk_jpeg_has_the_colours_it_was_made_of():
     data = encoded(Image.new("RGB", (16, 16), (200, 100, 50)).convert("CMYK"), "JPEG", quality=98)
     assert Image.open(BytesIO(data)).mode == "CMYK"
-    assert abs(np.asarray(picture(data, 1000)).astype(int) - [200, 100, 50]).max() <= 6
+    assert abs(np.asarray(decode_image(data, 1000)).astype(int) - [200, 100, 50]).max() <= 6
 
 
 def huge(width, height):
@@ -82,10 +82,10 @@ def huge(width, height):
 @pytest.mark.parametrize("size", [(11, 10), (8192, 8193), (10**4, 10**4), (2**30, 2**30)])
 def test_pixels_are_counted_before_they_are_decoded(size):
     with pytest.raises(BrokenPairError) as caught:
-        picture(huge(*size), 109 if size == (11, 10) else 2**26)
+        decode_image(huge(*size), 109 if size == (11, 10) else 2**26)
     assert caught.value.reason == Reason.TOO_MANY_PIXELS
     with pytest.raises(BrokenPairError) as caught:
-        picture(huge(11, 10), 110)
+        decode_image(huge(11, 10), 110)
     assert caught.value.reason == Reason.UNDECODABLE_IMAGE
 
 
@@ -97,16 +97,16 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\
 )
 def test_what_is_no_picture_is_said_to_be_none(data):
     with pytest.raises(BrokenPairError) as caught:
-        picture(data, 100)
+        decode_image(data, 100)
     assert caught.value.reason == Reason.UNDECODABLE_IMAGE
     assert caught.value.detail
 
 
 def test_a_jpeg_cut_short_is_not_filled_with_grey():
     data = encoded(Image.effect_noise((64, 64), 90).convert("RGB"), "JPEG")
-    assert picture(data, 10**4).size == (64, 64)
+    assert decode_image(data, 10**4).size == (64, 64)
     with pytest.raises(BrokenPairError, match="undecodable image"):
-        picture(data[: len(data) // 2], 10**4)
+        decode_image(data[: len(data) // 2], 10**4)
 
 
 @pytest.mark.parametrize(

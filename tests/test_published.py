@@ -16,7 +16,7 @@ from toys import loader, trainer
 from lightning_mimic import Aligned, GradMimic, Ledger
 from lightning_mimic.models import CLIP
 from lightning_mimic.reference import ReferenceLoadError, read_reference
-from lightning_mimic.reference.pretrained import open_clip_model
+from lightning_mimic.reference.open_clip_hub import open_clip_model
 
 NAME = "open_clip:ViT-B-32/datacomp_xl_s13b_b90k"
 REPOSITORY, COMMIT = "models--laion--CLIP-ViT-B-32-DataComp.XL-s13B-b90K", "0" * 40

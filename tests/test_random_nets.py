@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import per_sample_gradients
-from rows import bare, looped, losses_of, tapped, vectors_of
+from rows import looped, losses_of, param, traced, vectors_of
 from torch import nn
 
 from lightning_mimic.gradients import Graph, LossGradients
@@ -16,7 +16,7 @@ WORDS, TIME, WIDTH = 7, 3, 4
 class Scaled(nn.Module):
     def __init__(self):
         super().__init__()
-        self.scale, self.shift = bare(WIDTH), bare(1, TIME, WIDTH)
+        self.scale, self.shift = param(WIDTH), param(1, TIME, WIDTH)
 
     def forward(self, x):
         return x * self.scale + self.shift
@@ -25,7 +25,7 @@ class Scaled(nn.Module):
 class Multiplied(nn.Module):
     def __init__(self):
         super().__init__()
-        self.matrix = bare(WIDTH, WIDTH)
+        self.matrix = param(WIDTH, WIDTH)
 
     def forward(self, x):
         return x @ self.matrix
@@ -39,7 +39,7 @@ KINDS = {
     "group norm": lambda earlier: nn.GroupNorm(2, WIDTH),
     "conv": lambda earlier: nn.Conv1d(WIDTH, WIDTH, 3, padding=1),
     "batch norm in eval mode": lambda earlier: nn.BatchNorm1d(WIDTH).eval(),
-    "bare": lambda earlier: Scaled(),
+    "functional": lambda earlier: Scaled(),
     "product": lambda earlier: Multiplied(),
     "once more": lambda earlier: earlier[-1] if earlier else nn.Linear(WIDTH, WIDTH),
     "first again": lambda earlier: earlier[0] if earlier else nn.Linear(WIDTH, WIDTH),
@@ -95,7 +95,7 @@ def nets(draw):
 
 def both(net, x, names):
     vectors = vectors_of(net, names)
-    losses, rows, unseen = tapped(net, losses_of, x, vectors)
+    losses, rows, unseen = traced(net, losses_of, x, vectors)
     assert unseen == {}
     found = LossGradients(losses, {name: net.get_parameter(name) for name in names})
     found.check(Graph(losses.grad_fn))

@@ -172,7 +172,7 @@ def test_every_run_finds_what_runs_before_it_made(data):
                     before = made[Path(given[key]).parent]
                     # Trained on the same split, and of a reference the same kind and as much of the network.
                     assert before.get("data.seed") == given.get("data.seed")
-                    if key == "paths.reference" and "spoilt" not in given[key]:
+                    if key == "paths.reference" and "corrupted" not in given[key]:
                         assert before["reference"] == given["reference"]
                         whole = "model.freeze_backbone"
                         assert before.get(whole) == given.get(whole)

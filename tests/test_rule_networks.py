@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import mimic_scores, per_sample_gradients
-from rows import Ad, assert_exact, losses_of, tapped, vectors_of
+from rows import Ad, assert_exact, losses_of, traced, vectors_of
 from torch import Tensor, nn
 from toys import CLASSES, FEATURES, HIDDEN, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 from toys import losses_of as toy_losses
@@ -96,9 +96,9 @@ def test_products_under_autocast_are_those_without_within_its_digits(kind):
     compute, parts, shape = NETS[kind]
     net, x = Ad(compute, **parts()), torch.randn(shape)
     vectors = vectors_of(net)
-    exact = tapped(net, losses_of, x, vectors)[1].dot(vectors)
+    exact = traced(net, losses_of, x, vectors)[1].dot(vectors)
     with torch.autocast("cpu", torch.bfloat16):
-        _, rows, unseen = tapped(net, losses_of, x, vectors)
+        _, rows, unseen = traced(net, losses_of, x, vectors)
         dot = rows.dot(vectors)
     assert not unseen
     assert dot.dtype == torch.float32

@@ -161,7 +161,7 @@ X = torch.tensor([[2.0, 0.1], [1.5, -0.4], [1.8, 0.3], [-2.0, 0.2], [-1.7, -0.1]
 LABELS = (X[:, 0] > 0) ^ WRONG
 
 
-def judged(weight):
+def products_at(weight):
     """What is known of two clusters, two labels of which are wrong, by a linear model with that weight."""
     model, reference = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
     with torch.no_grad():
@@ -187,21 +187,21 @@ def judged(weight):
 @pytest.mark.parametrize("weight", [0.0, 0.1])
 @pytest.mark.parametrize("kind", [MimicScore, CosineSimilarity, ReferenceLoss, RhoLoss])
 def test_every_right_label_scores_higher_than_every_wrong_one(kind, weight):
-    scores = kind()(judged(weight))
+    scores = kind()(products_at(weight))
     assert scores[~WRONG].min() > scores[WRONG].max() + 0.3
 
 
 @pytest.mark.parametrize("kind", [MimicScore, CosineSimilarity])
 def test_a_right_label_points_to_the_reference_and_a_wrong_one_away(kind):
-    assert ((kind()(judged(0.0)) < 0) == WRONG).all()
+    assert ((kind()(products_at(0.0)) < 0) == WRONG).all()
 
 
 def test_of_a_model_that_has_learnt_the_wrong_labels_have_the_long_gradients():
-    scores = GradNorm()(judged(0.9))
+    scores = GradNorm()(products_at(0.9))
     assert scores[WRONG].min() > scores[~WRONG].max()
 
 
 def test_what_the_model_knows_already_has_no_reducible_loss():
-    learnt, fresh = RhoLoss()(judged(1.0)), RhoLoss()(judged(0.0))
+    learnt, fresh = RhoLoss()(products_at(1.0)), RhoLoss()(products_at(0.0))
     torch.testing.assert_close(learnt, torch.zeros(6), rtol=0, atol=1e-6)
     assert fresh[0] == pytest.approx(math.log(2) - math.log1p(math.exp(-4.0)), rel=1e-5)

@@ -122,7 +122,7 @@ def member_starts(path):
 
 
 def damaged(path, how):
-    """A copy of a shard of six pairs, spoilt in the files of the pair 4 (members 12 to 14)."""
+    """A copy of a shard of six pairs, corrupted in the files of the pair 4 (members 12 to 14)."""
     data, starts = bytearray(path.read_bytes()), member_starts(path)
     if how == "cut inside a file":
         data = data[: starts[13] + 512 + 3]

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from oracles import per_sample_gradients, weighted_gradient
-from rows import Ad, tapped, vectors_of
+from rows import Ad, traced, vectors_of
 from torch import nn
 
 from lightning_mimic.errors import MimicError
@@ -89,7 +89,7 @@ def test_a_prelu_of_one_number_scores_rows_without_another_axis():
 )
 def test_an_output_without_a_batch_axis_is_not_scored(layer, shape):
     net = Ad(lambda n, x: n.l(x), l=layer)
-    _, _, unseen = tapped(
+    _, _, unseen = traced(
         net, lambda n, x: n(x).flatten(1).sum(1) if n(x).ndim > 1 else n(x), torch.randn(shape), ["l.weight"]
     )
     assert re.match(r"its layer's output has shape .*, not one row for each of 3 samples", unseen["l.weight"])

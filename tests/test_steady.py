@@ -152,7 +152,7 @@ def test_a_unit_that_stays_dead_is_not_looked_at_for_ever(monkeypatch):
     looks = []
     choose = choice.choose_method
     monkeypatch.setattr(reweighter, "choose_method", lambda *given: looks.append(1) or choose(*given))
-    monkeypatch.setattr(choice, "MOST_LOOKS", 3)
+    monkeypatch.setattr(choice, "MAX_CHECKS", 3)
 
     class Dead(Toy):
         def forward(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from toys import trainer
 from lightning_mimic import GradMimic, Ledger
 from lightning_mimic.data.image_text import ImageTextDataModule
 from lightning_mimic.data.noise import SymmetricNoise
-from lightning_mimic.data.parts import Source
+from lightning_mimic.data.splits import Source
 from lightning_mimic.data.torchvision_sets import SETS, TorchvisionDataModule
 from lightning_mimic.data.transforms import paper_transform
 from lightning_mimic.models import ImageClassifier, SmallConvNet
@@ -146,21 +146,21 @@ def test_the_table_names_the_files_that_torchvision_fetches():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_half_of_the_images_are_mirrored_another_half_in_each_epoch(workers, cifar10):
+def test_half_of_the_images_are_flipped_another_half_in_each_epoch(workers, cifar10):
     module = opened("cifar10", cifar10, paper_transform(32), flip=True, num_workers=workers, batch_size=8)
     ids = torch.arange(30)
-    drawn = torch.stack([module.mirrored(ids, epoch) for epoch in range(200)])
-    assert (drawn.float().mean(0) - 0.5).abs().max() < 0.15  # 4.2 standard deviations
-    assert (drawn.float().mean(1) - 0.5).abs().mean() < 0.1
+    flips = torch.stack([module.flipped(ids, epoch) for epoch in range(200)])
+    assert (flips.float().mean(0) - 0.5).abs().max() < 0.15  # 4.2 standard deviations
+    assert (flips.float().mean(1) - 0.5).abs().mean() < 0.1
     order = torch.randperm(30)
-    assert torch.equal(module.mirrored(order, 7), drawn[7][order])
+    assert torch.equal(module.flipped(order, 7), flips[7][order])
     other = opened("cifar10", cifar10, seed=1, flip=True)
-    assert not torch.equal(torch.stack([other.mirrored(ids, epoch) for epoch in range(200)]), drawn)
+    assert not torch.equal(torch.stack([other.flipped(ids, epoch) for epoch in range(200)]), flips)
 
     class Looks(ImageClassifier):
         def training_step(self, batch, batch_idx):
             for image, row in zip(batch[0], batch.ids.tolist(), strict=True):
-                shown = image.flip(-1) if drawn[self.current_epoch][row] else image
+                shown = image.flip(-1) if flips[self.current_epoch][row] else image
                 assert looks_like(shown, "train", row)
                 assert not looks_like(shown.flip(-1), "train", row)
                 seen.append(row)

@@ -10,9 +10,9 @@ from lightning_mimic.reference.diagnosis import Estimate
 def test_a_rise_that_is_sure_but_little_is_no_knowledge(mean, verdict):
     rise = Estimate(mean, error=0.01, count=10_000)  # of samples that differ by 1
     assert not rise.missing
-    found = Diagnosis(512, knowledge=rise)
+    found = Diagnosis(512, label_gap=rise)
     assert found.verdict == verdict
-    assert found.mendable == (verdict == "compatible")
+    assert found.alignable == (verdict == "compatible")
 
 
 def test_a_small_score_counts_if_it_is_sure():
@@ -20,4 +20,4 @@ def test_a_small_score_counts_if_it_is_sure():
 
 
 def test_few_samples_say_nothing_of_the_size_either():
-    assert Diagnosis(512, knowledge=Estimate(0.1, error=0.01, count=99)).verdict == "compatible"
+    assert Diagnosis(512, label_gap=Estimate(0.1, error=0.01, count=99)).verdict == "compatible"

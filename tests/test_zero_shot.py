@@ -10,7 +10,7 @@ from clips import SGD, TEXT, VISION, clip, losses_of, pairs
 from torch.utils.data import DataLoader, TensorDataset
 from toys import trainer
 
-from lightning_mimic.models import CLIP, ZeroShot, recalls
+from lightning_mimic.models import CLIP, ZeroShot, recall_at_k
 
 NAMES, TEMPLATES = ["cat", "dog", "a long-legged bird"], ["a photo of a {}.", "{}", "art of the {}!"]
 
@@ -128,12 +128,12 @@ def test_recalls_equal_a_loop(names):
     torch.manual_seed(0)
     images, texts = torch.randn(12, 4), torch.randn(12, 4)
     names = torch.tensor(list(names))
-    found = recalls(3 * images, texts / 2, names[None] == names[:, None])
+    found = recall_at_k(3 * images, texts / 2, names[None] == names[:, None])
     assert found == pytest.approx(recalls_by_hand(images, texts, names.tolist()))
 
 
 def test_recalls_beyond_what_there_is_are_left_out():
     same = torch.eye(6, dtype=torch.bool)
-    found = recalls(torch.randn(6, 4), torch.randn(6, 4), same)
+    found = recall_at_k(torch.randn(6, 4), torch.randn(6, 4), same)
     assert set(found) == {f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5)}
-    assert recalls(torch.eye(6), torch.eye(6), same, [1])["image_to_text_R@1"] == 1.0
+    assert recall_at_k(torch.eye(6), torch.eye(6), same, [1])["image_to_text_R@1"] == 1.0

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lightning_mimic.cli.sentences import said
+from lightning_mimic.cli.errors import exit_on_user_error
 from lightning_mimic.curation import Comparison, Curation, CurationError, Manifest, compare, curate, select
 
 
@@ -19,7 +19,7 @@ from lightning_mimic.curation import Comparison, Curation, CurationError, Manife
 def curate_main(config: DictConfig) -> None:
     """Decides which samples of a ledger stay."""
     console = Console()
-    with said("mimic-curate"):
+    with exit_on_user_error("mimic-curate"):
         settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         del settings["filter"]
         with _progress(console) as progress:
@@ -30,7 +30,7 @@ def curate_main(config: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name="select")
 def select_main(config: DictConfig) -> None:
     """Composes filters."""
-    with said("mimic-select"):
+    with exit_on_user_error("mimic-select"):
         settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         with _progress(Console()) as progress:
             manifest = select(**settings, progress=progress)
@@ -41,7 +41,7 @@ def select_main(config: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name="compare")
 def compare_main(config: DictConfig) -> None:
     """Puts data sets beside each other."""
-    with said("mimic-compare"):
+    with exit_on_user_error("mimic-compare"):
         settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         if not isinstance(settings["manifests"], dict):
             raise CurationError(
@@ -137,9 +137,9 @@ def _progress(console: Console) -> Iterator[Any]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         tasks: dict[str, Any] = {}
 
-        def tell(what: str, share: float) -> None:
+        def update(what: str, share: float) -> None:
             if what not in tasks:
                 tasks[what] = progress.add_task(what, total=1.0)
             progress.update(tasks[what], completed=share)
 
-        yield tell
+        yield update

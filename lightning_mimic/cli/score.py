@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_mimic.callbacks import AtCheckpoints
-from lightning_mimic.cli.sentences import check_made, said
+from lightning_mimic.cli.errors import check_inputs_exist, exit_on_user_error
 from lightning_mimic.data import CachedFeatures
 from lightning_mimic.ledger import Ledger
 from lightning_mimic.reference import refuse_module_on_features
@@ -26,7 +26,7 @@ def score(config: DictConfig) -> Ledger:
     """
     if OmegaConf.select(config, "mimic._target_") is None:
         raise SystemExit("mimic-score: mimic=none scores nothing; leave it out, or name a scorer (mimic=cosine).")
-    check_made(config)
+    check_inputs_exist(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
     data, model = instantiate(config.data), instantiate(config.model)
     if config.features:
@@ -53,7 +53,7 @@ def score(config: DictConfig) -> Ledger:
 @hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name="score")
 def main(config: DictConfig) -> None:
     """The command line."""
-    with said("mimic-score"):
+    with exit_on_user_error("mimic-score"):
         ledger = score(config)
     print(Path(ledger.directory))  # noqa: T201
 

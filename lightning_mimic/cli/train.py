@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_mimic.cli.sentences import check_made
+from lightning_mimic.cli.errors import check_inputs_exist
 from lightning_mimic.data import CachedFeatures
 from lightning_mimic.errors import MimicError
 from lightning_mimic.reference import refuse_module_on_features
@@ -28,7 +28,7 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
     Raises:
         MimicError: A file that another run writes is not there; the message has the command.
     """
-    check_made(config)
+    check_inputs_exist(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
     data, model = instantiate(config.data), instantiate(config.model)
     if config.features:

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from lightning_mimic.curation.filters import Decision, Filter, KMeans, Mixture, Threshold, Vote, by_epoch
 from lightning_mimic.curation.label_model import fit_label_model
-from lightning_mimic.curation.scores import Rows, Scores
+from lightning_mimic.curation.scores import Scores, ScoreTable
 from lightning_mimic.errors import CurationError, nearest_names
 
 By = Literal["label_model", "majority"]
@@ -48,17 +48,18 @@ class Ensemble:
             CurationError: Fewer than three voters with an opinion of their own, or a label model that contradicts the
                 majority of them.
         """
-        rows = scores.scorings()
-        voters = len(self.filters) * len(rows.epochs)
+        table = scores.scorings()
+        voters = len(self.filters) * len(table.epochs)
         if self.by == "label_model" and voters < 3:
             raise CurationError(
-                f"the label model needs at least 3 voters, and {len(self.filters)} filters in {len(rows.epochs)} "
+                f"the label model needs at least 3 voters, and {len(self.filters)} filters in {len(table.epochs)} "
                 "epochs are fewer. Score more epochs, add filters, or decide by the majority."
             )
-        votes = [one.vote(rows) for one in self.filters]
-        view = Rows(rows.database, f"{rows.name}_votes", rows.epochs, rows.samples)
+        votes = [one.vote(table) for one in self.filters]
+        view = ScoreTable(table.database, f"{table.name}_votes", table.epochs, table.samples)
         columns = ", ".join(f"({vote.keep}) AS v{k}" for k, vote in enumerate(votes))
-        rows.database.run(f"CREATE OR REPLACE VIEW {view.name} AS SELECT id, epoch, score, {columns} FROM {rows.name}")
+        selected = f"SELECT id, epoch, score, {columns} FROM {table.name}"
+        table.database.run(f"CREATE OR REPLACE VIEW {view.name} AS {selected}")
         facts: dict[str, Any] = {"voters": voters}
         weights, prior = None, 0.0
         if self.by == "label_model":
@@ -66,20 +67,22 @@ class Ensemble:
             facts |= found
         return Decision(_tally(view, votes, weights, prior), f"outvoted ({self.by.replace('_', ' ')})", facts)
 
-    def _weights(self, view: Rows, filters: int) -> tuple[list[dict[bool, dict[int, float]]], float, dict[str, Any]]:
+    def _weights(
+        self, view: ScoreTable, filters: int
+    ) -> tuple[list[dict[bool, dict[int, float]]], float, dict[str, Any]]:
         """Log odds of each voter's yes and no, by filter and epoch; and those before anyone has voted."""
         import numpy as np
 
         columns = ", ".join(f"coalesce(v{k}::INT, -1) AS v{k}" for k in range(filters))
-        drawn = view.database.arrays(
-            f"SELECT id, epoch, score, {columns} FROM {view.name} WHERE {view.drawn} ORDER BY id, epoch"
+        sampled = view.database.arrays(
+            f"SELECT id, epoch, score, {columns} FROM {view.name} WHERE {view.sampled} ORDER BY id, epoch"
         )
-        ids, row = np.unique(drawn["id"], return_inverse=True)
-        column = np.searchsorted(view.epochs, drawn["epoch"])
+        ids, row = np.unique(sampled["id"], return_inverse=True)
+        column = np.searchsorted(view.epochs, sampled["epoch"])
         votes = np.full((len(ids), filters * len(view.epochs)), -1, dtype=np.int64)
         for k in range(filters):
-            votes[row, k * len(view.epochs) + column] = drawn[f"v{k}"]
-        mean = np.bincount(row, drawn["score"]) / np.bincount(row)
+            votes[row, k * len(view.epochs) + column] = sampled[f"v{k}"]
+        mean = np.bincount(row, sampled["score"]) / np.bincount(row)
         model = fit_label_model(votes, float((mean >= 0).mean()), self.seed)
         weights: list[dict[bool, dict[int, float]]] = []
         for k in range(filters):
@@ -91,23 +94,25 @@ class Ensemble:
         return weights, model.prior, {"class_balance": model.balance, "agreement_with_majority": model.agreement}
 
 
-def _tally(view: Rows, votes: Sequence[Vote], weights: list[dict[bool, dict[int, float]]] | None, prior: float) -> str:
+def _tally(
+    view: ScoreTable, votes: Sequence[Vote], weights: list[dict[bool, dict[int, float]]] | None, prior: float
+) -> str:
     names = [f"v{k}" for k in range(len(votes))]
     yes = " + ".join(f"coalesce({v}::INT, 0)" for v in names)
     cast = " + ".join(f"({v} IS NOT NULL)::INT" for v in names)
-    worth, verdict = "", "2 * votes_keep - votes"
+    evidence, verdict = "", "2 * votes_keep - votes"
     if weights is not None:
         parts = [
             f"CASE WHEN {v} THEN {by_epoch(view.epochs, by[True])} "
             f"WHEN NOT {v} THEN {by_epoch(view.epochs, by[False])} ELSE 0 END"
             for v, by in zip(names, weights, strict=True)
         ]
-        worth, verdict = f", sum({' + '.join(parts)}) AS worth", f"{prior!r} + worth"
+        evidence, verdict = f", sum({' + '.join(parts)}) AS evidence", f"{prior!r} + evidence"
     # Both counts in one exact number: a sample's sums are kept for each of its rows until they meet.
     both = f"sum(({yes} + {_SHIFT} * ({cast}))::DOUBLE)"
     return f"""SELECT id, CASE WHEN votes > 0 THEN {verdict} >= 0 END AS keep, votes_keep, votes FROM (
         SELECT *, (tally // {_SHIFT})::BIGINT AS votes, (tally % {_SHIFT})::BIGINT AS votes_keep
-        FROM (SELECT id, {both} AS tally{worth} FROM {view.name} GROUP BY id))"""
+        FROM (SELECT id, {both} AS tally{evidence} FROM {view.name} GROUP BY id))"""
 
 
 #: More than a sample can have votes.

@@ -6,16 +6,16 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lightning_mimic.curation.scores import Rows, Scores
+from lightning_mimic.curation.scores import Scores, ScoreTable
 from lightning_mimic.errors import CurationError
 
 
 @dataclass(frozen=True)
 class Vote:
-    """What a filter says of rows.
+    """The opinion of a filter on the rows of a table.
 
     Attributes:
-        keep: SQL over the columns of :class:`Rows`: true, false, or null for no opinion.
+        keep: SQL over the columns of :class:`ScoreTable`: true, false, or null for no opinion.
         reason: Why a row for which it is false goes.
     """
 
@@ -38,19 +38,19 @@ class Decision:
     facts: dict[str, Any]
 
 
-class Decides(Protocol):
-    """What :func:`~lightning_mimic.curation.curate` takes as a filter."""
+class DecisionRule(Protocol):
+    """A rule that decides which samples to keep; ``filter`` of :func:`~lightning_mimic.curation.curate`."""
 
     def decide(self, scores: Scores) -> Decision:
-        """What becomes of each sample that has a score."""
+        """Return the decision on each sample that has a score."""
 
 
 class Filter(ABC):
-    """One vote; a filter of your own says with :meth:`vote` which rows it keeps."""
+    """A decision rule with one vote; a filter of your own defines :meth:`vote`."""
 
     @abstractmethod
-    def vote(self, rows: Rows) -> Vote:
-        """The vote on each of the rows, every epoch for itself.
+    def vote(self, table: ScoreTable) -> Vote:
+        """Return the vote on each row, for every epoch separately.
 
         Raises:
             CurationError: Too few rows to say anything.
@@ -58,9 +58,9 @@ class Filter(ABC):
 
     def decide(self, scores: Scores) -> Decision:
         """The vote on the samples' means."""
-        rows = scores.means()
-        vote = self.vote(rows)
-        query = f"SELECT id, ({vote.keep}) AS keep, NULL::BIGINT AS votes_keep, NULL::BIGINT AS votes FROM {rows.name}"
+        table = scores.means()
+        vote = self.vote(table)
+        query = f"SELECT id, ({vote.keep}) AS keep, NULL::BIGINT AS votes_keep, NULL::BIGINT AS votes FROM {table.name}"
         return Decision(query, vote.reason, {})
 
 
@@ -75,7 +75,7 @@ class Sign(Filter):
         Sign()
     """
 
-    def vote(self, rows: Rows) -> Vote:
+    def vote(self, table: ScoreTable) -> Vote:
         """Score against 0."""
         return Vote("score >= 0", "mean score below 0")
 
@@ -91,9 +91,9 @@ class Threshold(Filter):
         Threshold()
     """
 
-    def vote(self, rows: Rows) -> Vote:
+    def vote(self, table: ScoreTable) -> Vote:
         """Weight against 1/B, to float32's rounding."""
-        return Vote("lift >= 1 - 1e-6", "mean weight below 1/B")
+        return Vote("relative_weight >= 1 - 1e-6", "mean weight below 1/B")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class KMeans(Filter):
 
     seed: int = 0
 
-    def vote(self, rows: Rows) -> Vote:
+    def vote(self, table: ScoreTable) -> Vote:
         """Score against the middle between the two centres."""
         from sklearn.cluster import KMeans as Clusters
         from sklearn.exceptions import ConvergenceWarning
@@ -123,7 +123,7 @@ class KMeans(Filter):
                 found = Clusters(2, n_init=1, random_state=self.seed).fit(scores[:, None])
             return float(found.cluster_centers_.mean()) if len(set(found.labels_.tolist())) == 2 else -math.inf
 
-        return _by_cut(rows, cut, "mean score in the lower of two clusters (below {})")
+        return _by_cut(table, cut, "mean score in the lower of two clusters (below {})")
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,9 @@ class Mixture(Filter):
 
     seed: int = 0
 
-    def vote(self, rows: Rows) -> Vote:
+    def vote(self, table: ScoreTable) -> Vote:
         """Score against where both components are equally likely."""
-        return _by_cut(rows, self._cut, "mean score in the lower of two components (below {})")
+        return _by_cut(table, self._cut, "mean score in the lower of two components (below {})")
 
     def _cut(self, scores: Any) -> float:
         import numpy as np
@@ -198,9 +198,9 @@ class TopK(Filter):
         if self.count is not None and (type(self.count) is not int or self.count <= 0):
             raise CurationError(f"`count` is {self.count!r}; expected a whole number above 0.")
 
-    def vote(self, rows: Rows) -> Vote:
+    def vote(self, table: ScoreTable) -> Vote:
         """Rank against k."""
-        if self.per_class and rows.database.value(f"SELECT count(*) FROM {rows.name} WHERE label IS NULL"):
+        if self.per_class and table.database.value(f"SELECT count(*) FROM {table.name} WHERE label IS NULL"):
             raise CurationError(
                 "`per_class`: some samples have no label. Let training_step return a dict with class indices 'label' "
                 "beside 'loss', so that they are recorded."
@@ -215,15 +215,15 @@ class TopK(Filter):
 _PART = "PARTITION BY "
 
 
-def _by_cut(rows: Rows, cut: Any, reason: str) -> Vote:
-    """A score at least that of its epoch's cut, found on drawn scores in rising order."""
+def _by_cut(table: ScoreTable, cut: Any, reason: str) -> Vote:
+    """A score at least that of its epoch's cut, found on sampled scores in ascending order."""
     from threadpoolctl import threadpool_limits  # scikit-learn's own
 
     with threadpool_limits(1):  # for so little, more threads wait for each other
-        cuts = {epoch: cut(scores) for epoch, scores in rows.drawn_scores.items()}
+        cuts = {epoch: cut(scores) for epoch, scores in table.sampled_scores.items()}
     if not cuts:
         raise CurationError("no sample has a score, so there is nothing to cut.")
-    keep = f"score >= {by_epoch(rows.epochs, cuts)}"
+    keep = f"score >= {by_epoch(table.epochs, cuts)}"
     (first, *more) = cuts.values()
     return Vote(keep, reason.format("the cut of its epoch" if more else f"{first:.4g}"))
 

@@ -17,7 +17,7 @@ _STEPS = 2000
 
 @dataclass(frozen=True)
 class FittedLabelModel:
-    """What each vote is worth, as log odds that the sample is to be kept.
+    """The weight of each vote, as log odds that the sample is to be kept.
 
     Attributes:
         keep: Of each voter's yes, shape ``(voters,)``; 0 for voters who always say the same.
@@ -35,7 +35,7 @@ class FittedLabelModel:
 
 
 def fit_label_model(votes: Any, balance: float, seed: int = 0) -> FittedLabelModel:
-    """Fits voters' accuracies from how they agree, without any truth (Ratner et al., arXiv 1810.02840).
+    """Fit voters' accuracies to their agreement, without any truth (Ratner et al., arXiv 1810.02840).
 
     Args:
         votes: Array of shape ``(samples, voters)``: 1 keep, 0 drop, -1 no vote.
@@ -43,7 +43,7 @@ def fit_label_model(votes: Any, balance: float, seed: int = 0) -> FittedLabelMod
         seed: Of the fit; the global random state stays as it is.
 
     Returns:
-        The votes' worth; a sample is kept if ``prior`` and the worths of its votes sum to 0 or more.
+        The weights of the votes; a sample is kept if ``prior`` and the weights of its votes sum to 0 or more.
 
     Raises:
         CurationError: Fewer than three voters with an opinion, or the fit came out upside down.
@@ -72,7 +72,7 @@ def fit_label_model(votes: Any, balance: float, seed: int = 0) -> FittedLabelMod
             "same of every sample. Score more epochs, add filters, or decide by the majority."
         )
     balance = min(max(balance, _EXTREME), 1 - _EXTREME)
-    with _own_random_numbers(), threadpool_limits(1):  # for so little, more threads wait for each other
+    with _isolated_rng(), threadpool_limits(1):  # for so little, more threads wait for each other
         model = LabelModel(cardinality=2, verbose=False)
         shares = [1 - balance, balance]
         try:
@@ -98,7 +98,7 @@ def fit_label_model(votes: Any, balance: float, seed: int = 0) -> FittedLabelMod
 
 
 @contextlib.contextmanager
-def _own_random_numbers() -> Iterator[None]:
+def _isolated_rng() -> Iterator[None]:
     """Restores the global generators, which the fit seeds."""
     import numpy as np
     import torch  # snorkel's own; importing the package must not load it

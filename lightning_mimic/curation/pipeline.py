@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lightning_mimic.curation.filters import Decides, Decision, Sign
+from lightning_mimic.curation.filters import Decision, DecisionRule, Sign
 from lightning_mimic.curation.scores import Scores
 from lightning_mimic.database import Database, Progress, quoted
 from lightning_mimic.errors import CurationError, nearest_names
@@ -56,7 +56,7 @@ class Curation:
 
 def curate(  # noqa: PLR0913
     ledger: str | Path,
-    filter: Decides | None = None,
+    filter: DecisionRule | None = None,
     out: str | Path | None = None,
     *,
     pool: str | Path | None = None,
@@ -72,7 +72,7 @@ def curate(  # noqa: PLR0913
 
     Args:
         ledger: Recorded scores.
-        filter: Decides; by default :class:`~lightning_mimic.curation.Sign`.
+        filter: A decision rule; by default :class:`~lightning_mimic.curation.Sign`.
         out: Directory for the manifest and its exports, which appears when all is done; ``None``: a temporary one,
             which goes with the result's manifest.
         pool: Parquet or CSV whose column ``id`` lists all samples that there are; one that it lists twice has two rows.
@@ -103,20 +103,20 @@ def curate(  # noqa: PLR0913
     if (trusted is None) != (mislabelled is None):
         raise CurationError("`trusted` and `mislabelled` calibrate together: the same samples, scored both ways.")
     chosen = Sign() if filter is None else filter
-    final = None if out is None else _free(Path(out).expanduser())
+    final = None if out is None else _require_empty(Path(out).expanduser())
     with _temporary_folder() if final is None else atomic_directory(final) as folder:
         with Database(memory, progress) as database:
             data = Scores(ledger, database, allow_partial=allow_partial)
             calibration = None if trusted is None or mislabelled is None else _calibration(data, trusted, mislabelled)
             for name in exports:
                 EXPORTS[name].check(database, data.samples)
-            everyone = _everyone(data, pool)
+            all_samples = _all_samples(data, pool)
             positive, scored = database.row(f"SELECT count_if(score >= 0), count(score) FROM {data.samples}")
             if not scored:
                 raise CurationError(f"{data.ledger.directory}: none of its samples has a score.")
             quality = None if calibration is None else estimate_quality(positive, scored, *calibration)
             decision = chosen.decide(data)
-            _decide(database, data, everyone, decision, unscored)
+            _decide(database, data, all_samples, decision, unscored)
             samples, kept, without, mean, mean_kept = database.row(
                 "SELECT count(*), count_if(keep), count_if(opinion IS NULL), avg(score), avg(score) FILTER (keep) "
                 "FROM decided"
@@ -154,7 +154,7 @@ def curate(  # noqa: PLR0913
     return Curation(manifest, samples, kept, without, share, mean, mean_kept, quality, data.parts.lost, files)
 
 
-def _free(out: Path) -> Path:
+def _require_empty(out: Path) -> Path:
     """The path, unless something is there already."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CurationError(f"`out`: {out} is there already; name another directory, or delete it.")
@@ -175,7 +175,7 @@ def _ordered(data: Scores) -> str:
         names = f"[{', '.join(quoted(name) for name in data.class_names)}]::VARCHAR[]"
         known = f"BETWEEN 0 AND {len(data.class_names) - 1}"
         columns += [f"CASE WHEN {each} {known} THEN ({names})[{each} + 1] END AS {each}_name" for each in _CLASSES]
-    return f"""SELECT id, keep, score, scorings::INT AS scorings, lift, votes_keep::INT AS votes_keep,
+    return f"""SELECT id, keep, score, scorings::INT AS scorings, relative_weight, votes_keep::INT AS votes_keep,
         votes::INT AS votes, reason, {", ".join(columns)} FROM decided ORDER BY score NULLS LAST, id"""
 
 
@@ -183,39 +183,39 @@ def _ordered(data: Scores) -> str:
 _CLASSES = ("label", "predicted")
 
 
-def _everyone(data: Scores, pool: str | Path | None) -> str:
+def _all_samples(data: Scores, pool: str | Path | None) -> str:
     """All ids there are, as a table; those of the pool must include the ledger's."""
     if pool is None:
         return f"(SELECT id FROM {data.samples})"
     database = data.database
     ids = database.ids(pool, data.id_type)
     database.run(f"CREATE TABLE pool AS SELECT id FROM {ids}", "reading the pool")
-    strangers = database.column(f"SELECT id FROM {data.samples} WHERE id NOT IN (SELECT id FROM pool) LIMIT 3")
-    if strangers:
+    unknown = database.column(f"SELECT id FROM {data.samples} WHERE id NOT IN (SELECT id FROM pool) LIMIT 3")
+    if unknown:
         count = database.value(f"SELECT count(*) FROM {data.samples} WHERE id NOT IN (SELECT id FROM pool)")
         raise CurationError(
             f"{data.ledger.directory} has scores of {count} samples that `pool` {pool} does not list, such as "
-            f"{strangers[0]!r}. Give the pool that was trained on."
+            f"{unknown[0]!r}. Give the pool that was trained on."
         )
     return "pool"
 
 
-def _decide(database: Database, data: Scores, everyone: str, decision: Decision, unscored: Unscored) -> None:
+def _decide(database: Database, data: Scores, all_samples: str, decision: Decision, unscored: Unscored) -> None:
     """The table ``decided``: all samples, the filter's opinion, and what is done."""
     why = decision.reason.replace("'", "''")
     columns = ", ".join(f"scores.{name}" for name in data.columns)
     # On its own, so that its sums and the joins do not need their memory at once.
     database.run(f"CREATE TABLE opinions AS {decision.query}", "deciding")
     database.run(
-        f"""CREATE TABLE decided AS SELECT everyone.id, scores.score, coalesce(scores.scorings, 0) AS scorings,
-            scores.lift, {columns}, decision.keep AS opinion, votes_keep, votes,
+        f"""CREATE TABLE decided AS SELECT all_samples.id, scores.score, coalesce(scores.scorings, 0) AS scorings,
+            scores.relative_weight, {columns}, decision.keep AS opinion, votes_keep, votes,
             coalesce(decision.keep, {unscored == "keep"}) AS keep,
             CASE WHEN decision.keep IS NULL THEN coalesce(
                     'no score: ' || scores.flag, CASE WHEN scores.scorings > 0 THEN 'no vote on it' END, 'never scored')
                 WHEN NOT decision.keep THEN '{why}' END AS reason
-        FROM {everyone} AS everyone
-        LEFT JOIN {data.samples} AS scores ON everyone.id = scores.id
-        LEFT JOIN opinions AS decision ON everyone.id = decision.id""",
+        FROM {all_samples} AS all_samples
+        LEFT JOIN {data.samples} AS scores ON all_samples.id = scores.id
+        LEFT JOIN opinions AS decision ON all_samples.id = decision.id""",
         "putting together",
     )
 
@@ -239,7 +239,7 @@ def _calibration(
         raise CurationError("`mislabelled` is empty; expected one ledger or more.")
     all_scores = [Scores(ledger, database, f"trusted{k}") for k, ledger in enumerate(ledgers)]
     for scores in all_scores:
-        ours, theirs = _moments(data), _moments(scores)
+        ours, theirs = _scored_when(data), _scored_when(scores)
         if ours != theirs:
             raise CurationError(
                 f"{scores.ledger.directory} was scored {theirs}, and {data.ledger.directory} {ours}. A score changes "
@@ -268,7 +268,7 @@ def _calibration(
     return [row[0] for row in rows], [list(row[1:]) for row in rows]
 
 
-def _moments(scores: Scores) -> str:
+def _scored_when(scores: Scores) -> str:
     """When scores were taken, as a phrase."""
     checkpoints = scores.ledger.meta["attempts"][scores.parts.attempts[-1]].get("checkpoints")
     if checkpoints is None:

@@ -11,18 +11,17 @@ from lightning_mimic.database import Database, parquet, sql_type
 from lightning_mimic.ledger import Ledger, summarised_columns
 from lightning_mimic.ledger.columns import schema
 
-#: Samples drawn to fit clusters, mixtures and the label model.
-DRAWN = 20_000
+#: Samples on which clusters, mixtures and the label model are fitted.
+SAMPLE_SIZE = 20_000
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Scored rows, each of a sample in an epoch, with columns ``id``, ``epoch``, ``score``, ``lift`` and ``label``.
+class ScoreTable:
+    """A table of scores, a row per sample and epoch, or per sample.
 
-    They also have the columns that the ledger's table sums up and the ledger has recorded.
-
-    ``score`` is never null, in loss per unit of weight distance; ``lift`` is the weight over that of a uniform batch,
-    ``w · B``. One row per sample and epoch, or one per sample in an epoch 0, which holds its means.
+    Its columns are ``id``, ``epoch``, ``score``, ``relative_weight``, ``label``, and those that the ledger's table sums
+    up and the ledger has recorded. ``score`` is never null, in loss per unit of weight distance; ``relative_weight`` is
+    the weight over that of a uniform batch, ``w · B``. A table with a row per sample holds its means, under epoch 0.
 
     Attributes:
         database: Where they are.
@@ -37,19 +36,19 @@ class Rows:
     samples: int
 
     @property
-    def drawn(self) -> str:
-        """SQL that is true for about :data:`DRAWN` samples, or for all if there are fewer.
+    def sampled(self) -> str:
+        """An SQL condition that holds for about :data:`SAMPLE_SIZE` samples, or for all if there are fewer.
 
         By their ids and not by chance, so that they are the same in every epoch, and a decision can be repeated.
         """
-        return f"hash(id) % {max(-(-self.samples // DRAWN), 1)} = 0"
+        return f"hash(id) % {max(-(-self.samples // SAMPLE_SIZE), 1)} = 0"
 
     @cached_property
-    def drawn_scores(self) -> dict[int, Any]:
-        """Drawn samples' scores in rising order, by epoch."""
+    def sampled_scores(self) -> dict[int, Any]:
+        """Scores of the sampled samples in ascending order, by epoch."""
         import numpy as np
 
-        found = self.database.arrays(f"SELECT epoch, score FROM {self.name} WHERE {self.drawn}")
+        found = self.database.arrays(f"SELECT epoch, score FROM {self.name} WHERE {self.sampled}")
         return {e: np.sort(found["score"][found["epoch"] == e]) for e in self.epochs if (found["epoch"] == e).any()}
 
 
@@ -70,9 +69,9 @@ class Scores:
     Attributes:
         parts: The ledger's files.
         samples: Name of the table with a row per sample that was ever in a batch: ``id``, ``score`` (mean over its
-            scorings, null where none has a score), ``scorings`` (those with a score), ``lift`` (mean of ``w · B``),
-            ``label`` and ``predicted`` (of its last epoch, null where not recorded), ``flag`` (why there is no score,
-            or null), and the other recorded columns that the ledger's table sums up.
+            scorings, null where none has a score), ``scorings`` (those with a score), ``relative_weight`` (mean of
+            ``w · B``), ``label`` and ``predicted`` (of its last epoch, null where not recorded), ``flag`` (why there
+            is no score, or null), and the other recorded columns that the ledger's table sums up.
         columns: Names of the columns in these tables that the ledger's table sums up, ``label`` and ``predicted``
             first.
         class_names: Names of the classes, ``None`` where not recorded.
@@ -87,7 +86,7 @@ class Scores:
         self.parts = self.ledger.parts(
             _COLUMNS,
             allow_partial=allow_partial,
-            advance=lambda done, of: database.tell(f"checking {name}", done / of),
+            advance=lambda done, of: database.report_progress(f"checking {name}", done / of),
         )
         self.samples = f"{name}_samples"
         self.id_type = "VARCHAR" if pa.types.is_string(self.parts.id_type) else "BIGINT"
@@ -102,30 +101,30 @@ class Scores:
         self._name = name
         self._make()
 
-    def means(self) -> Rows:
+    def means(self) -> ScoreTable:
         """A row per sample: its means."""
         name = f"{self._name}_means"
         self.database.run(
-            f"CREATE OR REPLACE VIEW {name} AS SELECT id, 0 AS epoch, score, lift, {', '.join(self.columns)} "
-            f"FROM {self.samples} WHERE score IS NOT NULL"
+            f"CREATE OR REPLACE VIEW {name} AS SELECT id, 0 AS epoch, score, relative_weight, "
+            f"{', '.join(self.columns)} FROM {self.samples} WHERE score IS NOT NULL"
         )
-        return Rows(self.database, name, (0,), self._count)
+        return ScoreTable(self.database, name, (0,), self._count)
 
-    def scorings(self) -> Rows:
+    def scorings(self) -> ScoreTable:
         """A row per sample and epoch."""
         name = f"{self._name}_rows"
         epochs = self.database.column(f"SELECT DISTINCT epoch FROM {name} ORDER BY epoch")
-        return Rows(self.database, name, tuple(epochs), self._count)
+        return ScoreTable(self.database, name, tuple(epochs), self._count)
 
     def _make(self) -> None:
         run, name = self.database.run, self._name
         over = " OR ".join(f"(attempt = {number} AND step >= {step})" for number, step in self.parts.until.items())
-        # NaN is no score, whoever wrote it; a sample alone in its batch has no weight to speak of.
+        # NaN is treated as missing; so is the relative weight of a sample alone in its batch.
         run(
             f"""CREATE VIEW {name}_everything AS
             SELECT id, epoch, step, batch, rank, position, flag, {", ".join(self.columns)},
                 CASE WHEN isfinite(score) THEN score::DOUBLE END AS score,
-                CASE WHEN isfinite(score) AND flag <> 'alone' THEN weight::DOUBLE * batch_size END AS lift
+                CASE WHEN isfinite(score) AND flag <> 'alone' THEN weight::DOUBLE * batch_size END AS relative_weight
             FROM {self._files()} {f"WHERE NOT ({over})" if over else ""}"""
         )
         scored = "FROM {} WHERE score IS NOT NULL"
@@ -137,7 +136,7 @@ class Scores:
             f"""CREATE TABLE {name}_odd AS SELECT id FROM {name}_summary WHERE seen > epochs
             UNION SELECT id FROM {name}_everything WHERE score IS NULL"""
         )
-        shown = f"SELECT id, epoch, score, lift, {', '.join(self.columns)}"
+        shown = f"SELECT id, epoch, score, relative_weight, {', '.join(self.columns)}"
         rows = f"{shown} {scored.format(f'{name}_everything')}"
         if self.database.value(f"SELECT count(*) FROM {name}_odd"):
             run(
@@ -163,8 +162,9 @@ class Scores:
         if not only_scored:
             scorings, flag = "count(score)", "CASE WHEN count(score) = 0 THEN max(flag) END"
         means = "".join(f", avg({column.name}) AS {column.name}" for column in self._mean)
-        return f"""SELECT id, avg(score) AS score, {scorings} AS scorings, avg(lift) AS lift, {flag} AS flag,
-            count(*) AS seen, bit_count({bits}) AS epochs{means}
+        return f"""SELECT id, avg(score) AS score, {scorings} AS scorings,
+            avg(relative_weight) AS relative_weight, {flag} AS flag, count(*) AS seen,
+            bit_count({bits}) AS epochs{means}
             FROM {table} {"WHERE score IS NOT NULL" if only_scored else ""} GROUP BY id"""
 
     def _files(self) -> str:
@@ -179,7 +179,7 @@ class Scores:
     def _add_last(self) -> None:
         """Labels and predictions as of each sample's last epoch; for most that is the ledger's last."""
         run, name = self.database.run, self._name
-        kept = ", ".join(["id, score, scorings, lift, flag, seen", *(column.name for column in self._mean)])
+        kept = ", ".join(["id, score, scorings, relative_weight, flag, seen", *(column.name for column in self._mean)])
         last = [column.name for column in self._last]
         if self.parts.recorded.isdisjoint(last):
             nothing = ", ".join(f"NULL::{sql_type(column.type)} AS {column.name}" for column in self._last)

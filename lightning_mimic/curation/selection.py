@@ -124,12 +124,12 @@ def select(
             chosen = f"({chosen}) {_JOINTS[joint]} (SELECT id FROM term{k} WHERE chosen)"
         database.run(f"CREATE TABLE selected AS {chosen}", "selecting")
         # All that anyone knows; the first table says how often.
-        everyone = "SELECT id FROM term0"
+        all_samples = "SELECT id FROM term0"
         others = " UNION ".join(f"SELECT id FROM term{k}" for k in range(1, len(read.terms)))
         if others:
-            everyone += f" UNION ALL (({others}) EXCEPT SELECT id FROM term0)"
+            all_samples += f" UNION ALL (({others}) EXCEPT SELECT id FROM term0)"
         samples, kept = database.row(
-            f"SELECT count(*), count(selected.id) FROM ({everyone}) AS everyone LEFT JOIN selected USING (id)"
+            f"SELECT count(*), count(selected.id) FROM ({all_samples}) AS all_samples LEFT JOIN selected USING (id)"
         )
         why = "CASE WHEN selected.id IS NULL THEN 'not in the recipe' END"
         provenance = {
@@ -142,8 +142,9 @@ def select(
         }
         out.parent.mkdir(parents=True, exist_ok=True)
         query = (
-            f"SELECT everyone.id, selected.id IS NOT NULL AS keep, {why} AS reason FROM ({everyone}) AS everyone "
-            "LEFT JOIN selected ON everyone.id = selected.id ORDER BY everyone.id"
+            f"SELECT all_samples.id, selected.id IS NOT NULL AS keep, {why} AS reason "
+            f"FROM ({all_samples}) AS all_samples "
+            "LEFT JOIN selected ON all_samples.id = selected.id ORDER BY all_samples.id"
         )
         with database.reader(query, "writing") as rows:
             manifest = write_manifest(out, rows, provenance)
@@ -211,10 +212,10 @@ def _same_samples(database: Database, terms: tuple[Term, ...]) -> None:
             ("term0", f"term{k}", (terms[0], term)),
             (f"term{k}", "term0", (term, terms[0])),
         ):
-            strangers = f"FROM {one} WHERE id NOT IN (SELECT id FROM {other})"
-            count = database.value(f"SELECT count(*) {strangers}")
+            unknown = f"FROM {one} WHERE id NOT IN (SELECT id FROM {other})"
+            count = database.value(f"SELECT count(*) {unknown}")
             if count:
-                example = database.value(f"SELECT min(id) {strangers}")
+                example = database.value(f"SELECT min(id) {unknown}")
                 raise CurationError(
                     f"{count} samples of {first.path}, such as {example!r}, are unknown to {second.path}. "
                     "`allow_unknown=true` takes what a table does not know as not chosen by it."

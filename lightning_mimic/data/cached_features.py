@@ -72,18 +72,18 @@ class FeatureRows:
 class CachedFeatures(pl.LightningDataModule):
     """Another data module, whose images are replaced by what a classifier's frozen backbone makes of them.
 
-    Loaders, parts, noise, choice, ids, order and the draws of mirrored images stay the wrapped module's, so that a head
+    Loaders, parts, noise, choice, ids, order and the draws of flipped images stay the wrapped module's, so that a head
     is trained as it would be on the images, up to the rounding of float32: features are computed in batches of another
     size. They are float32; under mixed precision, where the backbone would run in a lower one, they differ by that
     one's rounding. Batches are features ``(B, D)`` and labels, with ids.
 
-    A file holds the features of all images of one split, plain and, where training mirrors, mirrored: float32, shape
+    A file holds the features of all images of one split, plain and, where training flips, flipped: float32, shape
     ``(rows, views, D)``. It is named by a hash of data, transform, backbone and its weights, written by one process
     under another name first, and used by any number of runs and processes. Its first and last rows are compared with
     what the backbone says of these images.
 
     Args:
-        data: A data module of labelled images, such as those of ``lightning_mimic.data``; nothing but mirroring may
+        data: A data module of labelled images, such as those of ``lightning_mimic.data``; nothing but flipping may
             change its training images.
         model: The classifier that is trained, with ``freeze_backbone=True``.
         directory: For the files.
@@ -106,7 +106,7 @@ class CachedFeatures(pl.LightningDataModule):
 
     def __init__(self, data: pl.LightningDataModule, model: FeatureModel, directory: str | Path) -> None:
         super().__init__()
-        if not isinstance(data, pl.LightningDataModule) or not callable(getattr(data, "mirrored", None)):
+        if not isinstance(data, pl.LightningDataModule) or not callable(getattr(data, "flipped", None)):
             raise MimicError(
                 f"features are cached of labelled images, and `data` is a {type(data).__name__}. Train without "
                 "`features`."
@@ -124,7 +124,7 @@ class CachedFeatures(pl.LightningDataModule):
         if _augments(data):
             raise MimicError(
                 f"{type(data).__name__} changes its training images at random, and the features of changed images are "
-                "not those that are cached. Set `augment=false` (mirroring by `flip` is cached), or train without "
+                "not those that are cached. Set `augment=false` (flipping by `flip` is cached), or train without "
                 "`features`."
             )
         self.data: Any = data
@@ -177,7 +177,7 @@ class CachedFeatures(pl.LightningDataModule):
         views = batch[0]
         view = torch.zeros(len(views), dtype=torch.int64)
         if self.data.flip and self.trainer is not None and self.trainer.training:
-            view = self.data.mirrored(batch.ids, self.trainer.current_epoch).to(torch.int64)
+            view = self.data.flipped(batch.ids, self.trainer.current_epoch).to(torch.int64)
         batch[0] = views[torch.arange(len(views)), view]
         return batch
 
@@ -286,10 +286,10 @@ def _opened(path: Path) -> Any:
 
 
 def _augments(data: Any) -> bool:
-    """Whether training images are changed otherwise than by mirroring.
+    """Whether training images are changed otherwise than by flipping.
 
     A data module says so by ``augment``. One that does not, and has hooks of its own for its batches, may do anything.
     """
-    mirrors = [kind for kind in type(data).__mro__ if "mirrored" in vars(kind)][-1]
-    hooks = any(getattr(type(data), name) is not getattr(mirrors, name) for name in _HOOKS)
+    flips = [kind for kind in type(data).__mro__ if "flipped" in vars(kind)][-1]
+    hooks = any(getattr(type(data), name) is not getattr(flips, name) for name in _HOOKS)
     return bool(getattr(data, "augment", hooks))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
-from lightning_mimic.data.parts import LabelledParts, LabelledRows
+from lightning_mimic.data.splits import LabelledRows, LabelledSplits
 from lightning_mimic.errors import MimicError
 
 
@@ -15,7 +15,7 @@ def comparison_loader(data: Any) -> DataLoader:
     """What trains, once more: the same images and given labels in batches of the same size and in an order of its own.
 
     The training loader's draws stay what they are. Under DDP every rank goes through all of it, in the same order, so
-    that any number of processes compares with the same batches. Images are not mirrored and not shifted.
+    that any number of processes compares with the same batches. Images are not flipped and not shifted.
 
     Args:
         data: A data module of labelled images in parts; prepared and set up if it is not yet.
@@ -84,8 +84,8 @@ def trusted_loader(data: Any, per_class: int = 5, seed: int = 0) -> Iterable[Any
     return [default_collate([samples[place] for place in range(len(samples))])]
 
 
-def _ready(data: Any) -> LabelledParts:
-    if not isinstance(data, LabelledParts):
+def _ready(data: Any) -> LabelledSplits:
+    if not isinstance(data, LabelledSplits):
         raise MimicError(
             f"`data` is a {type(data).__name__}; expected a data module of labelled images in parts, such as "
             "DigitsDataModule. For other data give the scorer a DataLoader of your own."

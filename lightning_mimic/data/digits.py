@@ -10,22 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_mimic.data.noise import LabelNoise
-from lightning_mimic.data.parts import LabelledParts, Part, Source
+from lightning_mimic.data.splits import LabelledSplits, Source, Split
 
 
-class DigitsDataModule(LabelledParts):
+class DigitsDataModule(LabelledSplits):
     """Handwritten digits, 8 × 8 grey, 10 classes, in three parts that never overlap.
 
-    500 test images, 200 trusted ones with true labels, 1,097 others whose labels ``noise`` may spoil. 50 of
+    500 test images, 200 trusted ones with true labels, 1,097 others whose labels ``noise`` may corrupt. 50 of
     the trusted images can validate: they do so for ``train="trusted_fit"`` and ``train="noisy"``, and train
     with the other 150 for ``train="trusted"``. These 50 can also calibrate what scores say of the noisy part
-    (``train="trusted_held"``, with true labels or, spoilt by ``noise``, with wrong ones). Ids are row numbers of
+    (``train="trusted_held"``, with true labels or, corrupted by ``noise``, with wrong ones). Ids are row numbers of
     ``sklearn.datasets.load_digits``.
 
     Args:
         train: What trains: ``"trusted"`` (200), ``"trusted_fit"`` (150), ``"trusted_held"`` (50) or ``"noisy"``
             (1,097).
-        noise: Spoils the labels of the noisy part, or of ``"trusted_held"``.
+        noise: Corrupts the labels of the noisy part, or of ``"trusted_held"``.
         keep: A manifest; only what it keeps of the noisy part trains.
         augment: Shift every training batch by up to one pixel.
         seed: Of the split, of the order in training and of the shifts.
@@ -52,7 +52,7 @@ class DigitsDataModule(LabelledParts):
 
     def __init__(
         self,
-        train: Part = "noisy",
+        train: Split = "noisy",
         noise: LabelNoise | None = None,
         keep: str | Path | None = None,
         augment: bool = False,

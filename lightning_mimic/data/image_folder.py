@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_mimic.data.image_splits import ImageSplits, Transform
 from lightning_mimic.data.noise import LabelNoise
-from lightning_mimic.data.parts import Part, Source
-from lightning_mimic.data.pictures import PictureParts, Transform
+from lightning_mimic.data.splits import Source, Split
 from lightning_mimic.errors import MimicError
 
 
-class ImageFolderDataModule(PictureParts):
+class ImageFolderDataModule(ImageSplits):
     """Images as ``root/train/CLASS/NAME.jpg`` and ``root/test/CLASS/NAME.jpg``; ``root/val`` where there is one.
 
     With ``trusted=0`` all training images are the noisy part. Ids are paths below ``root/train``, such as
@@ -22,13 +22,13 @@ class ImageFolderDataModule(PictureParts):
         root: Folder with ``train`` and ``test``.
         transform: PIL image of mode RGB to tensor; ``None`` gives PIL images, for a zero-shot classifier.
         train: What trains: ``"trusted"``, ``"trusted_fit"``, ``"trusted_held"`` or ``"noisy"``.
-        noise: Spoils the labels of the noisy part, or of ``"trusted_held"``.
+        noise: Corrupts the labels of the noisy part, or of ``"trusted_held"``.
         keep: A manifest; only what it keeps of the noisy part trains.
-        flip: Mirror every other training image, another half in every epoch.
+        flip: Flip every other training image, another half in every epoch.
         trusted: Share of each class of ``root/train`` that is set apart with trusted labels: none, or at least two
             images, of which a quarter, at least one, is held out.
         split_seed: Of which these are; the same for a reference and for what it scores.
-        seed: Of the order in training and of what is mirrored.
+        seed: Of the order in training and of what is flipped.
         batch_size: Images per batch and process.
         num_workers: Loader processes.
 
@@ -47,7 +47,7 @@ class ImageFolderDataModule(PictureParts):
         self,
         root: str | Path,
         transform: Transform | None = None,
-        train: Part = "noisy",
+        train: Split = "noisy",
         noise: LabelNoise | None = None,
         keep: str | Path | None = None,
         flip: bool = False,

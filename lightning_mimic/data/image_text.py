@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_mimic.data.labelled import LabelledImages
 from lightning_mimic.data.pair_loader import PairLoader
-from lightning_mimic.data.pair_stream import Reading, dealt
+from lightning_mimic.data.pair_stream import ShardReaderConfig, shards_for_worker
 from lightning_mimic.data.rejects import Rejects, summary
 from lightning_mimic.data.shards import list_shards, scanned_ids, stated_counts
 from lightning_mimic.distributed import rank, world_size
@@ -36,7 +36,7 @@ class ImageTextDataModule(pl.LightningDataModule):
     Training batches are ``(images, texts)`` with ``.ids``, a list of str. One process sees every pair once in an
     epoch, the last batch of each worker may be smaller. Several ranks, whose contrastive losses need batches of one
     size, get the same number of full batches: a worker that runs out starts over, and the ledger tells repeats by
-    their id. So does a worker that broken pairs leave more than a batch short of the length that was told.
+    their id. So does a worker that broken pairs leave more than a batch short of the stated length.
 
     The length is known if samples are drawn with replacement, from the headers of local tars of at most 2 GiB
     together, else from ``sizes.json`` or ``NAME_stats.json`` beside the shards; these two say nothing of what ``keep``
@@ -47,7 +47,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         transform: PIL image of mode RGB to float tensor, such as ``open_clip.image_transform``.
         tokenizer: List of str to int64 tensor of shape ``(n, L)``, such as ``open_clip.get_tokenizer``.
         eval_transform: For pairs that validate, and labelled images; ``transform``, if left out.
-        val_shards: Pairs that validate, in their order, dealt out to ranks and workers as those that train.
+        val_shards: Pairs that validate, in their order, divided among ranks and workers as those that train.
         zero_shot: A data module of labelled images (PIL, or tensors of shape ``(C, H, W)`` from 0 to 1), whose
             validation images (if it has any) and test images become batches of ``(images, labels)``, labels of shape
             ``(n,)``. They follow the pairs in the lists of validation and test loaders; texts have two dimensions,
@@ -166,7 +166,7 @@ class ImageTextDataModule(pl.LightningDataModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if self.trainer is not None and self.trainer.training and self._train is not None:
-            self._train.take()
+            self._train.advance()
         return batch
 
     def teardown(self, stage: str | None = None) -> None:
@@ -199,8 +199,8 @@ class ImageTextDataModule(pl.LightningDataModule):
         rank, world = self._rank_and_world()
         num_workers = self.num_workers if train else min(self.num_workers, len(urls) // world)
         workers = max(1, num_workers)
-        drawn = train and self.with_replacement
-        if not drawn and len(urls) < world * workers:
+        with_replacement = train and self.with_replacement
+        if not with_replacement and len(urls) < world * workers:
             raise MimicError(
                 f"`{argument}`: {len(urls)} shards for {world} ranks with {workers} workers each; every worker needs "
                 f"one of its own. Set `num_workers` to at most {len(urls) // world}, or make more and smaller shards."
@@ -210,23 +210,25 @@ class ImageTextDataModule(pl.LightningDataModule):
             )
         kept = self._kept if train else None
         stated = stated_counts(urls)
-        reading = Reading(
+        config = ShardReaderConfig(
             urls, stated, transform, self.tokenizer, self.batch_size, workers, self.shuffle if train else 0, self.seed,
-            self.max_pixels, kept, drawn, str(self._directory), self._run,
+            self.max_pixels, kept, with_replacement, str(self._directory), self._run,
         )  # fmt: skip
-        if drawn:
+        if with_replacement:
             assert self.samples_per_epoch is not None
             batches = math.ceil(self.samples_per_epoch / (self.batch_size * world * workers))
-            promised: list[int] | None = [batches] * workers
+            batches_per_worker: list[int] | None = [batches] * workers
         else:
-            promised = self._promised(urls, argument, _counts(urls, stated, kept), rank, world, workers)
+            counts = _counts(urls, stated, kept)
+            batches_per_worker = self._batches_per_worker(urls, argument, counts, rank, world, workers)
         loader = PairLoader(
-            reading, rank, world, promised, drawn or world > 1, num_workers, self.trainer if train else None
-        )
+            config, rank, world, batches_per_worker, with_replacement or world > 1, num_workers,
+            self.trainer if train else None,
+        )  # fmt: skip
         self._loaders.append(loader)
         return loader
 
-    def _promised(
+    def _batches_per_worker(
         self, urls: list[str], argument: str, counts: dict[str, int], rank: int, world: int, workers: int
     ) -> list[int] | None:
         """Batches of each of the rank's workers, if that is known."""
@@ -242,7 +244,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         if unknown:
             return None
         every = [
-            [sum(counts[url] for url in dealt(urls, r, world, w, workers)) for w in range(workers)]
+            [sum(counts[url] for url in shards_for_worker(urls, r, world, w, workers)) for w in range(workers)]
             for r in range(world)
         ]
         if world > 1:

@@ -1,4 +1,4 @@
-"""Goes through one rank's batches of image-text pairs, epoch by epoch, and goes on where it was."""
+"""A resumable loader of one rank's batches of image-text pairs."""
 
 import random
 import warnings
@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_mimic.data.pair_stream import PairStream, Place, Reading
+from lightning_mimic.data.pair_stream import PairStream, ShardReaderConfig, StreamPosition
 from lightning_mimic.distributed import gather_objects
 
 
 @dataclass(eq=False)
 class PairLoader:
-    """Goes through a rank's batches, another order each epoch, and can go on in the middle of one.
+    """Iterate over the batches of a rank, in another order each epoch, resumable within an epoch.
 
     Not a DataLoader itself: Lightning warns of any whose data set has no indices and whose length is known.
 
     Args:
-        reading: How shards become batches.
+        config: How shards become batches.
         rank: Of this process.
         world: Number of ranks.
-        promised: As for :class:`PairStream`; their sum is the length.
+        batches_per_worker: As for :class:`PairStream`; their sum is the length.
         exact: As for :class:`PairStream`.
         num_workers: Processes, 0 for none.
         trainer: Knows the first epoch, and which batches have been trained; without one every pass is another epoch,
@@ -36,38 +36,40 @@ class PairLoader:
         <lightning_mimic.data.image_text.ImageTextDataModule.train_dataloader>`.
     """
 
-    reading: Reading
+    config: ShardReaderConfig
     rank: int
     world: int
-    promised: list[int] | None
+    batches_per_worker: list[int] | None
     exact: bool
     num_workers: int
     trainer: Any = None
     _epoch: int = field(default=-1, init=False)
-    _place: Place = field(init=False)
-    _entry: Place = field(init=False)
+    _position: StreamPosition = field(init=False)
+    _start_position: StreamPosition = field(init=False)
     _begun: bool = field(default=True, init=False)
     _ended: bool = field(default=False, init=False)
     _loaded: dict[str, Any] | None = field(default=None, init=False)
     _given: dict[str, Any] | None = field(default=None, init=False)
-    _untaken: deque[tuple[int, int, int]] = field(default_factory=deque, init=False)
+    _pending: deque[tuple[int, int, int]] = field(default_factory=deque, init=False)
     _running: weakref.ref[Generator[Any, None, None]] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self._place = self._entry = self._start()
+        self._position = self._start_position = self._start()
 
     def __len__(self) -> int:
-        if self.promised is None:
+        if self.batches_per_worker is None:
             raise TypeError("the number of pairs in these shards is not known; sizes.json beside them tells it")
-        return sum(self.promised)
+        return sum(self.batches_per_worker)
 
     def __iter__(self) -> Iterator[Any]:
         self.close()
-        self._epoch, self._place = self._next_epoch()
+        self._epoch, self._position = self._next_epoch()
         self._loaded = None
-        self._entry, self._begun, self._ended = self._place, False, False
-        self._untaken.clear()
-        stream = PairStream(self.reading, self.rank, self.world, self.promised, self.exact, self._epoch, self._place)
+        self._start_position, self._begun, self._ended = self._position, False, False
+        self._pending.clear()
+        stream = PairStream(
+            self.config, self.rank, self.world, self.batches_per_worker, self.exact, self._epoch, self._position
+        )
         source = DataLoader(
             stream,
             batch_size=None,
@@ -75,9 +77,7 @@ class PairLoader:
             collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),
             # The workers' seeds, for random transforms; the global generator is not touched.
-            generator=torch.Generator().manual_seed(
-                random.Random(f"{self.reading.seed} {self._epoch}").getrandbits(63)
-            ),
+            generator=torch.Generator().manual_seed(random.Random(f"{self.config.seed} {self._epoch}").getrandbits(63)),
         )
         batches = self._batches(iter(source))
         # Weakly: nobody else's batches are wanted, and a circle would keep worker processes until it is collected.
@@ -86,45 +86,45 @@ class PairLoader:
 
     def _batches(self, source: Iterator[tuple[int, int, int, Any]]) -> Generator[Any, None, None]:
         empty = True
-        for slot, given, drawn, batch in source:
+        for slot, given, read, batch in source:
             empty = False
-            self._untaken.append((slot, given, drawn))
+            self._pending.append((slot, given, read))
             if self.trainer is None:
-                self.take()
+                self.advance()
             yield batch
         self._begun = self._ended = True
-        if empty and not any(given for given, _ in self._place.workers):
+        if empty and not any(given for given, _ in self._position.workers):
             raise RuntimeError(
-                f"none of the {len(self.reading.shards)} shards gave a pair to rank {self.rank}, such as "
-                f"{self.reading.shards[0]}; why is listed in {self.reading.rejects}"
+                f"none of the {len(self.config.shards)} shards gave a pair to rank {self.rank}, such as "
+                f"{self.config.shards[0]}; why is listed in {self.config.rejects}"
             )
 
-    def take(self) -> None:
-        """Notes that the next batch of those given is being trained on; Lightning may fetch one ahead."""
-        if self._untaken:
-            slot, given, drawn = self._untaken.popleft()
-            workers = list(self._place.workers)
-            workers[slot] = [given, drawn]
-            self._place = Place(workers, (slot + 1) % self.reading.workers)
+    def advance(self) -> None:
+        """Record that the next yielded batch is being trained on; Lightning may fetch one ahead."""
+        if self._pending:
+            slot, given, read = self._pending.popleft()
+            workers = list(self._position.workers)
+            workers[slot] = [given, read]
+            self._position = StreamPosition(workers, (slot + 1) % self.config.workers)
             self._begun = True
 
     def close(self) -> None:
-        """Ends the epoch and its processes, which write what they have rejected."""
+        """End the epoch and its worker processes, which then write what they have rejected."""
         batches = None if self._running is None else self._running()
         if batches is not None:
             batches.close()
         self._running = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Where every rank is; all ranks call it, as they do for a checkpoint."""
-        ended = self._ended and not self._untaken if self.trainer is None else self.trainer.is_last_batch
-        place = {"workers": self._place.workers, "turn": self._place.turn}
-        ranks = gather_objects(place) if self.world > 1 else [place]
+        """Return the position of every rank; all ranks must call it, as they do for a checkpoint."""
+        ended = self._ended and not self._pending if self.trainer is None else self.trainer.is_last_batch
+        position = {"workers": self._position.workers, "next_worker": self._position.next_worker}
+        ranks = gather_objects(position) if self.world > 1 else [position]
         return {"epoch": max(self._epoch, 0), "ended": bool(ended), "setting": self._setting(), "ranks": ranks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes effect on the next ``iter()``; a state of other shards, ranks or workers starts its epoch anew."""
-        if state == self._given:  # Lightning tells it as well
+        """Restore a state at the next ``iter()``; one of other shards, ranks or workers restarts its epoch."""
+        if state == self._given:  # Lightning calls this as well
             return
         self._given = state
         unlike = [name for name, value in self._setting().items() if state["setting"].get(name) != value]
@@ -138,27 +138,27 @@ class PairLoader:
             state = {**state, "ranks": []}
         self._loaded = state
 
-    def _next_epoch(self) -> tuple[int, Place]:
-        """What the next ``iter()`` goes through."""
+    def _next_epoch(self) -> tuple[int, StreamPosition]:
+        """Return the epoch and the position of the next ``iter()``."""
         state = self._loaded
         if state is not None and not state["ended"] and state["ranks"]:
             own = state["ranks"][self.rank if len(state["ranks"]) > 1 else 0]
-            return state["epoch"], Place([list(each) for each in own["workers"]], own["turn"])
+            return state["epoch"], StreamPosition([list(each) for each in own["workers"]], own["next_worker"])
         if state is not None:
             return state["epoch"] + bool(state["ended"]), self._start()
         if self._epoch < 0 and self.trainer is not None:
             # At an epoch's end Lightning saves the number of the next one, and loads no state.
             return self.trainer.fit_loop.epoch_progress.current.processed, self._start()
         # Lightning may ask again before it has taken a batch.
-        return (self._epoch + 1, self._start()) if self._begun else (self._epoch, self._entry)
+        return (self._epoch + 1, self._start()) if self._begun else (self._epoch, self._start_position)
 
-    def _start(self) -> Place:
-        return Place([[0, 0] for _ in range(self.reading.workers)])
+    def _start(self) -> StreamPosition:
+        return StreamPosition([[0, 0] for _ in range(self.config.workers)])
 
     def _setting(self) -> dict[str, int]:
-        """What an order depends on."""
+        """Return the settings that determine the order."""
         names = ("seed", "batch_size", "workers", "shuffle")
-        return {"ranks": self.world, "shards": len(self.reading.shards)} | {n: getattr(self.reading, n) for n in names}
+        return {"ranks": self.world, "shards": len(self.config.shards)} | {n: getattr(self.config, n) for n in names}
 
 
 def _unchanged(batch: Any) -> Any:

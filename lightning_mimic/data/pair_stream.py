@@ -1,4 +1,4 @@
-"""From shards to batches of image-text pairs, within one worker."""
+"""Read shards into batches of image-text pairs, within one worker."""
 
 import itertools
 import random
@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lightning_mimic.data.ids import SampleWithId, collate_with_ids
-from lightning_mimic.data.pairs import BrokenPairError, Pair, described, id_of, pair_of, picture
+from lightning_mimic.data.pairs import BrokenPairError, Pair, decode_image, described, id_of, pair_of
 from lightning_mimic.data.rejects import Reason, RejectWriter
 from lightning_mimic.data.shards import read_shard
 from lightning_mimic.manifest import KeptIds
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How shards become batches; the same on all ranks.
+class ShardReaderConfig:
+    """Settings for reading shards into batches; the same on all ranks.
 
     Args:
         shards: All of them; worker ``w`` of rank ``r`` reads every (ranks · workers)-th.
@@ -53,67 +53,67 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where an epoch goes on.
+class StreamPosition:
+    """The position within an epoch at which a stream resumes.
 
     Args:
-        workers: Of each stream, batches given and pairs drawn for them.
-        turn: The stream whose batch comes next.
+        workers: Of each worker, batches yielded and pairs read for them.
+        next_worker: The worker whose batch comes next.
     """
 
     workers: list[list[int]]
-    turn: int = 0
+    next_worker: int = 0
 
 
 @dataclass(eq=False)
 class PairStream(IterableDataset):
-    """Every batch of a worker, in order; what it rejects is written as it goes.
+    """Iterate over the batches of one worker; rejected pairs are written as they occur.
 
     Args:
-        reading: How.
+        config: How shards become batches.
         rank: Of this process.
         world: Number of ranks.
-        promised: Batches of each of the rank's workers. Where broken pairs make a worker run out one batch before, its
-            last two are smaller; else it starts over (if all of its own are broken, with all shards), so that the
-            length holds. ``None`` for one pass, however many batches that is.
-        exact: Full batches, and no more than promised.
-        epoch: Decides on the order.
-        place: Where to start.
+        batches_per_worker: Batches of each of the rank's workers. Where broken pairs make a worker run out one batch
+            before, its last two are smaller; else it starts over (if all of its own are broken, with all shards), so
+            that the length holds. ``None`` for one pass, however many batches that is.
+        exact: Full batches, and no more than ``batches_per_worker``.
+        epoch: Determines the order.
+        position: Where to start.
     """
 
-    reading: Reading
+    config: ShardReaderConfig
     rank: int
     world: int
-    promised: list[int] | None
+    batches_per_worker: list[int] | None
     exact: bool
     epoch: int
-    place: Place
+    position: StreamPosition
 
     def __iter__(self) -> Iterator[tuple[int, int, int, Any]]:
-        """Stream, batches given by it and pairs drawn for them, and the batch."""
+        """Yield the worker, its batches so far, the pairs read for them, and the batch."""
         info = get_worker_info()
-        slot = ((0 if info is None else info.id) + self.place.turn) % self.reading.workers
-        name = f"{self.reading.run}-e{self.epoch}-r{self.rank}-w{slot}"
-        with RejectWriter(self.reading.rejects, name) as reject:
-            for given, drawn, samples in self._batches(slot, reject):
-                yield slot, given, drawn, self._collated(samples)
+        slot = ((0 if info is None else info.id) + self.position.next_worker) % self.config.workers
+        name = f"{self.config.run}-e{self.epoch}-r{self.rank}-w{slot}"
+        with RejectWriter(self.config.rejects, name) as reject:
+            for given, read, samples in self._batches(slot, reject):
+                yield slot, given, read, self._collated(samples)
 
     def _batches(  # noqa: C901 -- one loop whose ends depend on each other
         self, slot: int, reject: RejectWriter
     ) -> Iterator[tuple[int, int, list[SampleWithId]]]:
-        given, skipped = self.place.workers[slot]
-        promised = None if self.promised is None else self.promised[slot]
-        if self.exact and given == promised:
+        given, skipped = self.position.workers[slot]
+        expected = None if self.batches_per_worker is None else self.batches_per_worker[slot]
+        if self.exact and given == expected:
             return
-        shards, size = self._shards(slot), self.reading.batch_size
-        batch: list[tuple[int, SampleWithId]] = []  # how many pairs had been drawn, and the last of them
-        drawn = 0
+        shards, size = self._shards(slot), self.config.batch_size
+        batch: list[tuple[int, SampleWithId]] = []  # how many pairs had been read, and the last of them
+        read = 0
         for number in itertools.count():
             found = False
-            for pair in self._drawn(shards, slot, number, reject):
-                drawn += 1
-                sample = None if drawn <= skipped else self._sample(pair, reject)
-                found |= drawn <= skipped or sample is not None
+            for pair in self._pairs_of_pass(shards, slot, number, reject):
+                read += 1
+                sample = None if read <= skipped else self._sample(pair, reject)
+                found |= read <= skipped or sample is not None
                 if sample is None:
                     continue
                 # A full batch waits for the next pair: with the epoch's last one all rejects have been written.
@@ -121,13 +121,13 @@ class PairStream(IterableDataset):
                     given += 1
                     yield given, *_joined(batch)
                     batch = []
-                batch.append((drawn, sample))
-                if (self.exact or number) and given + 1 == promised and len(batch) == size:
+                batch.append((read, sample))
+                if (self.exact or number) and given + 1 == expected and len(batch) == size:
                     break
             fills = len(batch) == size if self.exact or number else bool(batch)
-            if promised is None or given + fills >= promised:
+            if expected is None or given + fills >= expected:
                 break
-            if given + 2 == promised and not self.exact and not number and len(batch) > 1:
+            if given + 2 == expected and not self.exact and not number and len(batch) > 1:
                 reject.flush()  # short by one: the last two are smaller
                 half = (len(batch) + 1) // 2
                 given += 1
@@ -135,29 +135,29 @@ class PairStream(IterableDataset):
                 batch = batch[half:]
                 break
             if not found:
-                if len(shards) == len(self.reading.shards):
+                if len(shards) == len(self.config.shards):
                     raise RuntimeError(
                         f"none of the {len(shards)} shards gave a pair, such as {shards[0]}; why is listed in "
-                        f"{self.reading.rejects}"
+                        f"{self.config.rejects}"
                     )
-                shards = self.reading.shards  # all of its own are broken; it has promised batches, though
+                shards = self.config.shards  # all of its own are broken, and batches are expected of it
         reject.flush()
         if batch:
             yield given + 1, *_joined(batch)
 
-    def _drawn(self, shards: Sequence[str], slot: int, number: int, reject: RejectWriter) -> Iterator[Pair]:
-        """The pairs of one pass, in its order."""
-        order = random.Random(f"{self.reading.seed} {self.epoch} {self.rank} {slot} {number}")
-        if self.reading.with_replacement:
+    def _pairs_of_pass(self, shards: Sequence[str], slot: int, number: int, reject: RejectWriter) -> Iterator[Pair]:
+        """Yield the pairs of one pass, in its order."""
+        order = random.Random(f"{self.config.seed} {self.epoch} {self.rank} {slot} {number}")
+        if self.config.with_replacement:
             shards = order.choices(shards, k=max(len(shards), 100))
-        elif self.reading.shuffle:
+        elif self.config.shuffle:
             shards = order.sample(shards, len(shards))
         buffer: list[Pair] = []
         for shard in shards:
             for pair in self._pairs(shard, reject):
-                if not self.reading.shuffle:
+                if not self.config.shuffle:
                     yield pair
-                elif len(buffer) < self.reading.shuffle:
+                elif len(buffer) < self.config.shuffle:
                     buffer.append(pair)
                 else:
                     chosen = order.randrange(len(buffer))
@@ -167,17 +167,17 @@ class PairStream(IterableDataset):
         yield from buffer
 
     def _shards(self, slot: int) -> Sequence[str]:
-        if self.reading.with_replacement:
-            return self.reading.shards
-        return dealt(self.reading.shards, self.rank, self.world, slot, self.reading.workers)
+        if self.config.with_replacement:
+            return self.config.shards
+        return shards_for_worker(self.config.shards, self.rank, self.world, slot, self.config.workers)
 
     def _pairs(self, shard: str, reject: RejectWriter) -> Iterator[Pair]:
-        for key, files in read_shard(shard, reject, self.reading.counts.get(shard)):
+        for key, files in read_shard(shard, reject, self.config.counts.get(shard)):
             name = None
             try:
                 description = described(files)
                 name = id_of(key, description)
-                times = 1 if self.reading.kept is None else self.reading.kept.times(name)
+                times = 1 if self.config.kept is None else self.config.kept.times(name)
                 if times is None:
                     raise BrokenPairError(Reason.UNKNOWN_ID)
                 if times:
@@ -187,29 +187,29 @@ class PairStream(IterableDataset):
 
     def _sample(self, pair: Pair, reject: RejectWriter) -> SampleWithId | None:
         try:
-            image = picture(pair.image, self.reading.max_pixels)
+            image = decode_image(pair.image, self.config.max_pixels)
         except BrokenPairError as broken:
             reject(pair.shard, broken.reason, broken.detail, key=pair.key, id=pair.id)
             return None
-        return SampleWithId((self.reading.transform(image), pair.caption), pair.id)
+        return SampleWithId((self.config.transform(image), pair.caption), pair.id)
 
     def _collated(self, samples: list[SampleWithId]) -> Any:
         return collate_with_ids(samples, collate_fn=self._images_and_texts)
 
     def _images_and_texts(self, samples: list[tuple[Tensor, str]]) -> tuple[Tensor, Tensor]:
         images, captions = zip(*samples, strict=True)
-        return torch.stack(images), self.reading.tokenizer(list(captions))
+        return torch.stack(images), self.config.tokenizer(list(captions))
 
 
 def _joined(batch: list[tuple[int, SampleWithId]]) -> tuple[int, list[SampleWithId]]:
     return batch[-1][0], [sample for _, sample in batch]
 
 
-def dealt(shards: Sequence[str], rank: int, world: int, worker: int, workers: int) -> Sequence[str]:
-    """One worker's share of the shards; the shares are disjoint, and together all.
+def shards_for_worker(shards: Sequence[str], rank: int, world: int, worker: int, workers: int) -> Sequence[str]:
+    """Return the shards of one worker; those of all workers are disjoint and cover all shards.
 
     Example:
-        >>> [dealt("abcde", rank, 2, worker, 2) for rank in (0, 1) for worker in (0, 1)]
+        >>> [shards_for_worker("abcde", rank, 2, worker, 2) for rank in (0, 1) for worker in (0, 1)]
         ['ae', 'b', 'c', 'd']
     """
     return shards[rank * workers + worker :: world * workers]

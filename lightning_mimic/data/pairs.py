@@ -1,4 +1,4 @@
-"""One image-text pair: from the files of its shard to id, caption and picture."""
+"""One image-text pair: from the files of its shard to id, caption and image."""
 
 import json
 import warnings
@@ -98,12 +98,12 @@ def pair_of(shard: str, key: str, id: str, files: Mapping[str, bytes], descripti
         except UnicodeDecodeError as error:
             raise BrokenPairError(Reason.CAPTION_NOT_UTF8, str(error)) from error
     else:
-        told = description.get("caption")
-        if not isinstance(told, str):
+        written = description.get("caption")
+        if not isinstance(written, str):
             raise BrokenPairError(Reason.NO_CAPTION, f"files: {', '.join(sorted(files))}")
-        if not _is_text(told):  # json can hold half a character
-            raise BrokenPairError(Reason.CAPTION_NOT_UTF8, f"{told!a} in the json")
-        caption = told
+        if not _is_text(written):  # json can hold half a character
+            raise BrokenPairError(Reason.CAPTION_NOT_UTF8, f"{written!a} in the json")
+        caption = written
     if not caption.strip():
         raise BrokenPairError(Reason.EMPTY_CAPTION)
     image = next((files[suffix] for suffix in IMAGES if suffix in files), None)
@@ -112,8 +112,8 @@ def pair_of(shard: str, key: str, id: str, files: Mapping[str, bytes], descripti
     return Pair(shard, key, id, image, caption.strip())
 
 
-def picture(data: bytes, max_pixels: int) -> Any:
-    """The picture, decoded to 8 bits RGB.
+def decode_image(data: bytes, max_pixels: int) -> Any:
+    """Decode an image to 8-bit RGB.
 
     Args:
         data: A JPEG, PNG, WebP, GIF or BMP file.

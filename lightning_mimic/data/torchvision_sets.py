@@ -6,9 +6,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lightning_mimic.data.image_splits import ImageSplits, Transform
 from lightning_mimic.data.noise import LabelNoise
-from lightning_mimic.data.parts import Part, Source
-from lightning_mimic.data.pictures import PictureParts, Transform
+from lightning_mimic.data.splits import Source, Split
 from lightning_mimic.errors import MimicError, nearest_names
 
 
@@ -113,7 +113,7 @@ SETS: Mapping[str, ImageSet] = MappingProxyType(
 )
 
 
-class TorchvisionDataModule(PictureParts):
+class TorchvisionDataModule(ImageSplits):
     """CIFAR-10, CIFAR-100, STL-10, DTD (its first partition), Flowers-102 or Oxford-IIIT Pet.
 
     With ``trusted=0`` all training images are the noisy part. Ids are row numbers of torchvision's training split.
@@ -124,13 +124,13 @@ class TorchvisionDataModule(PictureParts):
         root: Folder that torchvision downloads to.
         transform: PIL image of mode RGB to tensor; ``None`` gives PIL images, for a zero-shot classifier.
         train: What trains: ``"trusted"``, ``"trusted_fit"``, ``"trusted_held"`` or ``"noisy"``.
-        noise: Spoils the labels of the noisy part, or of ``"trusted_held"``.
+        noise: Corrupts the labels of the noisy part, or of ``"trusted_held"``.
         keep: A manifest; only what it keeps of the noisy part trains.
-        flip: Mirror every other training image, another half in every epoch.
+        flip: Flip every other training image, another half in every epoch.
         trusted: Share of each class of the training split that is set apart with trusted labels: none, or at least two
             images, of which a quarter, at least one, is held out.
         split_seed: Of which these are; the same for a reference and for what it scores.
-        seed: Of the order in training and of what is mirrored.
+        seed: Of the order in training and of what is flipped.
         batch_size: Images per batch and process.
         num_workers: Loader processes.
         download: Whether to fetch what is not in ``root``, or to unpack archives that are.
@@ -151,7 +151,7 @@ class TorchvisionDataModule(PictureParts):
         name: str,
         root: str | Path,
         transform: Transform | None = None,
-        train: Part = "noisy",
+        train: Split = "noisy",
         noise: LabelNoise | None = None,
         keep: str | Path | None = None,
         flip: bool = False,

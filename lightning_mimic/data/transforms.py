@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from lightning_mimic.data.pictures import Transform
+from lightning_mimic.data.image_splits import Transform
 from lightning_mimic.errors import MimicError, nearest_names
 
 
 def paper_transform(size: int = 224) -> Transform:
     """The paper's: ``size`` by ``size`` pixels whatever the shape was, and values from -1 to 1.
 
-    Images are mirrored by the data module (``flip=True``).
+    Images are flipped by the data module (``flip=True``).
 
     Args:
         size: Height and width.

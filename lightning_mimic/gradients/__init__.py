@@ -1,7 +1,7 @@
 """Per-sample gradients and what is done with them, in pure torch."""
 
-from lightning_mimic.gradients.descent import Descent
 from lightning_mimic.gradients.direction import Direction
+from lightning_mimic.gradients.gradient_direction import GradientDirection
 from lightning_mimic.gradients.graph import Graph
 from lightning_mimic.gradients.layer_rule import LayerRule
 from lightning_mimic.gradients.layer_rules import is_linear, register_layer_rule
@@ -18,8 +18,8 @@ REPRESENTATIONS: tuple[type[SampleGradients], ...] = (LayerGradients, WholeModel
 
 __all__ = [
     "REPRESENTATIONS",
-    "Descent",
     "Direction",
+    "GradientDirection",
     "Graph",
     "LayerGradients",
     "LayerRule",

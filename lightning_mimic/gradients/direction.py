@@ -28,15 +28,15 @@ class Direction(Mapping[str, Tensor]):
     def __init__(self, reference: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = dict(parameters)
         # Half precision would round v away long before the weights meet; float64 models keep float64.
-        self.point_to(
+        self.set_reference(
             {
                 name: reference[name].detach().to(p.device, torch.promote_types(p.dtype, torch.float32), copy=True)
                 for name, p in self._parameters.items()
             }
         )
 
-    def point_to(self, reference: Mapping[str, Tensor]) -> None:
-        """Takes another reference, of the same names, shapes and devices, float32 or higher; no copy is made."""
+    def set_reference(self, reference: Mapping[str, Tensor]) -> None:
+        """Set another reference, of the same names, shapes and devices, float32 or higher; no copy is made."""
         self._reference = dict(reference)
         # Parameters in half precision cannot come closer to the reference than their own rounding.
         rounding = max(torch.finfo(p.dtype).eps / 2 for p in self._parameters.values())

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_mimic.gradients.nodes import EXCHANGED, in_same_order, is_leaf, kind_of, leaf_below, shape_of, unrolls
+from lightning_mimic.gradients.nodes import (
+    EXCHANGED,
+    in_same_order,
+    is_contiguous_view,
+    is_leaf,
+    kind_of,
+    leaf_below,
+    shape_of,
+)
 
 _NORMS = ("BatchNorm", "BatchNormalization")
 _MEAN, _SUM = 1, 2  # torch's codes for a loss's reduction
@@ -97,12 +105,12 @@ class Graph:
             for parent, argument in self.parents[stack.pop()]:
                 if kind_of(parent) == "CopySlices" and argument == 0:
                     stack.append(parent)  # what an in-place operation on a view has made of the output
-                elif in_same_order(parent) or unrolls(parent, own):
+                elif in_same_order(parent) or is_contiguous_view(parent, own):
                     found.append(shape_of(parent))
         return found
 
-    def leading_to(self, marks: Collection[Node]) -> set[Node]:
-        """The nodes from which a mark is reached, the marks included."""
+    def nodes_reaching(self, marks: Collection[Node]) -> set[Node]:
+        """Return the nodes from which a mark is reached, the marks included."""
         leading = set(marks)
         for node in reversed(self.order):
             if any(child in leading for child, _ in node.next_functions):
@@ -129,7 +137,7 @@ class Graph:
         Returns:
             Where their gradients arrive, from the root on.
         """
-        leading = self.leading_to(wanted)
+        leading = self.nodes_reaching(wanted)
         found: list[GradientEdge] = []
         ahead = {self.root}
         for node in self.order:
@@ -166,8 +174,8 @@ def reaches(root: Node, target: Node) -> bool:
     return any(node is target for node in walk(root))
 
 
-def escaping_parameters(root: Node, gate: Node, parameters: Mapping[str, nn.Parameter]) -> list[str]:
-    """Trainable parameters that the loss reaches without passing the gate.
+def uncovered_parameters(root: Node, gate: Node, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Return the trainable parameters that the loss reaches without passing the gate.
 
     The gate's weights reach everything exactly when this list is empty: the gated tensor is then a *cut*.
 

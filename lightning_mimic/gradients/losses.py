@@ -14,9 +14,10 @@ from lightning_mimic.gradients.sample_gradients import DotOnly
 class LossGradients(DotOnly):
     """The matrix G of the samples' own gradients ``∂ℓᵢ/∂θ``, never built.
 
-    Exact for any parameters, bare or tied, and for losses that depend on other samples (contrastive losses,
-    batch normalisation): ``Jᵀu`` is linear in u, so that ``⟨Jᵀu, v⟩`` differentiated by u is ``J v``. Costs two
-    reverse passes between the losses and the parameters, and no third: nothing else is differentiated.
+    Exact for any parameters, also tied ones and those outside of layers, and for losses that depend on other samples
+    (contrastive losses, batch normalisation): ``Jᵀu`` is linear in u, so that ``⟨Jᵀu, v⟩`` differentiated by
+    u is ``J v``. Costs two reverse passes between the losses and the parameters, and no third: nothing else is
+    differentiated.
 
     Args:
         losses: Shape ``(B,)``, with their graph.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_mimic.errors import MimicError
-from lightning_mimic.gradients.bare import BareUse, bare_use
+from lightning_mimic.gradients.functional_use import FunctionalUse, functional_use
 from lightning_mimic.gradients.graph import Graph, is_compiled, normalises_batch
 from lightning_mimic.gradients.layer_hooks import LayerCall, LayerCalls, LayerHooks
 from lightning_mimic.gradients.layers import LayerGradients
@@ -18,7 +18,7 @@ from lightning_mimic.gradients.row_hooks import gate_rows, hook_gradient
 from lightning_mimic.gradients.sample_gradients import DotOnly
 
 #: A place where a parameter and the batch meet: a known layer's call, or an operation in the graph.
-Use = LayerCall | BareUse
+Use = LayerCall | FunctionalUse
 
 
 class ModelHooks:
@@ -107,7 +107,7 @@ class ModelHooks:
         for name, parameter in self._parameters.items():
             ends = graph.terminals(parameter)
             own = [use for use in uses if isinstance(use, LayerCall) and name in use.parts.values()]
-            found: list[BareUse | str] = []
+            found: list[FunctionalUse | str] = []
             if own:
                 problems = [problem for call in own if (problem := _problem(call, samples)) is not None]
                 if reentrant and name in calls.without_gradient:
@@ -115,14 +115,14 @@ class ModelHooks:
                 if parameter.requires_grad and len(ends) != len(own):
                     problems.append(f"used in {len(ends)} places, {len(own)} of them a call of its layer")
             elif ends:
-                found = [bare_use(name, end, graph, samples, self._batch_axis.get(name, 0)) for end in ends]
+                found = [functional_use(name, end, graph, samples, self._batch_axis.get(name, 0)) for end in ends]
                 problems = [use for use in found if isinstance(use, str)]
             else:
                 problems = [_why_unused(name, calls)]
             if problems:
                 unseen[name] = problems[0]
             else:
-                uses += [use for use in found if isinstance(use, BareUse)]
+                uses += [use for use in found if isinstance(use, FunctionalUse)]
         return uses, unseen
 
 
@@ -233,7 +233,7 @@ class WholeModelGradients(DotOnly):
 
     def _above(self) -> list[Node]:
         """The nodes that the reverse pass goes through."""
-        leading = self._graph.leading_to(self._at)
+        leading = self._graph.nodes_reaching(self._at)
         return [n for n in self._graph.order if any(child in leading for child, _ in n.next_functions)]
 
     def _visit(self, seed: Tensor, visit: Callable[[Sequence[Use], Tensor | None], None]) -> None:

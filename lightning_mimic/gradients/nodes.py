@@ -12,8 +12,8 @@ _SAME_ORDER = ("View", "UnsafeView", "Reshape", "Unsqueeze", "Squeeze", "Alias",
 EXCHANGED = ("T", "Transpose", "Permute")
 
 
-def made_by(tensor: Tensor) -> Node:
-    """The node that made a tensor which has a gradient."""
+def grad_fn_of(tensor: Tensor) -> Node:
+    """Return the node that made a tensor which has a gradient."""
     assert tensor.grad_fn is not None
     return tensor.grad_fn
 
@@ -28,7 +28,7 @@ def node_of_all(tensor: Tensor) -> Node | None:
         ``None`` for a view of which this is not known: its elements are not those of the base in the same order, or
         the base is one of several outputs.
     """
-    node: Node | None = made_by(tensor)
+    node: Node | None = grad_fn_of(tensor)
     if tensor._base is None:
         return node
     while node is not None and node is not tensor._base.grad_fn:
@@ -58,7 +58,7 @@ def is_leaf(node: Node) -> bool:
     return getattr(node, "variable", None) is not None
 
 
-def unrolls(node: Any, shape: tuple[int, ...]) -> bool:
+def is_contiguous_view(node: Any, shape: tuple[int, ...]) -> bool:
     """Whether the node is what a view of a tensor of this shape becomes in place, with all elements in their order."""
     if kind_of(node) != "AsStrided" or prod(node._saved_size) != prod(shape):
         return False

@@ -1,8 +1,8 @@
 """The decision file format: what curation writes, and what everything else reads. Importing it does not load torch."""
 
 from lightning_mimic.manifest.exports import EXPORTS, Export, checked_exports
-from lightning_mimic.manifest.filter import KeptIds, kept_of
+from lightning_mimic.manifest.filter import KeptIds, kept_subset
 from lightning_mimic.manifest.reader import Manifest
 from lightning_mimic.manifest.writer import write_manifest
 
-__all__ = ["EXPORTS", "Export", "KeptIds", "Manifest", "checked_exports", "kept_of", "write_manifest"]
+__all__ = ["EXPORTS", "Export", "KeptIds", "Manifest", "checked_exports", "kept_subset", "write_manifest"]

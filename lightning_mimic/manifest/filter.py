@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Subset
 
 
-def kept_of(dataset: Any, manifest: str | Path) -> "Subset":
+def kept_subset(dataset: Any, manifest: str | Path) -> "Subset":
     """Return the samples that a manifest keeps, in the data set's order; one that it keeps twice is there twice.
 
     Args:
@@ -29,7 +29,7 @@ def kept_of(dataset: Any, manifest: str | Path) -> "Subset":
         >>> import tempfile, pyarrow as pa
         >>> path = tempfile.mkdtemp() + "/manifest.parquet"
         >>> pq.write_table(pa.table({"id": [0, 1, 2], "keep": [True, False, True]}), path)
-        >>> list(kept_of(["a", "b", "c"], path))
+        >>> list(kept_subset(["a", "b", "c"], path))
         ['a', 'c']
     """
     from torch.utils.data import Subset  # importing the package must not load torch

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from lightning_mimic.errors import CurationError
 from lightning_mimic.manifest import exports
-from lightning_mimic.manifest.filter import kept_of
+from lightning_mimic.manifest.filter import kept_subset
 
 if TYPE_CHECKING:
     from torch.utils.data import Subset
@@ -27,7 +27,7 @@ class Manifest:
     - ``id``; ``keep``; ``reason``: why it goes or has no opinion, null where it is kept on its score;
     - ``score``: mean mimic score, loss per unit of weight distance, unbounded; lower is more suspicious, null: none;
     - ``scorings``: how many scores that is the mean of;
-    - ``lift``: mean of weight times batch size, 0 to B; 1 is the weight in a uniform batch;
+    - ``relative_weight``: mean of weight times batch size, 0 to B; 1 is the weight in a uniform batch;
     - ``votes_keep`` of ``votes``: null unless many voted;
     - ``label`` and ``predicted``: indices of classes, null where not recorded;
     - ``label_name`` and ``predicted_name``: their names, where the run recorded the names of its classes;
@@ -79,7 +79,7 @@ class Manifest:
         Raises:
             MimicError: The manifest is of another data set.
         """
-        return kept_of(dataset, self.path)
+        return kept_subset(dataset, self.path)
 
     def to_csv(self, path: str | Path) -> None:
         """Write the table as CSV."""

@@ -9,7 +9,7 @@ from lightning_mimic.lazy import lazy_front
 
 if TYPE_CHECKING:
     from lightning_mimic.metrics.data_quality import DataQuality
-    from lightning_mimic.metrics.detection import Detection, detect, suspicion
+    from lightning_mimic.metrics.detection import Detection, detect, detection_scores
     from lightning_mimic.metrics.estimate import Quality, estimate_quality
     from lightning_mimic.metrics.membership_inference import Membership, membership
     from lightning_mimic.metrics.mislabel import MislabelAUROC, MislabelAveragePrecision
@@ -18,7 +18,7 @@ else:
         __name__,
         {
             "lightning_mimic.metrics.data_quality": ["DataQuality"],
-            "lightning_mimic.metrics.detection": ["Detection", "detect", "suspicion"],
+            "lightning_mimic.metrics.detection": ["Detection", "detect", "detection_scores"],
             "lightning_mimic.metrics.estimate": ["Quality", "estimate_quality"],
             "lightning_mimic.metrics.membership_inference": ["Membership", "membership"],
             "lightning_mimic.metrics.mislabel": ["MislabelAUROC", "MislabelAveragePrecision"],
@@ -33,7 +33,7 @@ __all__ = [
     "MislabelAveragePrecision",
     "Quality",
     "detect",
+    "detection_scores",
     "estimate_quality",
     "membership",
-    "suspicion",
 ]

@@ -36,12 +36,12 @@ class Detection:
     f1: float
 
 
-def detect(scores: Tensor, judged_wrong: Tensor, wrong: Tensor) -> Detection:
+def detect(scores: Tensor, predicted_wrong: Tensor, wrong: Tensor) -> Detection:
     """Compares scores and decisions with the truth.
 
     Args:
         scores: Shape ``(n,)``; lower is more suspicious.
-        judged_wrong: Boolean, the decision on each sample.
+        predicted_wrong: Boolean, the decision on each sample.
         wrong: Boolean, the truth.
 
     Example:
@@ -52,18 +52,18 @@ def detect(scores: Tensor, judged_wrong: Tensor, wrong: Tensor) -> Detection:
     """
     truth = wrong.long()
     return Detection(
-        auroc=float(binary_auroc(suspicion(scores), truth)),
-        average_precision=float(binary_average_precision(suspicion(scores), truth)),
-        share_kept=float((~judged_wrong).float().mean()),
+        auroc=float(binary_auroc(detection_scores(scores), truth)),
+        average_precision=float(binary_average_precision(detection_scores(scores), truth)),
+        share_kept=float((~predicted_wrong).float().mean()),
         share_right=float((~wrong).float().mean()),
-        precision=float(binary_precision(judged_wrong.long(), truth)),
-        recall=float(binary_recall(judged_wrong.long(), truth)),
-        f1=float(binary_f1_score(judged_wrong.long(), truth)),
+        precision=float(binary_precision(predicted_wrong.long(), truth)),
+        recall=float(binary_recall(predicted_wrong.long(), truth)),
+        f1=float(binary_f1_score(predicted_wrong.long(), truth)),
     )
 
 
-def suspicion(scores: Tensor) -> Tensor:
-    """Scores turned round, between 0 and 1 and in float64, as curves and their areas need them.
+def detection_scores(scores: Tensor) -> Tensor:
+    """Negate scores and map them to 0 to 1, in float64, as curves and their areas need them.
 
     torchmetrics squashes what lies outside 0 to 1, batch by batch and in float32, where large scores become equal.
 
@@ -71,7 +71,7 @@ def suspicion(scores: Tensor) -> Tensor:
         scores: Lower is more suspicious.
 
     Example:
-        >>> suspicion(torch.tensor([-1.0, 0.0, 1.0]))
+        >>> detection_scores(torch.tensor([-1.0, 0.0, 1.0]))
         tensor([0.7500, 0.5000, 0.2500], dtype=torch.float64)
     """
     return 0.5 - torch.atan(scores.double()) / torch.pi

@@ -8,7 +8,7 @@ from torchmetrics.functional.classification import binary_auroc, binary_average_
 
 from lightning_mimic.errors import CurationError
 from lightning_mimic.manifest import Manifest
-from lightning_mimic.metrics.detection import suspicion
+from lightning_mimic.metrics.detection import detection_scores
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def membership(manifest: Manifest, members: Iterable[int | str]) -> Membership:
     if not 0 < len(true) < len(ids):
         raise CurationError(f"{len(true)} of {len(ids)} samples are members; there must be both.")
     # A member is the less suspicious, the higher its score.
-    scores = suspicion(-torch.tensor(table["score"].to_pylist(), dtype=torch.float64))
+    scores = detection_scores(-torch.tensor(table["score"].to_pylist(), dtype=torch.float64))
     truth = torch.tensor([int(each in true) for each in ids])
     guessed = (torch.arange(len(ids)) < len(true)).long()
     share = len(true) / len(ids)

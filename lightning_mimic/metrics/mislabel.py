@@ -3,7 +3,7 @@
 from torch import Tensor
 from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
 
-from lightning_mimic.metrics.detection import suspicion
+from lightning_mimic.metrics.detection import detection_scores
 
 
 class MislabelAUROC(BinaryAUROC):
@@ -24,7 +24,7 @@ class MislabelAUROC(BinaryAUROC):
             scores: Shape ``(n,)``, lower is more suspicious.
             wrong: Boolean; which labels are in fact wrong.
         """
-        super().update(suspicion(scores), wrong.long())
+        super().update(detection_scores(scores), wrong.long())
 
 
 class MislabelAveragePrecision(BinaryAveragePrecision):
@@ -40,4 +40,4 @@ class MislabelAveragePrecision(BinaryAveragePrecision):
 
     def update(self, scores: Tensor, wrong: Tensor) -> None:
         """Add samples, as for :class:`MislabelAUROC`."""
-        super().update(suspicion(scores), wrong.long())
+        super().update(detection_scores(scores), wrong.long())

@@ -4,7 +4,7 @@ from lightning_mimic.models.backbones import SmallConvNet, timm_backbone, torchv
 from lightning_mimic.models.clip import CLIP
 from lightning_mimic.models.contrastive import global_pair_losses, pair_losses
 from lightning_mimic.models.image_classifier import ImageClassifier
-from lightning_mimic.models.zero_shot import ZeroShot, recalls
+from lightning_mimic.models.zero_shot import ZeroShot, recall_at_k
 
 __all__ = [
     "CLIP",
@@ -13,7 +13,7 @@ __all__ = [
     "ZeroShot",
     "global_pair_losses",
     "pair_losses",
-    "recalls",
+    "recall_at_k",
     "timm_backbone",
     "torchvision_backbone",
 ]

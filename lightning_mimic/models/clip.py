@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_mimic.distributed import gather_rows
 from lightning_mimic.errors import MimicError, nearest_names
 from lightning_mimic.models.contrastive import global_pair_losses, pair_losses
-from lightning_mimic.models.zero_shot import ZeroShot, recalls
+from lightning_mimic.models.zero_shot import ZeroShot, recall_at_k
 from lightning_mimic.reference import match_reference, read_reference
 from lightning_mimic.trainer_package import pl
 
@@ -209,7 +209,7 @@ class CLIP(pl.LightningModule):
         if self.trainer.world_size > 1:  # ranks may have had different numbers of pairs
             images, texts, tokens = (torch.cat(gather_rows(each)) for each in (images, texts, tokens))
         _, which = torch.unique(tokens, dim=0, return_inverse=True)
-        found = recalls(images, texts, which.unsqueeze(0) == which.unsqueeze(1))
+        found = recall_at_k(images, texts, which.unsqueeze(0) == which.unsqueeze(1))
         self.log_dict({f"{stage}/{name}": value for name, value in found.items()}, sync_dist=True)
 
     def _lock(self, tower: Tower) -> None:

@@ -55,7 +55,7 @@ class ZeroShot:
         return weights
 
 
-def recalls(images: Tensor, texts: Tensor, same: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+def recall_at_k(images: Tensor, texts: Tensor, same: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """Retrieval in both directions: the share of queries with a right answer among the k nearest.
 
     Args:
@@ -68,7 +68,8 @@ def recalls(images: Tensor, texts: Tensor, same: Tensor, ks: Sequence[int] = (1,
         ``image_to_text_R@k`` and ``text_to_image_R@k``, 0 to 1.
 
     Example:
-        >>> recalls(torch.eye(2), torch.eye(2).flip(0), torch.eye(2, dtype=torch.bool), ks=[1, 2])  # doctest: +ELLIPSIS
+        >>> same = torch.eye(2, dtype=torch.bool)
+        >>> recall_at_k(torch.eye(2), torch.eye(2).flip(0), same, ks=[1, 2])  # doctest: +ELLIPSIS
         {'image_to_text_R@1': 0.0, 'image_to_text_R@2': 1.0, 'text_to_image_R@1': 0.0, ...}
     """
     cosines = nn.functional.normalize(images.float(), dim=1) @ nn.functional.normalize(texts.float(), dim=1).T

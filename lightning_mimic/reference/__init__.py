@@ -1,9 +1,9 @@
-"""The reference checkpoint: read, matched to the model, aligned when it is a stranger."""
+"""The reference checkpoint: read, matched to the model, aligned if it is unrelated."""
 
 from lightning_mimic.errors import ReferenceLoadError
 from lightning_mimic.reference.aligned import Aligned, AlignedDirection
 from lightning_mimic.reference.aligned_towers import aligned_direction
-from lightning_mimic.reference.diagnose import below_moves, diagnose, resemblance
+from lightning_mimic.reference.diagnose import diagnose, rest_trains, weight_similarity
 from lightning_mimic.reference.diagnosis import Diagnosis
 from lightning_mimic.reference.match import aliases_of, fingerprint, match_reference
 from lightning_mimic.reference.model import reference_model, refuse_module_on_features
@@ -17,12 +17,12 @@ __all__ = [
     "ReferenceSource",
     "aliases_of",
     "aligned_direction",
-    "below_moves",
     "diagnose",
     "fingerprint",
     "match_reference",
     "read_reference",
     "reference_model",
     "refuse_module_on_features",
-    "resemblance",
+    "rest_trains",
+    "weight_similarity",
 ]

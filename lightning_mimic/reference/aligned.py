@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import Direction
 from lightning_mimic.reference.match import fingerprint
-from lightning_mimic.reference.moments import FORGETTING, Moments
 from lightning_mimic.reference.read import ReferenceSource
+from lightning_mimic.reference.running_statistics import DECAY, RunningStatistics
 
 #: Samples per feature without which the fit is not used.
 SAMPLES_PER_FEATURE = 4
@@ -76,7 +76,7 @@ class AlignedDirection(Direction):
         model: The reference as a module that can be run.
         targets: The target parameters, by full name.
         features: As many as the widest of their layers takes.
-        moments: What is summed up, by name.
+        statistics: The running statistics of the fit, by name.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class AlignedDirection(Direction):
         model: nn.Module,
         targets: Mapping[str, nn.Parameter],
         features: int,
-        moments: Mapping[str, Moments],
+        statistics: Mapping[str, RunningStatistics],
     ) -> None:
         super().__init__(targets, targets)
         some = next(iter(targets.values()))
@@ -93,7 +93,7 @@ class AlignedDirection(Direction):
         # In the trained model's precision, which is that of its batches.
         self._model = model.to(some.dtype)
         self._needed = SAMPLES_PER_FEATURE * features
-        self._moments = dict(moments)
+        self._statistics = dict(statistics)
         self._outputs: dict[int | str, Tensor] = {}
         self._steps = 0
         self._enough = False
@@ -126,15 +126,15 @@ class AlignedDirection(Direction):
         if not due:
             return
         features = inputs()
-        forgetting = FORGETTING if self._enough else 1.0
-        held = self._add(features, self._ask(batch, ids, features), forgetting)
+        decay = DECAY if self._enough else 1.0
+        held = self._add(features, self._ask(batch, ids, features), decay)
         # A host sync, in the first steps only; of all ranks' samples, so that they agree.
-        count = next(iter(self._moments.values())).count
+        count = next(iter(self._statistics.values())).count
         self._enough = self._enough or bool(count >= self._needed)
         if self._enough:
             fitted, sound = self._fit()
             sound = sound & held
-            self.point_to({name: torch.where(sound, t, self._reference[name]) for name, t in fitted.items()})
+            self.set_reference({name: torch.where(sound, t, self._reference[name]) for name, t in fitted.items()})
             self._fitted = self._fitted | sound
             self.failed = self.failed + ~sound
 
@@ -142,10 +142,10 @@ class AlignedDirection(Direction):
         """Whether there is no direction yet, or none any more (a boolean scalar, no host sync)."""
         return ~self._fitted | super().vanishes(norm)
 
-    def complaint(self) -> str | None:
-        """What did not work out, as a sentence (a host sync); ``None`` if all did."""
+    def failure_message(self) -> str | None:
+        """Return why alignment failed, as a sentence (a host sync); ``None`` if it did not."""
         if not self._enough and self._steps:
-            count = int(next(iter(self._moments.values())).count)
+            count = int(next(iter(self._statistics.values())).count)
             return (
                 f"the reference was never aligned, so all weights were uniform: {count} samples of "
                 f"the {self._needed} that it takes were seen. Train longer, or name a narrower layer."
@@ -165,7 +165,7 @@ class AlignedDirection(Direction):
             "enough": self._enough,
             "fitted": self._fitted,
             "failed": self.failed,
-            "moments": {name: moments.state_dict() for name, moments in self._moments.items()},
+            "statistics": {name: statistics.state_dict() for name, statistics in self._statistics.items()},
             "reference": dict(self._reference),
         }
 
@@ -180,16 +180,16 @@ class AlignedDirection(Direction):
         device = self._fitted.device
         self._steps, self._enough = state["steps"], state["enough"]
         self._fitted, self.failed = state["fitted"].to(device), state["failed"].to(device)
-        for name, moments in self._moments.items():
-            moments.load_state_dict({key: tensor.to(device) for key, tensor in state["moments"][name].items()})
-        self.point_to({name: tensor.to(device) for name, tensor in state["reference"].items()})
+        for name, statistics in self._statistics.items():
+            statistics.load_state_dict({key: tensor.to(device) for key, tensor in state["statistics"][name].items()})
+        self.set_reference({name: tensor.to(device) for name, tensor in state["reference"].items()})
 
     @abstractmethod
     def _run(self, batch: Any, features: Mapping[str, Tensor]) -> Tensor:
         """What the reference says of a batch, a row per sample; ``MimicError`` unless it fits the features."""
 
     @abstractmethod
-    def _add(self, features: Mapping[str, Tensor], outputs: Tensor, forgetting: float) -> Tensor:
+    def _add(self, features: Mapping[str, Tensor], outputs: Tensor, decay: float) -> Tensor:
         """Sums up what was seen; whether the sums could hold it, a boolean scalar."""
 
     @abstractmethod

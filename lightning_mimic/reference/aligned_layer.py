@@ -10,8 +10,8 @@ from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import is_linear, owning_layer
 from lightning_mimic.reference.aligned import Aligned, AlignedDirection
 from lightning_mimic.reference.model import reference_model
-from lightning_mimic.reference.moments import Moments
 from lightning_mimic.reference.ridge import ridge_fit
+from lightning_mimic.reference.running_statistics import RunningStatistics
 
 
 class AlignedLayer(AlignedDirection):
@@ -36,7 +36,7 @@ class AlignedLayer(AlignedDirection):
             )
         model = reference_model(aligned.reference, module, method="forward")
         # Without a bias the layer's outputs are fitted about zero.
-        self._layer = Moments(centred=layer.bias is not None)
+        self._layer = RunningStatistics(centred=layer.bias is not None)
         super().__init__(aligned, model, targets, layer.in_features, {"layer": self._layer})
         self._weight, self._bias = f"{path}.weight", f"{path}.bias" if layer.bias is not None else None
 
@@ -53,8 +53,8 @@ class AlignedLayer(AlignedDirection):
             )
         return outputs
 
-    def _add(self, features: Mapping[str, Tensor], outputs: Tensor, forgetting: float) -> Tensor:
-        return self._layer.add(features[self._weight].flatten(0, -2), outputs.flatten(0, -2), forgetting)
+    def _add(self, features: Mapping[str, Tensor], outputs: Tensor, decay: float) -> Tensor:
+        return self._layer.add(features[self._weight].flatten(0, -2), outputs.flatten(0, -2), decay)
 
     def _fit(self) -> tuple[dict[str, Tensor], Tensor]:
         fit = ridge_fit(self._layer)

@@ -12,10 +12,10 @@ from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.gradients.layer_rules import find_rule, is_linear
 from lightning_mimic.reference.aligned import Aligned, AlignedDirection
 from lightning_mimic.reference.aligned_layer import AlignedLayer
-from lightning_mimic.reference.gauge import procrustes
 from lightning_mimic.reference.model import reference_model
-from lightning_mimic.reference.moments import Moments
+from lightning_mimic.reference.procrustes import procrustes
 from lightning_mimic.reference.ridge import ridge_fit
+from lightning_mimic.reference.running_statistics import RunningStatistics
 
 
 def aligned_direction(aligned: Aligned, module: nn.Module, targets: Mapping[str, nn.Parameter]) -> AlignedDirection:
@@ -31,16 +31,16 @@ class _Projection:
     weight: str
     bias: str | None
     transposed: bool  # an nn.Linear's; a bare matrix has the features first
-    frame: Moments  # the reference's normalised embeddings beside the model's
-    layer: Moments  # the model's features beside the reference's embeddings, as long as the model's
+    frame: RunningStatistics  # the reference's normalised embeddings beside the model's
+    layer: RunningStatistics  # the model's features beside the reference's embeddings, as long as the model's
 
 
 class AlignedTowers(AlignedDirection):
     """From a CLIP's two projections to those that would give the reference's embeddings.
 
     A contrastive loss does not change when images and texts are rotated together, so embeddings of two CLIPs can only
-    be compared after a rotation (:func:`~lightning_mimic.reference.gauge.procrustes`). Ridge regression is linear in
-    its targets: the projections are fitted in the reference's own frame, and the fit is rotated by what is known by
+    be compared after a rotation (:func:`~lightning_mimic.reference.procrustes.procrustes`). Ridge regression is linear
+    in its targets: the projections are fitted in the reference's own frame, and the fit is rotated by what is known by
     then, so that the sums of early steps stay good when the rotation gets better.
 
     Args:
@@ -56,10 +56,10 @@ class AlignedTowers(AlignedDirection):
         self._images, self._texts = _projections(module, targets)
         self._both = (self._images, self._texts)
         widths = [targets[p.weight].shape[1 if p.transposed else 0] for p in self._both]
-        moments = {"image_frame": self._images.frame, "text_frame": self._texts.frame}
-        moments |= {"image_layer": self._images.layer, "text_layer": self._texts.layer}
+        statistics = {"image_frame": self._images.frame, "text_frame": self._texts.frame}
+        statistics |= {"image_layer": self._images.layer, "text_layer": self._texts.layer}
         model = reference_model(aligned.reference, module, method="encode_image")
-        super().__init__(aligned, model, targets, max(widths), moments)
+        super().__init__(aligned, model, targets, max(widths), statistics)
 
     def _run(self, batch: Any, features: Mapping[str, Tensor]) -> Tensor:
         images, texts = (self._aligned.inputs or _pair)(batch)
@@ -75,14 +75,14 @@ class AlignedTowers(AlignedDirection):
             )
         return torch.cat(normalised, 1)
 
-    def _add(self, features: Mapping[str, Tensor], outputs: Tensor, forgetting: float) -> Tensor:
+    def _add(self, features: Mapping[str, Tensor], outputs: Tensor, decay: float) -> Tensor:
         held = []
         for projection, reference in zip(self._both, outputs.chunk(2, dim=1), strict=True):
             x = features[projection.weight]
             own = self._projected(projection, x)
             length = torch.linalg.vector_norm(own, dim=1, keepdim=True)
-            held.append(projection.frame.add(reference, own / length, forgetting))
-            held.append(projection.layer.add(x, reference * length, forgetting))
+            held.append(projection.frame.add(reference, own / length, decay))
+            held.append(projection.layer.add(x, reference * length, decay))
         return torch.stack(held).all()
 
     def _fit(self) -> tuple[dict[str, Tensor], Tensor]:
@@ -124,8 +124,8 @@ def _projections(module: nn.Module, targets: Mapping[str, nn.Parameter]) -> list
                 f"and that of the texts, each a matrix or a whole nn.Linear; not {join_names(sorted(targets))}. Of "
                 "open_clip's ViTs these are `towers.visual.proj` and `towers.text_projection`."
             )
-        moments = (Moments(), Moments(centred=bool(biases)))
-        found.append(_Projection(weights[0], biases[0] if biases else None, linear, *moments))
+        statistics = (RunningStatistics(), RunningStatistics(centred=bool(biases)))
+        found.append(_Projection(weights[0], biases[0] if biases else None, linear, *statistics))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Looks at a reference before it is used."""
+"""Diagnose a reference before it is used."""
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from lightning_mimic.distributed import is_distributed, rank
 from lightning_mimic.errors import MimicError, ReferenceLoadError
 from lightning_mimic.gradients import Direction, LossGradients, select_parameters
 from lightning_mimic.gradients.graph import Graph
-from lightning_mimic.gradients.nodes import made_by
+from lightning_mimic.gradients.nodes import grad_fn_of
 from lightning_mimic.reference.diagnosis import Diagnosis, Estimate
 from lightning_mimic.reference.match import aliases_of, match_reference
 from lightning_mimic.reference.model import reference_model
@@ -21,8 +21,8 @@ from lightning_mimic.reference.read import ReferenceSource, read_reference
 
 #: Enough for a verdict where six labels in ten are wrong.
 SAMPLES = 512
-#: Where the loss is looked at between the model (0) and the reference (1).
-LINE = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+#: Points at which the loss is evaluated, from the model (0) to the reference (1).
+PATH = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
 def diagnose(
@@ -33,7 +33,7 @@ def diagnose(
     *,
     samples: int = SAMPLES,
 ) -> Diagnosis:
-    """Whether the way from a model to a reference means anything, before a step is trained.
+    """Diagnose a reference: whether the direction from a model towards it is meaningful.
 
     Works on a copy in evaluation mode; module and reference stay as they are.
 
@@ -60,7 +60,7 @@ def diagnose(
         >>> knowing = {"weight": net.weight + torch.tensor([[-3.0], [3.0]]), "bias": torch.zeros(2)}
         >>> y = (x > 0).long().flatten()
         >>> order = torch.randperm(512, generator=torch.Generator().manual_seed(0))
-        >>> print(diagnose(net, knowing, [(x[order], y[order])]).knowledge.missing)
+        >>> print(diagnose(net, knowing, [(x[order], y[order])]).label_gap.missing)
         False
     """
     if not callable(getattr(module, "sample_losses", None)):
@@ -73,7 +73,7 @@ def diagnose(
     try:
         held = match_reference(tensors, targets, aliases_of(module))
     except ReferenceLoadError as error:
-        return Diagnosis(misfit=str(error))
+        return Diagnosis(mismatch=str(error))
     model = copy.deepcopy(module).eval().requires_grad_(False)
     moved = {name: model.get_parameter(name) for name in targets}
     for parameter in moved.values():
@@ -82,31 +82,31 @@ def diagnose(
     direction = Direction(held, moved)
     if direction.vanishes(direction.norm()):
         raise MimicError("the model stands at its reference, so there is no way between them to look at.")
-    with own_random_numbers(device):
+    with isolated_rng(device):
         batches = _first(loader, samples, device)
         scores = torch.cat([_scores(model, batch, moved, direction) for batch in batches])
         whole = whole_reference(reference, module)
-        gaps = [] if whole is None else [losses_and_gaps(whole, batch) for batch in batches]
-        line = _line(model, batches, moved, direction)
+        gaps = [] if whole is None else [losses_and_label_gaps(whole, batch) for batch in batches]
+        losses = _path_losses(model, batches, moved, direction)
     known = [gap for _, gap in gaps if gap is not None]
     theirs = estimate(sums_of(torch.cat([losses for losses, _ in gaps]))) if gaps else None
     return Diagnosis(
         samples=len(scores),
-        **resemblance(module, tensors, targets, held),
-        below_moves=below_moves(module, targets),
+        **weight_similarity(module, tensors, targets, held),
+        rest_trains=rest_trains(module, targets),
         score=estimate(sums_of(scores)),
-        knowledge=estimate(sums_of(torch.cat(known))) if known else None,
-        loss=line[0.0],
+        label_gap=estimate(sums_of(torch.cat(known))) if known else None,
+        loss=losses[0.0],
         reference_loss=None if theirs is None else theirs.mean,
-        line=line,
+        path_losses=losses,
     )
 
 
 @torch.no_grad()
-def resemblance(
+def weight_similarity(
     module: nn.Module, tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], held: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """How like a reference's weights are to a model's, as the fields of :class:`Diagnosis`.
+    """Compare the weights of a reference with those of a model, as fields of :class:`Diagnosis`.
 
     Args:
         module: The model.
@@ -115,33 +115,33 @@ def resemblance(
         held: The reference's of the same names.
     """
     pairs = {name: (p.detach().to(held[name]), held[name]) for name, p in targets.items()}
-    # Vectors (biases, scales) begin alike in every network; matrices tell kin from strangers.
+    # Vectors (biases, scales) begin alike in every network; only matrices tell related networks from unrelated ones.
     matrices = {n: p for n, p in module.named_parameters() if p.ndim > 1 and n not in targets}
     try:
         others = match_reference(tensors, matrices, aliases_of(module)) if matrices else {}
     except ReferenceLoadError:  # it holds only a part of the model
         others = {}
-    kin = [(matrices[name].detach().to(tensor), tensor) for name, tensor in others.items()]
-    kin = kin if matrices else [pair for pair in pairs.values() if pair[0].ndim > 1]
+    compared = [(matrices[name].detach().to(tensor), tensor) for name, tensor in others.items()]
+    compared = compared if matrices else [pair for pair in pairs.values() if pair[0].ndim > 1]
     return {
         "cosines": {name: _cosine([pair]) for name, pair in pairs.items()},
         "distances": {name: float((theirs - own).norm() / own.norm()) for name, (own, theirs) in pairs.items()},
-        "kinship": _cosine(kin) if kin else None,
+        "weight_cosine": _cosine(compared) if compared else None,
     }
 
 
-def below_moves(module: nn.Module, targets: Mapping[str, Tensor]) -> bool:
-    """Whether weights besides the targets train."""
+def rest_trains(module: nn.Module, targets: Mapping[str, Tensor]) -> bool:
+    """Return whether weights besides the targets train."""
     return any(p.requires_grad for name, p in module.named_parameters() if name not in targets)
 
 
-def exchanged(batch: Any) -> tuple[Any, Tensor] | None:
-    """The batch with each sample's labels given to the next one, and for which that makes a difference.
+def exchange_labels(batch: Any) -> tuple[Any, Tensor] | None:
+    """Return the batch with each sample's labels given to the next one, and the samples whose labels change.
 
     ``None`` if the batch is not inputs and labels.
 
     Example:
-        >>> other, differs = exchanged((torch.zeros(3, 1), torch.tensor([0, 2, 2])))
+        >>> other, differs = exchange_labels((torch.zeros(3, 1), torch.tensor([0, 2, 2])))
         >>> other[1], differs
         (tensor([2, 0, 2]), tensor([ True,  True, False]))
     """
@@ -179,10 +179,10 @@ def estimate(sums: Tensor) -> Estimate | None:
 
 
 @torch.no_grad()
-def losses_and_gaps(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
-    """The reference's losses, and how much higher they are with each other's labels, where these differ."""
+def losses_and_label_gaps(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Return the reference's losses, and how much higher they are with exchanged labels, where these differ."""
     losses: Tensor = model.sample_losses(batch)  # type: ignore[operator]
-    other = exchanged(batch)
+    other = exchange_labels(batch)
     if other is None:
         return losses, None
     changed, differs = other
@@ -208,8 +208,8 @@ def whole_reference(source: ReferenceSource, module: nn.Module) -> nn.Module | N
     return model.to(next(module.parameters()).dtype)
 
 
-def own_random_numbers(device: torch.device) -> AbstractContextManager[None]:
-    """Within it random numbers are drawn from generators that nothing else sees."""
+def isolated_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context within which the global random state is saved and restored."""
     return torch.random.fork_rng([device.index or 0] if device.type == "cuda" else [])
 
 
@@ -217,7 +217,7 @@ def _scores(model: nn.Module, batch: Any, targets: Mapping[str, nn.Parameter], d
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the attention that can be differentiated twice
         losses = model.sample_losses(batch)  # type: ignore[operator]
         rows = LossGradients(losses, targets)
-        rows.check(Graph(made_by(losses)))
+        rows.check(Graph(grad_fn_of(losses)))
         return (-rows.dot(direction) / direction.norm()).detach()
 
 
@@ -229,18 +229,18 @@ def _cosine(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
 
 
 @torch.no_grad()
-def _line(
+def _path_losses(
     model: nn.Module, batches: Sequence[Any], targets: Mapping[str, nn.Parameter], direction: Direction
 ) -> dict[float, float]:
     start = {name: p.detach().clone() for name, p in targets.items()}
-    way = dict(direction)
-    line = {}
-    for t in LINE:
+    difference = dict(direction)
+    path_losses = {}
+    for t in PATH:
         for name, p in targets.items():
-            p.copy_(start[name] + t * way[name])
+            p.copy_(start[name] + t * difference[name])
         losses = torch.cat([model.sample_losses(batch) for batch in batches])  # type: ignore[operator]
-        line[t] = float(losses[torch.isfinite(losses)].mean())
-    return line
+        path_losses[t] = float(losses[torch.isfinite(losses)].mean())
+    return path_losses
 
 
 def _first(loader: Iterable[Any], samples: int, device: torch.device) -> list[Any]:

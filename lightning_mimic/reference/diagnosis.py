@@ -1,4 +1,4 @@
-"""Can this reference be trusted: is it kin to the model, does it know the data, does the way to it lead downhill?"""
+"""The diagnosis of a reference: its similarity to the model, its fit to the labels, the loss on the path to it."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -6,19 +6,19 @@ from typing import Any, Literal
 
 Verdict = Literal["compatible", "doubtful", "unrelated"]
 
-#: Cosine between weight matrices below which two networks have nothing in common; apart, they lie within 0.05 of 0.
-STRANGERS = 0.2
-#: Below this they have something in common, and a good part of the direction is something else.
-KIN = 0.4
-#: Standard errors by which a mean must lie above zero.
-SURE = 3.0
+#: Cosine between weight matrices below which two networks are unrelated: trained apart, they lie within 0.05 of 0.
+UNRELATED_COSINE = 0.2
+#: Below this cosine the networks are related, but most of the direction is due to other differences.
+RELATED_COSINE = 0.4
+#: Standard errors by which a mean must exceed zero.
+MIN_STANDARD_ERRORS = 3.0
 #: Standard deviations of a sample by which exchanged labels must raise the reference's loss: chance makes it 0.1 for a
 #: head that learnt other labels, and where six labels in ten are wrong a good reference still has 0.3.
-KNOWS = 0.2
-#: Samples below which a mean says nothing.
-FEW = 100
-#: From this cosine on, the layers below a late target count as the reference's own.
-SAME = 0.9
+MIN_EFFECT_SIZE = 0.2
+#: Samples below which a mean is not tested.
+MIN_SAMPLES = 100
+#: From this cosine on, the layers below the target are regarded as shared with the reference.
+SHARED_COSINE = 0.9
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,15 @@ class Estimate:
 
     @property
     def missing(self) -> bool:
-        """There were enough samples to see it above zero, and it is not."""
-        return self.count >= FEW and self.mean <= SURE * self.error
+        """Whether there were enough samples to find it above zero, and it is not."""
+        return self.count >= MIN_SAMPLES and self.mean <= MIN_STANDARD_ERRORS * self.error
 
     @property
     def small(self) -> bool:
-        """It is missing, or little beside how samples differ."""
-        return self.missing or (self.count >= FEW and self.mean <= KNOWS * self.error * self.count**0.5)
+        """Whether it is missing, or small relative to the standard deviation of the samples."""
+        return self.missing or (
+            self.count >= MIN_SAMPLES and self.mean <= MIN_EFFECT_SIZE * self.error * self.count**0.5
+        )
 
     def __str__(self) -> str:
         return f"{self.mean:.3g} ± {self.error:.2g}"
@@ -51,7 +53,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is known of a reference; ``None`` or empty for what could not be looked at.
+    """The figures of a diagnosis; ``None`` or empty where they could not be computed.
 
     The verdict on it: ``"unrelated"`` if it does not fit the model, shares nothing with it, or knows nothing of the
     data; ``"doubtful"`` if it shares little, if moving towards it does not lower the loss, or if the target is late and
@@ -60,57 +62,57 @@ class Diagnosis:
 
     Attributes:
         samples: How many were looked at.
-        misfit: Why its weights do not fit the model's.
+        mismatch: Why its weights do not fit the model's.
         cosines: Cosine between θ and θ_ref, by target tensor.
         distances: ``‖θ_ref − θ‖ / ‖θ‖``, by target tensor.
-        kinship: Cosine over the weight matrices outside the target, or over the target's where there are no others:
-            1 for a shared backbone, near 0 for networks of different initialisation.
-        below_moves: The target is a part of the model, and weights outside it train.
+        weight_cosine: Cosine over the weight matrices outside the target, or over the target's where there are no
+            others: 1 for a shared backbone, near 0 for networks of different initialisation.
+        rest_trains: Whether the target is a part of the model, and weights outside it train.
         score: Mean mimic score, loss per unit of weight distance; negative: moving to the reference raises the loss.
-        knowledge: How much higher the reference's own loss is when samples are given each other's labels.
+        label_gap: How much higher the reference's own loss is when samples are given each other's labels.
         loss: The model's mean loss.
         reference_loss: The reference's.
-        line: Mean loss at θ + t (θ_ref − θ), by t.
+        path_losses: Mean loss at θ + t (θ_ref − θ), by t.
     """
 
     samples: int = 0
-    misfit: str | None = None
+    mismatch: str | None = None
     cosines: dict[str, float] = field(default_factory=dict)
     distances: dict[str, float] = field(default_factory=dict)
-    kinship: float | None = None
-    below_moves: bool = False
+    weight_cosine: float | None = None
+    rest_trains: bool = False
     score: Estimate | None = None
-    knowledge: Estimate | None = None
+    label_gap: Estimate | None = None
     loss: float | None = None
     reference_loss: float | None = None
-    line: dict[float, float] = field(default_factory=dict)
+    path_losses: dict[float, float] = field(default_factory=dict)
 
     @property
     def findings(self) -> list[tuple[Verdict, str]]:
-        """What speaks against the reference, the worst first."""
+        """The objections to the reference, the worst first."""
         found: list[tuple[Verdict, str]] = []
-        kin = None if self.kinship is None else f"(cosine {self.kinship:.2f})"
-        if self.misfit is not None:
-            found.append(("unrelated", f"its weights do not fit the model's: {self.misfit.rstrip('.')}"))
-        if self.kinship is not None and self.kinship < STRANGERS:
-            reason = f"its weights have nothing in common with the model's {kin}, as after another initialisation"
+        cosine = None if self.weight_cosine is None else f"(cosine {self.weight_cosine:.2f})"
+        if self.mismatch is not None:
+            found.append(("unrelated", f"its weights do not fit the model's: {self.mismatch.rstrip('.')}"))
+        if self.weight_cosine is not None and self.weight_cosine < UNRELATED_COSINE:
+            reason = f"its weights have nothing in common with the model's {cosine}, as after another initialisation"
             found.append(("unrelated", reason))
-        if self.knowledge is not None and self.knowledge.small:
-            rise = f"exchanging them raises its loss by {self.knowledge}"
+        if self.label_gap is not None and self.label_gap.small:
+            rise = f"exchanging them raises its loss by {self.label_gap}"
             found.append(("unrelated", f"it does not know the samples' labels from each other's ({rise})"))
-        if self.kinship is not None and STRANGERS <= self.kinship < KIN:
-            found.append(("doubtful", f"its weights have little in common with the model's {kin}"))
+        if self.weight_cosine is not None and UNRELATED_COSINE <= self.weight_cosine < RELATED_COSINE:
+            found.append(("doubtful", f"its weights have little in common with the model's {cosine}"))
         if self.score is not None and self.score.missing:
             found.append(("doubtful", f"moving towards it does not lower the loss (mean mimic score {self.score})"))
-        if self.below_moves and self.kinship is not None and KIN <= self.kinship < SAME:
-            reason = f"what lies below the target is not the reference's {kin} and trains; score 'all' parameters"
+        if self.rest_trains and self.weight_cosine is not None and RELATED_COSINE <= self.weight_cosine < SHARED_COSINE:
+            reason = f"what lies below the target is not the reference's {cosine} and trains; score 'all' parameters"
             found.append(("doubtful", reason))
         return found
 
     @property
-    def mendable(self) -> bool:
-        """The reference knows the data, so that aligning it can help."""
-        return self.knowledge is None or not self.knowledge.small
+    def alignable(self) -> bool:
+        """Whether aligning the reference can help, because it predicts the labels."""
+        return self.label_gap is None or not self.label_gap.small
 
     @property
     def verdict(self) -> Verdict:
@@ -120,7 +122,7 @@ class Diagnosis:
     def __str__(self) -> str:
         reasons = "; ".join(reason for _, reason in self.findings)
         known = {
-            "cosine to the model": None if self.kinship is None else f"{self.kinship:.2f}",
+            "cosine to the model": None if self.weight_cosine is None else f"{self.weight_cosine:.2f}",
             "mean mimic score": self.score,
             "its loss": None if self.reference_loss is None else f"{self.reference_loss:.3g}",
             "the model's": None if self.loss is None else f"{self.loss:.3g}",
@@ -129,9 +131,9 @@ class Diagnosis:
         return f"the reference is {self.verdict}{': ' * bool(reasons)}{reasons} ({self.samples} samples{facts})"
 
     def facts(self) -> dict[str, Any]:
-        """All of it as plain numbers and strings, for a file."""
-        line = {str(t): loss for t, loss in self.line.items()}
+        """Return all figures as plain numbers and strings, for a file."""
+        losses = {str(t): loss for t, loss in self.path_losses.items()}
         verdict = {"verdict": self.verdict, "findings": [reason for _, reason in self.findings]}
         # A tensor that begins at zero is infinitely far, which no JSON can say.
         distances = {name: d if math.isfinite(d) else None for name, d in self.distances.items()}
-        return verdict | asdict(self) | {"line": line, "distances": distances}
+        return verdict | asdict(self) | {"path_losses": losses, "distances": distances}

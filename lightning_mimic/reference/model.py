@@ -8,7 +8,7 @@ from torch import nn
 from lightning_mimic.errors import MimicError
 from lightning_mimic.reference.aligned import Aligned
 from lightning_mimic.reference.match import aliases_of, match_reference
-from lightning_mimic.reference.pretrained import open_clip_model
+from lightning_mimic.reference.open_clip_hub import open_clip_model
 from lightning_mimic.reference.read import PUBLISHED, ReferenceSource, read_reference
 
 

@@ -57,7 +57,7 @@ def read_reference(source: ReferenceSource, *, argument: str = "reference") -> d
             "state dict or 'open_clip:ARCHITECTURE/TAG'."
         )
     if str(source).startswith(PUBLISHED):
-        from lightning_mimic.reference.pretrained import open_clip_model  # it imports from here
+        from lightning_mimic.reference.open_clip_hub import open_clip_model  # it imports from here
 
         return dict(open_clip_model(str(source), argument=argument).state_dict())
     if "://" in str(source):

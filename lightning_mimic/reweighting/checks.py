@@ -7,7 +7,7 @@ from torch import nn
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import LayerGradients, owning_layer
 from lightning_mimic.reweighting.methods import ONE_LAYER_PRODUCTS
-from lightning_mimic.scorers import Compares, Need, Scorer
+from lightning_mimic.scorers import Need, Scorer, UsesLoader
 
 
 def check_scorer(scorer: Scorer, needs: frozenset[Need], *, reference: bool, parameters: bool) -> None:
@@ -23,7 +23,7 @@ def check_scorer(scorer: Scorer, needs: frozenset[Need], *, reference: bool, par
         MimicError: Something is missing, or given in vain.
     """
     name = type(scorer).__name__
-    of_reference = {"reference_losses"} if isinstance(scorer, Compares) else {"dot", "reference_losses"}
+    of_reference = {"reference_losses"} if isinstance(scorer, UsesLoader) else {"dot", "reference_losses"}
     if reference and "dot" in needs - of_reference:
         raise MimicError(
             f"`reference` is given, but {name} takes its direction from the batches of its `loader`; leave it out."
@@ -51,7 +51,7 @@ def check_needs(scorer: Scorer, needs: frozenset[Need], module: nn.Module, targe
         MimicError: They cannot.
     """
     name = type(scorer).__name__
-    by_losses = needs & {"losses", "reference_losses"} or isinstance(scorer, Compares)
+    by_losses = needs & {"losses", "reference_losses"} or isinstance(scorer, UsesLoader)
     if by_losses and not callable(getattr(module, "sample_losses", None)):
         raise MimicError(
             f"{name} needs the loss of every sample: give {type(module).__name__} a method `sample_losses(batch)` that "

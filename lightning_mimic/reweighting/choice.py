@@ -10,7 +10,7 @@ from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.gradients import WholeModelGradients
 from lightning_mimic.gradients.graph import not_a_plain_mean
-from lightning_mimic.gradients.nodes import made_by
+from lightning_mimic.gradients.nodes import grad_fn_of
 from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.messages import COMPILED, NOT_PLAIN
 from lightning_mimic.reweighting.methods import (
@@ -27,8 +27,8 @@ from lightning_mimic.reweighting.methods import (
 #: Whose gradient is scored: a sample's own loss's, its contribution to a total that mixes samples, or none.
 ScoreKind = Literal["own_loss", "contribution", "no_gradient"]
 
-#: Micro-batches in a row that are looked at while some gradient is zero, as of a unit that died.
-MOST_LOOKS = 20
+#: Consecutive micro-batches that are checked while some gradient is zero, as that of a dead unit.
+MAX_CHECKS = 20
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Choice:
         method: Scores the samples.
         kind: Whose gradient is scored.
         pending: A gradient of zero showed nothing of some parameters; the next micro-batch is to be looked at, too.
-        looks: Micro-batches in a row that were looked at.
+        checks: Consecutive micro-batches that were checked.
     """
 
     method: ScoringMethod
     kind: ScoreKind
     pending: bool = False
-    looks: int = 1
+    checks: int = 1
 
 
 def choose_method(task: ScoringTask, forward: Forward, previous: Choice | None) -> Choice:
@@ -70,7 +70,7 @@ def choose_method(task: ScoringTask, forward: Forward, previous: Choice | None) 
     choice.method.check_products()
     edge = choice.method.gate_edge(forward)
     if forward.losses is None:
-        reason = not_a_plain_mean(made_by(forward.loss), edge.node)
+        reason = not_a_plain_mean(grad_fn_of(forward.loss), edge.node)
         if reason:
             raise MimicError(NOT_PLAIN.format(reason))
     refuse_uncovered(task, forward, edge)
@@ -81,7 +81,7 @@ def _choose(task: ScoringTask, forward: Forward, previous: Choice | None) -> Cho
     if forward.of_all_ranks:
         return _double(task, forward, None)
     refusal: ValueError | None = None
-    looks = 1 + (previous.looks if previous is not None and previous.pending else 0)
+    checks = 1 + (previous.checks if previous is not None and previous.pending else 0)
     pending = mixed = False
     method: InBackward | ReversePass
     if only_call(task, forward) is not None:
@@ -97,7 +97,7 @@ def _choose(task: ScoringTask, forward: Forward, previous: Choice | None) -> Cho
             pending = not _samples_are_apart(task, forward, rows)
     except ValueError as error:  # not raised before the other ranks have been asked
         refusal = error
-    pending = distributed.any_rank(pending and looks < MOST_LOOKS, forward.loss.device)
+    pending = distributed.any_rank(pending and checks < MAX_CHECKS, forward.loss.device)
     refused = distributed.any_rank(refusal is not None, forward.loss.device)
     if wrong_rule is not None:  # whatever other method there may be
         raise wrong_rule
@@ -105,7 +105,7 @@ def _choose(task: ScoringTask, forward: Forward, previous: Choice | None) -> Cho
         raise refusal
     if forward.losses is not None and refused:
         return _double(task, forward, refusal)
-    return Choice(method, "contribution" if mixed else "own_loss", pending, looks)
+    return Choice(method, "contribution" if mixed else "own_loss", pending, checks)
 
 
 def _wrong_rule(forward: Forward) -> MimicError | None:

@@ -11,7 +11,7 @@ from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients.graph import Graph
 from lightning_mimic.gradients.layer_hooks import LayerCall, LayerCalls
-from lightning_mimic.gradients.nodes import made_by
+from lightning_mimic.gradients.nodes import grad_fn_of
 from lightning_mimic.reweighting.hooks import SampleLosses
 
 
@@ -60,7 +60,7 @@ class Forward:
     @cached_property
     def graph(self) -> Graph:
         """The graph below the root, walked once a step."""
-        return Graph(made_by(self.root))
+        return Graph(grad_fn_of(self.root))
 
     @property
     def seed(self) -> Tensor:

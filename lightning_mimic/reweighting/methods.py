@@ -15,16 +15,16 @@ from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.gradients import Graph, LayerGradients, LossGradients, ModelHooks, WholeModelGradients
 from lightning_mimic.gradients.graph import (
-    escaping_parameters,
     is_compiled,
     mixes_samples,
     reaches,
+    uncovered_parameters,
     used_beyond,
     walk,
 )
 from lightning_mimic.gradients.layer_hooks import LayerCall
 from lightning_mimic.gradients.model import rows_of_samples
-from lightning_mimic.gradients.nodes import kind_of, made_by
+from lightning_mimic.gradients.nodes import grad_fn_of, kind_of
 from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.messages import COMPILED_TWICE, HOOKED
 from lightning_mimic.reweighting.products import layer_products
@@ -169,7 +169,7 @@ class InBackward(ScoringMethod):
         """Return the gradients at the layer's call, and whether a normalisation above it mixes the samples."""
         call = self._call(forward)
         rows = WholeModelGradients(forward.root, [call], forward.graph, forward.rows)
-        return rows, mixes_samples(made_by(forward.loss), call.node)
+        return rows, mixes_samples(grad_fn_of(forward.loss), call.node)
 
     def gate_edge(self, forward: Forward) -> GradientEdge:
         """Return the layer's output."""
@@ -358,7 +358,7 @@ class _Cuts:
 
 def only_call(task: ScoringTask, forward: Forward) -> LayerCall | None:
     """Return the call of the one target layer, if scores and weights both belong at its output."""
-    root, calls = made_by(forward.loss), forward.calls.calls
+    root, calls = grad_fn_of(forward.loss), forward.calls.calls
     if len(calls) != 1 or not reaches(root, calls[0].node):
         return None
     call = calls[0]
@@ -367,10 +367,10 @@ def only_call(task: ScoringTask, forward: Forward) -> LayerCall | None:
         return None
     if forward.losses_edge is not None and call.node in walk(root, stop=forward.losses_edge.node):
         return None  # another term of the loss would be scored with the samples' losses
-    around = escaping_parameters(root, call.node, {}) if task.reach != "targets" else []
+    around = uncovered_parameters(root, call.node, {}) if task.reach != "targets" else []
     if around and task.reach == "around":
         cuts = forward.graph.cuts(task.target_nodes(forward, forward.graph), forward.rows)
-        unavoidable = escaping_parameters(root, cuts[-1].node, {}) if cuts else around
+        unavoidable = uncovered_parameters(root, cuts[-1].node, {}) if cuts else around
         around = around if len(around) > len(unavoidable) else []
     return None if around else call
 
@@ -379,7 +379,7 @@ def refuse_uncovered(task: ScoringTask, forward: Forward, edge: GradientEdge) ->
     """Raise ``MimicError`` if the weights must reach all trainable parameters and do not."""
     if task.reach != "all":
         return
-    names = escaping_parameters(made_by(forward.loss), edge.node, dict(task.module.named_parameters()))
+    names = uncovered_parameters(grad_fn_of(forward.loss), edge.node, dict(task.module.named_parameters()))
     if names:
         raise MimicError(
             f"the loss reaches {len(names)} trainable parameters around the tensor that is weighted (the output of "

@@ -16,7 +16,7 @@ from lightning_mimic.reweighting.loss_problem import LossProblem
 _WARNINGS = {
     Flag.NONFINITE_LOSS: "{n} samples held NaN or had a loss that is not finite; they got weight 0 and no score. Where "
     "NaN in a batch is meant, on_nonfinite='mask_loss' leaves it to the loss.",
-    Flag.ZERO_DIRECTION: "the model stands at its reference, or a second batch has no gradient, so there is no "
+    Flag.ZERO_DIRECTION: "the model stands at its reference, or a reference batch has no gradient, so there is no "
     "direction: uniform weights, no scores. If it started there, start from other weights or choose another reference.",
     Flag.ALONE: "a micro-batch held a single sample; its weight is 1 and no reweighting is possible.",
 }

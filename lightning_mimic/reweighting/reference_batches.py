@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError, join_names
-from lightning_mimic.gradients import Descent
-from lightning_mimic.reference.diagnose import own_random_numbers
+from lightning_mimic.gradients import GradientDirection
+from lightning_mimic.reference.diagnose import isolated_rng
 from lightning_mimic.reweighting.batch import sample_count
 from lightning_mimic.reweighting.messages import HOOKED
 
@@ -51,7 +51,7 @@ class ReferenceBatches:
         self._prepare = prepare
         self._device = next(module.parameters()).device
         #: Of a descent step on the current batch.
-        self.direction = Descent()
+        self.direction = GradientDirection()
         self._go_to(0, 0)
 
     def advance(self) -> None:
@@ -61,11 +61,11 @@ class ReferenceBatches:
             ValueError: There is none, or its losses are not one per sample or do not depend on the targets.
             FloatingPointError: Its gradient is not finite.
         """
-        with own_random_numbers(self._device):
+        with isolated_rng(self._device):
             sums, rows = self._gradients(self._next())
         for each in (*sums.values(), rows):
             distributed.sum_over_ranks(each)
-        self.direction.follow({name: each / rows for name, each in sums.items()})
+        self.direction.update({name: each / rows for name, each in sums.items()})
         if not bool(torch.isfinite(self.direction.norm())):
             raise FloatingPointError(
                 f"batch {self._taken - 1} of the `loader` of {self._scorer} has losses or gradients that are not "
@@ -79,7 +79,7 @@ class ReferenceBatches:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes on from there: the batches of this pass up to there are drawn and left out."""
-        with own_random_numbers(self._device):
+        with isolated_rng(self._device):
             self._go_to(state["passes"], state["taken"])
 
     def _go_to(self, passes: int, taken: int) -> None:

@@ -11,7 +11,7 @@ from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError
 from lightning_mimic.ledger import Flag
 from lightning_mimic.reference import Diagnosis
-from lightning_mimic.reference.diagnose import SAMPLES, estimate, losses_and_gaps, own_random_numbers, sums_of
+from lightning_mimic.reference.diagnose import SAMPLES, estimate, isolated_rng, losses_and_label_gaps, sums_of
 from lightning_mimic.reweighting.weigh import StepResult
 
 #: What to do about a reference that the diagnosis does not find compatible.
@@ -61,8 +61,8 @@ class ReferenceMonitor:
         started = time.perf_counter()
         reference_losses = gaps = None
         if self._model is not None:
-            with own_random_numbers(self._device):
-                reference_losses, gaps = losses_and_gaps(self._model, batch)
+            with isolated_rng(self._device):
+                reference_losses, gaps = losses_and_label_gaps(self._model, batch)
         losses = result.losses
         if losses is not None:
             losses = torch.where(result.flags == Flag.NONFINITE_LOSS, torch.nan, losses.float())
@@ -73,11 +73,11 @@ class ReferenceMonitor:
         self._seconds += time.perf_counter() - started
         if samples[0] < self._samples:
             return None
-        score, knowledge, loss, reference_loss = map(estimate, estimates)
+        score, label_gap, loss, reference_loss = map(estimate, estimates)
         return Diagnosis(
             samples=int(samples[0]),
             score=score,
-            knowledge=knowledge,
+            label_gap=label_gap,
             loss=None if loss is None else loss.mean,
             reference_loss=None if reference_loss is None else reference_loss.mean,
             **self._facts,
@@ -104,7 +104,7 @@ class ReferenceMonitor:
         if on_doubtful == "align" and aligned and not uniform:
             return f"{message} It is aligned from here on."
         fix = " Give it as lightning_mimic.Aligned(...), or compare losses with the scorer RhoLoss."
-        message += fix if diagnosis.mendable and not aligned else " Use another reference."
+        message += fix if diagnosis.alignable and not aligned else " Use another reference."
         message += " Weights stay uniform." * uniform
         if on_doubtful == "raise":
             raise MimicError(message)

@@ -357,7 +357,7 @@ class Reweighter:
             return result
         monitor, self._monitor = self._monitor, None
         self._compatible = diagnosis.verdict == "compatible"
-        self._target.settle(diagnosis)
+        self._target.choose_direction(diagnosis)
         self.note({"diagnosis": diagnosis.facts()})
         report = monitor.report(
             diagnosis, self.settings.on_doubtful, aligned=self._target.aligns, uniform=self._target.undecided

@@ -16,7 +16,7 @@ from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients.graph import targets_left_out
 from lightning_mimic.gradients.layer_hooks import LayerCalls
-from lightning_mimic.gradients.nodes import made_by
+from lightning_mimic.gradients.nodes import grad_fn_of
 from lightning_mimic.ledger import Flag
 from lightning_mimic.reweighting.batch import Ids, blank_nan_samples, sample_count
 from lightning_mimic.reweighting.features import target_features
@@ -329,7 +329,7 @@ class Step:
 
         self.hooks.on_edge(get_gradient_edge(forward.loss), remember)
         if forward.losses is None:
-            left_out = targets_left_out(made_by(forward.loss), edge.node)
+            left_out = targets_left_out(grad_fn_of(forward.loss), edge.node)
             self._problem = self._problem + (left_out > 0) * LossProblem.LEFT_OUT_TARGETS
             return
         rows, check = forward.rows, self._check

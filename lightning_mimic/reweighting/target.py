@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mimic.errors import MimicError
-from lightning_mimic.gradients import Descent, Direction, select_parameters
+from lightning_mimic.gradients import Direction, GradientDirection, select_parameters
 from lightning_mimic.reference import (
     Aligned,
     AlignedDirection,
@@ -16,19 +16,19 @@ from lightning_mimic.reference import (
     ReferenceSource,
     aliases_of,
     aligned_direction,
-    below_moves,
     fingerprint,
     match_reference,
     read_reference,
     reference_model,
-    resemblance,
+    rest_trains,
+    weight_similarity,
 )
 from lightning_mimic.reference.diagnose import whole_reference
 from lightning_mimic.reweighting.batch import Ids, describe
 from lightning_mimic.reweighting.checks import check_needs
 from lightning_mimic.reweighting.reference_batches import ReferenceBatches
 from lightning_mimic.reweighting.reference_monitor import ReferenceMonitor, warn_once_for_all_ranks
-from lightning_mimic.scorers import Compares, Need, Scorer
+from lightning_mimic.scorers import Need, Scorer, UsesLoader
 
 
 class Target:
@@ -61,8 +61,8 @@ class Target:
         #: The scored parameters by full name; empty for a scorer that needs no gradient.
         self.parameters = {} if parameters is None else select_parameters(module, parameters)
         check_needs(scorer, needs, module, self.parameters)
-        #: Towards the reference, or against the gradient of a second batch; ``None`` if none is needed.
-        self.direction: Direction | Descent | None = None
+        #: Towards the reference, or against the gradient of a reference batch; ``None`` if none is needed.
+        self.direction: Direction | GradientDirection | None = None
         #: Of the reference; ``None`` without one.
         self.fingerprint: str | None = None
         #: It is not known yet whether the reference has to be aligned; until then all weights are uniform.
@@ -79,7 +79,7 @@ class Target:
             "aligned_every": reference.every if isinstance(reference, Aligned) else None,
             "parameters": list(self.parameters),
         }
-        if isinstance(scorer, Compares) and "dot" in needs:
+        if isinstance(scorer, UsesLoader) and "dot" in needs:
             self._follow_batches(scorer.loader, module, type(scorer).__name__, prepare)
         if reference is None:
             return
@@ -95,7 +95,7 @@ class Target:
         if isinstance(reference, Aligned):
             self._align(reference, module)
         elif "dot" in needs:
-            self.facts = self._point(source, module)
+            self.facts = self._set_direction(source, module)
         self._whole = whole_reference(source, module) if self._reference is None else self._reference
 
     @property
@@ -120,7 +120,7 @@ class Target:
         return isinstance(direction, Direction) and bool(direction.vanishes(direction.norm()))
 
     def advance(self) -> None:
-        """Take the direction of the next second batch, for a scorer that uses a loader."""
+        """Take the direction of the next reference batch, for a scorer that uses a loader."""
         if self._batches is not None:
             self._batches.advance()
 
@@ -176,7 +176,7 @@ class Target:
         """
         return scores if self.direction is not self._aligned else None
 
-    def settle(self, diagnosis: Diagnosis) -> None:
+    def choose_direction(self, diagnosis: Diagnosis) -> None:
         """Choose between the reference as it is and aligned, once it has been diagnosed."""
         if not (self._align_doubtful and self.aligns):
             return
@@ -185,16 +185,16 @@ class Target:
         elif self.undecided:
             self.direction = self._aligned
         # A reference that knows nothing is no better for being aligned.
-        self.undecided = not diagnosis.mendable
+        self.undecided = not diagnosis.alignable
 
     def warn_if_unaligned(self) -> None:
         """Warn, at the end of a run, of an alignment that did not work."""
-        complaint = self._aligned.complaint() if self._aligned is not None and not self.undecided else None
-        if complaint is not None:
-            warn_once_for_all_ranks(complaint)
+        message = self._aligned.failure_message() if self._aligned is not None and not self.undecided else None
+        if message is not None:
+            warn_once_for_all_ranks(message)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs of alignment and second batches."""
+        """Return what a resumed run needs of alignment and reference batches."""
         return {
             "undecided": self.undecided,
             "aligned": None if self._aligned is None else self._aligned.state_dict(),
@@ -233,9 +233,9 @@ class Target:
     ) -> None:
         self._batches = ReferenceBatches(loader, module, self.parameters, scorer, prepare)
         self.direction = self._batches.direction
-        self._config["second_batches"] = describe(loader)
+        self._config["reference_batches"] = describe(loader)
 
-    def _point(self, source: ReferenceSource, module: nn.Module) -> dict[str, Any]:
+    def _set_direction(self, source: ReferenceSource, module: nn.Module) -> dict[str, Any]:
         """Take the direction to given weights, and return how similar to the model's they are."""
         tensors = read_reference(source)
         try:
@@ -248,14 +248,14 @@ class Target:
                     f"{error} A model of another architecture can be given as lightning_mimic.Aligned(model)."
                 ) from error
             self._align(Aligned(source), module)
-            return {"misfit": str(error)}
+            return {"mismatch": str(error)}
         self.direction = Direction(held, self.parameters)
         self.fingerprint = fingerprint(held)
         if self._align_doubtful:
             self._aligned = aligned_direction(Aligned(source), module, self.parameters)
             self.undecided = True
-        return resemblance(module, tensors, self.parameters, held) | {
-            "below_moves": below_moves(module, self.parameters)
+        return weight_similarity(module, tensors, self.parameters, held) | {
+            "rest_trains": rest_trains(module, self.parameters)
         }
 
     def _align(self, aligned: Aligned, module: nn.Module) -> None:

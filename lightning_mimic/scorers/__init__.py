@@ -8,7 +8,7 @@ from lightning_mimic.scorers.grad_match import GradMatch
 from lightning_mimic.scorers.grad_norm import GradNorm
 from lightning_mimic.scorers.influence import Influence
 from lightning_mimic.scorers.mimic import MimicScore
-from lightning_mimic.scorers.products import NEEDS, Compares, Need, Products, Scorer, Weighs
+from lightning_mimic.scorers.products import NEEDS, MakesWeights, Need, Products, Scorer, UsesLoader
 from lightning_mimic.scorers.reference_loss import ReferenceLoss
 from lightning_mimic.scorers.rho_loss import RhoLoss
 from lightning_mimic.scorers.uniform import Uniform
@@ -24,11 +24,11 @@ __all__ = [
     "NEEDS",
     "Agra",
     "BatchWeights",
-    "Compares",
     "CosineSimilarity",
     "GradMatch",
     "GradNorm",
     "Influence",
+    "MakesWeights",
     "MimicScore",
     "Need",
     "Products",
@@ -38,7 +38,7 @@ __all__ = [
     "ShareWeighting",
     "SoftmaxWeighting",
     "Uniform",
-    "Weighs",
+    "UsesLoader",
     "Weighting",
     "choose_weighting",
     "normalised_weights",

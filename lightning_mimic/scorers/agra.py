@@ -6,19 +6,19 @@ from typing import Any
 from torch import Tensor
 
 from lightning_mimic.scorers.cosine import CosineSimilarity
-from lightning_mimic.scorers.products import second_batches
+from lightning_mimic.scorers.products import validate_loader
 
 
 class Agra(CosineSimilarity):
-    """``⟨gᵢ, ḡ⟩ / (‖gᵢ‖ ‖ḡ‖)``: the agreement of a sample's gradient with the mean one of a second batch.
+    """``⟨gᵢ, ḡ⟩ / (‖gᵢ‖ ‖ḡ‖)``: the agreement of a sample's gradient with the mean one of a reference batch.
 
     Between −1 and 1, without a unit. Samples that agree (more than 0) share the step equally, the others are left out;
-    where none agrees, the batch has no gradient. A direction v = −ḡ, where a step on the second batch would lead, takes
-    the place of the way to a reference. Needs the norms of per-sample gradients: one ``nn.Linear`` as target.
+    where none agrees, the batch has no gradient. v = −ḡ, the direction of a step on the reference batch, takes the
+    place of the direction to a reference. Needs the norms of per-sample gradients: one ``nn.Linear`` as target.
 
     Args:
-        loader: Second batches as the module's ``sample_losses`` takes them, one for every scored batch, begun again at
-            its end; in AGRA they come from the noisy training data themselves
+        loader: Reference batches as the module's ``sample_losses`` takes them, one for every scored batch, begun again
+            at its end; in AGRA they come from the noisy training data themselves
             (:func:`~lightning_mimic.data.comparison.comparison_loader`).
 
     Raises:
@@ -37,7 +37,7 @@ class Agra(CosineSimilarity):
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:
-        self.loader = second_batches(loader, "Agra")
+        self.loader = validate_loader(loader, "Agra")
 
     def weigh(self, scores: Tensor) -> Tensor:
         """Return 1 where a sample agrees, 0 elsewhere."""

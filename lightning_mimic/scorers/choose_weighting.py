@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_mimic.errors import MimicError
 from lightning_mimic.scorers.declarations import describe, validate_needs
-from lightning_mimic.scorers.products import Scorer, Weighs
+from lightning_mimic.scorers.products import MakesWeights, Scorer
 from lightning_mimic.scorers.weighting import BatchWeights, ShareWeighting, SoftmaxWeighting, Weighting
 
 
@@ -43,7 +43,7 @@ def choose_weighting(
     given = {name: value for name, value in settings.items() if value is not None}
     name = type(scorer).__name__
     if weighting is None:
-        if not isinstance(scorer, Weighs):
+        if not isinstance(scorer, MakesWeights):
             return SoftmaxWeighting(**given)
         for setting, value in given.items():
             raise MimicError(
@@ -52,7 +52,7 @@ def choose_weighting(
             )
         return ShareWeighting(scorer.weigh)
     validate_needs(weighting, "weighting")
-    if isinstance(scorer, Weighs):
+    if isinstance(scorer, MakesWeights):
         raise MimicError(
             f"`weighting` is given, but {name} makes weights itself by its method `weigh`; leave `weighting` out, or "
             "take another scorer."

@@ -7,7 +7,7 @@ from lightning_mimic.scorers.products import Need, Products
 
 
 class CosineSimilarity:
-    """``−⟨gᵢ, v⟩ / (‖gᵢ‖ ‖v‖)``: the cosine between a descent step on sample *i* and the way to the reference.
+    """``−⟨gᵢ, v⟩ / (‖gᵢ‖ ‖v‖)``: the cosine between a descent step on sample *i* and the direction to the reference.
 
     Between −1 and 1, without a unit; positive: towards the reference. A sample with no gradient scores 0. Unlike
     the mimic score it gives a confident and a doubtful sample the same say, as in gradient-agreement filters

@@ -5,16 +5,16 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_mimic.scorers.products import Need, Products, second_batches
+from lightning_mimic.scorers.products import Need, Products, validate_loader
 
 
 class Influence:
-    """``⟨gᵢ, ḡ⟩``: how fast a descent step on sample *i* lowers the mean loss of a second, trusted batch.
+    """``⟨gᵢ, ḡ⟩``: how fast a descent step on sample *i* lowers the mean loss of a trusted reference batch.
 
     Unit: squared loss per squared weight distance, which times the learning rate is a loss; positive: the trusted loss
     falls. It is TracIn's influence at one state of the model, to first order; the mean of a ledger's scores over the
     epochs is TracInCP up to the learning rate. ``ḡ`` is the trusted batch's mean gradient; the direction −ḡ takes the
-    place of the way to a reference.
+    place of the direction to a reference.
 
     Args:
         loader: Trusted batches as the module's ``sample_losses`` takes them, one for every scored batch, begun again
@@ -34,7 +34,7 @@ class Influence:
     needs: frozenset[Need] = frozenset({"dot"})
 
     def __init__(self, loader: Iterable[Any]) -> None:
-        self.loader = second_batches(loader, "Influence")
+        self.loader = validate_loader(loader, "Influence")
 
     def __call__(self, products: Products) -> Tensor:
         """Return the scores, shape ``(B,)``."""

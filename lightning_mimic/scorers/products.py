@@ -24,7 +24,7 @@ class Products:
 
     Args:
         samples: A tensor of shape ``(B,)`` for its shape, dtype and device; values have no meaning.
-        dot: ``⟨gᵢ, v⟩`` with the direction to the reference, or against the gradient of a second batch, shape
+        dot: ``⟨gᵢ, v⟩`` with the direction to the reference, or against the gradient of a reference batch, shape
             ``(B,)``.
         direction_norm: ``‖v‖``, a scalar; comes with ``dot``.
         norms: ``‖gᵢ‖`` over the chosen parameters, shape ``(B,)``.
@@ -143,7 +143,7 @@ class Scorer(Protocol):
 
 
 @runtime_checkable
-class Weighs(Protocol):
+class MakesWeights(Protocol):
     """A scorer that makes weights of its scores itself, in place of the softmax."""
 
     def weigh(self, scores: Tensor) -> Tensor:
@@ -155,26 +155,26 @@ class Weighs(Protocol):
 
 
 @runtime_checkable
-class Compares(Protocol):
-    """A scorer whose direction is a descent step on a second batch, instead of the one towards a reference."""
+class UsesLoader(Protocol):
+    """A scorer whose direction is a descent step on a reference batch, instead of the one towards a reference."""
 
     @property
     def loader(self) -> Iterable[Any]:
-        """Second batches, as the module's ``sample_losses`` takes them; iterated over again and again."""
+        """Reference batches, as the module's ``sample_losses`` takes them; iterated over again and again."""
 
 
-def second_batches(loader: Iterable[Any], scorer: str) -> Iterable[Any]:
+def validate_loader(loader: Iterable[Any], scorer: str) -> Iterable[Any]:
     """Return the loader, checked that it can serve for a whole training.
 
     Args:
-        loader: The loader of a :class:`Compares`.
+        loader: The loader of a :class:`UsesLoader`.
         scorer: The scorer's name, for the message.
 
     Raises:
         MimicError: It is empty, can be iterated over only once, or not at all.
 
     Example:
-        >>> second_batches([], "Agra")
+        >>> validate_loader([], "Agra")
         Traceback (most recent call last):
         ...
         lightning_mimic.errors.MimicError: `loader` of Agra is empty; expected at least one batch.

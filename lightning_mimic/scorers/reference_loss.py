@@ -1,4 +1,4 @@
-"""The simplest rival: what the reference itself thinks of the given label."""
+"""The simplest baseline: the reference's own loss on the given label."""
 
 from torch import Tensor
 

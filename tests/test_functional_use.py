@@ -1,9 +1,9 @@
-"""Parameters bare, reused, tied or hidden: exact where a rule is known, otherwise named with the reason."""
+"""Parameters used outside of layers, reused, tied or hidden: exact where a rule is known, otherwise named."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from rows import Ad, assert_exact, bare, losses_of, tapped, vectors_of
+from rows import Ad, assert_exact, losses_of, param, traced, vectors_of
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -11,42 +11,42 @@ B, T, D = 3, 2, 4
 FLAT, TOKENS, IMAGE = (B, D), (B, T, D), (B, D, T)
 
 EXACT = {  # what is computed, its parts, and the inputs' shape
-    "class token": (lambda n, x: torch.cat([n.p.expand(B, -1, -1), x], 1), lambda: {"p": bare(1, 1, D)}, TOKENS),
-    "class token without axes": (lambda n, x: n.p.expand(B, D) + x, lambda: {"p": bare(D)}, FLAT),
-    "positions": (lambda n, x: x + n.p, lambda: {"p": bare(1, T, D)}, TOKENS),
-    "positions without the batch's axis": (lambda n, x: n.p + x, lambda: {"p": bare(T, D)}, TOKENS),
-    "positions added in place": (lambda n, x: x.sin().add_(n.p), lambda: {"p": bare(T, D)}, TOKENS),
-    "one number added": (lambda n, x: x + n.p, lambda: {"p": bare()}, FLAT),
-    "one number multiplied": (lambda n, x: n.p * x, lambda: {"p": bare()}, TOKENS),
-    "scale": (lambda n, x: x * n.p, lambda: {"p": bare(D)}, TOKENS),
-    "scale from the left": (lambda n, x: n.p * x, lambda: {"p": bare(D)}, FLAT),
-    "scale of channels": (lambda n, x: n.p.view(1, -1, 1) * x, lambda: {"p": bare(D)}, IMAGE),
-    "scale twice": (lambda n, x: n.p * (x * n.p).tanh(), lambda: {"p": bare(D)}, TOKENS),
-    "scale of what is learned": (lambda n, x: n.l(x) * n.p, lambda: {"p": bare(D), "l": nn.Linear(D, D)}, TOKENS),
-    "scale in place": (lambda n, x: n.l(x).mul_(n.p), lambda: {"p": bare(D), "l": nn.LayerNorm(D)}, TOKENS),
-    "scale by a column": (lambda n, x: x * n.p[:, None], lambda: {"p": bare(D)}, IMAGE),
-    "product": (lambda n, x: x @ n.p, lambda: {"p": bare(D, 5)}, FLAT),
-    "product of tokens": (lambda n, x: x @ n.p, lambda: {"p": bare(D, 5)}, TOKENS),
-    "product of a grid": (lambda n, x: x @ n.p, lambda: {"p": bare(D, 5)}, (B, T, T, D)),
-    "product, transposed": (lambda n, x: x @ n.p.T, lambda: {"p": bare(5, D)}, TOKENS),
-    "product, transposed and shaped": (lambda n, x: x @ n.p.view(5, D).mT, lambda: {"p": bare(5 * D)}, FLAT),
-    "product, twice transposed": (lambda n, x: x @ n.p.T.mT, lambda: {"p": bare(D, D)}, FLAT),
-    "linear by hand": (lambda n, x: F.linear(x, n.p, n.q), lambda: {"p": bare(5, D), "q": bare(5)}, FLAT),
-    "linear by hand of tokens": (lambda n, x: F.linear(x, n.p, n.q), lambda: {"p": bare(5, D), "q": bare(5)}, TOKENS),
+    "class token": (lambda n, x: torch.cat([n.p.expand(B, -1, -1), x], 1), lambda: {"p": param(1, 1, D)}, TOKENS),
+    "class token without axes": (lambda n, x: n.p.expand(B, D) + x, lambda: {"p": param(D)}, FLAT),
+    "positions": (lambda n, x: x + n.p, lambda: {"p": param(1, T, D)}, TOKENS),
+    "positions without the batch's axis": (lambda n, x: n.p + x, lambda: {"p": param(T, D)}, TOKENS),
+    "positions added in place": (lambda n, x: x.sin().add_(n.p), lambda: {"p": param(T, D)}, TOKENS),
+    "one number added": (lambda n, x: x + n.p, lambda: {"p": param()}, FLAT),
+    "one number multiplied": (lambda n, x: n.p * x, lambda: {"p": param()}, TOKENS),
+    "scale": (lambda n, x: x * n.p, lambda: {"p": param(D)}, TOKENS),
+    "scale from the left": (lambda n, x: n.p * x, lambda: {"p": param(D)}, FLAT),
+    "scale of channels": (lambda n, x: n.p.view(1, -1, 1) * x, lambda: {"p": param(D)}, IMAGE),
+    "scale twice": (lambda n, x: n.p * (x * n.p).tanh(), lambda: {"p": param(D)}, TOKENS),
+    "scale of what is learned": (lambda n, x: n.l(x) * n.p, lambda: {"p": param(D), "l": nn.Linear(D, D)}, TOKENS),
+    "scale in place": (lambda n, x: n.l(x).mul_(n.p), lambda: {"p": param(D), "l": nn.LayerNorm(D)}, TOKENS),
+    "scale by a column": (lambda n, x: x * n.p[:, None], lambda: {"p": param(D)}, IMAGE),
+    "product": (lambda n, x: x @ n.p, lambda: {"p": param(D, 5)}, FLAT),
+    "product of tokens": (lambda n, x: x @ n.p, lambda: {"p": param(D, 5)}, TOKENS),
+    "product of a grid": (lambda n, x: x @ n.p, lambda: {"p": param(D, 5)}, (B, T, T, D)),
+    "product, transposed": (lambda n, x: x @ n.p.T, lambda: {"p": param(5, D)}, TOKENS),
+    "product, transposed and shaped": (lambda n, x: x @ n.p.view(5, D).mT, lambda: {"p": param(5 * D)}, FLAT),
+    "product, twice transposed": (lambda n, x: x @ n.p.T.mT, lambda: {"p": param(D, D)}, FLAT),
+    "linear by hand": (lambda n, x: F.linear(x, n.p, n.q), lambda: {"p": param(5, D), "q": param(5)}, FLAT),
+    "linear by hand of tokens": (lambda n, x: F.linear(x, n.p, n.q), lambda: {"p": param(5, D), "q": param(5)}, TOKENS),
     "linear by hand of transposed tokens": (
         lambda n, x: F.linear(x.mT, n.p, n.q),
-        lambda: {"p": bare(5, T), "q": bare(5)},
+        lambda: {"p": param(5, T), "q": param(5)},
         TOKENS,
     ),
-    "addmm": (lambda n, x: torch.addmm(n.q, x, n.p), lambda: {"p": bare(D, 5), "q": bare(5)}, FLAT),
+    "addmm": (lambda n, x: torch.addmm(n.q, x, n.p), lambda: {"p": param(D, 5), "q": param(5)}, FLAT),
     "layer norm by hand": (
         lambda n, x: F.layer_norm(x, (D,), n.p, n.q),
-        lambda: {"p": bare(D), "q": bare(D)},
+        lambda: {"p": param(D), "q": param(D)},
         TOKENS,
     ),
     "layer norm of channels": (
         lambda n, x: F.layer_norm(x.mT, (D,), n.p, n.q).mT,
-        lambda: {"p": bare(D), "q": bare(D)},
+        lambda: {"p": param(D), "q": param(D)},
         IMAGE,
     ),
     "one layer called twice": (lambda n, x: n.l(n.l(x).tanh()), lambda: {"l": nn.Linear(D, D)}, TOKENS),
@@ -65,18 +65,18 @@ EXACT = {  # what is computed, its parts, and the inputs' shape
     ),
     "relu in place, by hand": (
         lambda n, x: F.relu_(F.linear(x, n.p, n.q)),
-        lambda: {"p": bare(5, D), "q": bare(5)},
+        lambda: {"p": param(5, D), "q": param(5)},
         TOKENS,
     ),
     "relu in place, of a view": (
         lambda n, x: F.relu_(torch.addmm(n.q, x.flatten(0, 1), n.p).view(B, T, 5).mul_(2)),
-        lambda: {"p": bare(D, 5), "q": bare(5)},
+        lambda: {"p": param(D, 5), "q": param(5)},
         TOKENS,
     ),
     "used, then changed in place": (lambda n, x: used_before(n.l(x)), lambda: {"l": nn.Linear(D, D)}, TOKENS),
     "used, then changed in place, by hand": (
         lambda n, x: used_before(F.linear(x, n.p, n.q)),
-        lambda: {"p": bare(5, D), "q": bare(5)},
+        lambda: {"p": param(5, D), "q": param(5)},
         TOKENS,
     ),
     "sum in place": (
@@ -128,44 +128,44 @@ def pruned(layer):
 
 
 UNSEEN = {  # what is computed, its parts, what is unseen (the rest is exact), and why
-    "a slice": (lambda n, x: x @ n.p[:, :2], lambda: {"p": bare(D, D)}, "p", "used by Slice"),
-    "a row": (lambda n, x: x + n.p[1], lambda: {"p": bare(D, D)}, "p", "used by Select"),
-    "rows by index": (lambda n, x: x + n.p[[1, 0]], lambda: {"p": bare(T, D)}, "p", "used by Index"),
-    "a repeated token": (lambda n, x: n.p.repeat(B, 1, 1) + x, lambda: {"p": bare(1, 1, D)}, "p", "used by Repeat"),
-    "an exponential": (lambda n, x: x * n.p.exp(), lambda: {"p": bare()}, "p", "used by Exp"),
-    "a difference": (lambda n, x: x - n.p, lambda: {"p": bare(D)}, "p", "used by Sub"),
-    "a sum with a factor": (lambda n, x: torch.add(x, n.p, alpha=2), lambda: {"p": bare(D)}, "p", "with a factor"),
+    "a slice": (lambda n, x: x @ n.p[:, :2], lambda: {"p": param(D, D)}, "p", "used by Slice"),
+    "a row": (lambda n, x: x + n.p[1], lambda: {"p": param(D, D)}, "p", "used by Select"),
+    "rows by index": (lambda n, x: x + n.p[[1, 0]], lambda: {"p": param(T, D)}, "p", "used by Index"),
+    "a repeated token": (lambda n, x: n.p.repeat(B, 1, 1) + x, lambda: {"p": param(1, 1, D)}, "p", "used by Repeat"),
+    "an exponential": (lambda n, x: x * n.p.exp(), lambda: {"p": param()}, "p", "used by Exp"),
+    "a difference": (lambda n, x: x - n.p, lambda: {"p": param(D)}, "p", "used by Sub"),
+    "a sum with a factor": (lambda n, x: torch.add(x, n.p, alpha=2), lambda: {"p": param(D)}, "p", "with a factor"),
     "a scale of a view in place": (
         lambda n, x: n.l(x).view(B, T, D).mul_(n.p),
-        lambda: {"p": bare(D), "l": nn.Linear(D, D)},
+        lambda: {"p": param(D), "l": nn.Linear(D, D)},
         "p",
         "used by CopySlices",
     ),
     "a product with a factor": (
         lambda n, x: torch.addmm(x[:, 0], x[:, 1], n.p, alpha=2),
-        lambda: {"p": bare(D, D)},
+        lambda: {"p": param(D, D)},
         "p",
         "used by Addmm with a factor",
     ),
     "a scaled table": (
         lambda n, x: x + n.p * torch.ones(T, D),
-        lambda: {"p": bare()},
+        lambda: {"p": param()},
         "p",
         "not spread over 3 samples",
     ),
     "layer norm by hand, time first": (
         lambda n, x: F.layer_norm(x.transpose(0, 1), (D,), n.p, n.q).transpose(0, 1),
-        lambda: {"p": bare(D), "q": bare(D)},
+        lambda: {"p": param(D), "q": param(D)},
         "?",
         "used by NativeLayerNorm",
     ),
     "einsum": (
         lambda n, x: torch.einsum("bti,io->bto", x, n.p),
-        lambda: {"p": bare(D, D)},
+        lambda: {"p": param(D, D)},
         "p",
         "more than swap two axes",
     ),
-    "prelu": (lambda n, x: F.prelu(x.mT, n.p), lambda: {"p": bare(D)}, "p", "no rule is known"),
+    "prelu": (lambda n, x: F.prelu(x.mT, n.p), lambda: {"p": param(D)}, "p", "no rule is known"),
     "instance norm": (lambda n, x: n.l(x.mT), lambda: {"l": nn.InstanceNorm1d(D, affine=True)}, "l.*", "used by"),
     "squared weight": (lambda n, x: n.l(x), lambda: {"l": Squared(D, D)}, "l.weight", "used by Pow"),
     "weight norm": (
@@ -236,14 +236,14 @@ def test_products_equal_those_of_a_loop_over_samples(kind):
 def test_what_no_rule_is_known_for_is_named_with_the_reason(kind):
     compute, parts, unseen, reason = UNSEEN[kind]
     net, x = ad(compute, parts), torch.randn(TOKENS).double()
-    found = tapped(net, losses_of, x, vectors_of(net))[2]
+    found = traced(net, losses_of, x, vectors_of(net))[2]
     assert all(reason in phrase for phrase in found.values())
     assert_exact(net, x, unseen=[unseen])
 
 
 def test_a_scale_in_place_is_unseen_where_torch_makes_the_layers_output_as_a_view():
     view = nn.Linear(D, D)(torch.randn(TOKENS))._is_view()  # up to torch 2.14
-    net = ad(lambda n, x: n.l(x).mul_(n.p), lambda: {"p": bare(D), "l": nn.Linear(D, D)})
+    net = ad(lambda n, x: n.l(x).mul_(n.p), lambda: {"p": param(D), "l": nn.Linear(D, D)})
     assert_exact(net, torch.randn(TOKENS).double(), unseen=["p"] if view else [])
 
 

@@ -1,4 +1,4 @@
-"""The gauge of a CLIP: a reference's embeddings, brought into the frame of another model."""
+"""Orthogonal Procrustes: rotate the embeddings of a reference CLIP into the frame of another model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from lightning_mimic.errors import MimicError
-from lightning_mimic.reference.moments import Moments
+from lightning_mimic.reference.running_statistics import RunningStatistics
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """From a reference's frame to a model's.
+    """The rotation from a reference's frame to a model's.
 
     Attributes:
         matrix: Shape ``(d_ref, d_model)``; ``embeddings @ matrix`` lie in the model's frame. Its rows are orthonormal
@@ -28,8 +28,8 @@ class Rotation:
 
 
 @torch.no_grad()
-def procrustes(moments: Sequence[Moments]) -> Rotation:
-    """Minimises ``Σ ‖Qᵀ x − y‖²`` over orthogonal Q, x and y centred by modality.
+def procrustes(statistics: Sequence[RunningStatistics]) -> Rotation:
+    """Minimise ``Σ ‖Qᵀ x − y‖²`` over orthogonal Q, x and y centred by modality.
 
     CLIP's loss stays the same when image and text embeddings are rotated together, so embeddings of two CLIPs can be
     compared only after this rotation. It is the polar factor of the cross-scatter: Schönemann, *A generalized solution
@@ -40,26 +40,26 @@ def procrustes(moments: Sequence[Moments]) -> Rotation:
     one is embedded isometrically. The decompositions make the host wait for the device.
 
     Args:
-        moments: One per modality, centred, of pairs: x the reference's normalised embeddings, shape ``d_ref``, y the
+        statistics: One per modality, centred, of pairs: x the reference's normalised embeddings, shape ``d_ref``, y the
             model's of the same samples, shape ``d_model``.
 
     Raises:
-        MimicError: No moments, moments without samples or not centred, or widths that differ between modalities.
+        MimicError: No statistics, statistics without samples or not centred, or widths that differ between modalities.
 
     Example:
-        >>> moments, x = Moments(), torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
-        >>> _ = moments.add(x, x.flip(1) + 5)  # the model has the same axes in another order, and another mean
-        >>> procrustes([moments]).matrix.abs().round()
+        >>> statistics, x = RunningStatistics(), torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
+        >>> _ = statistics.add(x, x.flip(1) + 5)  # the model has the same axes in another order, and another mean
+        >>> procrustes([statistics]).matrix.abs().round()
         tensor([[0., 1.],
                 [1., 0.]])
     """
-    _check(moments)
-    cross = torch.stack([m.xy for m in moments]).sum(0)  # (d_ref, d_model)
+    _check(statistics)
+    cross = torch.stack([m.xy for m in statistics]).sum(0)  # (d_ref, d_model)
     wide, narrow = cross.shape
     kept, basis = cross.new_ones(()), None
     with torch.autocast(cross.device.type, enabled=False):
         if wide > narrow:
-            variances, directions = torch.linalg.eigh(torch.stack([m.xx for m in moments]).sum(0))  # ascending
+            variances, directions = torch.linalg.eigh(torch.stack([m.xx for m in statistics]).sum(0))  # ascending
             basis, tiny = directions[:, -narrow:], torch.finfo(cross.dtype).tiny
             kept = variances[-narrow:].sum() / variances.sum().clamp(min=tiny)
             cross = basis.T @ cross
@@ -70,21 +70,23 @@ def procrustes(moments: Sequence[Moments]) -> Rotation:
     return Rotation(matrix, kept.clamp(0, 1), sizes[-1] > rounding * sizes[0])
 
 
-def _check(moments: Sequence[Moments]) -> None:
-    if not moments:
-        raise MimicError("`moments` is empty; expected one Moments for each modality, such as images and captions.")
-    for index, one in enumerate(moments):
+def _check(statistics: Sequence[RunningStatistics]) -> None:
+    if not statistics:
+        raise MimicError(
+            "`statistics` is empty; expected one RunningStatistics for each modality, such as images and captions."
+        )
+    for index, one in enumerate(statistics):
         if not one.centred:
             raise MimicError(
-                f"`moments[{index}]` keeps its scatter about zero, where the gap between modalities drowns what tells "
-                "pairs apart. Make it with `Moments(centred=True)`."
+                f"`statistics[{index}]` keeps its scatter about zero, where the gap between modalities drowns the "
+                "differences between pairs. Make it with `RunningStatistics(centred=True)`."
             )
         if not one.state_dict():
-            raise MimicError(f"`moments[{index}]` holds no samples; call its `add` with pairs of embeddings first.")
-    shapes = [tuple(one.xy.shape) for one in moments]
+            raise MimicError(f"`statistics[{index}]` holds no samples; call its `add` with pairs first.")
+    shapes = [tuple(one.xy.shape) for one in statistics]
     if len(set(shapes)) > 1:
         given = ", ".join(f"{reference} and {model}" for reference, model in shapes)
         raise MimicError(
-            f"`moments` differ in width (reference and model): {given}. Both modalities must be embedded in one space; "
-            "give the embeddings after the projection."
+            f"`statistics` differ in width (reference and model): {given}. Both modalities must be embedded in one "
+            "space; give the embeddings after the projection."
         )

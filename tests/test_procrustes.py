@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_mimic.reference.gauge import Rotation, procrustes
-from lightning_mimic.reference.moments import Moments
+from lightning_mimic.reference.procrustes import Rotation, procrustes
 from lightning_mimic.reference.ridge import ridge_fit
+from lightning_mimic.reference.running_statistics import RunningStatistics
 
 IMAGE, TEXT = 0, 1
 EXACT = {"rtol": 1e-9, "atol": 1e-9}  # for float64
@@ -51,15 +51,15 @@ def towers(pairs=400, width=16, gap=2.0, noise=0.1, seed=0):
     return Towers(concepts, model, reference, truth)
 
 
-def moments_of(reference, model):
-    moments = [Moments() for _ in reference]
-    for one, x, y in zip(moments, reference, model, strict=True):
+def statistics_of(reference, model):
+    statistics = [RunningStatistics() for _ in reference]
+    for one, x, y in zip(statistics, reference, model, strict=True):
         one.add(x, y)
-    return moments
+    return statistics
 
 
 def rotation_of(reference, model):
-    return procrustes(moments_of(reference, model))
+    return procrustes(statistics_of(reference, model))
 
 
 def distance(matrix, truth):
@@ -155,20 +155,20 @@ def test_a_narrower_reference_is_embedded_without_changing_its_shape():
 
 @pytest.mark.parametrize("widths", [(5, 5), (8, 5), (4, 6)])
 def test_running_sums_that_forget_give_what_all_weighted_samples_together_would(widths):
-    sizes, forgetting = [9, 4, 1, 12, 7, 20], 0.7
-    weights = [forgetting**age for age in reversed(range(len(sizes)))]
-    moments, xs, ys = [Moments(), Moments()], [], []
+    sizes, decay = [9, 4, 1, 12, 7, 20], 0.7
+    weights = [decay**age for age in reversed(range(len(sizes)))]
+    statistics, xs, ys = [RunningStatistics(), RunningStatistics()], [], []
     for modality in (IMAGE, TEXT):
         x = normal(sum(sizes), widths[0], seed=modality) + 4 * modality
         y = x @ normal(*widths, seed=7) + normal(sum(sizes), widths[1], seed=10 + modality)
         for part in zip(x.split(sizes), y.split(sizes), strict=True):
-            moments[modality].add(*part, forgetting)
+            statistics[modality].add(*part, decay)
         xs.append(weighted_rows(x.split(sizes), weights))
         ys.append(weighted_rows(y.split(sizes), weights))
     rows, cross = torch.cat(xs), sum(x.T @ y for x, y in zip(xs, ys, strict=True))
     _, spread, directions = torch.linalg.svd(rows, full_matrices=False)
     lead = directions[: widths[1]].T if widths[0] > widths[1] else torch.eye(widths[0], dtype=rows.dtype)
-    rotation = procrustes(moments)
+    rotation = procrustes(statistics)
     torch.testing.assert_close(rotation.matrix, lead @ polar((lead.T @ cross).T).T, **EXACT)
     torch.testing.assert_close(rotation.kept, spread[: widths[1]].square().sum() / spread.square().sum(), **EXACT)
 
@@ -197,10 +197,10 @@ def test_where_nothing_finite_was_seen_nothing_is_determined_and_nothing_is_nan(
 
 def test_autocast_takes_no_digits():
     reference, model = normal(40, 8, seed=1, dtype=torch.float32), normal(40, 5, seed=2, dtype=torch.float32)
-    moments = moments_of([reference], [model])
-    plain = procrustes(moments)
+    statistics = statistics_of([reference], [model])
+    plain = procrustes(statistics)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = procrustes(moments)
+        cast = procrustes(statistics)
     torch.testing.assert_close(cast.matrix, plain.matrix, rtol=0, atol=0)
 
 
@@ -218,9 +218,9 @@ def test_the_projection_fitted_to_rotated_targets_is_that_of_the_models_own_fram
     found = rotation_of(both.reference, [F.normalize(o, dim=1) for o in outputs])
     expected = both.reference[modality] @ both.truth
     for rotation, near in ((found, True), (identity(16), False)):
-        moments, norm = Moments(), outputs[modality].norm(dim=1).mean()
-        moments.add(features[modality], norm * both.reference[modality] @ rotation.matrix)
-        fit = ridge_fit(moments)
+        statistics, norm = RunningStatistics(), outputs[modality].norm(dim=1).mean()
+        statistics.add(features[modality], norm * both.reference[modality] @ rotation.matrix)
+        fit = ridge_fit(statistics)
         predicted = features[modality] @ fit.weight.T
         angles = [
             F.cosine_similarity(predicted - predicted.mean(0), expected - expected.mean(0)).mean(),
@@ -234,21 +234,21 @@ def test_the_projection_fitted_to_rotated_targets_is_that_of_the_models_own_fram
 
 
 def made(x, y, **options):
-    moments = Moments(**options)
-    moments.add(torch.ones(2, x), torch.ones(2, y))
-    return moments
+    statistics = RunningStatistics(**options)
+    statistics.add(torch.ones(2, x), torch.ones(2, y))
+    return statistics
 
 
 @pytest.mark.parametrize(
-    ("moments", "message"),
+    ("statistics", "message"),
     [
-        ([], "`moments` is empty; expected one Moments for each modality"),
-        ([made(3, 3), Moments()], "`moments[1]` holds no samples; call its `add` with pairs of embeddings first."),
-        ([made(3, 3, centred=False)], "`moments[0]` keeps its scatter about zero"),
-        ([made(3, 3), made(4, 3)], "`moments` differ in width (reference and model): 3 and 3, 4 and 3. Both"),
-        ([made(3, 3), made(3, 4)], "`moments` differ in width (reference and model): 3 and 3, 3 and 4. Both"),
+        ([], "`statistics` is empty; expected one RunningStatistics for each modality"),
+        ([made(3, 3), RunningStatistics()], "`statistics[1]` holds no samples; call its `add` with pairs first."),
+        ([made(3, 3, centred=False)], "`statistics[0]` keeps its scatter about zero"),
+        ([made(3, 3), made(4, 3)], "`statistics` differ in width (reference and model): 3 and 3, 4 and 3. Both"),
+        ([made(3, 3), made(3, 4)], "`statistics` differ in width (reference and model): 3 and 3, 3 and 4. Both"),
     ],
 )
-def test_moments_that_cannot_be_compared_are_refused(moments, message):
+def test_statistics_that_cannot_be_compared_are_refused(statistics, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        procrustes(moments)
+        procrustes(statistics)

@@ -8,14 +8,14 @@ from torch import Tensor
 from lightning_mimic.distributed import sum_over_ranks
 from lightning_mimic.errors import MimicError
 
-#: What is left of the older samples each time others are added.
-FORGETTING = 0.9
+#: Factor on the weight of older samples each time others are added.
+DECAY = 0.9
 
 
-class Moments:
-    """Running sums of pairs ``(x, y)``: how many, their means, and how they scatter about these.
+class RunningStatistics:
+    """Running count, means and scatter matrices of pairs ``(x, y)``.
 
-    Older samples are forgotten by a factor with each :meth:`add`, because what is summed moves while a model learns.
+    Older samples decay by a factor with each :meth:`add`, because features change while a model learns.
     The scatter is kept about the running mean, as in Chan, Golub and LeVeque, *Updating Formulae and a Pairwise
     Algorithm for Computing Sample Variances* (1979): raw second moments would lose it in float32 beside a large mean.
 
@@ -23,9 +23,9 @@ class Moments:
         centred: Keep the scatter about the means; otherwise about zero, and the means stay zero.
 
     Example:
-        >>> moments = Moments()
-        >>> _ = moments.add(torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [4.0]]))
-        >>> moments.mean_x, moments.xx, moments.xy
+        >>> statistics = RunningStatistics()
+        >>> _ = statistics.add(torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [4.0]]))
+        >>> statistics.mean_x, statistics.xx, statistics.xy
         (tensor([2.]), tensor([[2.]]), tensor([[4.]]))
     """
 
@@ -35,7 +35,7 @@ class Moments:
 
     @property
     def count(self) -> Tensor:
-        """Samples in the sums, forgotten ones by what is left of them; a scalar."""
+        """Samples in the sums, each by its weight; a scalar."""
         return self._sum("count")
 
     @property
@@ -59,21 +59,21 @@ class Moments:
         return self._sum("xy")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All sums by name; empty before the first :meth:`add`."""
+        """Return all sums by name; empty before the first :meth:`add`."""
         return dict(self._sums)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes the sums over."""
+        """Restore the sums from a state."""
         self._sums = dict(state)
 
     @torch.no_grad()
-    def add(self, x: Tensor, y: Tensor, forgetting: float = FORGETTING) -> Tensor:
-        """Adds pairs, and those of the other ranks; every rank must call it.
+    def add(self, x: Tensor, y: Tensor, decay: float = DECAY) -> Tensor:
+        """Add pairs, and those of the other ranks; every rank must call it.
 
         Args:
             x: Shape ``(n, D)``.
             y: Shape ``(n, K)``. A row in which either is not finite is left out. n may differ between ranks.
-            forgetting: What is left of the older samples, 0 to 1; 1 forgets nothing.
+            decay: Factor on the weight of older samples, 0 to 1; 1 keeps it.
 
         Returns:
             Whether the sums could hold them, a boolean scalar; if not (an overflow), they stay as they were.
@@ -98,7 +98,7 @@ class Moments:
                 "xx": zero(xx),
                 "xy": zero(xy),
             }
-        old = self.count * forgetting
+        old = self.count * decay
         total = old + count[0]
         share = count[0] / total.clamp(min=1)
         to_x, to_y = means[0] - self.mean_x, means[1] - self.mean_y
@@ -107,8 +107,8 @@ class Moments:
             "count": total,
             "mean_x": self.mean_x + share * to_x,
             "mean_y": self.mean_y + share * to_y,
-            "xx": self.xx * forgetting + xx + between * torch.outer(to_x, to_x),
-            "xy": self.xy * forgetting + xy + between * torch.outer(to_x, to_y),
+            "xx": self.xx * decay + xx + between * torch.outer(to_x, to_x),
+            "xy": self.xy * decay + xy + between * torch.outer(to_x, to_y),
         }
         held = torch.isfinite(new["xx"]).all() & torch.isfinite(new["xy"]).all()
         self._sums = {name: torch.where(held, tensor, self._sums[name]) for name, tensor in new.items()}
@@ -118,6 +118,3 @@ class Moments:
         if not self._sums:
             raise MimicError("the sums are empty; add samples first.")
         return self._sums[name]
-
-
-over_ranks = sum_over_ranks  # the name under which the callbacks import it

@@ -1,4 +1,4 @@
-"""Labelled images in parts that never overlap: many with doubtful labels, some with trusted ones, and a test split."""
+"""Disjoint splits of labelled images: noisy labels, trusted labels, and a test set."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_mimic.data.ids import WithIds, collate_with_ids
 from lightning_mimic.data.noise import LabelNoise, SymmetricNoise
 from lightning_mimic.errors import MimicError
-from lightning_mimic.manifest import kept_of
+from lightning_mimic.manifest import kept_subset
 from lightning_mimic.trainer_package import pl
 
-#: Which images train (or are scored): those with trusted labels, three quarters of them, the other quarter, or the many
-#: with doubtful labels.
-Part = Literal["trusted", "trusted_fit", "trusted_held", "noisy"]
+#: The images that train or are scored: all with trusted labels, three quarters of these, the other quarter, or those
+#: with noisy labels.
+Split = Literal["trusted", "trusted_fit", "trusted_held", "noisy"]
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Source:
     Attributes:
         images: By row: ``images[row]`` is one image, transformed; has a length.
         labels: The true ones, int64, shape ``(rows,)``.
-        key: Says, when it is called, which images these are and how they are transformed, for a cache.
+        key: Returns a key that identifies the images and their transform, for a cache.
         ids: One per row; the row numbers, if ``None``.
     """
 
@@ -39,7 +39,7 @@ class Source:
 
 
 class LabelledRows(Dataset[tuple[Any, Tensor]]):
-    """Some rows of a source with labels of their own.
+    """A subset of the rows of a source, with given labels.
 
     Args:
         images: By row.
@@ -59,17 +59,17 @@ class LabelledRows(Dataset[tuple[Any, Tensor]]):
         return self.images[int(self.rows[index])], self.labels[index]
 
 
-class LabelledParts(pl.LightningDataModule, ABC):
-    """What data modules of labelled images have in common: parts, noise, choice, order and mirrored images.
+class LabelledSplits(pl.LightningDataModule, ABC):
+    """Base class of data modules of labelled images: splits, label noise, filter, order and flips.
 
     A subclass reads its images (:meth:`read`) and divides them (:meth:`divide`).
 
     Args:
         train: What trains: ``"trusted"``, ``"trusted_fit"``, ``"trusted_held"`` or ``"noisy"``.
-        noise: Spoils the labels of the noisy part, or of ``"trusted_held"``.
+        noise: Corrupts the labels of the noisy part, or of ``"trusted_held"``.
         keep: A manifest; only what it keeps of the noisy part trains.
-        flip: Mirror every other training image, another half in every epoch.
-        seed: Of the order in training and of what is mirrored.
+        flip: Flip every other training image, another half in every epoch.
+        seed: Of the order in training and of what is flipped.
         batch_size: Images per batch and process.
         num_workers: Loader processes.
 
@@ -84,7 +84,7 @@ class LabelledParts(pl.LightningDataModule, ABC):
 
     def __init__(
         self,
-        train: Part = "noisy",
+        train: Split = "noisy",
         noise: LabelNoise | None = None,
         keep: str | Path | None = None,
         flip: bool = False,
@@ -93,8 +93,8 @@ class LabelledParts(pl.LightningDataModule, ABC):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if train not in get_args(Part):
-            raise MimicError(f"`train` is {train!r}; expected one of {', '.join(map(repr, get_args(Part)))}.")
+        if train not in get_args(Split):
+            raise MimicError(f"`train` is {train!r}; expected one of {', '.join(map(repr, get_args(Split)))}.")
         if keep is not None and train != "noisy":
             raise MimicError(f"`keep` is a choice among the noisy images, and `train` is {train!r}.")
         self.train = train
@@ -109,11 +109,11 @@ class LabelledParts(pl.LightningDataModule, ABC):
 
     @abstractmethod
     def read(self) -> Mapping[str, Source]:
-        """The sources ``"train"``, ``"test"`` and, where there is one, ``"val"``."""
+        """Return the sources ``"train"``, ``"test"`` and, where there is one, ``"val"``."""
 
     @abstractmethod
     def divide(self, labels: Tensor) -> Mapping[str, Tensor]:
-        """Which rows are in which part.
+        """Assign rows to splits.
 
         Args:
             labels: True ones of the source ``"train"``.
@@ -124,7 +124,7 @@ class LabelledParts(pl.LightningDataModule, ABC):
         """
 
     def setup(self, stage: str | None = None) -> None:
-        """Divides the images and spoils labels; the same for the same seeds, on every rank."""
+        """Divide the images and corrupt labels; the same for the same seeds, on every rank."""
         if self.sources:
             return
         self.sources = dict(self.read())
@@ -139,7 +139,7 @@ class LabelledParts(pl.LightningDataModule, ABC):
         if not len(self.rows[self.train]):
             raise MimicError(
                 f"`train` is {self.train!r}, and no image is in that part; its parts are "
-                f"{', '.join(f'{name} ({len(self.rows[name])})' for name in get_args(Part))}."
+                f"{', '.join(f'{name} ({len(self.rows[name])})' for name in get_args(Split))}."
             )
 
     def train_dataloader(self) -> DataLoader:
@@ -152,7 +152,7 @@ class LabelledParts(pl.LightningDataModule, ABC):
                 labels, _ = self.noise(labels, self.num_classes, rows)
         samples: Any = self._samples("train", rows, labels)
         if self.keep is not None:
-            samples = kept_of(samples, self.keep)
+            samples = kept_subset(samples, self.keep)
         return DataLoader(
             samples,
             batch_size=self.batch_size,
@@ -163,7 +163,7 @@ class LabelledParts(pl.LightningDataModule, ABC):
         )
 
     def val_dataloader(self) -> Any:
-        """The held trusted images; where there are none the set's own validation split, if it has one."""
+        """Return the held-out trusted images, or else the validation split of the data set, if it has one."""
         if len(held := self.rows["trusted_held"]):
             return self._evaluation("train", held)
         return self._evaluation("val") if "val" in self.sources else []
@@ -171,8 +171,8 @@ class LabelledParts(pl.LightningDataModule, ABC):
     def test_dataloader(self) -> DataLoader:
         return self._evaluation("test", self.rows["test"])
 
-    def mirrored(self, ids: Any, epoch: int) -> Tensor:
-        """Which training images are mirrored in an epoch: the same for any number of processes and after a resume.
+    def flipped(self, ids: Any, epoch: int) -> Tensor:
+        """Return which training images are flipped in an epoch; independent of the number of processes and of resuming.
 
         Args:
             ids: Of a training batch.
@@ -183,18 +183,18 @@ class LabelledParts(pl.LightningDataModule, ABC):
         """
         source = self.sources["train"]
         generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
-        drawn = torch.rand(len(source.labels), generator=generator) < 0.5
+        flips = torch.rand(len(source.labels), generator=generator) < 0.5
         if source.ids is None:
-            return drawn[torch.as_tensor(ids)]
+            return flips[torch.as_tensor(ids)]
         if not hasattr(self, "_row_of"):
             self._row_of = {each: row for row, each in enumerate(source.ids)}
-        return drawn[[self._row_of[each] for each in ids]]
+        return flips[[self._row_of[each] for each in ids]]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if self.flip and self.trainer is not None and self.trainer.training:
             images = batch[0]
-            mirrored = self.mirrored(batch.ids, self.trainer.current_epoch).to(images.device)
-            batch[0] = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+            flipped = self.flipped(batch.ids, self.trainer.current_epoch).to(images.device)
+            batch[0] = torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
         return batch
 
     def _evaluation(self, source: str, rows: Tensor | None = None) -> DataLoader:

@@ -1,4 +1,4 @@
-"""Running moments against lists of all samples; the ridge fit against equations built by hand."""
+"""Running statistics against lists of all samples; the ridge fit against equations built by hand."""
 
 import math
 import re
@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lightning_mimic.reference import ridge
-from lightning_mimic.reference.moments import FORGETTING, Moments
 from lightning_mimic.reference.ridge import ridge_fit
+from lightning_mimic.reference.running_statistics import DECAY, RunningStatistics
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}  # for float64
 WIDTH, CLASSES = 5, 3
@@ -29,16 +29,16 @@ def pairs(*sizes, dtype=torch.float64, centre=0.0, spread=1.0):
     return found
 
 
-def added(batches, forgetting=None, **options):
-    moments = Moments(**options)
+def added(batches, decay=None, **options):
+    statistics = RunningStatistics(**options)
     for x, y in batches:
-        moments.add(x, y) if forgetting is None else moments.add(x, y, forgetting)
-    return moments
+        statistics.add(x, y) if decay is None else statistics.add(x, y, decay)
+    return statistics
 
 
-def listed(batches, forgetting=FORGETTING, centred=True, weights=None):
+def listed(batches, decay=DECAY, centred=True, weights=None):
     """The same from one list of all samples with their weights, one sample at a time, in float64."""
-    weights = [forgetting**age for age in reversed(range(len(batches)))] if weights is None else weights
+    weights = [decay**age for age in reversed(range(len(batches)))] if weights is None else weights
     samples = []
     for weight, (xs, ys) in zip(weights, batches, strict=True):
         for x, y in zip(xs.double(), ys.double(), strict=True):
@@ -56,30 +56,30 @@ def listed(batches, forgetting=FORGETTING, centred=True, weights=None):
     }
 
 
-def sums_of(moments):
-    return {name: getattr(moments, name) for name in ("count", "mean_x", "mean_y", "xx", "xy")}
+def sums_of(statistics):
+    return {name: getattr(statistics, name) for name in ("count", "mean_x", "mean_y", "xx", "xy")}
 
 
-def in_float64(moments):
-    return {name: tensor.double() for name, tensor in sums_of(moments).items()}
+def in_float64(statistics):
+    return {name: tensor.double() for name, tensor in sums_of(statistics).items()}
 
 
 @pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("forgetting", [None, 1.0, 0.5, 0.0])
+@pytest.mark.parametrize("decay", [None, 1.0, 0.5, 0.0])
 @pytest.mark.parametrize("sizes", [(7,), (4, 4, 4), (9, 1, 2, 30, 1), (1,) * 12])
-def test_the_sums_are_those_of_a_weighted_list(sizes, forgetting, centred):
+def test_the_sums_are_those_of_a_weighted_list(sizes, decay, centred):
     batches = pairs(*sizes)
-    moments = added(batches, forgetting, centred=centred)
+    statistics = added(batches, decay, centred=centred)
     # What is not said is forgotten by 0.9.
-    expected = listed(batches, 0.9 if forgetting is None else forgetting, centred)
-    torch.testing.assert_close(sums_of(moments), expected, **EXACT)
+    expected = listed(batches, 0.9 if decay is None else decay, centred)
+    torch.testing.assert_close(sums_of(statistics), expected, **EXACT)
 
 
-def test_forgetting_may_change_from_batch_to_batch():
-    batches, moments = pairs(6, 5, 4, 3), Moments()
-    for (x, y), forgetting in zip(batches, (0.1, 1.0, 0.5, 0.9), strict=True):
-        moments.add(x, y, forgetting)
-    torch.testing.assert_close(sums_of(moments), listed(batches, weights=(0.45, 0.45, 0.9, 1.0)), **EXACT)
+def test_the_decay_may_change_from_batch_to_batch():
+    batches, statistics = pairs(6, 5, 4, 3), RunningStatistics()
+    for (x, y), decay in zip(batches, (0.1, 1.0, 0.5, 0.9), strict=True):
+        statistics.add(x, y, decay)
+    torch.testing.assert_close(sums_of(statistics), listed(batches, weights=(0.45, 0.45, 0.9, 1.0)), **EXACT)
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -96,10 +96,10 @@ def test_what_was_given_is_left_as_it_is():
     ((x, y),) = pairs(4)
     x[1, 1] = math.nan
     before = x.clone(), y.clone()
-    moments = added([(x, y)])
-    held = moments.xx
+    statistics = added([(x, y)])
+    held = statistics.xx
     copied = held.clone()
-    moments.add(x, y)
+    statistics.add(x, y)
     torch.testing.assert_close((x, y), before, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(held, copied, rtol=0, atol=0)
 
@@ -113,9 +113,9 @@ def test_a_batch_without_a_finite_row_only_ages_the_others(first):
 
 def test_scatter_beside_a_large_mean_survives_float32():
     batches = pairs(40, 50, 3, 60, dtype=torch.float32, centre=1e4, spread=0.1)
-    moments, expected = added(batches), listed(batches)
+    statistics, expected = added(batches), listed(batches)
     for name in ("mean_x", "mean_y"):
-        torch.testing.assert_close(getattr(moments, name).double(), expected[name], rtol=1e-6, atol=1e-3)
+        torch.testing.assert_close(getattr(statistics, name).double(), expected[name], rtol=1e-6, atol=1e-3)
     # Raw second moments would have lost it.
     weights = torch.cat([torch.full((len(x), 1), 0.9**age) for age, (x, _) in enumerate(reversed(batches))][::-1])
     x = torch.cat([x for x, _ in batches])
@@ -124,17 +124,17 @@ def test_scatter_beside_a_large_mean_survives_float32():
     size = expected["xx"].diagonal().mean()
     assert float((naive.double() - expected["xx"]).abs().max() / size) > 1
     # The means' own rounding is 1e-3 here, a hundredth of the spread.
-    assert float((moments.xx.double() - expected["xx"]).abs().max() / size) < 3e-3
-    assert float((moments.xy.double() - expected["xy"]).abs().max() / expected["xy"].abs().max()) < 3e-3
+    assert float((statistics.xx.double() - expected["xx"]).abs().max() / size) < 3e-3
+    assert float((statistics.xy.double() - expected["xy"]).abs().max() / expected["xy"].abs().max()) < 3e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_summed_in_float32(dtype):
     batches = pairs(300, 300, dtype=dtype, centre=200)
-    moments = added(batches)
-    assert moments.xx.dtype == torch.float32
+    statistics = added(batches)
+    assert statistics.xx.dtype == torch.float32
     # The samples are given in half precision; nothing more is lost (300 * 200 is no half-precision number).
-    torch.testing.assert_close(in_float64(moments), listed(batches), rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(in_float64(statistics), listed(batches), rtol=1e-4, atol=1e-2)
 
 
 def test_autocast_changes_neither_sums_nor_fit():
@@ -142,50 +142,50 @@ def test_autocast_changes_neither_sums_nor_fit():
     plain = added(batches)
     expected = ridge_fit(plain)
     with torch.autocast("cpu", torch.bfloat16):
-        moments = added(batches)
-        fit = ridge_fit(moments)
-    torch.testing.assert_close(sums_of(moments), sums_of(plain), rtol=0, atol=0)
+        statistics = added(batches)
+        fit = ridge_fit(statistics)
+    torch.testing.assert_close(sums_of(statistics), sums_of(plain), rtol=0, atol=0)
     torch.testing.assert_close(fit.weight, expected.weight, rtol=0, atol=0)
     torch.testing.assert_close(fit.bias, expected.bias, rtol=0, atol=0)
 
 
 def test_no_graph_is_kept():
     ((x, y),) = pairs(6)
-    moments = added([(x.requires_grad_(), y)])
-    assert not any(tensor.requires_grad for tensor in moments.state_dict().values())
-    assert not ridge_fit(moments).weight.requires_grad
+    statistics = added([(x.requires_grad_(), y)])
+    assert not any(tensor.requires_grad for tensor in statistics.state_dict().values())
+    assert not ridge_fit(statistics).weight.requires_grad
 
 
 def test_empty_sums_say_so():
-    moments = Moments()
-    assert moments.state_dict() == {}
+    statistics = RunningStatistics()
+    assert statistics.state_dict() == {}
     for name in ("count", "mean_x", "mean_y", "xx", "xy"):
         with pytest.raises(ValueError, match=f"^{re.escape('the sums are empty; add samples first.')}$"):
-            getattr(moments, name)
+            getattr(statistics, name)
 
 
 def test_a_state_goes_on_where_it_was_saved(tmp_path):
     batches = pairs(4, 5, 6)
-    whole, first, again = added(batches), added(batches[:2]), Moments()
+    whole, first, again = added(batches), added(batches[:2]), RunningStatistics()
     torch.save(first.state_dict(), tmp_path / "state.pt")
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     again.add(*batches[2])
     torch.testing.assert_close(sums_of(again), sums_of(whole), rtol=0, atol=0)
     torch.testing.assert_close(sums_of(first), listed(batches[:2]), **EXACT)  # not moved along
-    empty = Moments()
-    empty.load_state_dict(Moments().state_dict())
+    empty = RunningStatistics()
+    empty.load_state_dict(RunningStatistics().state_dict())
     empty.add(*batches[0])
     torch.testing.assert_close(sums_of(empty), listed(batches[:1]), **EXACT)
 
 
-def by_least_squares(batches, forgetting=FORGETTING, centred=True):
+def by_least_squares(batches, decay=DECAY, centred=True):
     """W and c as the least squares of a list of equations, the penalty as D more of them, the intercept a column."""
-    sums = listed(batches, forgetting, centred)
+    sums = listed(batches, decay, centred)
     width = len(sums["xx"])
     root = math.sqrt(PENALTY * float(sums["xx"].trace()) / width)
     rows, targets = [], []
     for age, (x, y) in enumerate(reversed(batches)):
-        scale = math.sqrt(forgetting**age)
+        scale = math.sqrt(decay**age)
         ones = torch.ones(len(x), 1, dtype=torch.float64)
         rows.append(scale * (torch.cat([x.double(), ones], 1) if centred else x.double()))
         targets.append(scale * y.double())
@@ -231,11 +231,11 @@ def test_predictions_do_not_follow_the_features_unit(factor, dtype, centred):
 def test_without_a_penalty_a_linear_map_is_found_again(monkeypatch):
     x, _ = pairs(60)[0]
     weight, bias = normal(CLASSES, WIDTH, seed=5), normal(CLASSES, seed=6)
-    moments = added([(x, x @ weight.T + bias)])
-    shrunk = ridge_fit(moments)
+    statistics = added([(x, x @ weight.T + bias)])
+    shrunk = ridge_fit(statistics)
     assert float((shrunk.weight - weight).abs().max()) > 1e-3
     monkeypatch.setattr(ridge, "RIDGE", 1e-12)
-    fit = ridge_fit(moments)
+    fit = ridge_fit(statistics)
     torch.testing.assert_close((fit.weight, fit.bias), (weight, bias), **EXACT)
 
 
@@ -259,15 +259,15 @@ def test_one_constant_feature_among_others_is_given_no_weight():
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_sums_that_are_broken_are_not_sound(bad):
-    moments = added(pairs(60))
-    state = moments.state_dict()
+    statistics = added(pairs(60))
+    state = statistics.state_dict()
     for name in ("xx", "xy"):
-        moments.load_state_dict(state | {name: torch.full_like(state[name], bad)})
-        assert not bool(ridge_fit(moments).sound), name
-    moments.load_state_dict(state | {"xx": torch.diag(torch.tensor([1, 1, 1, 1, -0.5], dtype=torch.float64))})
-    assert not bool(ridge_fit(moments).sound)
-    moments.load_state_dict(state)
-    assert bool(ridge_fit(moments).sound)
+        statistics.load_state_dict(state | {name: torch.full_like(state[name], bad)})
+        assert not bool(ridge_fit(statistics).sound), name
+    statistics.load_state_dict(state | {"xx": torch.diag(torch.tensor([1, 1, 1, 1, -0.5], dtype=torch.float64))})
+    assert not bool(ridge_fit(statistics).sound)
+    statistics.load_state_dict(state)
+    assert bool(ridge_fit(statistics).sound)
 
 
 def solved_for_identity(spectrum, dtype):
@@ -276,11 +276,11 @@ def solved_for_identity(spectrum, dtype):
     basis, _ = torch.linalg.qr(normal(width, width, seed=3))
     zeros = torch.zeros(width, dtype=dtype)
     xx = basis @ torch.diag(torch.tensor(spectrum, dtype=torch.float64)) @ basis.T
-    moments = Moments()
+    statistics = RunningStatistics()
     count = torch.tensor(4.0 * width, dtype=dtype)
     identity = torch.eye(width, dtype=dtype)
-    moments.load_state_dict({"count": count, "mean_x": zeros, "mean_y": zeros, "xx": xx.to(dtype), "xy": identity})
-    return xx, ridge_fit(moments)
+    statistics.load_state_dict({"count": count, "mean_x": zeros, "mean_y": zeros, "xx": xx.to(dtype), "xy": identity})
+    return xx, ridge_fit(statistics)
 
 
 SPECTRA = {

@@ -1,4 +1,4 @@
-"""Every way to the scores against the oracle: several layers, deep ones, bare and tied parameters, mixed losses."""
+"""Every scoring method against the oracle: several layers, deep ones, tied parameters, mixed losses."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ class Residual(Toy):
 
 
 class Scaled(Toy):
-    """A bare scalar after the head."""
+    """A scalar parameter after the head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class CalledTwice(Toy):
         return self.head(hidden) + self.head(2 * hidden)
 
 
-class Bare(Toy):
+class TokenAndPosition(Toy):
     """A class token, a position embedding and a projection, as vision transformers have them."""
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class Recomputed(Toy):
 
 
 class Mixed(WithLosses):
-    """A contrastive loss, bare temperature included: every loss depends on every sample."""
+    """A contrastive loss, its temperature included: every loss depends on every sample."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,15 +160,15 @@ CASES: dict[str, tuple[type[Toy], Any, type[ScoringMethod]]] = {
     "weights only": (Toy, ["*.weight"], ReversePass),
     "residual around the layer": (Residual, "head", ReversePass),
     "residual, all": (Residual, "all", ReversePass),
-    "bare parameter behind the layer": (Scaled, "head", ReversePass),
-    "bare scalar": (Scaled, "all", ReversePass),
+    "parameter behind the layer": (Scaled, "head", ReversePass),
+    "scalar": (Scaled, "all", ReversePass),
     "tied": (Tied, "all", ReversePass),
     "called twice": (CalledTwice, "head", ReversePass),
     "tokens": (Tokens, "head", InBackward),
     "tokens, changed in place": (InPlace, "head", InBackward),
     "tokens, changed in place, all": (InPlace, "all", ReversePass),
-    "bare": (Bare, "all", ReversePass),
-    "without the bare": (Bare, ["all", "!token", "!position"], ReversePass),
+    "functional": (TokenAndPosition, "all", ReversePass),
+    "without the functional": (TokenAndPosition, ["all", "!token", "!position"], ReversePass),
     "attention": (Attention, "all", ReversePass),
     "attention alone": (Attention, "attention", ReversePass),
     "two terms": (BodyOnlyBySum, "all", ReversePass),
@@ -176,7 +176,7 @@ CASES: dict[str, tuple[type[Toy], Any, type[ScoringMethod]]] = {
     "recomputed": (Recomputed, "all", ReversePass),
     "contrastive": (Mixed, "head", DoubleBackward),
     "contrastive, all": (Mixed, "all", DoubleBackward),
-    "contrastive, bare": (Mixed, "scale", DoubleBackward),
+    "contrastive, temperature": (Mixed, "scale", DoubleBackward),
     "tied by hand": (ByHand, "head", DoubleBackward),
 }
 

@@ -13,13 +13,13 @@ from toys import trainer
 from lightning_mimic import GradMimic, Ledger
 from lightning_mimic.data.cached_features import CachedFeatures
 from lightning_mimic.data.noise import SymmetricNoise
-from lightning_mimic.data.parts import LabelledParts, Source
+from lightning_mimic.data.splits import LabelledSplits, Source
 from lightning_mimic.models.image_classifier import ImageClassifier
 
 CLASSES, TRAIN, TEST = 4, 60, 10
 
 
-class Pictures(LabelledParts):
+class SmallImages(LabelledSplits):
     """Random images of 3 × 16 × 16 whose ids are text, a few of them trusted."""
 
     num_classes = CLASSES
@@ -69,7 +69,7 @@ def reference_of(model: ImageClassifier) -> dict[str, Tensor]:
     return {name: t + 1 if name.startswith("head") else t for name, t in model.state_dict().items()}
 
 
-def of(data: LabelledParts, model: ImageClassifier, folder: Path | None) -> pl.LightningDataModule:
+def of(data: LabelledSplits, model: ImageClassifier, folder: Path | None) -> pl.LightningDataModule:
     return data if folder is None else CachedFeatures(data, model, folder)
 
 
@@ -89,7 +89,7 @@ def train_on_a_rank(rank: int, folder: Path) -> None:
     for name, features in (("plain", None), ("cached", folder / "features")):
         model = classifier()
         callback = GradMimic(reference_of(model), "head", ledger=folder / name)
-        trainer(callback, epochs=2, strategy=strategy(), devices=2).fit(model, of(Pictures(), model, features))
+        trainer(callback, epochs=2, strategy=strategy(), devices=2).fit(model, of(SmallImages(), model, features))
         torch.save(model.head.state_dict(), folder / f"{name}-{rank}.pt")
 
 

@@ -1,4 +1,4 @@
-"""The models that open_clip publishes, by name."""
+"""Published models of open_clip, loaded by name."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from lightning_mimic.reference.read import PUBLISHED
 
 
 def open_clip_model(name: str, *, argument: str = "reference") -> nn.Module:
-    """One of open_clip's models, with its weights.
+    """Return one of open_clip's models, with its weights.
 
     Args:
         name: ``open_clip:ARCHITECTURE/TAG``, such as ``"open_clip:ViT-B-32/datacomp_xl_s13b_b90k"``; the weights are

@@ -1,4 +1,4 @@
-"""Labelled pictures on a disk, decoded when they are asked for; of some of each class the labels may be trusted."""
+"""Splits of labelled image files, decoded on access, with an optional trusted subset of each class."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -10,19 +10,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_mimic.data.noise import LabelNoise
-from lightning_mimic.data.parts import LabelledParts, Part, Source
+from lightning_mimic.data.splits import LabelledSplits, Source, Split
 from lightning_mimic.errors import MimicError
 
 #: From a PIL image of mode RGB to a tensor ``(C, H, W)``.
 Transform = Callable[[Any], Tensor]
 
 
-class Pictures:
-    """The pictures of one of torchvision's data sets by row, transformed.
+class DecodedImages:
+    """The images of a torchvision data set by row, decoded and transformed.
 
     Args:
         dataset: Gives a PIL image and a label by row.
-        files: Of the pictures, one per row; ``None``, if they are in ``dataset.data``.
+        files: Of the images, one per row; ``None``, if they are in ``dataset.data``.
         transform: ``None`` gives PIL images of mode RGB.
     """
 
@@ -36,30 +36,30 @@ class Pictures:
 
     def __getitem__(self, row: int) -> Any:
         try:
-            picture = self.dataset[row][0]  # of mode RGB: torchvision converts others
+            image = self.dataset[row][0]  # of mode RGB: torchvision converts others
         except Exception as error:  # Pillow has many types of error for a broken file
             place = "" if self.files is None else f"{self.files[row]}: "
             raise MimicError(
                 f"image {row} cannot be decoded: {place}{error}. Fetch it again; nothing is left out in silence."
             ) from error
-        return picture if self.transform is None else self.transform(picture)
+        return image if self.transform is None else self.transform(image)
 
     def key(self) -> str:
-        """Says which pictures these are and how they are transformed.
+        """Return a key that identifies the images and their transform.
 
-        Files are told by path, size and time of change, not read.
+        Files are identified by path, size and time of change, and not read.
 
         Raises:
             MimicError: A transform whose ``repr`` does not say what it does.
         """
-        told = repr(self.transform)
-        if " at 0x" in told:
+        transform = repr(self.transform)
+        if " at 0x" in transform:
             raise MimicError(
-                f"`transform` is {told}, which does not say what it does, so that a cache could not tell it from "
+                f"`transform` is {transform}, which does not say what it does, so that a cache could not tell it from "
                 "another. Take one of lightning_mimic.data.transforms or of torchvision.transforms.v2, or give yours a "
                 "`__repr__` with all its settings."
             )
-        digest = hashlib.sha256(told.encode())
+        digest = hashlib.sha256(transform.encode())
         if self.files is None:
             digest.update(repr(self.dataset.data.shape).encode())
             digest.update(self.dataset.data.tobytes())
@@ -69,22 +69,22 @@ class Pictures:
         return digest.hexdigest()
 
 
-class PictureParts(LabelledParts):
-    """What data modules of pictures have in common: decoding, a transform, and trusted images of every class.
+class ImageSplits(LabelledSplits):
+    """Base class of data modules of image files: decoding, a transform, and trusted images of every class.
 
-    A subclass opens the pictures (:meth:`read`, by way of :meth:`source`).
+    A subclass opens the images in :meth:`read`, with :meth:`source`.
 
     Args:
         train: What trains: ``"trusted"``, ``"trusted_fit"``, ``"trusted_held"`` or ``"noisy"``.
-        noise: Spoils the labels of the noisy part, or of ``"trusted_held"``.
+        noise: Corrupts the labels of the noisy part, or of ``"trusted_held"``.
         keep: A manifest; only what it keeps of the noisy part trains.
         transform: PIL image of mode RGB to tensor; ``None`` gives PIL images, for a zero-shot classifier.
         trusted: Share of each class of the training split that is set apart with trusted labels: none, or at least two
             images, of which a quarter, at least one, is held out (``"trusted_held"``).
         split_seed: Of which these are. It is not ``seed``, so that a reference of another seed has not seen what is
             scored.
-        flip: Mirror every other training image, another half in every epoch.
-        seed: Of the order in training and of what is mirrored.
+        flip: Flip every other training image, another half in every epoch.
+        seed: Of the order in training and of what is flipped.
         batch_size: Images per batch and process.
         num_workers: Loader processes.
 
@@ -99,7 +99,7 @@ class PictureParts(LabelledParts):
 
     def __init__(  # noqa: PLR0913
         self,
-        train: Part = "noisy",
+        train: Split = "noisy",
         noise: LabelNoise | None = None,
         keep: str | Path | None = None,
         transform: Transform | None = None,
@@ -120,12 +120,12 @@ class PictureParts(LabelledParts):
     def source(
         self, dataset: Any, labels: Any, files: Sequence[str | Path] | None = None, ids: list[str] | None = None
     ) -> Source:
-        """One split.
+        """Return the source of one split.
 
         Args:
             dataset: One of torchvision's.
             labels: Integers, one per row.
-            files: Of the pictures, if they are not in ``dataset.data``.
+            files: Of the images, if they are not in ``dataset.data``.
             ids: One per row, if they are not row numbers.
 
         Raises:
@@ -139,8 +139,8 @@ class PictureParts(LabelledParts):
             raise MimicError(
                 f"labels run from {int(found.min())} to {int(found.max())}, outside the {self.num_classes} classes"
             )
-        pictures = Pictures(dataset, paths, self.transform)
-        return Source(pictures, found, pictures.key, ids)
+        images = DecodedImages(dataset, paths, self.transform)
+        return Source(images, found, images.key, ids)
 
     def divide(self, labels: Tensor) -> Mapping[str, Tensor]:
         fit, held = [torch.arange(0)], [torch.arange(0)]

@@ -60,7 +60,7 @@ def trained(net, knows=True, only="", dtype=torch.float64):
 
 
 def reference(name, kind=WithLosses):
-    net = toy(Wide if "wide" in name else kind, seed=2 * (name == "stranger"))
+    net = toy(Wide if "wide" in name else kind, seed=2 * (name == "unrelated"))
     return trained(net, knows="ignorant" not in name, only="head" if name in ("good", "ignorant") else "")
 
 
@@ -74,7 +74,7 @@ def noted(folder, attempt=0):
     if (facts := Ledger(folder).meta["attempts"][attempt].get("diagnosis")) is None:
         return None
     verdict, findings = facts.pop("verdict"), facts.pop("findings")
-    estimates = {name: facts[name] and Estimate(**facts[name]) for name in ("score", "knowledge")}
+    estimates = {name: facts[name] and Estimate(**facts[name]) for name in ("score", "label_gap")}
     found = Diagnosis(**(facts | estimates))
     assert (found.verdict, [reason for _, reason in found.findings]) == (verdict, findings)
     return found
@@ -86,7 +86,7 @@ def column(folder, name="score"):
 
 
 @pytest.fixture
-def told(monkeypatch):
+def logged(monkeypatch):
     found = []
     monkeypatch.setattr(grad_mimic, "rank_zero_info", found.append)
     return found
@@ -104,21 +104,21 @@ def fit(folder, source, module=None, data=None, parameters="head", epochs=1, opt
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}], ids=["", "accumulated"])
 @pytest.mark.parametrize("parameters", ["head", "all"])
 @pytest.mark.parametrize("kind", [WithLosses, Toy])
-def test_a_fit_finds_what_is_found_before_it(kind, parameters, options, tmp_path, told):
-    for name in ("good", "stranger"):
+def test_a_fit_finds_what_is_found_before_it(kind, parameters, options, tmp_path, logged):
+    for name in ("good", "unrelated"):
         source, data = reference(name), batches(size=60)  # 540 samples in nine
         fit(tmp_path / name, source, still(kind), data, parameters, options=options)
         found = noted(tmp_path / name)
-        expected = dataclasses.replace(diagnose(still(), source, data, parameters), line={})
+        expected = dataclasses.replace(diagnose(still(), source, data, parameters), path_losses={})
         if kind is Toy:
-            expected = dataclasses.replace(expected, knowledge=None, loss=None, reference_loss=None)
+            expected = dataclasses.replace(expected, label_gap=None, loss=None, reference_loss=None)
         same(found, expected, **CLOSE)
         same(found.score, estimated(column(tmp_path / name)[:540]), **CLOSE)
         assert (found.samples, found.verdict == "compatible") == (540, name == "good")
 
 
 @pytest.mark.parametrize("kind", [Moody, Noisy])
-def test_only_scoring_leaves_training_bit_identical(kind, tmp_path, told):
+def test_only_scoring_leaves_training_bit_identical(kind, tmp_path, logged):
     plain, scored, source = toy(kind), toy(kind), reference("good", kind)
     torch.manual_seed(0)
     trainer(epochs=2).fit(plain, batches(shuffle=True))
@@ -131,69 +131,69 @@ def test_only_scoring_leaves_training_bit_identical(kind, tmp_path, told):
 
 
 @pytest.mark.parametrize("scorer", [None, RhoLoss()])
-def test_a_reference_is_asked_twice_a_batch_for_512_samples_and_said_once(scorer, tmp_path, told):
+def test_a_reference_is_asked_twice_a_batch_for_512_samples_and_said_once(scorer, tmp_path, logged):
     source, settings = reference("good", Counted), {"scorer": scorer, "parameters": None if scorer else "head"}
     Counted.asked = ()
     fit(tmp_path / "s", source, epochs=2, **settings)
     assert Counted.asked == ((False, False, False),) * (2 * 8 + (20 if scorer else 0))
     assert all(p.requires_grad and p.grad is None for p in source.parameters())
-    assert len(told) == 1
+    assert len(logged) == 1
     Counted.asked = ()
     warned = fit(tmp_path / "t", source, data=batches(511, 73), **settings)
     calls = 2 * 7 + (7 if scorer else 0)
-    assert (warned, len(told), noted(tmp_path / "t"), len(Counted.asked)) == ([], 1, None, calls)
+    assert (warned, len(logged), noted(tmp_path / "t"), len(Counted.asked)) == ([], 1, None, calls)
 
 
-MEND = " Give it as lightning_mimic.Aligned(...), or compare losses with the scorer RhoLoss."
+ALIGN_FIX = " Give it as lightning_mimic.Aligned(...), or compare losses with the scorer RhoLoss."
 OTHER, UNIFORM = " Use another reference.", " Use another reference. Weights stay uniform."
 HERE = " It is aligned from here on."
 TOOK = re.compile(r" Looking at it took \d+\.\d s\.")
-KIN, BLIND = "compatible (", "unrelated: it does not know"
+COMPATIBLE, BLIND = "compatible (", "unrelated: it does not know"
 APART, UNFIT = "unrelated: its weights have nothing", "unrelated: its weights do not fit"
 ALIGN, LOSSES, GIVEN = {"on_doubtful": "align"}, {"scorer": RhoLoss(), "parameters": None}, {"aligned": True}
 # reference, settings, how its verdict begins, what follows the diagnosis, whether that is a warning
 SAID = {
-    "good": ("good", {}, KIN, "", False),
-    "stranger": ("stranger", {}, APART, MEND, True),
+    "good": ("good", {}, COMPATIBLE, "", False),
+    "unrelated": ("unrelated", {}, APART, ALIGN_FIX, True),
     "ignorant": ("ignorant", {}, BLIND, OTHER, True),
-    "good, align": ("good", ALIGN, KIN, "", False),
-    "stranger, align": ("stranger", ALIGN, APART, HERE, False),
+    "good, align": ("good", ALIGN, COMPATIBLE, "", False),
+    "unrelated, align": ("unrelated", ALIGN, APART, HERE, False),
     "ignorant, align": ("ignorant", ALIGN, BLIND, UNIFORM, True),
     "wide, align": ("wide", ALIGN, UNFIT, HERE, False),
     "wide, ignorant, align": ("wide, ignorant", ALIGN, UNFIT, UNIFORM, True),
-    "aligned": ("stranger", GIVEN, KIN, "", False),
+    "aligned": ("unrelated", GIVEN, COMPATIBLE, "", False),
     "aligned, ignorant": ("ignorant", GIVEN, BLIND, OTHER, True),
     "aligned, ignorant, align": ("ignorant", ALIGN | GIVEN, BLIND, UNIFORM, True),
-    "losses": ("stranger", LOSSES, KIN, "", False),
+    "losses": ("unrelated", LOSSES, COMPATIBLE, "", False),
     "losses, ignorant": ("ignorant", LOSSES, BLIND, OTHER, True),
 }
 
 
 @pytest.mark.parametrize("case", SAID)
-def test_what_it_is_worth_is_said_in_full(case, tmp_path, told):
+def test_what_it_is_worth_is_said_in_full(case, tmp_path, logged):
     name, settings, begins, ends, warns = SAID[case]
     source = Aligned(reference(name)) if "aligned" in settings else reference(name)
     given = {key: value for key, value in settings.items() if key != "aligned"}
     warned = fit(tmp_path / "s", source, epochs=2, **given)
-    warned, told = ([TOOK.sub("", text, 1) for text in said] for said in (warned, told))
+    warned, logged = ([TOOK.sub("", text, 1) for text in said] for said in (warned, logged))
     found, alone = noted(tmp_path / "s"), "aligned" in settings or "scorer" in settings
-    assert not alone or (found.kinship, found.score, found.cosines) == (None, None, {})  # by what it knows alone
-    assert (warned, told) == (([f"{found}.{ends}"], []) if warns else ([], [f"{found}.{ends}"]))
+    assert not alone or (found.weight_cosine, found.score, found.cosines) == (None, None, {})  # by what it knows alone
+    assert (warned, logged) == (([f"{found}.{ends}"], []) if warns else ([], [f"{found}.{ends}"]))
     assert str(found).startswith(f"the reference is {begins}")
-    assert found.knowledge.count > 300
+    assert found.label_gap.count > 300
 
 
 def test_raise_stops_and_leaves_what_was_scored(tmp_path):
     module = still()
     with pytest.raises(ValueError, match="its weights have nothing in common") as caught:
-        fit(tmp_path / "s", reference("stranger"), module, on_doubtful="raise")
-    assert TOOK.sub("", str(caught.value)) == f"{noted(tmp_path / 's')}.{MEND}"
+        fit(tmp_path / "s", reference("unrelated"), module, on_doubtful="raise")
+    assert TOOK.sub("", str(caught.value)) == f"{noted(tmp_path / 's')}.{ALIGN_FIX}"
     assert untouched(module)
     assert column(tmp_path / "s").isfinite().sum() == len(column(tmp_path / "s")) == 512
 
 
-@pytest.mark.parametrize("name", ["good", "stranger", "ignorant", "wide"])
-def test_to_align_is_to_wait_and_then_to_go_where_it_leads(name, tmp_path, told):
+@pytest.mark.parametrize("name", ["good", "unrelated", "ignorant", "wide"])
+def test_to_align_is_to_wait_and_then_to_go_where_it_leads(name, tmp_path, logged):
     source = reference(name)
     fit(tmp_path / "a", source, on_doubtful="align", temperature=0.3)
     fit(tmp_path / "b", source if name == "good" else Aligned(source), temperature=0.3)
@@ -250,47 +250,47 @@ def run(folder, source, path=None, count=640, epochs=1, **settings):
     return parameters_of(module)
 
 
-@pytest.mark.parametrize("name", ["good", "stranger"])
-def test_what_was_decided_stays_so_in_a_resumed_fit(name, tmp_path, told):
+@pytest.mark.parametrize("name", ["good", "unrelated"])
+def test_what_was_decided_stays_so_in_a_resumed_fit(name, tmp_path, logged):
     source, whole = reference(name, Counted), toy(WithLosses)
     fit(tmp_path / "w", source, whole, epochs=2, on_doubtful="align")
     run(tmp_path, source, on_doubtful="align")
-    told.clear()
+    logged.clear()
     Counted.asked = ()
     found = run(tmp_path, source, tmp_path / "c/one.ckpt", epochs=2, on_doubtful="align")
-    assert (told, Counted.asked) == ([], ())
+    assert (logged, Counted.asked) == ([], ())
     torch.testing.assert_close(found, parameters_of(whole), rtol=0, atol=0)
     torch.testing.assert_close(column(tmp_path / "s"), column(tmp_path / "w"), equal_nan=True, rtol=0, atol=0)
     assert noted(tmp_path / "s", 1) is None
 
 
 @pytest.mark.parametrize("doubtful", ["warn", "align"])
-def test_a_fit_resumed_before_the_verdict_looks_anew(doubtful, tmp_path, told):
+def test_a_fit_resumed_before_the_verdict_looks_anew(doubtful, tmp_path, logged):
     run(tmp_path, reference("good"), count=256, on_doubtful=doubtful)
     run(tmp_path, reference("good"), tmp_path / "c/one.ckpt", count=256, epochs=4, on_doubtful=doubtful)
-    assert (noted(tmp_path / "s"), len(told), noted(tmp_path / "s", 1).samples) == (None, 1, 512)
+    assert (noted(tmp_path / "s"), len(logged), noted(tmp_path / "s", 1).samples) == (None, 1, 512)
     known = column(tmp_path / "s").isfinite()
     assert known.tolist() == [doubtful == "warn"] * 768 + [True] * 256
 
 
-def test_a_fit_resumed_with_the_reference_aligned_aligns_it(tmp_path, told):
-    run(tmp_path, reference("stranger"))
-    run(tmp_path / "r", Aligned(reference("stranger")), tmp_path / "c/one.ckpt", epochs=2)
+def test_a_fit_resumed_with_the_reference_aligned_aligns_it(tmp_path, logged):
+    run(tmp_path, reference("unrelated"))
+    run(tmp_path / "r", Aligned(reference("unrelated")), tmp_path / "c/one.ckpt", epochs=2)
     assert column(tmp_path / "r/s").isfinite().sum() > 500
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
-def test_a_module_as_reference_follows_the_trainers_precision(precision, tmp_path, told):
+def test_a_module_as_reference_follows_the_trainers_precision(precision, tmp_path, logged):
     source = trained(toy(WithLosses, dtype=torch.float32), only="head", dtype=torch.float32)
     module, data = toy(WithLosses, dtype=torch.float32), DataLoader(task(dtype=torch.float32), 64)
     trainer(GradMimic(source, "head"), precision=precision).fit(module, data)
-    assert len(told) == 1
+    assert len(logged) == 1
 
 
-def test_a_batch_may_be_a_named_tuple(tmp_path, told):
+def test_a_batch_may_be_a_named_tuple(tmp_path, logged):
     data = DataLoader([Named(x, y) for x, y in task()], 64)
     trainer(GradMimic(reference("good", ByName), "head")).fit(toy(ByName), data)
-    assert len(told) == 1
+    assert len(logged) == 1
 
 
 def test_a_module_that_cannot_be_copied_is_trained_all_the_same(tmp_path):
@@ -299,7 +299,7 @@ def test_a_module_that_cannot_be_copied_is_trained_all_the_same(tmp_path):
     trainer(GradMimic(parameters_of(reference("good")), "head")).fit(module, batches())
 
 
-def test_samples_that_hold_nan_are_left_out(tmp_path, told):
+def test_samples_that_hold_nan_are_left_out(tmp_path, logged):
     data, gone = task(), [3, 100, 101, 500]
     data.tensors[0][gone] = float("nan")
     with pytest.warns(UserWarning, match="samples held NaN"):

@@ -1,4 +1,4 @@
-"""Commands end with a sentence, not with a traceback, where the input is at fault."""
+"""User errors of the commands, as one-line messages."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ from lightning_mimic.ledger import LedgerError
 
 
 @contextlib.contextmanager
-def said(command: str) -> Iterator[None]:
-    """Turns what is wrong with the input into the command's last line, with exit status 1.
+def exit_on_user_error(command: str) -> Iterator[None]:
+    """Print user errors as a one-line message, with exit status 1, instead of a traceback.
 
     Args:
-        command: Its name.
+        command: Name of the command.
     """
     try:
         yield
@@ -32,8 +32,8 @@ def said(command: str) -> Iterator[None]:
         raise SystemExit(f"{command}: {error}") from None
 
 
-def check_made(config: DictConfig) -> None:
-    """Looks, before anything is built or fetched, for the files that are read and that another run writes.
+def check_inputs_exist(config: DictConfig) -> None:
+    """Check, before anything is built, that the files exist that are read and that another run writes.
 
     Args:
         config: With ``paths``, whose ``made_by`` has the words for mimic-train that write a path.
@@ -43,7 +43,7 @@ def check_made(config: DictConfig) -> None:
 
     Example:
         >>> paths = {"reference": "none.ckpt", "made_by": {"reference": "experiment=digits_reference"}}
-        >>> check_made(OmegaConf.create({"model": {"pretrained": "${paths.reference}"}, "paths": paths}))
+        >>> check_inputs_exist(OmegaConf.create({"model": {"pretrained": "${paths.reference}"}, "paths": paths}))
         Traceback (most recent call last):
             ...
         lightning_mimic.errors.MimicError: `paths.reference`: there is no none.ckpt. It is made by: mimic-train ...

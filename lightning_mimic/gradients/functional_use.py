@@ -1,4 +1,4 @@
-"""Per-sample gradients of parameters that no layer's call shows: class tokens, projections, fused attention.
+"""Per-sample gradients of parameters that are used outside of layer calls: class tokens, projections, fused attention.
 
 They are found in the autograd graph, by the operation that brings the parameter and the batch together. The
 known ones are linear in the parameter, so that ``⟨gᵢ, v⟩`` is the operation's output gradient times the operation
@@ -24,8 +24,8 @@ _NORM = {("NativeLayerNorm", 1), ("NativeLayerNorm", 2)}
 
 
 @dataclass(frozen=True)
-class BareUse:
-    """A parameter's meeting with the batch, outside of any known layer.
+class FunctionalUse:
+    """An operation outside of any known layer that combines a parameter with the batch.
 
     Attributes:
         name: The parameter's.
@@ -48,7 +48,7 @@ class BareUse:
 
     @torch.no_grad()
     def dot(self, output_gradients: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
-        """This use's share in ``⟨gᵢ, v⟩``, shape ``(B,)``."""
+        """Return this use's term of ``⟨gᵢ, v⟩``, shape ``(B,)``."""
         moved = vectors[self.name]
         for node in self.terminal.chain:
             moved = moved.mT if kind_of(node) in EXCHANGED else moved.reshape(shape_of(node))
@@ -65,8 +65,8 @@ class BareUse:
         return product.reshape(self.shape).movedim(self.axis, 0).flatten(1).sum(1)
 
 
-def bare_use(name: str, terminal: Terminal, graph: Graph, samples: int, axis: int) -> BareUse | str:
-    """The rule for a use, or a phrase that says why there is none.
+def functional_use(name: str, terminal: Terminal, graph: Graph, samples: int, axis: int) -> FunctionalUse | str:
+    """Return the rule for a use, or the reason why there is none, as a phrase.
 
     Args:
         name: The parameter's.
@@ -86,17 +86,17 @@ def bare_use(name: str, terminal: Terminal, graph: Graph, samples: int, axis: in
         # Tokens are flattened before a matrix product; a view above it has their axes apart.
         for apart in graph.shapes(node):
             if apart[-1] == shape[-1] and len(apart) > axis + 1 and apart[axis] == samples:
-                return BareUse(name, terminal, apart, axis, _factors(terminal))
+                return FunctionalUse(name, terminal, apart, axis, _factors(terminal))
         return f"a matrix product of shape {shape} without an axis of {samples} samples"
     if (kind, terminal.argument) in _NORM and len(shape) > len(_own_shape(terminal)) and shape[0] == samples:
-        return BareUse(name, terminal, shape, 0, _factors(terminal))
+        return FunctionalUse(name, terminal, shape, 0, _factors(terminal))
     if kind not in _SPREAD:
         return f"used by {kind}, for which no rule is known"
     own = _own_shape(terminal)
     place = axis - len(shape) + len(own)  # the batch's axis in the parameter's own shape
     if len(shape) <= axis or shape[axis] != samples or (place >= 0 and own[place] != 1):
         return f"used by {kind} with shape {own} in {shape}, not spread over {samples} samples"
-    return BareUse(name, terminal, shape, axis, _factors(terminal))
+    return FunctionalUse(name, terminal, shape, axis, _factors(terminal))
 
 
 def _factors(terminal: Terminal) -> tuple[Tensor, ...]:
