@@ -168,7 +168,7 @@ UNRELATED = {
 def test_a_reference_may_be_unrelated(kind, tmp_path):
     reference(tmp_path)
     config = composed(tmp_path, "experiment=digits_scratch", *UNRELATED[kind], "trainer.fast_dev_run=true", *QUIET)
-    assert instantiate(config.mimic).reference.every == 10
+    assert instantiate(config.mimic).settings.reference.every == 10
     with pytest.warns(UserWarning, match="never aligned"):  # in one batch
         train(config)
 
@@ -193,7 +193,7 @@ def test_the_reference_is_readable_without_running_code(tmp_path):
 def test_a_list_of_parameters_can_be_said(tmp_path):
     callback = instantiate(composed(tmp_path, "mimic.parameters=[head.weight,head.bias]").mimic)
     assert isinstance(callback, GradMimic)
-    assert callback.parameters == ["head.weight", "head.bias"]
+    assert callback.settings.parameters == ["head.weight", "head.bias"]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

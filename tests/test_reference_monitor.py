@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from toys import CLASSES, FEATURES, Convolution, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
 from lightning_mimic import Aligned, Diagnosis, GradMimic, Ledger, diagnose
-from lightning_mimic.callbacks import grad_mimic
 from lightning_mimic.reference.diagnosis import Estimate
 from lightning_mimic.scorers import RhoLoss
 
@@ -88,7 +87,7 @@ def column(folder, name="score"):
 @pytest.fixture
 def logged(monkeypatch):
     found = []
-    monkeypatch.setattr(grad_mimic, "rank_zero_info", found.append)
+    monkeypatch.setattr("lightning.pytorch.utilities.rank_zero_info", found.append)
     return found
 
 

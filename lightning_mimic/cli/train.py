@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_mimic.callbacks import GradMimic
 from lightning_mimic.cli.errors import check_inputs_exist
 from lightning_mimic.data import CachedFeatures
 from lightning_mimic.errors import MimicError
@@ -38,7 +39,8 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
     callbacks = [*([instantiate(config.mimic)] if scores else []), *more_callbacks]
     if config.features:
         for callback in callbacks:
-            refuse_module_on_features(getattr(callback, "reference", None))
+            if isinstance(callback, GradMimic):
+                refuse_module_on_features(callback.settings.reference)
     if config.save_epochs_to:
         there = sorted(Path(config.save_epochs_to).glob("*.ckpt"))
         if there and not config.resume:
