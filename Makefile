@@ -7,8 +7,8 @@ RUN = $(VENV)/bin
 # The oldest Python that setup.cfg promises, and the tests of what differs between releases of torch.
 LOWEST_PYTHON ?= python3.11
 LOWEST ?= .venv-lowest
-LOWEST_TESTS = $(addsuffix .py,$(addprefix tests/test_,nodes graph graph_uses bare tap gate layers attention \
-    model_gradients loss_gradients product_laws random_nets modes ways callback))
+LOWEST_TESTS = $(addsuffix .py,$(addprefix tests/test_,nodes graph graph_uses functional_use layer_hooks gate layers shipped_rules \
+    attention model_gradients loss_gradients product_laws random_nets modes methods callback))
 
 demo: $(VENV)/.installed
 	$(RUN)/python scripts/demo.py
