@@ -168,9 +168,9 @@ class Database:
         typed = f"CASE WHEN {is_whole(name)} THEN TRY_CAST({name} AS BIGINT) END" if kind == "BIGINT" else name
         is_number = self.columns(table)[column] in _WHOLE
         if not text and is_number != (kind == "BIGINT"):
-            said = {True: "whole numbers", False: "text"}
+            kinds = {True: "whole numbers", False: "text"}
             raise CurationError(
-                f"{path} has ids that are {said[is_number]}, and elsewhere they are {said[not is_number]}."
+                f"{path} has ids that are {kinds[is_number]}, and elsewhere they are {kinds[not is_number]}."
             )
         lost, example = self.row(f"SELECT count(*), any_value({name}::VARCHAR) FROM {table} WHERE {typed} IS NULL")
         if lost:

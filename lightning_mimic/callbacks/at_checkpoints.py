@@ -40,7 +40,7 @@ class AtCheckpoints(pl.Callback):
 
     Example:
         >>> from lightning_mimic import GradMimic
-        >>> mimic = GradMimic("clean.ckpt", "head", reweight=False, ledger="scores/")
+        >>> mimic = GradMimic("clean.ckpt", "head", reweight="none", ledger="scores/")
         >>> callbacks = [mimic, AtCheckpoints(["epoch1.ckpt", "epoch2.ckpt"])]
     """
 

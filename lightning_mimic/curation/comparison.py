@@ -94,16 +94,16 @@ def compare(manifests: Mapping[str, Manifest], noise: Mapping[str, float] | None
 
 
 def _data_set(name: str, manifest: Manifest, noise: float | None) -> DataSet:
-    said = manifest.provenance
-    if "share_kept" not in said:
+    provenance = manifest.provenance
+    if "share_kept" not in provenance:
         raise CurationError(f"{manifest.path} was not made from a ledger; curate one.")
-    quality = said["quality"] or {}
+    quality = provenance["quality"] or {}
     return DataSet(
         name=name,
-        samples=said["samples"],
-        kept=said["kept"] / said["samples"],
-        share_kept=said["share_kept"],
-        mean_score_kept=said.get("mean_score", {}).get("kept"),
+        samples=provenance["samples"],
+        kept=provenance["kept"] / provenance["samples"],
+        share_kept=provenance["share_kept"],
+        mean_score_kept=provenance.get("mean_score", {}).get("kept"),
         quality=quality.get("estimate"),
         low=quality.get("low"),
         high=quality.get("high"),

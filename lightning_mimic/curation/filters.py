@@ -235,5 +235,5 @@ def by_epoch(epochs: tuple[int, ...], values: dict[int, float]) -> str:
         >>> by_epoch((3, 5), {3: 1.5, 5: -2.0})
         "(['1.5', NULL, '-2.0']::DOUBLE[])[epoch - 2]"
     """
-    said = [repr(str(values[e])) if e in values else "NULL" for e in range(epochs[0], epochs[-1] + 1)]
-    return f"([{', '.join(said)}]::DOUBLE[])[epoch - {epochs[0] - 1}]"
+    literals = [repr(str(values[e])) if e in values else "NULL" for e in range(epochs[0], epochs[-1] + 1)]
+    return f"([{', '.join(literals)}]::DOUBLE[])[epoch - {epochs[0] - 1}]"

@@ -208,11 +208,11 @@ class CachedFeatures(pl.LightningDataModule):
         if self.trainer is not None and self.trainer.limit_val_batches == 0:
             names = tuple(name for name in names if name != "val")
         weights = fingerprint(self.model.backbone.state_dict())
-        said = [FORMAT, str(self.model.backbone), weights, self.model.head.in_features]
+        settings = [FORMAT, str(self.model.backbone), weights, self.model.head.in_features]
         paths = {}
         for name in names:
             if name in self.data.sources:
-                key = repr([*said, self._source(name).key(), self._views(name)])
+                key = repr([*settings, self._source(name).key(), self._views(name)])
                 paths[name] = self.directory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
         return paths
 

@@ -185,12 +185,12 @@ def summary(rejects: Rejects) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in pairs.items())
         total = sum(pairs.values())
         parts.append(f"{total} image-text {'pair was' if total == 1 else 'pairs were'} skipped ({reasons})")
-    said = {
+    phrases = {
         Reason.SHARD_ENDS_EARLY: "ended early",
         Reason.SHARD_UNREADABLE: "could not be read",
         Reason.SHARD_HAS_MORE: "had more pairs than their counts say",
     }
-    for reason, words in said.items():
+    for reason, words in phrases.items():
         if count := shards.get(reason):
             parts.append(f"{count} {'shard' if count == 1 else 'shards'} {words}")
     return "; ".join(parts)
