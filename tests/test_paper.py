@@ -8,6 +8,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from image_sets import write_set
+from lightning_mimic.settings.make_scoress import MimicScore
 from omegaconf import OmegaConf
 from test_conf import CONF, QUIET, SCORE, composed
 
@@ -15,7 +16,6 @@ from lightning_mimic import Ledger
 from lightning_mimic.cli.train import train
 from lightning_mimic.data.torchvision_sets import SETS
 from lightning_mimic.models import timm_backbone
-from lightning_mimic.scorers import MimicScore
 
 SETS_OF_PAPER = sorted(p.stem for p in (CONF / "experiment" / "paper").glob("*.yaml") if p.stem in SETS)
 SMALL = ["model.backbone.name=test_vit", "model.backbone.weights=null", "model.image_shape=[3,160,160]"]
@@ -32,8 +32,13 @@ def test_all_six_have_the_official_settings(name, tmp_path):
     assert config.model.num_classes == SETS[name].num_classes
     assert (config.data.name, config.data.trusted, config.model.freeze_backbone) == (name, 0.0, True)
     mimic = instantiate(config.mimic)
-    assert isinstance(mimic.scorer, MimicScore)
-    assert (mimic.weighting.temperature, mimic.weighting.min_ess, mimic.settings.reweight) == (1.0, 0.0, "target")
+    assert isinstance(mimic.settings.make_scores, MimicScore)
+    weighting = mimic.settings.make_weights
+    assert (weighting.temperature, weighting.min_ess, mimic.settings.reweight) == (1.0, 0.0, "target")
+        1.0,
+        0.0,
+        "target",
+    )
     transform = instantiate(config.data.transform)
     assert "mean=[0.5], std=[0.5]" in repr(transform)
     assert "224" in repr(transform)

@@ -6,8 +6,13 @@ from torch import nn
 
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import LayerGradients, owning_layer
-from lightning_mimic.reweighting.methods import ONE_LAYER_PRODUCTS
 from lightning_mimic.scorers import Need, Scorer, UsesLoader
+
+#: Products that only one layer's gradients offer, in words.
+ONE_LAYER_PRODUCTS: dict[Need, str] = {
+    "norms": "the norms of per-sample gradients",
+    "gram": "the inner products of per-sample gradients",
+}
 
 
 def check_scorer(scorer: Scorer, needs: frozenset[Need], *, reference: bool, parameters: bool) -> None:

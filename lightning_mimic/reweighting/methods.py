@@ -1,11 +1,9 @@
 """The four ways in which the products with per-sample gradients are computed and the weights enter."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +23,14 @@ from lightning_mimic.gradients.graph import (
 from lightning_mimic.gradients.layer_hooks import LayerCall
 from lightning_mimic.gradients.model import rows_of_samples
 from lightning_mimic.gradients.nodes import grad_fn_of, kind_of
+from lightning_mimic.reweighting.checks import ONE_LAYER_PRODUCTS
 from lightning_mimic.reweighting.forward import Forward
+from lightning_mimic.reweighting.gate import Gate
+from lightning_mimic.reweighting.hooks import GradientHooks
 from lightning_mimic.reweighting.messages import COMPILED_TWICE, HOOKED
-from lightning_mimic.reweighting.products import layer_products
+from lightning_mimic.reweighting.products import GradientProducts, layer_products
+from lightning_mimic.reweighting.weigh import StepResult
 from lightning_mimic.scorers import NEEDS, Need
-
-if TYPE_CHECKING:
-    from lightning_mimic.reweighting.step import Step
 
 #: What the weights must reach: all trainable parameters, all that some tensor with a row per sample leads to, or the
 #: target parameters only.
@@ -41,12 +40,6 @@ Reach = Literal["all", "around", "targets"]
 LOSS_PRODUCTS: frozenset[Need] = frozenset({"losses", "reference_losses"})
 
 _DOT: frozenset[Need] = frozenset({"dot"})
-
-#: Products that only one layer's gradients offer, in words.
-ONE_LAYER_PRODUCTS: dict[Need, str] = {
-    "norms": "the norms of per-sample gradients",
-    "gram": "the inner products of per-sample gradients",
-}
 
 
 @dataclass
@@ -96,6 +89,36 @@ class ScoringTask:
         return functional | {call.node for call in forward.calls.calls if call.node in graph}
 
 
+class MicroBatch(Protocol):
+    """What a scoring method reads of a step, and the one thing that it does with it."""
+
+    hooks: GradientHooks
+    #: A backward pass follows the forward pass.
+    backward_follows: bool
+
+    @property
+    def gate(self) -> Gate:
+        """Where the weights enter."""
+
+    @property
+    def clean(self) -> Tensor | None:
+        """Samples that hold no NaN and whose loss is finite; ``None`` where that is not known."""
+
+    @property
+    def direction(self) -> Mapping[str, Tensor]:
+        """V by parameter name; empty if none is needed."""
+
+    @property
+    def scale(self) -> Tensor:
+        """What loss and gradients will be multiplied with against underflow, a scalar."""
+
+    def factor(self) -> Tensor:
+        """Return the gradient that the backward pass began with at the loss, a scalar."""
+
+    def weigh(self, products: GradientProducts) -> StepResult:
+        """Score and weigh the samples."""
+
+
 class ScoringMethod(ABC):
     """A way to the products, and to the tensor at which the weights enter."""
 
@@ -127,7 +150,7 @@ class ScoringMethod(ABC):
         """
 
     @abstractmethod
-    def score(self, forward: Forward, edge: GradientEdge, step: Step) -> None:
+    def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> None:
         """Have the step weigh its samples and let the weights enter the backward pass, now or within it.
 
         Args:
@@ -150,7 +173,7 @@ class NoGradient(ScoringMethod):
         """Return the lowest cut above all parameters."""
         return forward.losses_edge if forward.losses_edge and forward.of_all_ranks else self._cuts.lowest(forward)
 
-    def score(self, forward: Forward, edge: GradientEdge, step: Step) -> None:
+    def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> None:
         """Weigh by the losses."""
         step.gate.before_backward(forward, edge, step.weigh({}), step.scale)
 
@@ -175,7 +198,7 @@ class InBackward(ScoringMethod):
         """Return the layer's output."""
         return GradientEdge(self._call(forward).node, 0)
 
-    def score(self, forward: Forward, edge: GradientEdge, step: Step) -> None:
+    def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> None:
         """Register a hook that scores, weighs and gates."""
         call, samples = self._call(forward), forward.rows
         needs = self._task.needs
@@ -259,7 +282,7 @@ class ReversePass(ScoringMethod):
         _refuse_compiled(rows.compiled())
         return rows
 
-    def score(self, forward: Forward, edge: GradientEdge, step: Step) -> None:
+    def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> None:
         """Go through the layers, weigh, and let the weights enter above them."""
         # As small as in the backward pass: what fits into half precision there must fit here.
         scale = step.scale / forward.rows
@@ -308,7 +331,7 @@ class DoubleBackward(ScoringMethod):
                 raise
             raise MimicError(f"{refusal} Nor from the losses alone: {error}") from refusal
 
-    def score(self, forward: Forward, edge: GradientEdge, step: Step) -> None:
+    def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> None:
         """Differentiate, weigh, and let the weights enter at the losses."""
         dots = LossGradients(forward.root, self._task.targets).dot(step.direction)
         if forward.of_all_ranks:
