@@ -86,7 +86,7 @@ COPIES = {
 @pytest.mark.parametrize("ids", ["int", "str"])
 def test_copies_transfers_and_pinning_keep_ids_and_type(way, kind, ids, monkeypatch):
     pinned = []  # pinning needs CUDA
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *device: pinned.append(tensor) or tensor)
     batch = next(iter(loader(kind, ids)))
     changed = COPIES[way](batch)
     assert changed is not batch
