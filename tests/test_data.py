@@ -86,10 +86,11 @@ COPIES = {
 @pytest.mark.parametrize("ids", ["int", "str"])
 def test_copies_transfers_and_pinning_keep_ids_and_type(way, kind, ids, monkeypatch):
     pinned = []  # pinning needs CUDA
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
-    batch = next(iter(loader(kind, ids)))
-    changed = COPIES[way](batch)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *device: pinned.append(tensor) or tensor)
+    changed = COPIES[way](batch := next(iter(loader(kind, ids))))
     assert changed is not batch
+    if (way, kind) == ("a loader's pinning", "tuple") and isinstance(pin_memory(()), list):
+        pytest.skip("torch 2.9 and before makes a plain list of any tuple")
     assert type(changed) is type(batch)
     assert listed(changed.ids) == listed(batch.ids) == IDS[ids][:4]
     torch.testing.assert_close(plain(changed), plain(batch))

@@ -145,7 +145,8 @@ def collate_with_ids(samples: Sequence[SampleWithId], collate_fn: Callable[[list
 
     Returns:
         The tuple, list or dict that ``collate_fn`` returns, unpacked as ever, with ``.ids``: int64 tensor of
-        shape ``(B,)``, or list of str.
+        shape ``(B,)``, or list of str. In torch 2.9 and before, a loader with ``pin_memory=True`` makes a plain list
+        of a tuple and drops its ids; return a list or dict there.
 
     Raises:
         TypeError: ``collate_fn`` returns something else, which could not carry ids.
