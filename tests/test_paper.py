@@ -35,10 +35,6 @@ def test_all_six_have_the_official_settings(name, tmp_path):
     assert isinstance(mimic.settings.make_scores, MimicScore)
     weighting = mimic.settings.make_weights
     assert (weighting.temperature, weighting.min_ess, mimic.settings.reweight) == (1.0, 0.0, "target")
-        1.0,
-        0.0,
-        "target",
-    )
     transform = instantiate(config.data.transform)
     assert "mean=[0.5], std=[0.5]" in repr(transform)
     assert "224" in repr(transform)
