@@ -8,7 +8,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from image_sets import write_set
-from lightning_mimic.settings.make_scoress import MimicScore
+from lightning_mimic.scorers import MimicScore
 from omegaconf import OmegaConf
 from test_conf import CONF, QUIET, SCORE, composed
 
