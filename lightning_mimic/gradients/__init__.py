@@ -8,8 +8,8 @@ from lightning_mimic.gradients.layer_rules import is_linear, register_layer_rule
 from lightning_mimic.gradients.layers import LayerGradients
 from lightning_mimic.gradients.losses import LossGradients
 from lightning_mimic.gradients.model import ModelHooks, WholeModelGradients
+from lightning_mimic.gradients.nodes import gate_rows, hook_gradient
 from lightning_mimic.gradients.parameters import owning_layer, select_parameters
-from lightning_mimic.gradients.row_hooks import gate_rows, hook_gradient
 from lightning_mimic.gradients.rule_check import check_layer_rule
 from lightning_mimic.gradients.sample_gradients import SampleGradients
 

@@ -13,8 +13,7 @@ from lightning_mimic.gradients.functional_use import FunctionalUse, functional_u
 from lightning_mimic.gradients.graph import Graph, is_compiled, normalises_batch
 from lightning_mimic.gradients.layer_hooks import LayerCall, LayerCalls, LayerHooks
 from lightning_mimic.gradients.layers import LayerGradients
-from lightning_mimic.gradients.nodes import kind_of
-from lightning_mimic.gradients.row_hooks import gate_rows, hook_gradient
+from lightning_mimic.gradients.nodes import gate_rows, hook_gradient, kind_of
 from lightning_mimic.gradients.sample_gradients import DotOnly
 
 #: A place where a parameter and the batch meet: a known layer's call, or an operation in the graph.

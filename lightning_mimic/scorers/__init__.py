@@ -1,7 +1,6 @@
 """Scorers, formulas from products with per-sample gradients to scores, and weightings, from scores to weights."""
 
 from lightning_mimic.scorers.agra import Agra
-from lightning_mimic.scorers.choose_weighting import choose_weighting, validate_weights
 from lightning_mimic.scorers.cosine import CosineSimilarity
 from lightning_mimic.scorers.declarations import validate_needs, validate_scores
 from lightning_mimic.scorers.grad_match import GradMatch
@@ -17,7 +16,9 @@ from lightning_mimic.scorers.weighting import (
     ShareWeighting,
     SoftmaxWeighting,
     Weighting,
+    choose_weighting,
     normalised_weights,
+    validate_weights,
 )
 
 __all__ = [
