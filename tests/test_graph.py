@@ -89,6 +89,8 @@ def test_reaches_follows_the_gradient_and_nothing_else():
     assert not reaches(net.gate, loss.grad_fn)
 
 
+TARGETS = torch.tensor([0, 1, 3])
+X = torch.linspace(-1, 1, 12).view(3, 4)
 WAYS = {  # around a call of the layer: what is after it, and whether its weight meets data beyond it
     "a head": (lambda n, h: n.layer(h).mean(), False),
     "an L2 term": (lambda n, h: n.layer(h).mean() + n.layer.weight.square().sum(), False),
@@ -98,6 +100,17 @@ WAYS = {  # around a call of the layer: what is after it, and whether its weight
     "tied beside": (lambda n, h: n.layer(h).mean() + F.linear(h, n.layer.weight).mean(), True),
     "tied after": (lambda n, h: F.linear(n.layer(h), n.layer.weight).mean(), True),
     "tied after, through a transpose": (lambda n, h: F.linear(n.layer(h), n.layer.weight.t()).mean(), True),
+    "beside, through a function": (lambda n, h: n.layer(h).mean() + F.linear(h.sin(), n.layer.weight**2).mean(), True),
+    "beside, in part": (lambda n, h: n.layer(h).mean() + (h[:, :4] @ n.layer.weight[:2].repeat(2, 1).T).mean(), True),
+    "beside, with inputs": (lambda n, h: n.layer(h).mean() + F.linear(X, n.layer.weight).mean(), True),
+    "beside, with one input": (lambda n, h: n.layer(h).mean() + (X[:1] * n.layer.weight[0]).mean(), True),
+    "beside, spread": (lambda n, h: n.layer(h).mean() + (X[:, :1, None] * n.layer.weight).mean(), True),
+    "beside, looked up": (lambda n, h: n.layer(h).mean() + F.embedding(TARGETS, n.layer.weight).mean(), True),
+    "beside, per sample": (lambda n, h: (n.layer(h).mean(1) + n.layer.weight.square().sum()).mean(), True),
+    "times the loss": (lambda n, h: n.layer(h).mean() * n.layer.weight.square().sum(), True),
+    "a norm": (lambda n, h: n.layer(h).mean() + 0.1 * n.layer.weight.norm(), False),
+    "a distance": (lambda n, h: n.layer(h).mean() - (n.layer.weight - 1.5).abs().mean() / 3, False),
+    "two norms": (lambda n, h: n.layer(h).mean() + (n.layer.weight.norm() + n.layer.bias.norm()) / 2, False),
 }
 
 
@@ -105,10 +118,9 @@ WAYS = {  # around a call of the layer: what is after it, and whether its weight
 def test_a_parameter_that_meets_data_beyond_the_gate_is_told_from_a_regularised_one(case):
     net, (loss_of, beyond) = Net(), WAYS[case]
     loss = loss_of(net, net.body(torch.randn(3, 4)))
-    assert used_beyond(loss.grad_fn, net.gate, net.layer.weight) is beyond
+    assert used_beyond(loss.grad_fn, net.gate, {"weight": net.layer.weight}) == ["weight"] * beyond
 
 
-TARGETS = torch.tensor([0, 1, 3])
 CLASS_WEIGHTS = torch.tensor([1.0, 2.0, 1.0, 1.0])
 IGNORED = "it left out 1 targets (ignore_index)"
 PLAIN = {

@@ -151,6 +151,23 @@ def own_losses(module: Any, batch: Any) -> Tensor:
     return module.sample_losses(batch)
 
 
+class Regularised(WithLosses):
+    """A regulariser within the samples' own losses, where it is a part of every sample's gradient."""
+
+    def sample_losses(self, batch):
+        return super().sample_losses(batch) + 0.1 * self.head.weight.square().sum()
+
+
+class Beside(WithLosses):
+    """The head's weight is used a second time, through a function of it."""
+
+    def sample_losses(self, batch):
+        x, y = batch
+        hidden = torch.tanh(self.body(x))
+        logits = self.head(hidden) + F.linear(hidden.sin(), self.head.weight.square())
+        return F.cross_entropy(logits, y, reduction="none")
+
+
 # name: module, parameters, the method that must be chosen
 CASES: dict[str, tuple[type[Toy], Any, type[ScoringMethod]]] = {
     "all": (Toy, "all", ReversePass),
@@ -178,6 +195,8 @@ CASES: dict[str, tuple[type[Toy], Any, type[ScoringMethod]]] = {
     "contrastive, all": (Mixed, "all", DoubleBackward),
     "contrastive, temperature": (Mixed, "scale", DoubleBackward),
     "tied by hand": (ByHand, "head", DoubleBackward),
+    "regularised by sample": (Regularised, "head", DoubleBackward),
+    "used beside": (Beside, "head", DoubleBackward),
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toys import CLASSES, FEATURES, HIDDEN, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
 from trained import trained_by_oracle
 
-from lightning_mimic import GradMimic, Ledger, ReferenceLoadError
+from lightning_mimic import GradMimic, Ledger, MimicError, ReferenceLoadError
 from lightning_mimic.gradients.layer_hooks import LayerCall
 from lightning_mimic.reference import match_reference
 from lightning_mimic.scorers import ReferenceLoss
@@ -241,3 +241,14 @@ def test_two_whole_models_in_one_file_are_not_chosen_between():
     file = {f"{prefix}.{name}": torch.ones(1) for prefix in ("model", "ema") for name in names}
     with pytest.raises(ReferenceLoadError, match=r"fits several of its tensors: 'ema\.head\.weight', 'model\.head"):
         match_reference(file | {"ema.n_averaged": torch.ones(1)}, names)
+
+
+@pytest.mark.parametrize("reweight", ["all", "target", "none"])
+def test_a_second_use_of_the_scored_weight_is_refused_also_where_the_weights_need_not_reach_it(reweight):
+    class Beside(Toy):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.tanh(self.body(x))
+            return self.head(hidden) + F.linear(hidden.sin(), self.head.weight.square())
+
+    with pytest.raises(MimicError, match="`parameters`: the scores do not see 1 of 2 parameters"):
+        trainer(GradMimic(parameters_of(toy(seed=1)), "head", reweight=reweight)).fit(toy(Beside), loader(toy_data(8)))

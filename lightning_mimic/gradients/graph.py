@@ -3,8 +3,9 @@
 They are asked before the backward pass and never touch a gradient.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -193,24 +194,67 @@ def uncovered_parameters(root: Node, gate: Node, parameters: Mapping[str, nn.Par
     return sorted(names.get(i, "a tensor outside the module") for i in reached)
 
 
-def used_beyond(root: Node, gate: Node, parameter: nn.Parameter) -> bool:
-    """Whether ``parameter`` also meets data on a way that does not pass the gate.
+def used_beyond(root: Node, gate: Node, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Return the parameters that also meet data on a way that does not pass the gate.
 
-    A regulariser, which sees the parameter alone, does not count.
+    A regulariser does not count: a function of parameters alone, the scalar value of which is added to the loss. What
+    cannot be seen to be one does count.
+
+    Args:
+        root: ``grad_fn`` of the loss or the losses.
+        gate: ``grad_fn`` of the gated tensor.
+        parameters: By name.
+
+    Returns:
+        Names, in the order of ``parameters``.
     """
-
-    def is_parameter(node: Node) -> bool:
-        leaf = leaf_below(node)
-        return leaf is not None and leaf.variable is parameter  # type: ignore[attr-defined]
-
+    parents: dict[Node, list[Node]] = {}
     for node in walk(root, stop=gate):
-        children = [child for child, _ in node.next_functions if child is not None and node is not gate]
-        others = [child for child in children if not is_parameter(child)]
-        if len(others) < len(children) and any(
-            n is gate or getattr(n, "variable", None) is not None for child in others for n in walk(child)
-        ):
-            return True
-    return False
+        for child, _ in node.next_functions if node is not gate else ():
+            if child is not None:
+                parents.setdefault(child, []).append(node)
+    leaves = {id(node.variable): node for node in parents if is_leaf(node)}  # type: ignore[attr-defined]
+    around = {name: leaves[id(p)] for name, p in parameters.items() if id(p) in leaves}
+    return [name for name, leaf in around.items() if not _regularises(leaf, parents)]
+
+
+# Operations with constants that a regulariser may consist of, and those that look rows up for data.
+_ELEMENTWISE = ("Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Where", "Maximum", "Minimum")
+_LOOK_UPS = ("Embedding", "EmbeddingBag", "Index", "IndexSelect", "Gather", "Take")
+
+
+def _regularises(leaf: Node, parents: Mapping[Node, Sequence[Node]]) -> bool:
+    """Whether everything made of a leaf is a function of parameters alone, until its value is added to the loss."""
+    seen, stack = {leaf}, [leaf]
+    while stack:
+        for node in parents.get(stack.pop(), ()):
+            if node in seen:
+                continue
+            seen.add(node)
+            if _of_parameters_alone(node):
+                stack.append(node)
+            elif kind_of(node) not in ("Add", "Sub") or shape_of(node) != ():  # it is not a term of the total
+                return False
+    return True
+
+
+def _of_parameters_alone(root: Node) -> bool:
+    """Whether nothing below a node shows data: a contraction with a constant, a look-up, or a spread over rows."""
+    for node in walk(root):
+        if is_leaf(node):
+            continue
+        arguments = [child for child, _ in node.next_functions]
+        shapes = [_shape(child) for child in arguments if child is not None]
+        own = shape_of(node)
+        if None in arguments and (kind_of(node) not in _ELEMENTWISE or own not in shapes):
+            return False
+        if kind_of(node) in _LOOK_UPS or (len(shapes) == 1 and prod(own) > prod(shapes[0])):
+            return False
+    return True
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    return tuple(node.variable.shape) if is_leaf(node) else shape_of(node)  # type: ignore[attr-defined]
 
 
 def is_compiled(node: Node) -> bool:

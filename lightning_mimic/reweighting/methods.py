@@ -271,7 +271,7 @@ class ReversePass(ScoringMethod):
         """
         task, graph, below = self._task, forward.graph, Graph(edge.node)
         uses, unseen = task.hooks.uses(forward.calls, below, forward.rows)
-        beyond = [n for n, p in task.targets.items() if used_beyond(graph.root, edge.node, p)]
+        beyond = used_beyond(graph.root, edge.node, task.targets)
         unseen |= dict.fromkeys(beyond, "used again between the loss and the tensor that is weighted")
         if self._all_seen:
             # A parameter that a later batch does not use has a gradient of zero.
@@ -386,7 +386,7 @@ def only_call(task: ScoringTask, forward: Forward) -> LayerCall | None:
         return None
     call = calls[0]
     uses, unseen = task.hooks.uses(forward.calls, Graph(call.node), forward.rows)
-    if unseen or uses != calls or any(used_beyond(root, call.node, p) for p in task.targets.values()):
+    if unseen or uses != calls or used_beyond(root, call.node, task.targets):
         return None
     if forward.losses_edge is not None and call.node in walk(root, stop=forward.losses_edge.node):
         return None  # another term of the loss would be scored with the samples' losses
