@@ -1,4 +1,4 @@
-"""Per-sample gradients and what is done with them, in pure torch."""
+"""Products with per-sample gradients, in pure torch."""
 
 from lightning_mimic.gradients.direction import Direction
 from lightning_mimic.gradients.gradient_direction import GradientDirection

@@ -1,4 +1,4 @@
-"""Questions to the autograd graph: what lies between the loss and the parameters, and where is a cut?
+"""Analysis of the autograd graph: cuts between the loss and the parameters, and uses of parameters.
 
 They are asked before the backward pass and never touch a gradient.
 """

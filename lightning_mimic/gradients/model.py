@@ -1,4 +1,4 @@
-"""Per-sample gradients of many parameters at once, from one reverse pass over what they did to the batch."""
+"""Per-sample gradients of many parameters at once, from one reverse pass over their uses."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

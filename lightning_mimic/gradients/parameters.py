@@ -1,4 +1,4 @@
-"""Which parameters a score is taken over, chosen by name."""
+"""Selection of the scored parameters by name."""
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""How a module's samples are scored: chosen by looking at a micro-batch's graph, and checked again every epoch."""
+"""The choice of the scoring method, from a micro-batch's graph; checked again every epoch."""
 
 import warnings
 from dataclasses import dataclass

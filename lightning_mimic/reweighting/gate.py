@@ -1,4 +1,4 @@
-"""Where the weights enter the backward pass, and how far they reach."""
+"""The gate: lets the weights enter the backward pass."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""What is attached to a user's module and to the autograd graph, and removed without a trace."""
+"""Wrappers of a module's methods and hooks on the autograd graph, and their removal."""
 
 import functools
 import types

@@ -1,4 +1,4 @@
-"""What makes a loss something else than the plain mean of its samples' losses."""
+"""Problems that make a loss something else than the plain mean of its samples' losses."""
 
 import enum
 

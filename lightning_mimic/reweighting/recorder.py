@@ -1,4 +1,4 @@
-"""Buffers scores on the device and flushes them to the ledger periodically."""
+"""A buffer of scores on the device, flushed to the ledger periodically."""
 
 import warnings
 from collections import Counter

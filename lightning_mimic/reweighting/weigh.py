@@ -1,4 +1,4 @@
-"""From scores to weights: which rows of a micro-batch count, and what is wrong with the others."""
+"""The weights of a micro-batch, and flags for rows without a score."""
 
 from dataclasses import dataclass, replace
 
