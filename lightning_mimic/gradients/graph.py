@@ -1,6 +1,6 @@
 """Analysis of the autograd graph: cuts between the loss and the parameters, and uses of parameters.
 
-They are asked before the backward pass and never touch a gradient.
+The graph is analysed before the backward pass; nothing here touches a gradient.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
