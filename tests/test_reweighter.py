@@ -194,6 +194,13 @@ def test_what_a_loop_can_do_wrong_is_refused_in_a_sentence(tmp_path):
         reweighter.step(batch),
     ):
         pass
+    with (
+        Reweighter(net, reference, "head") as reweighter,
+        pytest.raises(RuntimeError, match="a step is begun within another one"),
+        reweighter.step(batch),
+        reweighter.step(batch),
+    ):
+        pass
     with Reweighter(net, reference, "head") as reweighter, reweighter.step(batch) as step:
         step.backward(loss_of(net, batch))
         with pytest.raises(RuntimeError, match="the weights of a batch hold for one pass"):
