@@ -196,7 +196,7 @@ def test_what_a_loop_can_do_wrong_is_refused_in_a_sentence(tmp_path):
         pass
     with (
         Reweighter(net, reference, "head") as reweighter,
-        pytest.raises(RuntimeError, match="a step is begun within another one"),
+        pytest.raises(RuntimeError, match="while another one on the same model is open"),
         reweighter.step(batch),
         reweighter.step(batch),
     ):

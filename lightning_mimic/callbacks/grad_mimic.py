@@ -144,6 +144,8 @@ class GradMimic(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not before: a resumed fit knows its step only after on_fit_start. A development run leaves nothing behind.
+        if self.reweighter.started:
+            return  # by AtCheckpoints, if it comes first
         record = not trainer.fast_dev_run  # type: ignore[attr-defined]
         data_module = getattr(trainer, "datamodule", None)
         self.reweighter.start(trainer.global_step, trainer.train_dataloader, data_module, record=record)
@@ -153,6 +155,7 @@ class GradMimic(pl.Callback):
     ) -> None:
         fit = self._running
         fit.warn_of_repeats(trainer, batch_idx)
+        fit.close_step()
         if self.should_score(trainer):
             position = Position(trainer.current_epoch, trainer.global_step, batch_idx)
             fit.step = fit.reweighter.begin(batch, None, position, backward_scale(trainer, pl_module))
@@ -259,9 +262,14 @@ class _Fit:
     def close(self) -> None:
         """Write the last scores, and take everything off the module."""
         self._undo()
+        self.close_step()
+        self.reweighter.close()
+
+    def close_step(self) -> None:
+        """Drop a micro-batch that was begun and not trained on, if there is one."""
         if self.step is not None:
             self.step.close()
-        self.reweighter.close()
+        self.step = None
 
     def _around_training_step(self, call: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
         step = self.step
@@ -269,7 +277,7 @@ class _Fit:
             return call(batch, *args, **kwargs)
         if step.has_loss:
             raise RuntimeError(SEVERAL_PASSES)
-        step.start()
+        step.start(batch)
         outputs = call(step.batch, *args, **kwargs)
         loss = loss_of(outputs)
         if loss is not None:

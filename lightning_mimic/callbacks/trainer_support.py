@@ -59,7 +59,7 @@ def backward_scale(trainer: pl.Trainer, module: pl.LightningModule) -> Tensor | 
         A scalar; ``None`` without a gradient scaler.
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None:
+    if scaler is None or not scaler.is_enabled():
         return None
     scale: Tensor = scaler.scale(torch.ones((), device=module.device))
     return scale / trainer.accumulate_grad_batches

@@ -65,12 +65,7 @@ class ModelHooks:
 
         Returns:
             An object that holds the calls from here on, until :meth:`stop`.
-
-        Raises:
-            RuntimeError: Calls are being recorded already.
         """
-        if any(hooks.into is not None for hooks in self.layers):
-            raise RuntimeError("a step is begun within another one; end the first before the next begins.")
         calls = LayerCalls()
         for hooks in self.layers:
             hooks.into = calls

@@ -28,21 +28,51 @@ def sample_ids(batch: Any, id_from: Callable[[Any], Ids] | None, *, needed: bool
     ids = id_from(batch) if id_from is not None else getattr(batch, "ids", None)
     if ids is None and (needed or wanted) and isinstance(batch, Mapping):
         ids = batch.get("id")
-    one_per_sample = (
-        ids.ndim == 1 if isinstance(ids, Tensor) else isinstance(ids, Sequence) and not isinstance(ids, str)
-    )
-    if ids is not None and not one_per_sample:
-        if not needed and id_from is None:
-            return None  # an attribute of the user's own
-        shape = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"type {type(ids).__name__}"
-        raise MimicError(f"ids have {shape}; expected a tensor of shape (B,) or a list, one id per sample.")
+    if ids is None or _one_per_sample(ids):
+        pass
+    elif not needed and id_from is None:
+        return None  # an attribute of the user's own
+    else:
+        raise MimicError(_ids_expected(ids))
     if ids is None and needed:
         raise MimicError(
             f"`ledger`: the batch (a {type(batch).__name__}) carries no ids, and row numbers would name other samples "
             "after a shuffle. Use DataLoader(WithIds(dataset), collate_fn=collate_with_ids), a key 'id' in the batch, "
             "or `id_from=`."
         )
-    return ids.clone() if isinstance(ids, Tensor) else ids
+    return None if ids is None else _copied(ids)
+
+
+def check_ids(ids: Any, samples: int | None) -> Ids:
+    """Return a copy of ids that were given for a batch.
+
+    Args:
+        ids: A tensor or an array of shape ``(B,)``, or a list.
+        samples: B, where it is known.
+
+    Raises:
+        MimicError: They are not one per sample.
+    """
+    ids = ids.tolist() if hasattr(ids, "__array__") and not isinstance(ids, Tensor) else ids
+    if not _one_per_sample(ids):
+        raise MimicError(_ids_expected(ids))
+    if samples is not None and len(ids) != samples:
+        raise MimicError(f"`ids` holds {len(ids)} ids for {samples} samples; expected one for each.")
+    return _copied(ids)
+
+
+def _one_per_sample(ids: Any) -> bool:
+    return ids.ndim == 1 if isinstance(ids, Tensor) else isinstance(ids, Sequence) and not isinstance(ids, str)
+
+
+def _ids_expected(ids: Any) -> str:
+    shape = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"type {type(ids).__name__}"
+    return f"ids have {shape}; expected a tensor of shape (B,) or a list, one id per sample."
+
+
+def _copied(ids: Ids) -> Ids:
+    """A copy: what is kept until the next flush must not change with the user's buffers."""
+    return ids.clone() if isinstance(ids, Tensor) else ids[:]
 
 
 def sample_count(batch: Any) -> int | None:

@@ -1,8 +1,10 @@
 """The engine: scores every sample and re-weights every micro-batch of a training loop."""
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +18,15 @@ from lightning_mimic.gradients import ModelHooks
 from lightning_mimic.ledger import Flag, LedgerWriter, note_run, open_run
 from lightning_mimic.reference import Aligned, ReferenceSource
 from lightning_mimic.reference.diagnose import to_device
-from lightning_mimic.reweighting.batch import Ids, class_columns, class_names_of, describe, sample_ids
+from lightning_mimic.reweighting.batch import (
+    Ids,
+    check_ids,
+    class_columns,
+    class_names_of,
+    describe,
+    sample_count,
+    sample_ids,
+)
 from lightning_mimic.reweighting.choice import Choice, choose_method
 from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.gate import Reweight
@@ -31,6 +41,8 @@ from lightning_mimic.reweighting.target import Target
 from lightning_mimic.reweighting.weigh import StepResult
 from lightning_mimic.scorers import Scorer, Weighting
 from lightning_mimic.version import __version__
+
+_log = logging.getLogger("lightning_mimic")
 
 
 class Reweighter:
@@ -76,7 +88,8 @@ class Reweighter:
         >>> with Reweighter(model, reference, "all", diagnose_reference=False) as reweighter:
         ...     for batch in loader:
         ...         with reweighter.step(batch) as step:
-        ...             result = step.backward(nn.functional.cross_entropy(model(batch[0]), batch[1]))
+        ...             inputs, labels = step.batch
+        ...             result = step.backward(nn.functional.cross_entropy(model(inputs), labels))
         ...         optimizer.step()
         ...         optimizer.zero_grad()
         >>> result.scores.shape
@@ -125,7 +138,7 @@ class Reweighter:
         )
         self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         device = next(self.model.parameters()).device
-        self._scaler = grad_scaler
+        self._scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._target = Target(
             self.model,
             settings.make_scores,
@@ -139,6 +152,8 @@ class Reweighter:
         self._compatible = False
         self._choice: Choice | None = None
         self._checked_epoch = -1
+        self._trainable: list[bool] = []
+        self._closed = False
         self._run: str | None = None
         self._attempt = 0
         self._records = False
@@ -160,18 +175,30 @@ class Reweighter:
 
     # A run
 
-    def start(self, step: int = 0, loader: Any = None, data_module: Any = None, *, record: bool = True) -> None:
+    @property
+    def started(self) -> bool:
+        """The ledger is open, if there is to be one."""
+        return self._recorder is not None
+
+    def start(
+        self, step: int | None = None, loader: Any = None, data_module: Any = None, *, record: bool = True
+    ) -> None:
         """Open the ledger; called by the first :meth:`step`, if not before.
 
         Args:
-            step: Optimizer steps done before, in a run that is resumed.
+            step: Where a resumed run continues; rows from there on are superseded. In a loop of one's own these are
+                micro-batches, and the default is where the loaded state was saved; in a Trainer, optimizer steps.
             loader: Of the training batches; its data set and the names of its classes are noted in the ledger.
             data_module: Where the names of the classes are looked for, too.
             record: Write the ledger.
 
         Raises:
             LedgerError: The directory holds another run, or cannot be written; on all ranks together.
+            RuntimeError: It was started before.
         """
+        if self.started:
+            raise RuntimeError("this run was started before; make another Reweighter for another run.")
+        step = self._next.step if step is None else step
         writer, directory = None, self._directory
         self._records = record and directory is not None
         if record and directory is not None:
@@ -180,7 +207,7 @@ class Reweighter:
             )
             writer = LedgerWriter(directory, self._run, self._attempt, distributed.rank())
         self._recorder = ScoreRecorder(writer, {Flag.ZERO_DIRECTION} if self._target.aligns else ())
-        self._next = Position(0, step, 0)
+        self._next = replace(self._next, step=step)
         if self._target.at_reference():
             self._recorder.warn({Flag.ZERO_DIRECTION: 0})
 
@@ -205,7 +232,9 @@ class Reweighter:
             yield step
             if not step.has_loss:
                 raise MimicError("the step has no loss: call `step.backward(loss)` within it.")
-            self.end(step, step.classes)
+            result = self.end(step, step.classes)
+            if result is not None and result.report and distributed.rank() == 0:
+                _log.info(result.report)
 
     def begin(self, batch: Any, ids: Ids | None, position: Position, scale: Tensor | None = None) -> Step:
         """Create the step of one micro-batch; for adapters.
@@ -216,14 +245,21 @@ class Reweighter:
             position: Of the micro-batch.
             scale: By which loss and gradients will be multiplied against underflow; by default the gradient scaler's.
         """
-        if self._recorder is None:
+        if self._closed:
+            raise RuntimeError("this Reweighter is closed; make another one for another run.")
+        if not self.started:
             self.start(position.step)
         settings = self.settings
         caches = isinstance(settings.reference, Aligned) and settings.reference.cache
         if ids is None:
             ids = sample_ids(batch, settings.id_from, needed=settings.ledger is not None, wanted=caches)
-        # Once per epoch, because a schedule may have unfrozen parameters.
-        check = self._checked_epoch != position.epoch or (self._choice is not None and self._choice.pending)
+        else:
+            ids = check_ids(ids, sample_count(batch))
+        # Once per epoch, and whenever parameters were frozen or unfrozen.
+        trainable = [p.requires_grad for p in self.model.parameters()]
+        check = self._checked_epoch != position.epoch or trainable != self._trainable
+        check = check or (self._choice is not None and self._choice.pending)
+        self._trainable = trainable
         if scale is None and self._scaler is not None:
             scale = self._scaler.scale(torch.ones((), device=self._context.task.device))
         self._target.advance()
@@ -276,6 +312,7 @@ class Reweighter:
             if self._recorder is not None:
                 self._recorder.close()
         finally:
+            self._closed = True
             self._closing.close()
 
     def __enter__(self) -> "Reweighter":
@@ -296,7 +333,9 @@ class Reweighter:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs; writes all scores so far, because the state has trained on them."""
         self.flush()
-        state: dict[str, Any] = {} if self._run is None else {"run": self._run, "attempt": self._attempt}
+        state: dict[str, Any] = {}
+        if self._run is not None:
+            state = {"run": self._run, "attempt": self._attempt, "position": asdict(self._next)}
         if self._target.aligns or self._monitor is None:
             state["diagnosed"] = self._monitor is None
             state["compatible"] = self._compatible
@@ -306,6 +345,8 @@ class Reweighter:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the run that a state is of; before the first step."""
         self._run = state.get("run")
+        if "position" in state:
+            self._next = Position(**state["position"])
         if "target" not in state:
             return
         self._compatible = state["compatible"]

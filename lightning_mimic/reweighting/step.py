@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -32,6 +33,9 @@ from lightning_mimic.reweighting.settings import Settings
 from lightning_mimic.reweighting.target import Target
 from lightning_mimic.reweighting.weigh import StepResult, weigh_batch
 from lightning_mimic.scorers import Products, validate_scores
+
+# Models with an open step: a second one would score gradients that the first has weighted.
+_OPEN: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -81,12 +85,12 @@ class Step:
     ) -> None:
         self._context = context
         self._check = check
+        self._ids_given = ids is not None
         self._scaled = scale is not None
         self._closing = ExitStack()
-        settings = context.settings
         #: As it was given.
         self.given_batch = batch
-        #: As the module must see it: samples that hold NaN are zero throughout.
+        #: As the module must see it: from :meth:`start` on, samples that hold NaN are zero throughout.
         self.batch = batch
         self.ids = ids
         self.position = position
@@ -95,10 +99,6 @@ class Step:
         self._closing.callback(self.hooks.remove)
         self._rows = sample_count(batch) if ids is None else len(ids)
         self._not_nan: Tensor | None = None
-        if settings.reweight != "none" and settings.on_nonfinite == "mask" and self._rows:
-            self.batch, self._not_nan = blank_nan_samples(batch, self._rows)
-        if settings.math_attention:  # to the end, because checkpointed blocks run again in reverse passes
-            self._closing.enter_context(sdpa_kernel(SDPBackend.MATH))
         self._unit = torch.ones((), device=context.task.device)
         self._scale = scale
         self._calls = LayerCalls()
@@ -113,12 +113,31 @@ class Step:
         #: A backward pass follows the forward pass.
         self.backward_follows = True
         #: The classes of the samples, for the ledger.
-        self.classes: dict[str, Tensor | None] = {}
+        self.classes: dict[str, Tensor] = {}
 
     # What an adapter or a training loop calls
 
-    def start(self) -> None:
-        """Record what the forward pass does, until the loss is there."""
+    def start(self, batch: Any) -> None:
+        """Record what the forward pass does, until the loss is there.
+
+        Args:
+            batch: What the module's loss would be computed from without this step.
+
+        Raises:
+            RuntimeError: Another step of the same model has not ended.
+        """
+        settings, model = self._context.settings, self._context.task.module
+        if model in _OPEN:
+            raise RuntimeError("a step is begun while another one on the same model is open; end the first one before.")
+        _OPEN.add(model)
+        self._closing.callback(_OPEN.discard, model)
+        self.given_batch = self.batch = batch
+        if not self._ids_given:
+            self._rows = sample_count(batch)
+        if settings.reweight != "none" and settings.on_nonfinite == "mask" and self._rows:
+            self.batch, self._not_nan = blank_nan_samples(batch, self._rows)
+        if settings.math_attention:  # to the end, because checkpointed blocks run again in reverse passes
+            self._closing.enter_context(sdpa_kernel(SDPBackend.MATH))
         self._calls = self._context.task.hooks.start()
         self._closing.callback(self._stop)
         if self._context.capture is not None:
@@ -137,6 +156,11 @@ class Step:
         """
         if self.has_loss:
             raise RuntimeError(SEVERAL_PASSES)
+        if loss.numel() != 1 or loss.grad_fn is None:
+            kind = f"of shape {tuple(loss.shape)}" if loss.grad_fn is not None else "without a gradient"
+            raise MimicError(
+                f"the loss is a tensor {kind}; expected the mean loss of the batch, a differentiable scalar."
+            )
         # A recomputation (activation checkpointing) calls layers again; that is not another use of them.
         self._stop()
         self.has_loss = True
@@ -158,6 +182,7 @@ class Step:
             method.score(forward, edge, self)
         # The backward pass frees activations as it goes; nothing here may hold them.
         self._calls, self._captured = LayerCalls(), []
+        self._factor = None  # of a reverse pass for the scores
 
     def backward(
         self,
@@ -183,11 +208,12 @@ class Step:
         Raises:
             MimicError: The scores would not be those of the samples.
         """
+        self.classes = self._checked_classes(label=label, predicted=predicted)
         self.after_forward(loss)
         run(loss)
-        self.classes = {"label": label, "predicted": predicted}
         result = self.finish()
-        assert result is not None  # there is a loss
+        if result is None or self._factor is None:
+            raise RuntimeError("`run` must run the backward pass from the loss before it returns; it has not.")
         return result
 
     def finish(self) -> StepResult | None:
@@ -203,9 +229,10 @@ class Step:
     def close(self) -> None:
         """Remove all hooks of this micro-batch."""
         self._closing.close()
+        self.__dict__.pop("gate", None)  # it may hold a method of this step, which only garbage collection would free
 
     def __enter__(self) -> "Step":
-        self.start()
+        self.start(self.given_batch)
         return self
 
     def __exit__(
@@ -325,7 +352,7 @@ class Step:
         self._problem = torch.zeros((), dtype=torch.int8, device=forward.loss.device)
 
         def remember(gradient: Tensor) -> None:
-            self._factor = gradient.detach()
+            self._factor = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32)).reshape(())
 
         self.hooks.on_edge(get_gradient_edge(forward.loss), remember)
         if forward.losses is None:
@@ -343,7 +370,22 @@ class Step:
                 raise MimicError(NOT_THE_MEAN)
             self._problem = unequal * LossProblem.NOT_THE_MEAN
 
-        self.hooks.on_edge(forward.losses.edge, compare)
+        if self.backward_follows:
+            self.hooks.on_edge(forward.losses.edge, compare)
+            return
+        (gradients,) = torch.autograd.grad(forward.loss, [forward.losses.edge], retain_graph=True, allow_unused=True)
+        compare(torch.zeros_like(forward.losses.values) if gradients is None else gradients)
+
+    def _checked_classes(self, **columns: Tensor | None) -> dict[str, Tensor]:
+        given = {name: classes for name, classes in columns.items() if classes is not None}
+        for name, classes in given.items():
+            fits = isinstance(classes, Tensor) and not classes.is_floating_point() and classes.shape == (self._rows,)
+            if not fits:
+                kind = (
+                    f"shape {tuple(classes.shape)}, {classes.dtype}" if isinstance(classes, Tensor) else type(classes)
+                )
+                raise MimicError(f"`{name}` is {kind}; expected class indices, an integer tensor of shape (B,).")
+        return given
 
     def _make_gate(self) -> Gate:
         reweight = self._context.settings.reweight
