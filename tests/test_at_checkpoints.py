@@ -304,3 +304,65 @@ def test_the_progress_bar_says_scoring_and_shows_no_epoch(tmp_path, capsys):
     assert not fit.progress_bar_callback.is_disabled
     steps = Ledger(tmp_path / "s").table(deduplicate=False)["step"].to_pylist()
     assert steps == [4 * epoch + sample // 4 for epoch in range(3) for sample in range(14)]
+
+
+class OneArgument(Toy):
+    """Takes the batch alone, and sets what it needs when an epoch begins."""
+
+    def on_train_epoch_start(self):
+        self.scale = 2.0
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.offset = 0.0 * batch_idx
+
+    def training_step(self, batch):
+        return nn.functional.cross_entropy(self.scale / 2 * self(batch[0]) + self.offset, batch[1])
+
+
+class OnlySecond(GradMimic):
+    def should_score(self, trainer):
+        return trainer.current_epoch == 1
+
+
+def test_the_module_is_called_as_by_the_trainer_and_a_schedule_holds(tmp_path):
+    reference, data = parameters_of(toy(seed=1)), toy_data(8)
+    paths = checkpoints(tmp_path, OneArgument, count=2)
+    mimic = OnlySecond(reference, "head", reweight="none", ledger=tmp_path / "s")
+    trainer(AtCheckpoints(paths), mimic, epochs=2).fit(toy(OneArgument), loader(data))  # in this order, too
+    ledger = Ledger(tmp_path / "s")
+    assert len(ledger.meta["attempts"]) == 1
+    assert ledger.meta["attempts"][0]["data"]["samples"] == 8
+    module = toy_at(OneArgument, 1)
+    expected = oracles.mimic_scores(
+        oracles.per_sample_gradients(module, losses_of, data[:]),
+        reference,
+        {name: p for name, p in module.named_parameters() if name.startswith("head")},
+    )
+    assert set(ledger.table()["epoch"].to_pylist()) == {1}
+    torch.testing.assert_close(column(ledger.table(), "score", 1), expected, **CLOSE)
+
+
+class Sums(WithLosses):
+    def training_step(self, batch, batch_idx):
+        return self.sample_losses(batch).sum()
+
+
+@pytest.mark.parametrize("parameters", ["head", "all"])
+def test_a_loss_that_is_not_the_mean_is_refused_while_scoring_too(parameters, tmp_path):
+    with pytest.raises(ValueError, match=r"does not return the plain mean of `self\.sample_losses\(batch\)`"):
+        scored(tmp_path, toy(Sums), checkpoints(tmp_path, Sums, count=1), parameters=parameters)
+
+
+class Reloads(pl.LightningDataModule):
+    def train_dataloader(self):
+        start = 100 * self.trainer.current_epoch
+        return loader(toy_data(4), ids=range(start, start + 4))
+
+
+def test_data_that_are_loaded_anew_are_scored(tmp_path):
+    mimic = GradMimic(parameters_of(toy(seed=1)), "head", reweight="none", ledger=tmp_path / "s")
+    fit = trainer(
+        mimic, AtCheckpoints(checkpoints(tmp_path, Toy, count=2)), epochs=2, reload_dataloaders_every_n_epochs=1
+    )
+    fit.fit(toy(Toy), datamodule=Reloads())
+    assert sorted(Ledger(tmp_path / "s").table()["id"].to_pylist()) == [0, 1, 2, 3, 100, 101, 102, 103]

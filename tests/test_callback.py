@@ -239,3 +239,18 @@ def test_an_id_of_the_users_own_is_none_of_ours():
 
     data = [{"x": x, "y": y, "id": [7, 8]} for x, y in toy_data(8)]
     trainer(GradMimic(parameters_of(toy(seed=1)), "head")).fit(toy(Keyed), torch.utils.data.DataLoader(data, 4))
+
+
+def test_a_batch_that_a_hook_changed_is_the_one_that_is_trained_on():
+    class Mixes(Toy):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            batch[0].mul_(0.5)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.seen = batch[0].clone()
+            return super().training_step(batch, batch_idx)
+
+    module, data = toy(Mixes), toy_data(4)
+    expected = data[:][0] * 0.5
+    trainer(GradMimic(parameters_of(toy(seed=1)), "head")).fit(module, loader(data))
+    torch.testing.assert_close(module.seen, expected, rtol=0, atol=0)

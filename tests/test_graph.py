@@ -219,3 +219,14 @@ NORMS = {
 def test_a_norm_over_the_batch_is_told_from_others(case):
     norm, x, over_batch = NORMS[case]
     assert any(normalises_batch(node) for node in walk(norm(x).grad_fn)) is over_batch
+
+
+@pytest.mark.parametrize("rows", [257, 512])
+@pytest.mark.parametrize("ignored", [-100, 2])
+def test_ignored_targets_are_counted_in_half_precision_too(rows, ignored):
+    targets = torch.zeros(rows, dtype=torch.int64)
+    for left_out in (0, 1):
+        targets[:left_out] = ignored
+        logits = nn.Linear(4, 4)(torch.randn(rows, 4)).to(torch.bfloat16)
+        loss = F.cross_entropy(logits, targets, ignore_index=ignored)
+        assert int(targets_left_out(loss.grad_fn, logits.grad_fn)) == left_out

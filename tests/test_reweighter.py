@@ -1,11 +1,14 @@
 """The engine in loops of one's own: the same scores and steps as the callback's, wherever it runs."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -174,7 +177,6 @@ def test_a_run_that_is_resumed_equals_the_uninterrupted_one(tmp_path):
     run(net, first, batches[:2])
     second = Reweighter(net, reference, "head", ledger=tmp_path / "parts")
     second.load_state_dict(first.state_dict())
-    second.start(step=2)
     run(net, second, batches[2:])
     torch.testing.assert_close(parameters_of(net), parameters_of(whole), rtol=0, atol=0)
     assert rows_of(tmp_path / "parts")["score"].to_pylist() == rows_of(tmp_path / "whole")["score"].to_pylist()
@@ -321,3 +323,132 @@ def test_a_static_graph_is_refused(tmp_path):
             step.backward(loss_of(net, batch))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def one_step(net: nn.Module, batch: Any, run: Any = Tensor.backward, loss: Any = loss_of, **options: Any) -> Any:
+    reference = parameters_of(toy(seed=1))
+    settings = {"parameters": "head", **options}
+    with Reweighter(net, reference, **settings) as reweighter, reweighter.step(batch) as step:
+        return step.backward(loss(net, step.batch), run)
+
+
+@pytest.mark.parametrize("parameters", ["head", "all"])
+def test_a_backward_pass_that_is_put_off_is_refused(parameters):
+    with pytest.raises(RuntimeError, match="no gradient reached|must run the backward pass from the loss"):
+        one_step(net_like(toy()), toy_data(6)[:], [].append, parameters=parameters)
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind"),
+    [
+        (lambda net, batch: F.cross_entropy(net(batch[0]), batch[1], reduction="none"), r"of shape \(6,\)"),
+        (lambda net, batch: loss_of(net, batch).detach(), "without a gradient"),
+    ],
+)
+def test_a_loss_that_is_no_differentiable_scalar_is_refused(loss, kind):
+    with pytest.raises(MimicError, match=f"the loss is a tensor {kind}; expected the mean loss"):
+        one_step(net_like(toy()), toy_data(6)[:], lambda loss: loss.mean().backward(), loss)
+
+
+@pytest.mark.filterwarnings("ignore:1 samples held NaN")
+def test_a_scaler_that_is_switched_off_is_none():
+    x, y = toy_data(6)[:]
+    x[2] = torch.nan
+    nets = [net_like(toy()), net_like(toy())]
+    for net, scaler in zip(nets, (None, torch.amp.GradScaler("cpu", enabled=False)), strict=True):
+        one_step(net, (x.clone(), y), grad_scaler=scaler, on_nonfinite="mask_loss", parameters="head.bias")
+    torch.testing.assert_close(nets[1].head.bias.grad, nets[0].head.bias.grad, rtol=0, atol=0)
+
+
+def test_two_open_steps_on_one_model_are_refused_and_others_are_not():
+    net, other, batch = net_like(toy()), net_like(toy()), toy_data(6)[:]
+    reference = parameters_of(toy(seed=1))
+    first, second, third = (Reweighter(each, reference, "head") for each in (net, net, other))
+    with first.step(batch) as step, third.step(batch) as elsewhere:
+        with pytest.raises(RuntimeError, match="while another one on the same model is open"), second.step(batch):
+            pass
+        for each, model in ((step, net), (elsewhere, other)):
+            each.backward(loss_of(model, batch))
+    with second.step(batch) as step:
+        step.backward(loss_of(net, batch))
+    for each in (first, second, third):
+        each.close()
+    with pytest.raises(RuntimeError, match="this Reweighter is closed"), first.step(batch):
+        pass
+
+
+@pytest.mark.parametrize("reweight", ["all", "target", "none"])
+def test_a_step_is_freed_without_the_garbage_collector(reweight):
+    net, reference = net_like(toy()), parameters_of(toy(seed=1))
+    gc.collect()
+    gc.disable()
+    try:
+        with Reweighter(net, reference, "all", reweight=reweight, diagnose_reference=False) as reweighter:
+            alive = []
+            for _ in range(3):
+                batch = toy_data(6)[:]
+                with reweighter.step(batch) as step:
+                    step.backward(loss_of(net, batch))
+                alive.append(weakref.ref(batch[0]))
+                del batch, step
+            assert [each() for each in alive[:2]] == [None, None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_loss_in_half_precision_that_is_divided_far_is_scored(dtype):
+    net, batch = net_like(toy()).to(dtype), (torch.randn(512, FEATURES, dtype=dtype), torch.randint(0, 3, (512,)))
+    found = [
+        one_step(net, batch, lambda loss, by=by: (loss / by).backward(), diagnose_reference=False).scores
+        for by in (1, 128)
+    ]
+    assert all(scores.isfinite().all() for scores in found)
+    torch.testing.assert_close(found[1], found[0], rtol=0.1, atol=0.02)
+
+
+@pytest.mark.parametrize("ids", [np.arange(6), torch.arange(6), list(range(6))])
+def test_ids_may_be_an_array_and_their_buffer_may_be_used_again(ids, tmp_path):
+    net, reference = net_like(toy()), parameters_of(toy(seed=1))
+    with Reweighter(net, reference, "head", ledger=tmp_path / "s") as reweighter:
+        for _ in range(2):
+            with reweighter.step(toy_data(6)[:], ids) as step:
+                step.backward(loss_of(net, step.batch))
+            ids[:] = [each + 6 for each in ids] if isinstance(ids, list) else ids + 6
+    assert rows_of(tmp_path / "s")["id"].to_pylist() == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.zeros(6, 1), r"ids have shape \(6, 1\)"),
+        ("abcdef", "ids have type str"),
+        ([1, 2], "`ids` holds 2 ids for 6 samples"),
+    ],
+)
+def test_ids_that_are_not_one_per_sample_are_refused(ids, message):
+    with (
+        Reweighter(net_like(toy()), parameters_of(toy(seed=1)), "head") as reweighter,
+        pytest.raises(MimicError, match=message),
+        reweighter.step(toy_data(6)[:], ids),
+    ):
+        pass
+
+
+def test_a_run_is_started_once_and_its_parameters_stay():
+    net, batch = net_like(toy()), toy_data(6)[:]
+    with Reweighter(net, parameters_of(toy(seed=1)), "head") as reweighter:
+        reweighter.start()
+        with pytest.raises(RuntimeError, match="this run was started before"):
+            reweighter.start()
+        net.load_state_dict(parameters_of(toy(seed=2)), assign=True)
+        with pytest.raises(MimicError, match=r"'head\.weight' is another tensor than when"), reweighter.step(batch):
+            pass
+
+
+def test_classes_of_another_form_are_refused():
+    net, batch = net_like(toy()), toy_data(6)[:]
+    with Reweighter(net, parameters_of(toy(seed=1)), "head") as reweighter, reweighter.step(batch) as step:
+        with pytest.raises(MimicError, match=r"`predicted` is .*expected class indices, an integer tensor"):
+            step.backward(loss_of(net, batch), predicted=batch[1][:, None])
+        step.backward(loss_of(net, batch), predicted=batch[1])

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +15,7 @@ from lightning_mimic.callbacks.trainer_support import backward_scale, loss_of
 from lightning_mimic.errors import MimicError, nearest_names
 from lightning_mimic.gradients import select_parameters
 from lightning_mimic.reference import Aligned, ReferenceLoadError, read_reference
+from lightning_mimic.reweighting import Reweighter
 from lightning_mimic.reweighting.recorder import Position
 from lightning_mimic.reweighting.reference_batches import evaluating
 from lightning_mimic.trainer_package import fabric_of, package_of, pl
@@ -25,7 +27,7 @@ class AtCheckpoints(pl.Callback):
     ``fit`` iterates the training data once per checkpoint; epoch *k* of the ledger is checkpoint *k*. The module is in
     evaluation mode, so that scores are the samples' own; only the scored parameters need gradients, so that one last
     layer costs little more than a forward pass. No optimizer takes a step, and of other callbacks only the hooks of
-    the fit are called, not those of batches. The module is left at the last checkpoint, otherwise as it was.
+    the fit are called, not those of epochs and batches. The module is left at the last checkpoint, otherwise as it was.
 
     Args:
         checkpoints: Files with the whole module's weights, ``.ckpt``, ``.pt`` or ``.safetensors``; or a directory,
@@ -56,6 +58,8 @@ class AtCheckpoints(pl.Callback):
             raise MimicError("`checkpoints` is empty; expected a directory of .ckpt files, or a list of files.")
         #: In the order of the ledger's epochs.
         self.checkpoints = [Path(path).expanduser() for path in checkpoints]
+        # Progress bars of the trainer that are off meanwhile.
+        self._hidden_bars: list[Any] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check all files."""
@@ -66,8 +70,10 @@ class AtCheckpoints(pl.Callback):
         for path in self.checkpoints:
             _tensors(path, pl_module)
         pl_module.load_state_dict(_tensors(self.checkpoints[0], pl_module))
-        if trainer.progress_bar_callback is not None:
-            trainer.progress_bar_callback.disable()  # it would show a training
+        bar: Any = trainer.progress_bar_callback
+        if bar is not None and not bar.is_disabled:
+            bar.disable()  # it would show a training
+            self._hidden_bars.append(bar)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -77,7 +83,9 @@ class AtCheckpoints(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Score at every checkpoint; the trainer's own loop then finds all epochs done."""
-        reweighter = _mimic_of(trainer).reweighter
+        mimic = _mimic_of(trainer)
+        mimic.on_train_start(trainer, pl_module)  # whichever of the two comes first
+        reweighter = mimic.reweighter
         package, strategy = package_of(trainer), trainer.strategy
         parallel = isinstance(strategy, package.strategies.ParallelStrategy)
         alone = strategy.block_backward_sync() if parallel else nullcontext()  # type: ignore[attr-defined]
@@ -88,14 +96,9 @@ class AtCheckpoints(pl.Callback):
             for path in self.checkpoints:
                 pl_module.load_state_dict(_tensors(path, pl_module))
                 for batch_idx, batch in enumerate(_epoch_of(trainer)):
-                    pl_module.eval()  # whatever the module's own hooks have set
                     position = Position(trainer.current_epoch, next(steps), batch_idx)
-                    with reweighter.begin(batch, None, position, backward_scale(trainer, pl_module)) as step:
-                        outputs = _call(trainer, "training_step", step.batch, batch_idx)
-                        loss = loss_of(outputs)
-                        if loss is not None:
-                            step.after_forward(loss, backward_follows=False)
-                        reweighter.end(step, outputs)
+                    if mimic.should_score(trainer):
+                        _score(trainer, reweighter, batch, position)
                     progress.update()
                 reweighter.flush()
                 trainer.fit_loop.epoch_progress.increment_processed()
@@ -105,8 +108,8 @@ class AtCheckpoints(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the trainer its own progress bar back."""
-        if trainer.progress_bar_callback is not None:
-            trainer.progress_bar_callback.enable()
+        while self._hidden_bars:
+            self._hidden_bars.pop().enable()
 
     def _progress(self, trainer: pl.Trainer) -> Any:
         """Return a progress bar over the batches of all checkpoints, shown where the trainer would show one."""
@@ -114,7 +117,7 @@ class AtCheckpoints(pl.Callback):
         return package_of(trainer).callbacks.progress.tqdm_progress.Tqdm(
             desc="scoring",
             total=int(total) if total < float("inf") else None,
-            disable=trainer.progress_bar_callback is None or not trainer.is_global_zero,
+            disable=not self._hidden_bars or not trainer.is_global_zero,
         )
 
     def _check(self, trainer: pl.Trainer, mimic: GradMimic) -> None:
@@ -136,19 +139,38 @@ class AtCheckpoints(pl.Callback):
             )
 
 
+def _score(trainer: pl.Trainer, reweighter: Reweighter, batch: Any, position: Position) -> None:
+    """Score one micro-batch, with the arguments that the trainer's own loop gives to training_step."""
+    module = trainer.lightning_module
+    _call_module(trainer, "on_train_batch_start", batch, position.batch)
+    module.eval()  # whatever the module's own hooks have set
+    with reweighter.begin(batch, None, position, backward_scale(trainer, module)) as step:
+        arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), step.batch, position.batch)
+        outputs = _call(trainer, "training_step", *arguments.values())
+        loss = loss_of(outputs)
+        if loss is not None:
+            step.after_forward(loss, backward_follows=False)
+        reweighter.end(step, outputs)
+
+
 def _epoch_of(trainer: pl.Trainer) -> Iterator[Any]:
     """Iterate the training batches once, as the trainer's own loop gives them to the module."""
-    package, loader = package_of(trainer), trainer.train_dataloader
-    kind = package.utilities.combined_loader.CombinedLoader
-    combined = loader if isinstance(loader, kind) else kind(loader, "max_size_cycle")
+    trainer.fit_loop.setup_data()  # loads them again where the trainer is to do that every few epochs
+    combined: Any = trainer.fit_loop._combined_loader
     for each in combined.flattened:
-        fabric_of(package).utilities.data._set_sampler_epoch(each, trainer.current_epoch)
+        fabric_of(package_of(trainer)).utilities.data._set_sampler_epoch(each, trainer.current_epoch)
+    _call_module(trainer, "on_train_epoch_start")
     module = trainer.lightning_module
     limit = trainer.num_training_batches
     for batch, _, _ in itertools.islice(iter(combined), None if limit == float("inf") else int(limit)):
         batch = trainer.precision_plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
         yield _call(trainer, "batch_to_device", batch, dataloader_idx=0)
+
+
+def _call_module(trainer: pl.Trainer, hook: str, *args: Any) -> None:
+    """Call a hook of the module as the trainer's own loop does."""
+    package_of(trainer).trainer.call._call_lightning_module_hook(trainer, hook, *args)
 
 
 def _call(trainer: pl.Trainer, hook: str, *args: Any, **kwargs: Any) -> Any:

@@ -300,7 +300,10 @@ def targets_left_out(root: Node, gate: Node) -> Tensor:
     left_out = torch.zeros(())
     for node, reduction in _reductions(root, gate):
         if reduction == _MEAN and node.name().startswith("NllLoss") and node._saved_weight is None:  # type: ignore[attr-defined]
-            left_out = left_out + node._saved_target.numel() - node._saved_total_weight  # type: ignore[attr-defined]
+            ignored = node._saved_ignore_index  # type: ignore[attr-defined]
+            ignored -= 2**64 * (ignored >= 2**63)  # autograd keeps it without a sign
+            # Counted, because the saved sum of weights is rounded in half precision.
+            left_out = left_out + (node._saved_target == ignored).sum()  # type: ignore[attr-defined]
     return left_out
 
 

@@ -152,7 +152,7 @@ class Reweighter:
         self._compatible = False
         self._choice: Choice | None = None
         self._checked_epoch = -1
-        self._trainable: list[bool] = []
+        self._parameters: list[tuple[int, bool]] = []
         self._closed = False
         self._run: str | None = None
         self._attempt = 0
@@ -256,10 +256,12 @@ class Reweighter:
         else:
             ids = check_ids(ids, sample_count(batch))
         # Once per epoch, and whenever parameters were frozen or unfrozen.
-        trainable = [p.requires_grad for p in self.model.parameters()]
-        check = self._checked_epoch != position.epoch or trainable != self._trainable
+        parameters = [(id(p), p.requires_grad) for p in self.model.parameters()]
+        check = self._checked_epoch != position.epoch or parameters != self._parameters
         check = check or (self._choice is not None and self._choice.pending)
-        self._trainable = trainable
+        if check:
+            self._refuse_replaced()
+        self._parameters = parameters
         if scale is None and self._scaler is not None:
             scale = self._scaler.scale(torch.ones((), device=self._context.task.device))
         self._target.advance()
@@ -377,6 +379,14 @@ class Reweighter:
         if capture is not None:
             self._closing.callback(capture.remove)
         return StepContext(settings, task, self._target, capture, self._choose)
+
+    def _refuse_replaced(self) -> None:
+        for name, parameter in self.targets.items():
+            if self.model.get_parameter(name) is not parameter:
+                raise MimicError(
+                    f"`parameters`: {name!r} is another tensor than when the run began "
+                    "(`load_state_dict(assign=True)`, a new layer); make a new Reweighter for the changed model."
+                )
 
     def _choose(self, forward: Forward, check: bool) -> ScoringMethod:
         """Return the method that scores a micro-batch; what one rank refuses stops all of them."""
