@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_mimic.errors import CurationError
+from lightning_mimic.random_streams import stream_seed
 
 #: A share of samples to keep nearer to 0 or 1 than this is no balance to start from.
 _EXTREME = 0.02
@@ -76,7 +77,13 @@ def fit_label_model(votes: Any, balance: float, seed: int = 0) -> FittedLabelMod
         model = LabelModel(cardinality=2, verbose=False)
         shares = [1 - balance, balance]
         try:
-            model.fit(votes[:, informed], class_balance=shares, seed=seed, n_epochs=_STEPS, progress_bar=False)
+            model.fit(
+                votes[:, informed],
+                class_balance=shares,
+                seed=stream_seed(seed, "label model"),
+                n_epochs=_STEPS,
+                progress_bar=False,
+            )
         except Exception as error:  # snorkel has no type of its own for a fit that diverges
             raise CurationError(f"the label model cannot be fitted ({error}); decide by the majority.") from error
         # By voter, vote (drop, keep) and truth (drop, keep).
