@@ -33,6 +33,8 @@ Purpose = Literal[
     "k-means",
     "mixture",
     "label model",
+    "random selection",
+    "reference noise",
 ]
 
 
