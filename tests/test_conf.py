@@ -50,7 +50,7 @@ def composed(folder: Path, *overrides: str, root: str = "train"):
 
 
 def reference(folder: Path) -> Path:
-    train(composed(folder, "experiment=digits_reference", "trainer.max_epochs=1", "test=false", *QUIET))
+    train(composed(folder, "experiment=digits_reference", "trainer.max_epochs=5", "test=false", *QUIET))
     return folder / "reference.ckpt"
 
 
