@@ -5,7 +5,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from ledgers import write_ledger, write_scores
 from sklearn.cluster import KMeans as Clusters
 from sklearn.mixture import GaussianMixture
 
@@ -13,6 +12,7 @@ from lightning_mimic.curation import CurationError, KMeans, Mixture, Sign, Thres
 from lightning_mimic.curation.filters import by_epoch
 from lightning_mimic.curation.scores import Scores
 from lightning_mimic.database import Database
+from support.ledgers import write_ledger, write_scores
 
 
 @pytest.fixture
