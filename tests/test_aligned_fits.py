@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from test_aligned import CLOSE, WARM, Drops, fit, scores_of, unrelated
 from torch import nn
-from toys import CLASSES, FEATURES, HIDDEN, loader, parameters_of, toy, toy_data, trainer
 
 from lightning_mimic import Aligned, GradMimic, Ledger
 from lightning_mimic.reference import ridge
 from lightning_mimic.reference.aligned_layer import AlignedLayer
+from support.aligned_heads import CLOSE, WARM, Drops, fit, scores_of, unrelated
+from support.toys import CLASSES, FEATURES, HIDDEN, loader, parameters_of, toy, toy_data, trainer
 
 
 def sentences(warned):

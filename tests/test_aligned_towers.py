@@ -4,23 +4,21 @@ import contextlib
 import copy
 from functools import partial
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from clips import KINDS, clip, oracle_steps, pairs, targets_of, towers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
-from toys import loader, parameters_of, trainer
 
 import lightning_mimic.reference.ridge
+import oracles
 from lightning_mimic import Aligned, GradMimic, Ledger, WithIds, collate_with_ids
+from support.aligned_towers import ROWS, STILL, TAU, WIDTH, fit
+from support.clips import KINDS, clip, oracle_steps, pairs, targets_of, towers
+from support.toys import loader, parameters_of, trainer
 
-ROWS, WIDTH = 16, 16  # of a batch, and of the ViTs' features
-TAU = 0.03
 CLOSE = {"rtol": 1e-6, "atol": 1e-7}  # the ledger holds float32
-STILL = {"optimizer": partial(torch.optim.SGD, lr=0.0)}
 BOTH = {"locked": ["image", "text"]}
 
 
@@ -138,13 +136,6 @@ def test_every_step_goes_by_the_projections_fitted_to_all_that_was_seen(case, tm
     assert float(torch.cat([w for _, w in seen]).max()) > 1.5 / ROWS, "weights that hardly differ"
     flags = Ledger(tmp_path / "s").table()["flag"].to_pylist()
     assert flags == ["ok" if k else "zero_direction" for k in known]
-
-
-def fit(module, aligned, batches=None, *, kind="vit", epochs=1, options=None, **settings):
-    """What was fitted, and the statistics."""
-    callback = GradMimic(aligned, KINDS[kind][-1], temperature=TAU, min_ess=0, **settings)
-    trainer(callback, epochs=epochs, **(options or {})).fit(module, batches or loader(pairs(80), ROWS))
-    return callback.state_dict()["target"]["aligned"]
 
 
 def rotated(model, seed=3):

@@ -4,14 +4,14 @@ import re
 
 import pytest
 import torch
-from clips import KINDS, clip, pairs, towers
-from test_aligned_towers import ROWS, STILL, fit
 from torch import nn
 from torch.utils.data import DataLoader
-from toys import loader, trainer
 
 from lightning_mimic import Aligned, GradMimic
 from lightning_mimic.reference import aligned_direction
+from support.aligned_towers import ROWS, STILL, fit
+from support.clips import KINDS, clip, pairs, towers
+from support.toys import loader, trainer
 
 
 class Wrong(nn.Module):

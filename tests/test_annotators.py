@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_sets import labels_of, write_set
 
 from lightning_mimic.data.annotators import AnnotatorNoise
 from lightning_mimic.data.noise import SymmetricNoise
 from lightning_mimic.data.torchvision_sets import TorchvisionDataModule
+from support.image_sets import labels_of, write_set
 
 CLEAN = labels_of("cifar10", "train")
 

@@ -4,40 +4,23 @@ import hashlib
 import os
 
 import lightning.pytorch as pl
-import oracles
 import pytest
 import torch
 import torch.multiprocessing
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from safetensors.torch import save_file
-from test_aligned import Listed, unrelated
 from torch import nn
-from toys import FEATURES, HIDDEN, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
 
+import oracles
 from lightning_mimic import Aligned, GradMimic, Ledger, WithIds, collate_with_ids
 from lightning_mimic.callbacks import AtCheckpoints
 from lightning_mimic.scorers import CosineSimilarity, GradNorm, ReferenceLoss, RhoLoss, Uniform
+from support.aligned_heads import Listed, unrelated
+from support.checkpoint_scoring import Moody, MoodyWithLosses, checkpoints, column, scored, toy_at
+from support.hooks_left import traces
+from support.toys import Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
-
-
-class Moody(Toy):
-    """Is another network while it trains."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(HIDDEN)
-        nn.init.normal_(self.norm.weight)
-        nn.init.normal_(self.norm.bias)
-        self.drop = nn.Dropout(0.5)
-
-    def forward(self, x):
-        return self.head(self.drop(torch.tanh(self.norm(self.body(x)))))
-
-
-class MoodyWithLosses(Moody, WithLosses):
-    pass
 
 
 class Decays(Moody):
@@ -71,40 +54,6 @@ def watched(module):
 
     module.training_step = training_step
     return seen
-
-
-def toy_at(kind, k):
-    """The module of checkpoint k; its running statistics are no longer those of a fresh one."""
-    module = toy(kind, seed=10 + k)
-    module(1 + torch.randn(20, FEATURES, dtype=torch.float64, generator=torch.Generator().manual_seed(k)))
-    return module.eval()
-
-
-def checkpoints(folder, kind=Moody, count=3):
-    """Files in several formats."""
-    paths = [folder / f"{kind.__name__}{k}{('.ckpt', '.safetensors', '.pt')[k % 3]}" for k in range(count)]
-    for k, path in enumerate(paths):
-        state = toy_at(kind, k).state_dict()
-        if path.suffix == ".safetensors":
-            save_file(state, path)
-        else:
-            torch.save({"state_dict": state, "epoch": 7} if path.suffix == ".ckpt" else state, path)
-    return paths
-
-
-def scored(folder, module, paths, *, data=None, trainer_options=None, more=(), **options):
-    """Rows of the ledger, in order of epoch and id."""
-    data = toy_data(14) if data is None else data
-    settings = {"reference": parameters_of(toy(type(module), seed=1)), "parameters": "head", "reweight": "none"}
-    mimic = GradMimic(ledger=folder / "scores", **(settings | options))
-    fit = trainer(mimic, AtCheckpoints(paths), *more, epochs=len(paths), **(trainer_options or {}))
-    fit.fit(module, loader(data, shuffle=True, generator=torch.Generator().manual_seed(3)))
-    return Ledger(folder / "scores").table(deduplicate=False).sort_by([("epoch", "ascending"), ("id", "ascending")])
-
-
-def column(rows, name, epoch):
-    picked = [row[name] for row in rows.to_pylist() if row["epoch"] == epoch]
-    return torch.tensor([float("nan") if value is None else value for value in picked], dtype=torch.float64)
 
 
 TARGETS = {"head": ["head"], "norm": ["norm"], "two": ["body", "head"], "all": ["body", "norm", "head"]}
@@ -180,16 +129,6 @@ def test_only_the_scored_parameters_need_gradients_in_evaluation_mode(chosen, ne
     scored(tmp_path, module, checkpoints(tmp_path), parameters=chosen)
     assert len(seen) == 12
     assert all(found == needed and not training for _, _, found, training in seen)
-
-
-def traces(module):
-    """What a fit could have left on a module."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    left = [(name, h) for name, part in module.named_modules() for h in hooks if getattr(part, h)]
-    left += [name for name, p in module.named_parameters() if p._backward_hooks or p._post_accumulate_grad_hooks]
-    left += sorted({"configure_optimizers", "training_step", "sample_losses", "forward"} & vars(module).keys())
-    modes = {name: part.training for name, part in module.named_modules()}
-    return left, modes, {name: p.requires_grad for name, p in module.named_parameters()}
 
 
 class FailsInSetup(pl.Callback):

@@ -9,14 +9,15 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from test_at_checkpoints import Moody, MoodyWithLosses, checkpoints, column, scored, toy_at, traces
-from test_reference import Canary
 from torch import nn
-from toys import CLASSES, FEATURES, HIDDEN, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
 from lightning_mimic import Aligned, GradMimic, Ledger
 from lightning_mimic.callbacks import AtCheckpoints
 from lightning_mimic.reference import ReferenceLoadError
+from support.checkpoint_scoring import Moody, MoodyWithLosses, checkpoints, column, scored, toy_at
+from support.hooks_left import traces
+from support.toys import CLASSES, FEATURES, HIDDEN, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
+from support.unpickling import Canary
 
 
 @pytest.mark.parametrize("given", [[], (), "a.ckpt", Path("a.ckpt"), "empty"])

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from oracles import per_sample_gradients
-from rows import Ad, assert_exact, losses_of, traced, vectors_of
 from torch import nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
+
+from oracles import per_sample_gradients
+from support.gradient_checks import Ad, assert_exact, losses_of, traced, vectors_of
 
 ROWS, WIDTH = 3, 4
 PROJECTIONS = ["*in_proj_weight", "*in_proj_bias"]

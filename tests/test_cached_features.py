@@ -11,7 +11,16 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from lightning.pytorch.callbacks import ModelCheckpoint
-from small_images import (
+from torch import nn
+
+from lightning_mimic import Aligned, GradMimic, Ledger
+from lightning_mimic.cli.score import score
+from lightning_mimic.cli.train import train
+from lightning_mimic.data import CachedFeatures
+from lightning_mimic.data.digits import DigitsDataModule
+from lightning_mimic.models import ImageClassifier
+from lightning_mimic.scorers import RhoLoss
+from support.small_images import (
     TRAIN,
     SmallImages,
     assert_alike,
@@ -21,16 +30,7 @@ from small_images import (
     reference_of,
     vision_transformer,
 )
-from torch import nn
-from toys import Toy, trainer
-
-from lightning_mimic import Aligned, GradMimic, Ledger
-from lightning_mimic.cli.score import score
-from lightning_mimic.cli.train import train
-from lightning_mimic.data import CachedFeatures
-from lightning_mimic.data.digits import DigitsDataModule
-from lightning_mimic.models import ImageClassifier
-from lightning_mimic.scorers import RhoLoss
+from support.toys import Toy, trainer
 
 
 def fitted(folder: Path, features: Path | None, backbone: Callable[[], nn.Module], **options: Any) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_images import TEST, TRAIN, SmallImages, classifier
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_mimic.data import CachedFeatures
 from lightning_mimic.data.noise import SymmetricNoise
 from lightning_mimic.models import ImageClassifier
+from support.small_images import TEST, TRAIN, SmallImages, classifier
 
 
 def prepared(folder: Path, model: ImageClassifier | None = None, **options: Any) -> list[int]:

@@ -2,15 +2,15 @@
 
 from typing import Any
 
-import oracles
 import pytest
 import torch
 import torch.utils.checkpoint
-from toys import Convolution, Tokens, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
-from trained import trained_by_oracle
 
+import oracles
 from lightning_mimic import GradMimic, Ledger
 from lightning_mimic.gradients import Direction
+from support.oracle_training import trained_by_oracle
+from support.toys import Convolution, Tokens, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
 
 
 @pytest.mark.parametrize("reweight", ["all", "target"])

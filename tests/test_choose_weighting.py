@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from test_weighting import FIGURES, NAN, over_ranks
 
 from lightning_mimic.errors import MimicError
 from lightning_mimic.scorers import (
@@ -18,6 +17,9 @@ from lightning_mimic.scorers import (
     normalised_weights,
     validate_weights,
 )
+from support.weightings import FIGURES, over_ranks
+
+NAN = float("nan")
 
 
 class Posterior:

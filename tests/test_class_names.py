@@ -4,15 +4,15 @@ import csv
 
 import pytest
 import torch
-from ledgers import write_ledger
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
-from toys import trainer
 
 from lightning_mimic import GradMimic, Ledger, WithIds, collate_with_ids
 from lightning_mimic.curation import Manifest, curate
 from lightning_mimic.data.digits import DigitsDataModule
 from lightning_mimic.models import ImageClassifier
+from support.ledgers import write_ledger
+from support.toys import trainer
 
 NAMES = ["cat, big", "it's a 'dog'", 'the "owl"']
 

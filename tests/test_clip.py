@@ -8,14 +8,14 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from clips import KINDS, TEXT, TIMM, VISION, clip, losses_of, pairs, towers
 from lightning.pytorch import Callback
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from toys import loader, trainer
 
 from lightning_mimic.models import CLIP, pair_losses
+from support.clips import KINDS, TEXT, TIMM, VISION, clip, losses_of, pairs, towers
+from support.toys import loader, trainer
 
 STEP = {"optimizer": partial(torch.optim.SGD, lr=0.1)}
 

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import open_clip
 import pytest
 import torch
-from clips import BARE, SGD, losses_of
 from torch.utils.flop_counter import FlopCounterMode
-from toys import trainer
 
 from lightning_mimic import Aligned, GradMimic
 from lightning_mimic.models import CLIP
+from support.clips import BARE, SGD, losses_of
+from support.toys import trainer
 
 # The published figures are counted by the same callback.
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))

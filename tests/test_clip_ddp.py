@@ -7,13 +7,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from clips import KINDS, clip, losses_of, pairs
-from ranks import WORLD, on_two_ranks, strategy, two
 from torch import Tensor
-from toys import loader, parameters_of, trainer
 
 from lightning_mimic import Aligned, GradMimic, Ledger, WithIds, collate_with_ids
 from lightning_mimic.models import CLIP, global_pair_losses
+from support.clips import KINDS, clip, losses_of, pairs
+from support.ranks import WORLD, on_two_ranks, strategy, two
+from support.toys import loader, parameters_of, trainer
 
 ROWS = 4  # of each rank
 UNEVEN = ([0, 8, 16], [4])  # where each rank's batches begin

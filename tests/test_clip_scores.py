@@ -5,16 +5,16 @@ import re
 from functools import partial
 
 import open_clip
-import oracles
 import pytest
 import torch
-from clips import KINDS, clip, losses_of, oracle_steps, pairs, targets_of
 from torch.utils.data import DataLoader, TensorDataset
-from toys import loader, parameters_of, trainer
 
+import oracles
 from lightning_mimic import GradMimic, Ledger
 from lightning_mimic.models import CLIP
 from lightning_mimic.scorers import ReferenceLoss, RhoLoss
+from support.clips import KINDS, clip, losses_of, oracle_steps, pairs, targets_of
+from support.toys import loader, parameters_of, trainer
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-7}  # the ledger holds float32
 TAU = 0.05

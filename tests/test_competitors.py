@@ -4,29 +4,31 @@ import itertools
 import math
 from typing import Any
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
 from scipy.optimize import nnls
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from toys import CLASSES, HIDDEN, Residual, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
-from trained import trained_by_oracle
 
+import oracles
 from lightning_mimic import GradMimic, Ledger
 from lightning_mimic.scorers import Agra, GradMatch, Influence, Products
-
-HEAD = ("head.weight", "head.bias")
-NAN = float("nan")
-OTHERS = [toy_data(8, seed=5)[:3], toy_data(8, seed=5)[3:8]]  # two batches, of 3 and 5 samples
-
-
-class Mixed(WithLosses):
-    """Every loss depends on every sample, so that losses are differentiated twice."""
-
-    def sample_losses(self, batch: Any) -> Tensor:
-        return mixed_losses(self, batch)
+from support.competitors import HEAD, NAN, OTHERS, Mixed, mixed_losses
+from support.oracle_training import trained_by_oracle
+from support.toys import (
+    CLASSES,
+    HIDDEN,
+    Residual,
+    Toy,
+    WithLosses,
+    loader,
+    losses_of,
+    parameters_of,
+    toy,
+    toy_data,
+    trainer,
+)
 
 
 class Regular(WithLosses):
@@ -45,11 +47,6 @@ class Weighted(WithLosses):
 
     def sample_losses(self, batch: Any) -> Tensor:
         return super().sample_losses(batch) * (batch[0] != 0).any(1)
-
-
-def mixed_losses(module: nn.Module, batch: Any) -> Tensor:
-    logits = module(batch[0])
-    return F.cross_entropy(logits - logits.mean(0), batch[1], reduction="none")
 
 
 def formula(scorer: Any, names: Any = HEAD, losses: Any = losses_of) -> Any:

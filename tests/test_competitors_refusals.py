@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_competitors import HEAD, NAN, OTHERS, Mixed
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from toys import Convolution, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
 from lightning_mimic import GradMimic
 from lightning_mimic.scorers import Agra, GradMatch, Influence, MimicScore, choose_weighting
+from support.competitors import HEAD, NAN, OTHERS, Mixed
+from support.toys import Convolution, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
 AGRA, MATCH = {"scorer": Agra(OTHERS), "parameters": "head"}, {"scorer": GradMatch(), "parameters": "head"}
 

@@ -15,19 +15,16 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from pair_shards import write_shards
 
 from lightning_mimic import GradMimic, Ledger
 from lightning_mimic.cli.train import train
+from support.configs import CONF, CURATE, QUIET, ROOT, SCORE, composed
+from support.pair_shards import write_shards
 
-ROOT = Path(__file__).parent.parent
-CONF = ROOT / "conf"
 # What changes others (experiments, and whose reference is meant) has tests of its own.
 GROUPS = sorted(p.relative_to(CONF) for p in CONF.glob("*/**/*.yaml"))
 GROUPS = [path for path in GROUPS if path.parts[0] not in ("experiment", "reference")]
 ROOTS = sorted(p.stem for p in CONF.glob("*.yaml"))
-# What else than mimic-train may have a group, and what such a command cannot do without.
-SCORE, CURATE = ["ledger=scores", "checkpoints=[a.ckpt]"], ["ledger=scores"]
 SCORED = ("data", "data/noise", "data/transform", "model", "model/backbone", "mimic", "trainer", "paths")
 COMMANDS = {
     "train": ("train", "mimic-train experiment=digits_noisy", "digits_noisy, digits_reference"),
@@ -38,15 +35,8 @@ COMMANDS = {
 }
 EXPERIMENTS = sorted(p.stem for p in CONF.glob("experiment/*.yaml") if p.stem.startswith("digits"))
 PAIRS = sorted(p.stem for p in CONF.glob("experiment/*.yaml") if not p.stem.startswith("digits"))
-QUIET = ["trainer.enable_progress_bar=false", "logger=none", "trainer.enable_checkpointing=false"]
 # Two packages' habits: a deprecated call within Lightning, and an unused trainer flag under fast_dev_run.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fast_dev_run.*")
-
-
-def composed(folder: Path, *overrides: str, root: str = "train"):
-    with initialize_config_module("lightning_mimic.conf", version_base="1.3"):
-        paths = [f"paths.output={folder}", f"paths.reference={folder / 'reference.ckpt'}"]
-        return compose(root, overrides=[*(paths if root in ("train", "score") else []), *overrides])
 
 
 def reference(folder: Path) -> Path:

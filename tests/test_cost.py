@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import trainer
 
 import lightning_mimic.reference.aligned
 import lightning_mimic.reweighting.reference_monitor
 from lightning_mimic import Aligned, GradMimic
+from support.toys import trainer
 
 # The published figures are counted by the same callback.
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))

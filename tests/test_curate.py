@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-from ledgers import write_ledger, write_scores
 
 from lightning_mimic.curation import CurationError, Sign, Threshold, curate
 from lightning_mimic.curation.filters import Filter, Vote
 from lightning_mimic.ledger import LedgerError
 from lightning_mimic.manifest import EXPORTS, Export
 from lightning_mimic.version import __version__
+from support.ledgers import write_ledger, write_scores
 
 UID = "{:032x}".format
 

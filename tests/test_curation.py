@@ -9,7 +9,6 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
-from ledgers import write_scores
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import (
     average_precision_score,
@@ -31,6 +30,7 @@ from lightning_mimic.curation import (
     select,
 )
 from lightning_mimic.curation.report import plot_quality, plot_scores
+from support.ledgers import write_scores
 
 
 def test_detection_agrees_with_scikit_learn():

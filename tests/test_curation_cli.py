@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ledgers import write_ledger, write_scores
 
 from lightning_mimic.cli.curate import compare_main, curate_main, select_main
 from lightning_mimic.curation import Manifest, curate, estimate_quality
+from support.ledgers import write_ledger, write_scores
 
 MAINS = {"mimic-curate": curate_main, "mimic-select": select_main, "mimic-compare": compare_main}
 

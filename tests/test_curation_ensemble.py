@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from ledgers import write_ledger, write_scores
 from snorkel.labeling.model import LabelModel
 
 from lightning_mimic.curation import CurationError, Ensemble, KMeans, Mixture, Sign, Threshold, TopK
@@ -15,6 +14,7 @@ from lightning_mimic.curation.filters import Filter, Vote
 from lightning_mimic.curation.label_model import fit_label_model
 from lightning_mimic.curation.scores import Scores
 from lightning_mimic.database import Database
+from support.ledgers import write_ledger, write_scores
 
 PAPER = (Threshold(), KMeans(), Mixture())
 

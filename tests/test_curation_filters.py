@@ -5,7 +5,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from ledgers import write_ledger, write_scores
 from sklearn.cluster import KMeans as Clusters
 from sklearn.mixture import GaussianMixture
 
@@ -14,6 +13,7 @@ from lightning_mimic.curation.filters import by_epoch
 from lightning_mimic.curation.scores import Scores
 from lightning_mimic.database import Database
 from lightning_mimic.random_streams import stream_seed
+from support.ledgers import write_ledger, write_scores
 
 
 @pytest.fixture

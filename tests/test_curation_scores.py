@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ledgers import CONFIG, write_ledger, write_scores
 
 from lightning_mimic.curation.scores import Scores
 from lightning_mimic.database import Database
 from lightning_mimic.errors import CurationError
 from lightning_mimic.ledger import Ledger, LedgerError
+from support.ledgers import CONFIG, write_ledger, write_scores
 
 COLUMNS = "id, score, scorings, relative_weight, label, predicted, flag"
 

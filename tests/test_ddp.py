@@ -8,11 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import WORLD, on_two_ranks, two
-from ranks import strategy as strategy_of
-from small_images import assert_alike, of_a_rank, train_on_a_rank
 from torch import Tensor, nn
-from toys import FEATURES, Residual, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
 from lightning_mimic import Aligned, GradMimic, Ledger, WithIds, collate_with_ids, diagnose
 from lightning_mimic.scorers import (
@@ -25,6 +21,10 @@ from lightning_mimic.scorers import (
     RhoLoss,
     Uniform,
 )
+from support.ranks import WORLD, on_two_ranks, two
+from support.ranks import strategy as strategy_of
+from support.small_images import assert_alike, of_a_rank, train_on_a_rank
+from support.toys import FEATURES, Residual, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
 EVEN, UNEVEN = (2, 2), (3, 1)
 USED = ["all", "!spare"]

@@ -6,7 +6,6 @@ import re
 
 import pytest
 import torch
-from rows import losses_of, traced
 from torch import nn
 
 from lightning_mimic.errors import MimicError
@@ -20,6 +19,7 @@ from lightning_mimic.scorers import (
     validate_needs,
     validate_scores,
 )
+from support.gradient_checks import losses_of, traced
 
 
 class Reader:

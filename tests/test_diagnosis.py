@@ -1,59 +1,31 @@
 """A reference looked at before training: every figure from loops, every verdict by a table, the claims on digits."""
 
-import collections
 import copy
 import dataclasses
 import json
 import math
 import re
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
-from toys import HIDDEN, WithLosses, losses_of, parameters_of, toy, toy_data
 
+import oracles
 from lightning_mimic import Diagnosis, diagnose
 from lightning_mimic.data.digits import DigitsDataModule
 from lightning_mimic.data.noise import SymmetricNoise
 from lightning_mimic.models import ImageClassifier, SmallConvNet
 from lightning_mimic.reference.diagnosis import Estimate
-
-
-class Moody(WithLosses):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(HIDDEN)
-
-    def forward(self, x):
-        return self.head(F.dropout(torch.tanh(self.norm(self.body(x))), 0.5, self.training))
+from support.diagnosed_modules import ByName, Moody, Named, Noisy, estimated, same
+from support.toys import WithLosses, losses_of, parameters_of, toy, toy_data
 
 
 class Attending(WithLosses):
     def forward(self, x):
         tokens = torch.tanh(self.body(x)).view(len(x), 4, 2)
         return self.head(F.scaled_dot_product_attention(tokens, tokens, tokens).flatten(1))
-
-
-class Noisy(Moody):
-    def forward(self, x):
-        return super().forward(x + torch.randn_like(x))
-
-
-Named = collections.namedtuple("Named", "x y")
-
-
-class ByName(WithLosses):
-    def sample_losses(self, batch):
-        if isinstance(batch, torch.Tensor):
-            batch = {"x": batch[:, :-1], "y": batch[:, -1].long()}
-        return super().sample_losses((batch["x"], batch["y"]) if isinstance(batch, dict) else (batch.x, batch.y))
-
-
-def estimated(values):
-    return Estimate(float(values.mean()), float(values.std()) / math.sqrt(len(values)), len(values))
 
 
 def cosine(own, theirs, names):
@@ -90,12 +62,6 @@ def by_hand(module, reference, batches, names):
         reference_loss=float(losses_of(reference, (x, y)).detach().mean()),
         path_losses=losses,
     )
-
-
-def same(found, expected, **close):
-    one, two = (dataclasses.asdict(diagnosis) for diagnosis in (found, expected))
-    for field, value in two.items():
-        torch.testing.assert_close(one[field], value, **(close or {"rtol": 1e-9, "atol": 1e-10}))
 
 
 BODY, HEAD = ["body.weight", "body.bias"], ["head.weight", "head.bias"]

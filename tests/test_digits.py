@@ -6,13 +6,13 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from toys import trainer
 
 from lightning_mimic import GradMimic
 from lightning_mimic.curation import curate, detect
 from lightning_mimic.data.digits import DigitsDataModule
 from lightning_mimic.data.noise import SymmetricNoise
 from lightning_mimic.models import ImageClassifier, SmallConvNet
+from support.toys import trainer
 
 
 class ShuffledLabels(DigitsDataModule):

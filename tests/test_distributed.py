@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from ranks import WORLD, on_two_ranks
 from torch import nn
 
 from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError
+from support.ranks import WORLD, on_two_ranks
 
 
 class OwnError(Exception):

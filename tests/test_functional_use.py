@@ -3,12 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from rows import Ad, assert_exact, losses_of, param, traced, vectors_of
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-B, T, D = 3, 2, 4
-FLAT, TOKENS, IMAGE = (B, D), (B, T, D), (B, D, T)
+from support.functional_nets import FLAT, IMAGE, TOKENS, B, D, T, ad
+from support.gradient_checks import assert_exact, losses_of, param, traced, vectors_of
 
 EXACT = {  # what is computed, its parts, and the inputs' shape
     "class token": (lambda n, x: torch.cat([n.p.expand(B, -1, -1), x], 1), lambda: {"p": param(1, 1, D)}, TOKENS),
@@ -218,11 +217,6 @@ UNSEEN = {  # what is computed, its parts, what is unseen (the rest is exact), a
         "output has shape (2, 4)",
     ),
 }
-
-
-def ad(compute, parts):
-    torch.manual_seed(0)
-    return Ad(lambda net, x: compute(net, x).sin(), **parts()).double()
 
 
 @pytest.mark.parametrize("kind", EXACT)

@@ -7,8 +7,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from image_sets import looks_like, picture, write_folder
-from toys import trainer
 
 from lightning_mimic import GradMimic, Ledger
 from lightning_mimic.data.image_folder import ImageFolderDataModule
@@ -16,6 +14,8 @@ from lightning_mimic.data.noise import SymmetricNoise
 from lightning_mimic.data.transforms import paper_transform
 from lightning_mimic.models import ImageClassifier, SmallConvNet
 from lightning_mimic.scorers import Uniform
+from support.image_sets import looks_like, picture, write_folder
+from support.toys import trainer
 
 IDS = [f"{name}/{number}.png" for name in "abc" for number in range(3)]
 

@@ -5,13 +5,25 @@ import re
 import lightning.pytorch as pl
 import pytest
 import torch
-from pair_shards import SIZES, Reader, data_of, encoded, pair, picture_of, trainer, transform, uid, write, write_shards
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from lightning_mimic.data import WithIds, collate_with_ids
 from lightning_mimic.data.digits import DigitsDataModule
 from lightning_mimic.data.image_text import ImageTextDataModule
+from support.pair_shards import (
+    SIZES,
+    Reader,
+    data_of,
+    encoded,
+    pair,
+    picture_of,
+    trainer,
+    transform,
+    uid,
+    write,
+    write_shards,
+)
 
 
 @pytest.fixture

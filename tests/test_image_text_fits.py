@@ -6,9 +6,9 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from pair_shards import SIZES, Reader, data_of, flat, module, pair, trainer, write, write_shards
 
 from lightning_mimic.data.rejects import Rejects
+from support.pair_shards import SIZES, Reader, data_of, flat, module, pair, trainer, write, write_shards
 
 ALL = list(range(sum(SIZES)))
 

@@ -5,12 +5,12 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import per_sample_gradients, weighted_gradient
-from rule_layers import NAMES, RIGHT, SCALE, Modulate, Square, call, modulate
 from torch import Tensor, nn
 
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import LayerGradients, LayerRule, check_layer_rule, layer_rules, register_layer_rule
+from oracles import per_sample_gradients, weighted_gradient
+from support.custom_layers import NAMES, RIGHT, SCALE, Modulate, Square, call, modulate
 
 
 @pytest.fixture(autouse=True)

@@ -5,11 +5,11 @@ import re
 import pytest
 import torch
 import torch.nn.utils.prune
-from oracles import per_sample_gradients
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from lightning_mimic.gradients import LayerGradients, layer_rules
+from oracles import per_sample_gradients
 
 KNOWN = [
     nn.Linear(2, 2),

@@ -255,6 +255,13 @@ def test_the_oracles_import_torch_only():
     assert tops(imports(ROOT / "tests" / "oracles.py")) <= {"torch"} | set(sys.stdlib_module_names)
 
 
+def test_no_test_module_is_imported_by_another_file():
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    names = {path.stem for path in files if path.name.startswith("test_")}
+    wrong = {path.name: sorted(tops(imports(path)) & names) for path in files if tops(imports(path)) & names}
+    assert not wrong, f"what tests share belongs in tests/support/: {wrong}"
+
+
 def test_every_room_is_installed():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")

@@ -7,11 +7,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ledgers import CONFIG, write_ledger, write_scores
 
 from lightning_mimic.curation import Sign, curate
 from lightning_mimic.ledger import Column, Ledger, LedgerError, LedgerWriter, note_run, open_run
 from lightning_mimic.ledger import columns as table_of
+from support.ledgers import CONFIG, write_ledger, write_scores
 
 DATA = Path(__file__).parent / "data"
 NEWER = Column("entropy", pa.float32(), "nats", "entropy of the prediction", nullable=True, summary="mean")

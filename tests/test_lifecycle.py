@@ -13,9 +13,10 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
-from toys import Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
 from lightning_mimic import GradMimic, Ledger
+from support.hooks_left import untouched
+from support.toys import Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
 
 class Stop(pl.Callback):
@@ -31,12 +32,6 @@ class Stop(pl.Callback):
 
 def reference() -> dict[str, torch.Tensor]:
     return parameters_of(toy(seed=1))
-
-
-def untouched(module: torch.nn.Module) -> bool:
-    hooks = [m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules()]
-    hooks += [p._backward_hooks for p in module.parameters()]
-    return not any(hooks) and not {"training_step", "sample_losses"} & vars(module).keys()
 
 
 @pytest.mark.parametrize("reweight", ["all", "target"])

@@ -5,15 +5,15 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import per_sample_gradients
-from rows import Ad, contrastive, looped, losses_of, param, vectors_of
-from test_contributions import fresh
-from test_model_gradients import NETS, made
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mimic.gradients import Graph, LossGradients
+from oracles import per_sample_gradients
+from support.batch_norm_nets import fresh
+from support.gradient_checks import Ad, contrastive, looped, losses_of, param, vectors_of
+from support.networks import NETS, made
 
 B, T, D = 4, 3, 4
 FUSED = "which cannot be differentiated twice. Name parameters above it, or allow the slower attention that can with "

@@ -9,13 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from ledgers import write_scores
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mimic import WithIds, collate_with_ids
 from lightning_mimic.curation import CurationError, Manifest, curate, select
 from lightning_mimic.database import Database
 from lightning_mimic.manifest import kept_subset, write_manifest
+from support.ledgers import write_scores
 
 
 def manifest(path, ids, keep=True, **columns):

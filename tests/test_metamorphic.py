@@ -4,16 +4,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_methods import CASES, own_losses
-from toys import WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
 
+import oracles
 from lightning_mimic import GradMimic, Ledger
 from lightning_mimic.gradients import select_parameters
+from support.method_cases import CASES, own_losses
+from support.toys import WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
 
 RESIDUAL = "residual around the layer"
 SOME = ["all", "deep, with sample_losses", RESIDUAL, "tied", "functional", "attention", "contrastive, all"]

@@ -5,11 +5,11 @@ import re
 import pytest
 import torch
 from torch import nn
-from toys import trainer
 
 from lightning_mimic import GradMimic, ReferenceLoadError
 from lightning_mimic.data.digits import DigitsDataModule
 from lightning_mimic.models import ImageClassifier, SmallConvNet, torchvision_backbone
+from support.toys import trainer
 
 
 def probe(**options) -> ImageClassifier:

@@ -3,18 +3,18 @@
 import copy
 from typing import Any
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
-from toys import FEATURES, HIDDEN, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
-from trained import trained_by_oracle
 
+import oracles
 from lightning_mimic import GradMimic, Ledger
 from lightning_mimic.gradients.graph import is_compiled, walk
+from support.oracle_training import trained_by_oracle
+from support.toys import FEATURES, HIDDEN, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import per_sample_gradients
-from rows import Ad, assert_exact, looped, losses_of, param, traced, vectors_of
-from test_functional_use import FLAT, TOKENS, B, D, ad
 from torch import nn
 
 from lightning_mimic.gradients import Graph, ModelHooks, WholeModelGradients
+from oracles import per_sample_gradients
+from support.functional_nets import FLAT, TOKENS, B, D, ad
+from support.gradient_checks import Ad, assert_exact, looped, losses_of, param, traced, vectors_of
 
 
 class Annealed(nn.Linear):

@@ -9,10 +9,10 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
-from toys import Toy, parameters_of, toy, toy_data, trainer
 
 from lightning_mimic import GradMimic, Ledger, WithIds, collate_with_ids
 from lightning_mimic.trainer_package import package_of, pl
+from support.toys import Toy, parameters_of, toy, toy_data, trainer
 
 PACKAGES = [lightning.pytorch, pytorch_lightning]
 

@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pair_shards import batches_of, flat, module, numbers, of_rank, pair, uid, write, write_shards
 
 from lightning_mimic.data import pair_stream
 from lightning_mimic.data.rejects import Rejects
 from lightning_mimic.manifest import KeptIds
+from support.pair_shards import batches_of, flat, module, numbers, of_rank, pair, uid, write, write_shards
 
 SIZES = (7, 3, 9, 5, 2)
 ALL = list(range(sum(SIZES)))

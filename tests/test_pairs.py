@@ -7,11 +7,11 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from pair_shards import encoded, picture_of
 from PIL import Image
 
 from lightning_mimic.data.pairs import BrokenPairError, decode_image, described, id_of, pair_of
 from lightning_mimic.data.rejects import Reason
+from support.pair_shards import encoded, picture_of
 
 GREY = [[0, 51], [102, 255]]
 COLOURS = [[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (40, 80, 120)]]

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from clips import BARE, clip
 from lightning.pytorch.callbacks import Callback
-from pair_shards import SIZES, pair, uid, write, write_shards
-from toys import parameters_of, trainer
 
 from lightning_mimic import Aligned, GradMimic, Ledger
 from lightning_mimic.curation import curate
 from lightning_mimic.data.image_text import ImageTextDataModule
 from lightning_mimic.data.rejects import Rejects
+from support.clips import BARE, clip
+from support.pair_shards import SIZES, pair, uid, write, write_shards
+from support.toys import parameters_of, trainer
 
 BROKEN = {"png": b"<html>"}
 EPOCHS = 3

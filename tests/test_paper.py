@@ -7,15 +7,15 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
-from image_sets import write_set
 from omegaconf import OmegaConf
-from test_conf import CONF, QUIET, SCORE, composed
 
 from lightning_mimic import Ledger
 from lightning_mimic.cli.train import train
 from lightning_mimic.data.torchvision_sets import SETS
 from lightning_mimic.models import timm_backbone
 from lightning_mimic.scorers import MimicScore
+from support.configs import CONF, QUIET, SCORE, composed
+from support.image_sets import write_set
 
 SETS_OF_PAPER = sorted(p.stem for p in (CONF / "experiment" / "paper").glob("*.yaml") if p.stem in SETS)
 SMALL = ["model.backbone.name=test_vit", "model.backbone.weights=null", "model.image_shape=[3,160,160]"]

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import oracles
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from toys import Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
 
+import oracles
 from lightning_mimic import GradMimic, Ledger
+from support.toys import Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
 
 NAN, INF = float("nan"), float("inf")
 

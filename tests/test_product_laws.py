@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracles import mimic_scores, per_sample_gradients
 from torch import nn
 
 from lightning_mimic.gradients import Direction, LayerGradients
 from lightning_mimic.scorers import MimicScore, Products
+from oracles import mimic_scores, per_sample_gradients
 
 forty = settings(max_examples=40, deadline=None, derandomize=True)
 twenty = settings(max_examples=20, deadline=None, derandomize=True)

@@ -5,13 +5,13 @@ import re
 
 import pytest
 import torch
-from layer_kinds import LAYERS, LINEAR, TARGETS, made, with_targets
-from oracles import finite_difference_scores, per_sample_gradients, weighted_gradient
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import LayerGradients
+from oracles import finite_difference_scores, per_sample_gradients, weighted_gradient
+from support.layer_kinds import LAYERS, LINEAR, TARGETS, made, with_targets
 
 EXACT = {"rtol": 0, "atol": 0}
 DIGITS = {torch.float64: {"rtol": 1e-9, "atol": 1e-10}, torch.float32: {"rtol": 1e-4, "atol": 1e-4}}

@@ -6,17 +6,17 @@ import re
 
 import huggingface_hub
 import open_clip
-import oracles
 import pytest
 import torch
-from clips import KINDS, TEXT, VISION, clip, losses_of, pairs, targets_of, towers
 from safetensors.torch import save_file
-from toys import loader, trainer
 
+import oracles
 from lightning_mimic import Aligned, GradMimic, Ledger
 from lightning_mimic.models import CLIP
 from lightning_mimic.reference import ReferenceLoadError, read_reference
 from lightning_mimic.reference.open_clip_hub import open_clip_model
+from support.clips import KINDS, TEXT, VISION, clip, losses_of, pairs, targets_of, towers
+from support.toys import loader, trainer
 
 NAME = "open_clip:ViT-B-32/datacomp_xl_s13b_b90k"
 REPOSITORY, COMMIT = "models--laion--CLIP-ViT-B-32-DataComp.XL-s13B-b90K", "0" * 40

@@ -5,7 +5,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from ledgers import write_ledger
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from lightning_mimic.curation import (
@@ -17,6 +16,7 @@ from lightning_mimic.curation import (
     curate,
     estimate_quality,
 )
+from support.ledgers import write_ledger
 
 NONE, ALL = [False] * 20, [True] * 20
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import per_sample_gradients
-from rows import looped, losses_of, param, traced, vectors_of
 from torch import nn
 
 from lightning_mimic.gradients import Graph, LossGradients
+from oracles import per_sample_gradients
+from support.gradient_checks import looped, losses_of, param, traced, vectors_of
 
 WORDS, TIME, WIDTH = 7, 3, 4
 

@@ -1,7 +1,6 @@
 """The reference checkpoint: what is read, what it is matched to, and what is refused before training starts."""
 
 import argparse
-import os
 import pickle
 import re
 from contextlib import suppress
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_mimic.reference import ReferenceLoadError, fingerprint, match_reference, read_reference, reference_model
+from support.unpickling import Canary
 
 
 class Small(pl.LightningModule):
@@ -21,16 +21,6 @@ class Small(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.head = nn.Linear(width, 2)
-
-
-class Canary:
-    """Makes a directory as soon as somebody unpickles it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.path),)
 
 
 def small() -> Small:

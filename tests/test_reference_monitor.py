@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_diagnosis import ByName, Moody, Named, Noisy, estimated, same
-from test_lifecycle import untouched
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from toys import CLASSES, FEATURES, Convolution, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
 from lightning_mimic import Aligned, Diagnosis, GradMimic, Ledger, diagnose
 from lightning_mimic.reference.diagnosis import Estimate
 from lightning_mimic.scorers import RhoLoss
+from support.diagnosed_modules import ByName, Moody, Named, Noisy, estimated, same
+from support.hooks_left import untouched
+from support.toys import CLASSES, FEATURES, Convolution, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 

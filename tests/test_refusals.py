@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from inexact import (
+from lightning.pytorch.strategies import FSDPStrategy
+
+from lightning_mimic import GradMimic, LedgerError, ReferenceLoadError
+from support.refused_modules import (
     L2,
     ByHand,
     Bypassed,
@@ -27,10 +30,7 @@ from inexact import (
     TiedByHand,
     WeightNorm,
 )
-from lightning.pytorch.strategies import FSDPStrategy
-from toys import Toy, loader, parameters_of, toy, toy_data, trainer
-
-from lightning_mimic import GradMimic, LedgerError, ReferenceLoadError
+from support.toys import Toy, loader, parameters_of, toy, toy_data, trainer
 
 # Lightning's advice on a signature that is refused here all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")

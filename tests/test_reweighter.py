@@ -13,25 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from ranks import strategy, two
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from toys import (
-    CLASSES,
-    FEATURES,
-    HIDDEN,
-    Toy,
-    WithLosses,
-    loader,
-    parameters_of,
-    toy,
-    toy_data,
-    trainer,
-)
 
 from lightning_mimic import GradMimic, Ledger, MimicError, Reweighter, WithIds, collate_with_ids
 from lightning_mimic.scorers import CosineSimilarity, GradNorm, RhoLoss
+from support.ranks import strategy, two
+from support.toys import CLASSES, FEATURES, HIDDEN, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
 CLOSE = {"rtol": 1e-7, "atol": 1e-9}
 SETTINGS = {"temperature": 0.7, "min_ess": 0}

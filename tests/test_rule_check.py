@@ -6,12 +6,12 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_kinds import LAYERS, made
-from rule_layers import NAMES, RIGHT, SCALE, Modulate, Square, call, modulate
 from torch import nn
 
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import LayerGradients, LayerRule, check_layer_rule, layer_rules, register_layer_rule
+from support.custom_layers import NAMES, RIGHT, SCALE, Modulate, Square, call, modulate
+from support.layer_kinds import LAYERS, made
 
 
 @pytest.fixture(autouse=True)

@@ -5,18 +5,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import mimic_scores, per_sample_gradients
-from rows import Ad, assert_exact, losses_of, traced, vectors_of
 from torch import Tensor, nn
-from toys import CLASSES, FEATURES, HIDDEN, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
-from toys import losses_of as toy_losses
-from trained import trained_by_oracle
 
 from lightning_mimic import GradMimic, Ledger
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import LayerRule, layer_rules, register_layer_rule
 from lightning_mimic.gradients.layer_hooks import LayerCalls, LayerHooks
 from lightning_mimic.scorers import GradNorm
+from oracles import mimic_scores, per_sample_gradients
+from support.gradient_checks import Ad, assert_exact, losses_of, traced, vectors_of
+from support.oracle_training import trained_by_oracle
+from support.toys import CLASSES, FEATURES, HIDDEN, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
+from support.toys import losses_of as toy_losses
 
 
 @pytest.fixture(autouse=True)

@@ -4,14 +4,12 @@ import json
 import re
 from typing import Any
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from toys import HIDDEN, Convolution, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
-from trained import trained_by_oracle
 
+import oracles
 from lightning_mimic import GradMimic, Ledger, MimicError
 from lightning_mimic.scorers import (
     CosineSimilarity,
@@ -23,6 +21,8 @@ from lightning_mimic.scorers import (
     Uniform,
     normalised_weights,
 )
+from support.oracle_training import trained_by_oracle
+from support.toys import HIDDEN, Convolution, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
 
 NAMES = ("head.weight", "head.bias")
 

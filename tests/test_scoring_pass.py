@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from oracles import per_sample_gradients
-from rows import Ad, contrastive, looped, losses_of, traced, vectors_of
-from test_model_gradients import made
 from torch import nn
 
 from lightning_mimic.gradients import Graph, ModelHooks, WholeModelGradients
+from oracles import per_sample_gradients
+from support.gradient_checks import Ad, contrastive, looped, losses_of, traced, vectors_of
+from support.networks import made
 
 DTYPES = ["mlp of tokens", "conv net", "timm vit", "torchvision vit", "timm resnet in eval mode"]
 

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-from ledgers import write_scores
 
 from lightning_mimic.curation import CurationError, Manifest, Recipe, curate, select
 from lightning_mimic.curation.selection import Term
 from lightning_mimic.version import __version__
+from support.ledgers import write_scores
 
 GRAMMAR = (
     "expected PATH (a manifest: what it keeps) or PATH:COLUMN top|bottom AMOUNT (as 30% or a count), joined from left "

@@ -8,10 +8,10 @@ import tarfile
 import pyarrow.parquet as pq
 import pytest
 import webdataset
-from pair_shards import batches_of, encoded, flat, module, pair, picture_of, uid, write, write_shards
 
 from lightning_mimic.data.rejects import Reason, Rejects, RejectWriter, summary
 from lightning_mimic.data.shards import _NO_JSON_AFTER, list_shards, scanned_ids
+from support.pair_shards import batches_of, encoded, flat, module, pair, picture_of, uid, write, write_shards
 
 WHOLE = [0, 1, 2, 3]
 

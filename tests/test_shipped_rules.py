@@ -5,13 +5,13 @@ import re
 
 import pytest
 import torch
-from oracles import per_sample_gradients, weighted_gradient
-from rows import Ad, traced, vectors_of
 from torch import nn
 
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import LayerGradients, check_layer_rule
 from lightning_mimic.gradients.layer_hooks import LayerCalls, LayerHooks
+from oracles import per_sample_gradients, weighted_gradient
+from support.gradient_checks import Ad, traced, vectors_of
 
 SAMPLES = 3
 

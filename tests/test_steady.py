@@ -3,19 +3,31 @@
 import gc
 from typing import Any
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from toys import CLASSES, FEATURES, HIDDEN, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
-from trained import trained_by_oracle
 
+import oracles
 from lightning_mimic import GradMimic, Ledger, MimicError, ReferenceLoadError
 from lightning_mimic.gradients.layer_hooks import LayerCall
 from lightning_mimic.reference import match_reference
 from lightning_mimic.scorers import ReferenceLoss
+from support.oracle_training import trained_by_oracle
+from support.toys import (
+    CLASSES,
+    FEATURES,
+    HIDDEN,
+    Toy,
+    WithLosses,
+    loader,
+    losses_of,
+    parameters_of,
+    toy,
+    toy_data,
+    trainer,
+)
 
 
 class TimeFirst(WithLosses):

@@ -6,9 +6,7 @@ import re
 import pytest
 import torch
 import torchvision.datasets
-from image_sets import PER_CLASS, SMALL, labels_of, looks_like, opened, write_set
 from PIL import Image
-from toys import trainer
 
 from lightning_mimic import GradMimic, Ledger
 from lightning_mimic.data.image_text import ImageTextDataModule
@@ -17,6 +15,8 @@ from lightning_mimic.data.splits import Source
 from lightning_mimic.data.torchvision_sets import SETS, TorchvisionDataModule
 from lightning_mimic.data.transforms import paper_transform
 from lightning_mimic.models import ImageClassifier, SmallConvNet
+from support.image_sets import PER_CLASS, SMALL, labels_of, looks_like, opened, write_set
+from support.toys import trainer
 
 
 @pytest.fixture(scope="module", params=SETS)

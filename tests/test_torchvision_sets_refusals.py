@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision.datasets
-from image_sets import labels_of, opened, write_set
 
 from lightning_mimic.data.torchvision_sets import SETS, TorchvisionDataModule
 from lightning_mimic.data.transforms import paper_transform
+from support.image_sets import labels_of, opened, write_set
 
 
 @pytest.fixture

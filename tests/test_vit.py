@@ -14,10 +14,10 @@ import torchvision
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from torch.utils.data import DataLoader
-from toys import parameters_of, trainer
 
 from lightning_mimic import GradMimic, ReferenceLoadError
 from lightning_mimic.models import ImageClassifier, timm_backbone, torchvision_backbone
+from support.toys import parameters_of, trainer
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 32}
 HUB = "resnet18-f37072fd.pth"  # torchvision's name of the file

@@ -7,14 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import smallest_temperature, softmax_weights, weighted_gradient
 
 import lightning_mimic.scorers.weighting as weighting_module
 from lightning_mimic.scorers import ShareWeighting, SoftmaxWeighting
+from oracles import smallest_temperature, softmax_weights, weighted_gradient
+from support.weightings import FIGURES, over_ranks
 
 few = settings(max_examples=25, deadline=None)
 NAN, INF = float("nan"), float("inf")
-FIGURES = ("ess", "temperature", "batch_size", "counted", "score_mean", "negative_share")
 score_lists = st.lists(st.floats(-50, 50), min_size=1, max_size=12)
 
 
@@ -24,16 +24,6 @@ def doubles(values):
 
 def effective(weights):
     return float(1 / weights.double().square().sum())
-
-
-def over_ranks(monkeypatch, weighting, parts, valid):
-    """What each rank gets: a first pass collects what the ranks send, a second answers with all of it."""
-    sent = []
-    monkeypatch.setattr(weighting_module, "stack_over_ranks", lambda row: sent.append(row) or row[None])
-    for part, mask in zip(parts, valid, strict=True):
-        weighting(part, valid=mask)
-    monkeypatch.setattr(weighting_module, "stack_over_ranks", lambda row: torch.stack(sent))
-    return [weighting(part, valid=mask) for part, mask in zip(parts, valid, strict=True)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

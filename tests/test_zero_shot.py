@@ -6,11 +6,11 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from clips import SGD, TEXT, VISION, clip, losses_of, pairs
 from torch.utils.data import DataLoader, TensorDataset
-from toys import trainer
 
 from lightning_mimic.models import CLIP, ZeroShot, recall_at_k
+from support.clips import SGD, TEXT, VISION, clip, losses_of, pairs
+from support.toys import trainer
 
 NAMES, TEMPLATES = ["cat", "dog", "a long-legged bird"], ["a photo of a {}.", "{}", "art of the {}!"]
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from ranks import strategy
 from torch import Tensor, nn
-from toys import trainer
 
 from lightning_mimic import GradMimic, Ledger
 from lightning_mimic.data.cached_features import CachedFeatures
 from lightning_mimic.data.noise import SymmetricNoise
 from lightning_mimic.data.splits import LabelledSplits, Source
 from lightning_mimic.models.image_classifier import ImageClassifier
+from support.ranks import strategy
+from support.toys import trainer
 
 CLASSES, TRAIN, TEST = 4, 60, 10
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
 import torch.utils.checkpoint
-from toys import FEATURES, HIDDEN, Toy, WithLosses
+
+from support.toys import FEATURES, HIDDEN, Toy, WithLosses
 
 
 class L2(Toy):

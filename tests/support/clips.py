@@ -8,11 +8,11 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from oracles import per_sample_gradients, softmax_weights, weighted_gradient
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_mimic.models import CLIP
+from oracles import per_sample_gradients, softmax_weights, weighted_gradient
 
 LENGTH, WORDS, SIDE = 8, 100, 32
 VISION: dict[str, Any] = {"layers": 1, "width": 16, "patch_size": 16, "image_size": SIDE, "head_width": 8}

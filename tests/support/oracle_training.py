@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import oracles
 import torch
 from torch import Tensor
-from toys import Toy, losses_of
+
+import oracles
+from support.toys import Toy, losses_of
 
 Row = tuple[Tensor, Tensor]  # scores and weights of a micro-batch
 

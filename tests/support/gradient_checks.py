@@ -1,14 +1,14 @@
-"""How tests hold the products of whole models against the slow loop over samples."""
+"""Comparison of the products of whole models with a slow loop over samples."""
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from oracles import per_sample_gradients
 from torch import Tensor, nn
 
 from lightning_mimic.gradients import Graph, ModelHooks, WholeModelGradients
+from oracles import per_sample_gradients
 
 Oracle = Callable[[nn.Module, Any, Any], Mapping[str, Tensor]]
 

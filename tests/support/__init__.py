@@ -1,0 +1,1 @@
+"""Modules, data and checks that several test modules share; no test is in here."""
