@@ -140,6 +140,13 @@ def test_every_experiment_on_pairs_composes_for_scoring(experiment, tmp_path):
     assert instantiate(config.data).seed == 0
 
 
+def test_the_rotation_of_a_clips_reference_can_be_left_out(tmp_path):
+    config = composed(tmp_path, *(given := ["experiment=clip_digits", *tiny(tmp_path), *QUIET]))
+    assert instantiate(config.mimic).settings.reference.rotate
+    config = composed(tmp_path, *given, "mimic.reference.rotate=false")
+    assert not instantiate(config.mimic).settings.reference.rotate
+
+
 def test_datacomps_recipe_is_the_fixed_one(tmp_path):
     for scale, seen in (("small", 12_800_000), ("medium", 128_000_000)):
         config = composed(tmp_path, f"experiment=datacomp_{scale}", "data.shards=a.tar")
