@@ -67,7 +67,7 @@ OPTIONAL = {
     "timm": {"data/transforms.py", "models/backbones.py"},
     "open_clip": {"models/zero_shot.py", "reference/open_clip_hub.py"},
     "webdataset": {"data/shards.py"},
-    "PIL": {"data/pairs.py", "data/labelled.py"},
+    "PIL": {"data/digit_pairs.py", "data/labelled.py", "data/pairs.py"},
 }
 TRAINERS = {"lightning", "pytorch_lightning"}
 CORE = TRAINERS | {"lightning_utilities", "torch", "torchmetrics", "hydra", "omegaconf", "pyarrow", "lightning_mimic"}
