@@ -16,8 +16,8 @@ from torch import Tensor
 from lightning_mimic.data.digits import DigitsDataModule
 from lightning_mimic.data.noise import SymmetricNoise
 from lightning_mimic.errors import MimicError
-from lightning_mimic.random_streams import torch_generator
 from lightning_mimic.files import atomic_directory
+from lightning_mimic.random_streams import torch_generator
 
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
