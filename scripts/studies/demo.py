@@ -27,7 +27,7 @@ from scripts.studies.tables import Table
 RATES = (0.2, 0.4, 0.6)
 LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 MAX_EPOCHS = 10
-DETECTION = ("auroc", "share_kept", "share_right", "precision", "recall", "f1")
+DETECTION = ("auroc", "share_kept", "share_right", "f1")
 HEADS = {"accuracy": "test, last", "best_accuracy": "test, best", "auroc": "AUROC", "share_kept": "kept"}
 HEADS |= {"share_right": "truly right", "f1": "F1"}
 

@@ -101,7 +101,7 @@ def show(tables: Sequence[Table], console: Console) -> None:
         heading, *rows = table.lines("\n")
         view = RichTable(title=table.title)
         for place, text in enumerate(heading):
-            view.add_column(text, justify="right" if place else "left")
+            view.add_column(text, justify="right" if place else "left", no_wrap=not place)
         for row in rows:
             view.add_row(*row)
         console.print(view)
