@@ -11,8 +11,8 @@ LOWEST_TESTS = $(addsuffix .py,$(addprefix tests/test_,nodes graph graph_uses fu
     attention model_gradients loss_gradients product_laws random_nets modes methods callback))
 
 demo: $(VENV)/.installed
-	$(RUN)/python scripts/demo.py
-	$(RUN)/python scripts/aligned.py
+	$(RUN)/python -m scripts.studies demo
+	$(RUN)/python -m scripts.studies aligned --parts noisy
 
 test: $(VENV)/.installed
 	$(RUN)/python -m pytest

@@ -213,7 +213,7 @@ def _kept(path: Path, work: Callable[..., dict[str, Any]], arguments: tuple[Any,
 
 
 def best(curves: Mapping[Any, Sequence[Sequence[float]]]) -> tuple[Any, int]:
-    """The setting and the number of epochs of the highest mean accuracy; of equals, the first and the shorter one.
+    """The setting and the number of epochs of the highest mean accuracy; of equals, the shortest, and then the first.
 
     Args:
         curves: Setting to the accuracies after every epoch, of every seed.
