@@ -1,5 +1,6 @@
 """From scores to a data set: filters, calibrated quality, baselines and training on what is kept, on the digits."""
 
+import shutil
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -45,10 +46,11 @@ TRAINED = {
 LOSS = "baseline: reference's loss, share known"
 
 
-def curated(out: str, seed: int, rate: float) -> dict[str, Any]:
+def curated(seed: int, rate: float, runs: Path) -> dict[str, Any]:
     """What every filter and baseline finds in one run's scores, and the estimate of quality; writes the manifests."""
-    runs, digits = Path(out), noisy_digits(seed, rate)
-    folder, place = runs / "manifests" / f"{rate}" / f"{seed}", f"{rate}/{seed}/ledger"
+    digits, place = noisy_digits(seed, rate), f"{rate}/{seed}/ledger"
+    folder = runs / "manifests" / f"{rate}" / f"{seed}"
+    shutil.rmtree(folder, ignore_errors=True)  # of one that was broken off
     trusted = runs / "trusted" / place
     others = [runs / f"wrong_{shift}" / place for shift in range(1, 10)]
     wrong_of = dict(zip(digits.noisy_ids.tolist(), digits.wrong.tolist(), strict=True))
@@ -114,7 +116,7 @@ def report(lab: Lab, chosen: Chosen) -> Iterator[Table]:
         confusions = ",".join(f"{c}:{(c + shift) % 10}" for c in range(10))
         noise = ["data/noise=asymmetric", "data.noise.rate=1", f"data.noise.confusions={{{confusions}}}"]
         lab.sweep(f"wrong_{shift}", of_run, *held, where, *noise)
-    results = lab.map("curated", curated, [(str(lab.out), seed, rate) for rate in RATES for seed in lab.seeds])
+    results = lab.map("curated", curated, [(seed, rate) for rate in RATES for seed in lab.seeds], lab.out)
     yield from (qualities(lab, results), *detections(results))
 
     cells = {}

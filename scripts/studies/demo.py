@@ -1,6 +1,7 @@
 """The first job of `make demo`: a new head trained on digits with wrong labels, plainly and with Grad-Mimic."""
 
 import csv
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -77,7 +78,8 @@ def report(lab: Lab, chosen: Chosen) -> Iterator[Table]:
 def write_files(out: Path, seed: int, rate: float, ledger: Path) -> None:
     """What a user has of one run: the manifest, the picture, and here the truth."""
     digits = noisy_digits(seed, rate)
-    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)  # of an earlier report
+    out.mkdir(parents=True)
     manifest = curate(ledger, out=out / "curated", exports=["csv"]).manifest.table().to_pylist()
     with (out / "noise.csv").open("w", newline="") as file:
         columns = (digits.noisy_ids, digits.true_labels, digits.given_labels, digits.wrong.long())

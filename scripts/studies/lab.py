@@ -128,7 +128,7 @@ class Lab:
         )
 
     def map(
-        self, name: str, work: Callable[..., dict[str, Any]], given: Iterable[tuple[Any, ...]]
+        self, name: str, work: Callable[..., dict[str, Any]], given: Iterable[tuple[Any, ...]], *common: object
     ) -> list[dict[str, Any]]:
         """What a function returns for every tuple of arguments, in processes of their own; kept, as runs are.
 
@@ -136,13 +136,16 @@ class Lab:
             name: Folder below the one of the phase.
             work: Importable; returns what JSON can hold.
             given: Tuples of its arguments, which name the results.
+            common: Further arguments, the same for all.
         """
         self._settle(name, [f"{work.__module__}.{work.__qualname__}"])
         paths = {self.folder(name, *arguments) / "result.json": arguments for arguments in given}
         missing = {path: arguments for path, arguments in paths.items() if not path.exists()}
         if missing:
             with self._progress(name, [path.parent for path in paths]):
-                Parallel(self.jobs)(delayed(_kept)(path, work, arguments) for path, arguments in missing.items())
+                Parallel(self.jobs)(
+                    delayed(_kept)(path, work, (*arguments, *common)) for path, arguments in missing.items()
+                )
         results = [json.loads(path.read_text()) for path in paths]
         for result in results:
             self.commits[result["commit"]] += 1
@@ -155,11 +158,12 @@ class Lab:
     def _settle(self, name: str, settings: Sequence[str]) -> None:
         """Refuses a folder whose runs have other settings."""
         said = self.out / name / "settings.json"
-        others = said.exists() and json.loads(said.read_text()) != list(settings)
+        settings = [word.replace(str(self.out), "OUT") for word in settings]  # a folder may be moved
+        others = said.exists() and json.loads(said.read_text()) != settings
         if others and any(said.parent.rglob("result.json")):
             raise StudyError(f"{said.parent} was run with other settings; name another --out, or delete it.")
         said.parent.mkdir(parents=True, exist_ok=True)
-        said.write_text(json.dumps(list(settings), indent=2))
+        said.write_text(json.dumps(settings, indent=2))
 
     def _launch(self, name: str, each: Mapping[str, Sequence[object]], settings: Sequence[str]) -> None:
         names = [f"hydra:runtime.choices.{key}" if key in GROUPS else key.lstrip("+") for key in each]
