@@ -10,7 +10,7 @@ from lightning_mimic.errors import CurationError
 
 #: A share of samples to keep nearer to 0 or 1 than this is no balance to start from.
 _EXTREME = 0.02
-#: Of its gradient descent. Snorkel's 100 stop far from the end: of 30 simulated voters, each right three times in four,
+#: Default steps of its gradient descent. Snorkel's 100 stop far from the end: of 30 simulated voters, each right three times in four,
 #: they make 56 % where the majority has 99.9 %, and 1,000 make 99.2 %.
 _STEPS = 2000
 
@@ -34,13 +34,14 @@ class FittedLabelModel:
     agreement: float
 
 
-def fit_label_model(votes: Any, balance: float, seed: int = 0) -> FittedLabelModel:
+def fit_label_model(votes: Any, balance: float, seed: int = 0, steps: int = _STEPS) -> FittedLabelModel:
     """Fit voters' accuracies to their agreement, without any truth (Ratner et al., arXiv 1810.02840).
 
     Args:
         votes: Array of shape ``(samples, voters)``: 1 keep, 0 drop, -1 no vote.
         balance: Share of samples to be kept, as known beforehand.
         seed: Of the fit; the global random state stays as it is.
+        steps: Of gradient descent.
 
     Returns:
         The weights of the votes; a sample is kept if ``prior`` and the weights of its votes sum to 0 or more.
@@ -76,7 +77,7 @@ def fit_label_model(votes: Any, balance: float, seed: int = 0) -> FittedLabelMod
         model = LabelModel(cardinality=2, verbose=False)
         shares = [1 - balance, balance]
         try:
-            model.fit(votes[:, informed], class_balance=shares, seed=seed, n_epochs=_STEPS, progress_bar=False)
+            model.fit(votes[:, informed], class_balance=shares, seed=seed, n_epochs=steps, progress_bar=False)
         except Exception as error:  # snorkel has no type of its own for a fit that diverges
             raise CurationError(f"the label model cannot be fitted ({error}); decide by the majority.") from error
         # By voter, vote (drop, keep) and truth (drop, keep).

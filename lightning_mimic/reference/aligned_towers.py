@@ -89,7 +89,7 @@ class AlignedTowers(AlignedDirection):
         rotation = procrustes([projection.frame for projection in self._both]).matrix  # (d_ref, d)
         fitted, sound = {}, []
         for projection in self._both:
-            fit = ridge_fit(projection.layer)  # from the features to the reference's frame
+            fit = ridge_fit(projection.layer, self._aligned.penalty)  # from the features to the reference's frame
             weight = fit.weight.T @ rotation
             fitted[projection.weight] = weight.T if projection.transposed else weight
             if projection.bias is not None:
