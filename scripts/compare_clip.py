@@ -1,6 +1,6 @@
 """A small CLIP on digits with captions, 40 % of them wrong: plain training, Grad-Mimic, curation, and their baselines.
 
-Every run is one of mimic-train, on shards as scripts/make_digit_shards.py writes them:
+Every run is one of mimic-train, on shards as mimic-make-shards writes them:
 
     python scripts/compare_clip.py
 """
@@ -22,11 +22,11 @@ import torch
 from digits_runs import Work, at_work, cell, parsed, parser_of, run
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
-from make_digit_shards import write
 from rich.console import Console
 from rich.table import Table
 
 from lightning_mimic.curation import curate, detect
+from lightning_mimic.data.digit_pairs import write_digit_shards as write
 from lightning_mimic.models import CLIP, pair_losses
 from lightning_mimic.reference.procrustes import Rotation
 from lightning_mimic.reference.running_statistics import RunningStatistics

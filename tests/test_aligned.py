@@ -179,6 +179,13 @@ REFUSED = {
     ),
     "no direction": (WithLosses, Aligned(toy(WithLosses)), None, UNDIRECTED),
     "no direction to an unrelated one": (WithLosses, Aligned(unrelated()), None, UNDIRECTED),
+    "no rotation": (
+        Toy,
+        Aligned(unrelated(), rotate=False),
+        "head",
+        "`Aligned(rotate=False)`: only the embeddings of a CLIP are rotated (a module with `encode_image` and "
+        "`encode_text`), and this is a Toy; leave `rotate` out.",
+    ),
     "no ids": (
         Toy,
         Aligned(unrelated(), cache=True),

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 import oracles
 from lightning_mimic import Aligned, GradMimic, Ledger, WithIds, collate_with_ids
+from lightning_mimic.reference.procrustes import Rotation
 from support.aligned_towers import ROWS, STILL, TAU, WIDTH, fit
 from support.clips import KINDS, clip, oracle_steps, pairs, targets_of, towers
 from support.toys import diagnosing, loader, parameters_of, trainer
@@ -168,6 +169,40 @@ def test_a_reference_that_is_the_model_turned_says_that_the_model_is_there():
             norm.bias.copy_(torch.randn(WIDTH, generator=torch.Generator().manual_seed(4)))
     found = fit(module, Unpenalised(rotated(module.towers)))["reference"]
     torch.testing.assert_close(found, {n: p.detach() for n, p in targets_of(module, "vit").items()}, rtol=0, atol=1e-5)
+
+
+def no_rotation(statistics):
+    one = torch.ones(())
+    return Rotation(torch.eye(len(statistics[0].xy)).double(), one, one > 0)
+
+
+@pytest.mark.parametrize("kind", ["vit", "biases"])
+def test_without_a_rotation_the_projections_are_fitted_in_the_references_own_frame(kind, monkeypatch):
+    batches = loader(pairs(80 if kind == "vit" else 272), ROWS)
+    reference = towers(kind, seed=1)
+    found, rotated = (
+        fit(clip(kind, **BOTH), Aligned(reference, every=2, rotate=r), batches, kind=kind) for r in (False, True)
+    )
+    monkeypatch.setattr("lightning_mimic.reference.aligned_towers.procrustes", no_rotation)
+    expected = fit(clip(kind, **BOTH), Aligned(reference, every=2), batches, kind=kind)
+    assert found["enough"]
+    torch.testing.assert_close(found["reference"], expected["reference"], rtol=0, atol=0)
+    assert all((found["reference"][n] - rotated["reference"][n]).abs().max() > 1e-2 for n in found["reference"])
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_fit_resumed_without_the_rotation_begins_its_alignment_anew_and_its_scores_are_not_mixed(tmp_path):
+    def callback(**aligning):
+        return GradMimic(Aligned(towers(seed=1), **aligning), KINDS["vit"][-1], ledger=tmp_path / "s")
+
+    first = trainer(callback(), ModelCheckpoint(tmp_path / "c", "half"), enable_checkpointing=True)
+    first.fit(clip(), loader(pairs(80), ROWS))
+    again = callback(rotate=False)
+    resumed = trainer(again, epochs=2)
+    anew, mixed = "another `rotate`, so it begins anew", r"goes on with other settings \(aligned_rotate: None, False\)"
+    with pytest.warns(UserWarning, match=anew), pytest.warns(UserWarning, match=mixed):
+        resumed.fit(clip(), loader(pairs(80), ROWS), ckpt_path=tmp_path / "c/half.ckpt", weights_only=True)
+    assert again.state_dict()["target"]["aligned"]["steps"] == 5
 
 
 class Counted(nn.Module):

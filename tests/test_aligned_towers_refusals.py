@@ -49,6 +49,10 @@ SHAPES = (
     "`Aligned`: the reference gives shapes {} and {} for 4 pairs; expected a row each, images and texts of one width."
 )
 SCALE, HEAD = "towers.logit_scale", "towers.visual.head.proj.weight"
+UNTURNED = (
+    "`Aligned(rotate=False)`: the reference's embeddings have 20 dimensions and the model's 12, so they cannot share a "
+    "frame; leave `rotate` out."
+)
 # kind, reference, parameters, message
 REFUSED = {
     "one projection": ("vit", towers(), ["towers.visual.proj"], PARTS.format("'towers.visual.proj'")),
@@ -79,6 +83,13 @@ REFUSED = {
         SHAPES.format("(4, 12)", "(8, 12)"),
     ),
 }
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_wider_reference_is_not_taken_without_a_rotation(cache):
+    aligned = Aligned(towers("wide"), rotate=False, cache=cache)
+    with pytest.raises(ValueError, match=f"^{re.escape(UNTURNED)}$"):
+        trainer(GradMimic(aligned, KINDS["vit"][-1])).fit(clip(), loader(pairs(4)))
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -88,7 +88,7 @@ class Scarce(DigitsDataModule):
         ),
         (
             lambda: trusted_loader(digits(), per_class=19),
-            "`per_class` is 19, but class 4 has 14 trusted samples (200 in all classes). Ask for fewer, or have a "
+            "`per_class` is 19, but class 1 has 17 trusted samples (200 in all classes). Ask for fewer, or have a "
             "larger share of the training split trusted (`trusted` of the data module; with experiment=paper/... by "
             "reference=trusted_split).",
         ),

@@ -12,6 +12,7 @@ from lightning_mimic.curation import CurationError, KMeans, Mixture, Sign, Thres
 from lightning_mimic.curation.filters import by_epoch
 from lightning_mimic.curation.scores import Scores
 from lightning_mimic.database import Database
+from lightning_mimic.random_streams import stream_seed
 from support.ledgers import write_ledger, write_scores
 
 
@@ -93,7 +94,7 @@ def test_the_threshold_is_on_the_mean_of_weight_times_batch_size(tmp_path):
 @pytest.mark.parametrize("scores", [skewed(1), two(2), -skewed(3), two(4) * 1e-6, [1.0, 2.0], [-1, -1, 5]])
 def test_k_means_keeps_the_upper_of_scikit_learns_clusters(scores, seed, tmp_path):
     scores = np.asarray(scores, np.float32).astype(np.float64)
-    clusters = Clusters(2, n_init=1, random_state=seed).fit(np.sort(scores)[:, None])
+    clusters = Clusters(2, n_init=1, random_state=stream_seed(seed, "k-means")).fit(np.sort(scores)[:, None])
     found, reason = on(tmp_path, scores, KMeans(seed))
     upper = clusters.predict(scores[:, None]) == clusters.cluster_centers_.argmax()
     middle = float(clusters.cluster_centers_.mean())

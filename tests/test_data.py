@@ -233,10 +233,13 @@ def test_the_digits_ids_are_rows_and_only_noisy_labels_are_corrupted():
     assert set(ids[given != labels[ids]].tolist()) == set(module.noisy_ids[module.wrong].tolist())
 
 
-def test_the_digits_split_and_order_depend_on_the_seed():
-    first, again, other = (read(digits(seed=s).train_dataloader())[0].tolist() for s in (1, 1, 2))
-    assert first == again
-    assert set(first) != set(other)
+def test_the_digits_order_depends_on_the_seed_and_their_split_on_its_own():
+    first, again, order, split = (
+        read(digits(seed=seed, split_seed=split).train_dataloader())[0].tolist()
+        for seed, split in ((1, 5), (1, 5), (2, 5), (1, 6))
+    )
+    assert first == again != order
+    assert set(first) == set(order) != set(split)
 
 
 @pytest.mark.parametrize(("rate", "wrong"), [(0, 0), (0.4, 20), (1, 50)])
@@ -276,7 +279,7 @@ def test_the_digits_that_a_manifest_keeps_train_with_their_labels_and_no_others(
 def test_a_manifest_for_other_digits_or_parts_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`keep` is a choice among the noisy images, and `train` is 'trusted_held'"):
         digits("trusted_held", keep="curated/manifest.parquet")
-    ids = digits(seed=1).noisy_ids.tolist()
+    ids = digits(split_seed=1).noisy_ids.tolist()
     with pytest.raises(ValueError, match="decides on 1097 samples and the data set has 1097"):
         digits(keep=manifest(tmp_path, ids, [True] * 1097)).train_dataloader()
     with pytest.raises(ValueError, match="keeps none of its 1097 samples"):

@@ -11,13 +11,21 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
 from sklearn.datasets import load_digits
 
+from lightning_mimic.cli.make_shards import main
+from lightning_mimic.data.digit_pairs import (
+    CLASS_NAMES,
+    TEMPLATES,
+    encode_png,
+    pair_id,
+    split_digit_pairs,
+    write_digit_shards,
+)
 from lightning_mimic.data.digits import DigitsDataModule
 from lightning_mimic.data.noise import SymmetricNoise
-
-sys.path.append(str(Path(__file__).parent.parent / "scripts"))
-from make_digit_shards import CLASS_NAMES, TEMPLATES, main, parts, png, uid, write
 
 SEED = 10
 PARTS = {"reference": 300, "val": 100, "pool": 897}
@@ -26,7 +34,7 @@ PARTS = {"reference": 300, "val": 100, "pool": 897}
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards") / "digits"
-    write(folder, SEED, 0.4)
+    write_digit_shards(folder, SEED, 0.4)
     return folder
 
 
@@ -55,7 +63,7 @@ def truth_of(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_parts_share_no_image_and_leave_out_the_test_images(digits: DigitsDataModule) -> None:
-    rows = {part: rows.tolist() for part, (rows, _, _) in parts(SEED, 0.4).items()}
+    rows = {part: rows.tolist() for part, (rows, _, _) in split_digit_pairs(SEED, 0.4).items()}
     assert {part: len(of_part) for part, of_part in rows.items()} == PARTS
     trusted = [sample.id for sample in digits.train_dataloader().dataset]
     assert rows["reference"][:150] == trusted[:150]
@@ -65,11 +73,11 @@ def test_parts_share_no_image_and_leave_out_the_test_images(digits: DigitsDataMo
 
 
 def test_only_captions_of_the_pool_are_wrong_and_as_many_as_asked_for() -> None:
-    _, shown, named = (pieces := parts(SEED, 0.4))["pool"]
+    _, shown, named = (pieces := split_digit_pairs(SEED, 0.4))["pool"]
     assert torch.equal(named, SymmetricNoise(0.4, SEED)(shown, 10)[0])
     assert int((shown != named).sum()) == int(0.4 * 897)
     assert all(torch.equal(*pieces[part][1:]) for part in ("reference", "val"))
-    assert torch.equal(*parts(SEED, 0.0)["pool"][1:])
+    assert torch.equal(*split_digit_pairs(SEED, 0.0)["pool"][1:])
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -80,7 +88,7 @@ def test_every_pair_is_complete_and_its_caption_is_what_the_truth_says(
 
     truth = truth_of(out)
     target = load_digits().target
-    row_of = {uid(SEED, row): row for row in parts(SEED, 0.4)[part][0].tolist()}
+    row_of = {pair_id(SEED, row): row for row in split_digit_pairs(SEED, 0.4)[part][0].tolist()}
     captions = {t.format(name): digit for digit, name in enumerate(CLASS_NAMES) for t in TEMPLATES}
     sizes, seen = json.loads((out / part / "sizes.json").read_text()), []
     assert list(sizes) == sorted(path.name for path in (out / part).glob("*.tar"))
@@ -117,24 +125,51 @@ def test_images_are_those_zero_shot_sees(digits: DigitsDataModule) -> None:
     from torchvision.transforms.functional import to_pil_image
 
     image = digits.images(torch.tensor(0))
-    assert Image.open(io.BytesIO(png(image))).tobytes() == to_pil_image(image).convert("RGB").tobytes()
+    assert Image.open(io.BytesIO(encode_png(image))).tobytes() == to_pil_image(image).convert("RGB").tobytes()
 
 
 def test_the_same_arguments_write_the_same_bytes(out: Path, tmp_path: Path) -> None:
-    write(tmp_path / "again", SEED, 0.4)
-    write(tmp_path / "other", SEED + 1, 0.4)
+    write_digit_shards(tmp_path / "again", SEED, 0.4)
+    write_digit_shards(tmp_path / "other", SEED + 1, 0.4)
     files = [path.relative_to(out) for path in out.rglob("*.*") if path.is_file()]
     assert len(files) == 13 * 2 + 3 + 1
     assert all((out / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
     assert not set(truth_of(out)) & set(truth_of(tmp_path / "other"))
 
 
-def test_a_folder_with_something_in_it_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["mimic-make-shards", *words])
+    main()
+
+
+def test_the_command_writes_the_shards_of_the_experiment(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "mine").touch()
-    monkeypatch.setattr(sys, "argv", ["make_digit_shards.py", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        main()
-    assert "is not empty" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, f"seed={SEED}")
+    assert capsys.readouterr().out == "outputs/digit_shards\n"
+    written = tmp_path / "outputs" / "digit_shards"
+    assert (written / "truth.parquet").read_bytes() == (out / "truth.parquet").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+    with initialize_config_module("lightning_mimic.conf", version_base="1.3"):
+        config = compose("train", overrides=["experiment=clip_digits", "paths.output=run"])
+        data = instantiate(config.data)
+    data.setup()
+    assert sum(len(batch.ids) for batch in data.train_dataloader()) == PARTS["pool"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["out=full"], "`out`: full is not an empty directory"), (["mismatched=1.5"], "`mismatched` is the share")],
+)
+def test_the_command_refuses_in_a_line(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, *words)
+    assert str(ended.value.code).startswith(f"mimic-make-shards: {said}")
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "mine"]

@@ -22,7 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: Loaded by importing anything of the package.
 FRONT = {"errors", "lazy", "version"}
-BASE = FRONT | {"files"}
+BASE = FRONT | {"files", "random_streams"}
 RECORDS = {"ledger", "manifest"}
 PURE = BASE | {"distributed", "gradients", "scorers", "reference"}
 OFFLINE = BASE | RECORDS | {"database"}
@@ -30,7 +30,7 @@ OFFLINE = BASE | RECORDS | {"database"}
 MAY_IMPORT = {
     "version": set(),
     "errors": set(),
-    **{room: {"errors", "version"} for room in ("database", "distributed", "files", "lazy")},
+    **{room: {"errors", "version"} for room in ("database", "distributed", "files", "lazy", "random_streams")},
     "gradients": PURE - {"gradients", "scorers", "reference"},
     "scorers": PURE - {"scorers", "reference"},
     "reference": PURE - {"reference"},
@@ -47,7 +47,7 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT)
 
 #: What importing a room, with all its modules, may load of the large packages; a stage may load those before it, too.
 STAGES = {
-    "": ["", "version", "errors", "lazy", "files", "database", "ledger", "manifest", "curation"],
+    "": ["", "version", "errors", "lazy", "files", "random_streams", "database", "ledger", "manifest", "curation"],
     "torch torchmetrics": ["distributed", "gradients", "scorers", "reference", "reweighting", "metrics", "report"],
     "lightning.pytorch": ["trainer_package", "callbacks", "models", "data"],
     "hydra omegaconf": ["cli"],
@@ -67,13 +67,14 @@ OPTIONAL = {
     "timm": {"data/transforms.py", "models/backbones.py"},
     "open_clip": {"models/zero_shot.py", "reference/open_clip_hub.py"},
     "webdataset": {"data/shards.py"},
-    "PIL": {"data/pairs.py", "data/labelled.py"},
+    "PIL": {"data/digit_pairs.py", "data/labelled.py", "data/pairs.py"},
 }
 TRAINERS = {"lightning", "pytorch_lightning"}
 CORE = TRAINERS | {"lightning_utilities", "torch", "torchmetrics", "hydra", "omegaconf", "pyarrow", "lightning_mimic"}
 #: Names that one file uses, and no other file of the package but those that are listed.
 OWNED = {
     r"torch\.distributed|gather_all_tensors|\bdist\.|all_reduce|all_gather": {"distributed.py"},
+    r"\bmanual_seed|random\.seed\(|(default_rng|RandomState)\((?!stream_seed)": {"random_streams.py"},
     r"\bos\.(replace|rename|link|fsync)\b|\bfsync\b|shutil\.move|NamedTemporaryFile|\.tmp\b": {"files.py"},
 }
 #: Of the core's packages, those that a room's files may name at all; elsewhere all but Hydra's.

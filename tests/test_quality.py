@@ -180,7 +180,7 @@ def test_trusted_ledgers_of_other_samples_are_refused(ids, calibrating, tmp_path
 
 
 @pytest.mark.parametrize(("name", "value"), [("scorer", "cosine"), ("reference", "abd"), ("parameters", ["head", "b"]),
-                                             ("aligned_every", 10)])  # fmt: skip
+                                             ("aligned_every", 10), ("aligned_rotate", False)])  # fmt: skip
 def test_trusted_ledgers_of_other_scores_are_refused(name, value, calibrating, tmp_path):
     data, right, wrong = calibrating
     other = scored(tmp_path / "other", [-1.0] * 10, config=CONFIG | {name: value})

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from lightning_mimic.curation.scores import Scores, ScoreTable
 from lightning_mimic.errors import CurationError
+from lightning_mimic.random_streams import stream_seed
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class KMeans(Filter):
                 return -math.inf
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)  # of scores that are all the same
-                found = Clusters(2, n_init=1, random_state=self.seed).fit(scores[:, None])
+                found = Clusters(2, n_init=1, random_state=stream_seed(self.seed, "k-means")).fit(scores[:, None])
             return float(found.cluster_centers_.mean()) if len(set(found.labels_.tolist())) == 2 else -math.inf
 
         return _by_cut(table, cut, "mean score in the lower of two clusters (below {})")
@@ -156,7 +157,7 @@ class Mixture(Filter):
             return -math.inf
         # In units of their spread, because the smallest variance allowed is an absolute one.
         values = ((scores - scores.mean()) / spread)[:, None]
-        two = GaussianMixture(2, random_state=self.seed).fit(values)
+        two = GaussianMixture(2, random_state=stream_seed(self.seed, "mixture")).fit(values)
         if two.bic(values) >= GaussianMixture(1).fit(values).bic(values):
             return -math.inf
         low, high = np.sort(two.means_.ravel())

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_mimic.errors import CurationError
+from lightning_mimic.random_streams import stream_seed
 
 #: A share of samples to keep nearer to 0 or 1 than this is no balance to start from.
 _EXTREME = 0.02
-#: Default steps of its gradient descent. Snorkel's 100 stop far from the end: of 30 simulated voters, each right three times in four,
-#: they make 56 % where the majority has 99.9 %, and 1,000 make 99.2 %.
+#: Default steps of its gradient descent. Snorkel's 100 stop far from the end: of 30 simulated voters, each right three
+#: times in four, they make 56 % where the majority has 99.9 %, and 1,000 make 99.2 %.
 _STEPS = 2000
 
 
@@ -77,7 +78,13 @@ def fit_label_model(votes: Any, balance: float, seed: int = 0, steps: int = _STE
         model = LabelModel(cardinality=2, verbose=False)
         shares = [1 - balance, balance]
         try:
-            model.fit(votes[:, informed], class_balance=shares, seed=seed, n_epochs=steps, progress_bar=False)
+            model.fit(
+                votes[:, informed],
+                class_balance=shares,
+                seed=stream_seed(seed, "label model"),
+                n_epochs=steps,
+                progress_bar=False,
+            )
         except Exception as error:  # snorkel has no type of its own for a fit that diverges
             raise CurationError(f"the label model cannot be fitted ({error}); decide by the majority.") from error
         # By voter, vote (drop, keep) and truth (drop, keep).

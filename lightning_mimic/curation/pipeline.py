@@ -21,7 +21,7 @@ from lightning_mimic.version import __version__
 
 Unscored = Literal["keep", "drop", "fail"]
 #: What two ledgers' scores must have been taken with to mean the same.
-_SAME = ("scorer", "reference", "aligned_every", "parameters")
+_SAME = ("scorer", "reference", "aligned_every", "aligned_rotate", "parameters")
 
 
 @dataclass(frozen=True)

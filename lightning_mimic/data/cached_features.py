@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.files import atomic_write
+from lightning_mimic.random_streams import torch_generator
 from lightning_mimic.reference import fingerprint
 from lightning_mimic.trainer_package import pl
 
@@ -268,7 +269,9 @@ class CachedFeatures(pl.LightningDataModule):
             images,
             batch_size=self.data.eval_batch_size,
             num_workers=self.data.num_workers,
-            generator=torch.Generator(),  # or it would draw from the one that the training draws from
+            generator=torch_generator(
+                0, "loader workers"
+            ),  # or it would draw from the one that the training draws from
         )
         quiet = self.trainer is None or self.trainer.progress_bar_callback is None
         with pl.callbacks.progress.tqdm_progress.Tqdm(

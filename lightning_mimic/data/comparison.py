@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from lightning_mimic.data.splits import LabelledRows, LabelledSplits
 from lightning_mimic.errors import MimicError
+from lightning_mimic.random_streams import stream_seed, torch_generator
 
 
 def comparison_loader(data: Any) -> DataLoader:
@@ -35,7 +36,9 @@ def comparison_loader(data: Any) -> DataLoader:
         loader.dataset,
         batch_size=parts.batch_size,
         # On any number of processes, one: the order of every pass follows from the seed and the pass.
-        sampler=DistributedSampler(loader.dataset, num_replicas=1, rank=0, seed=parts.seed + 1_000_003),
+        sampler=DistributedSampler(
+            loader.dataset, num_replicas=1, rank=0, seed=stream_seed(parts.seed, "comparison order")
+        ),
         num_workers=parts.num_workers,
         collate_fn=loader.collate_fn,
     )
@@ -68,7 +71,7 @@ def trusted_loader(data: Any, per_class: int = 5, seed: int = 0) -> Iterable[Any
     parts = _ready(data)
     rows = parts.rows["trusted"]
     labels = parts.sources["train"].labels[rows]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(rows), generator=torch_generator(seed, "trusted batch"))
     drawn: list[Tensor] = []
     for each in range(parts.num_classes):
         of_class = order[labels[order] == each][:per_class]

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from lightning_mimic.data.noise import LabelNoise
 from lightning_mimic.data.splits import LabelledSplits, Source, Split
+from lightning_mimic.random_streams import torch_generator
 
 
 class DigitsDataModule(LabelledSplits):
     """Handwritten digits, 8 × 8 grey, 10 classes, in three parts that never overlap.
 
-    500 test images, 200 trusted ones with true labels, 1,097 others whose labels ``noise`` may corrupt. 50 of
-    the trusted images can validate: they do so for ``train="trusted_fit"`` and ``train="noisy"``, and train
-    with the other 150 for ``train="trusted"``. These 50 can also calibrate what scores say of the noisy part
+    500 test images, the same for every seed; 200 trusted ones with true labels; 1,097 others whose labels ``noise``
+    may corrupt. 50 of the trusted images can validate: they do so for ``train="trusted_fit"`` and ``train="noisy"``,
+    and train with the other 150 for ``train="trusted"``. These 50 can also calibrate what scores say of the noisy part
     (``train="trusted_held"``, with true labels or, corrupted by ``noise``, with wrong ones). Ids are row numbers of
     ``sklearn.datasets.load_digits``.
 
@@ -28,7 +29,8 @@ class DigitsDataModule(LabelledSplits):
         noise: Corrupts the labels of the noisy part, or of ``"trusted_held"``.
         keep: A manifest; only what it keeps of the noisy part trains.
         augment: Shift every training batch by up to one pixel.
-        seed: Of the split, of the order in training and of the shifts.
+        split_seed: Of which images are trusted; the same for a reference and for what it scores.
+        seed: Of the order in training and of the shifts.
         batch_size: Images per batch and process.
         num_workers: Loader processes.
 
@@ -50,19 +52,21 @@ class DigitsDataModule(LabelledSplits):
     #: Of one image.
     image_shape = (1, 8, 8)
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         train: Split = "noisy",
         noise: LabelNoise | None = None,
         keep: str | Path | None = None,
         augment: bool = False,
+        split_seed: int = 0,
         seed: int = 0,
         batch_size: int = 32,
         num_workers: int = 0,
     ) -> None:
         super().__init__(train, noise, keep, seed=seed, batch_size=batch_size, num_workers=num_workers)
         self.augment = augment
-        self._shifts = torch.Generator().manual_seed(seed)
+        self.split_seed = split_seed
+        self._shifts = torch_generator(seed, "shifts")
 
     def read(self) -> Mapping[str, Source]:
         from sklearn.datasets import load_digits  # owns the images; not needed by the package's core
@@ -74,9 +78,15 @@ class DigitsDataModule(LabelledSplits):
         return {"train": source, "test": source}
 
     def divide(self, labels: Tensor) -> Mapping[str, Tensor]:
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.seed))
-        names = ("test", "trusted_fit", "trusted_held", "noisy")
-        return dict(zip(names, order.split([500, 150, 50, len(order) - 700]), strict=True))
+        # Whoever chooses settings under one seed must not see what tests them under another.
+        test, others = torch.randperm(len(labels), generator=torch_generator(0, "test split")).split(
+            [500, len(labels) - 500]
+        )
+        order = others[torch.randperm(len(others), generator=torch_generator(self.split_seed, "trusted split"))]
+        parts = dict(
+            zip(("trusted_fit", "trusted_held", "noisy"), order.split([150, 50, len(order) - 200]), strict=True)
+        )
+        return {"test": test, **parts}
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if self.augment and self.trainer is not None and self.trainer.training:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_mimic.data.noise import LabelNoise
 from lightning_mimic.data.splits import LabelledSplits, Source, Split
 from lightning_mimic.errors import MimicError
+from lightning_mimic.random_streams import torch_generator
 
 #: From a PIL image of mode RGB to a tensor ``(C, H, W)``.
 Transform = Callable[[Any], Tensor]
@@ -144,7 +145,7 @@ class ImageSplits(LabelledSplits):
 
     def divide(self, labels: Tensor) -> Mapping[str, Tensor]:
         fit, held = [torch.arange(0)], [torch.arange(0)]
-        generator = torch.Generator().manual_seed(self.split_seed)
+        generator = torch_generator(self.split_seed, "trusted split")
         for label in range(self.num_classes if self.trusted else 0):
             members = (labels == label).nonzero().flatten()
             count = max(2, round(self.trusted * len(members)))

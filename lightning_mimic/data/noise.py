@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_mimic.errors import MimicError
+from lightning_mimic.random_streams import torch_generator
 
 
 class LabelNoise(Protocol):
@@ -22,7 +23,7 @@ class SymmetricNoise:
 
     Args:
         rate: Share of wrong labels, 0 to 1.
-        seed: Of its own generator; the global one is not touched.
+        seed: Of the draw; the global generator is not touched.
 
     Raises:
         MimicError: A rate outside 0 to 1.
@@ -53,7 +54,7 @@ class SymmetricNoise:
             MimicError: Fewer than two classes, or labels outside them.
         """
         check_labels(labels, num_classes)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch_generator(self.seed, "label noise")
         wrong = _drawn(len(labels), self.rate, generator)
         shift = torch.randint(1, num_classes, labels.shape, generator=generator)
         return torch.where(wrong, (labels + shift) % num_classes, labels), wrong
@@ -65,7 +66,7 @@ class AsymmetricNoise:
     Args:
         rate: Share of wrong labels within a listed class.
         confusions: Class to the class it is taken for; a cycle through all classes, if left out.
-        seed: Of its own generator.
+        seed: Of the draw; the global generator is not touched.
 
     Raises:
         MimicError: A rate outside 0 to 1, or a class confused with itself.
@@ -86,7 +87,7 @@ class AsymmetricNoise:
     def __call__(self, labels: Tensor, num_classes: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noisy labels and the mask of wrong ones; arguments and shapes as for :class:`SymmetricNoise`."""
         check_labels(labels, num_classes)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch_generator(self.seed, "label noise")
         cycle = {c: (c + 1) % num_classes for c in range(num_classes)}
         confusions = cycle if self.confusions is None else self.confusions
         noisy, wrong = labels.clone(), torch.zeros_like(labels, dtype=torch.bool)

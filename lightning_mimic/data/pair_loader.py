@@ -1,6 +1,5 @@
 """A resumable loader of one rank's batches of image-text pairs."""
 
-import random
 import warnings
 import weakref
 from collections import deque
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mimic.data.pair_stream import PairStream, ShardReaderConfig, StreamPosition
 from lightning_mimic.distributed import gather_objects
+from lightning_mimic.random_streams import torch_generator
 
 
 @dataclass(eq=False)
@@ -77,7 +77,7 @@ class PairLoader:
             collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),
             # The workers' seeds, for random transforms; the global generator is not touched.
-            generator=torch.Generator().manual_seed(random.Random(f"{self.config.seed} {self._epoch}").getrandbits(63)),
+            generator=torch_generator(self.config.seed, "loader workers", self._epoch),
         )
         batches = self._batches(iter(source))
         # Weakly: nobody else's batches are wanted, and a circle would keep worker processes until it is collected.

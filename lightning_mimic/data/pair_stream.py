@@ -15,6 +15,7 @@ from lightning_mimic.data.pairs import BrokenPairError, Pair, decode_image, desc
 from lightning_mimic.data.rejects import Reason, RejectWriter
 from lightning_mimic.data.shards import read_shard
 from lightning_mimic.manifest import KeptIds
+from lightning_mimic.random_streams import stream_seed
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class PairStream(IterableDataset):
 
     def _pairs_of_pass(self, shards: Sequence[str], slot: int, number: int, reject: RejectWriter) -> Iterator[Pair]:
         """Yield the pairs of one pass, in its order."""
-        order = random.Random(f"{self.config.seed} {self.epoch} {self.rank} {slot} {number}")
+        order = random.Random(stream_seed(self.config.seed, "shard order", self.epoch, self.rank, slot, number))
         if self.config.with_replacement:
             shards = order.choices(shards, k=max(len(shards), 100))
         elif self.config.shuffle:

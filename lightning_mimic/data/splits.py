@@ -14,6 +14,7 @@ from lightning_mimic.data.ids import WithIds, collate_with_ids
 from lightning_mimic.data.noise import LabelNoise, SymmetricNoise
 from lightning_mimic.errors import MimicError
 from lightning_mimic.manifest import kept_subset
+from lightning_mimic.random_streams import torch_generator
 from lightning_mimic.trainer_package import pl
 
 #: The images that train or are scored: all with trusted labels, three quarters of these, the other quarter, or those
@@ -159,7 +160,7 @@ class LabelledSplits(pl.LightningDataModule, ABC):
             shuffle=True,
             num_workers=self.num_workers,
             collate_fn=collate_with_ids,
-            generator=torch.Generator().manual_seed(self.seed),
+            generator=torch_generator(self.seed, "training order"),
         )
 
     def val_dataloader(self) -> Any:
@@ -182,7 +183,7 @@ class LabelledSplits(pl.LightningDataModule, ABC):
             Boolean, shape ``(B,)``.
         """
         source = self.sources["train"]
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+        generator = torch_generator(self.seed, "flips", epoch)
         flips = torch.rand(len(source.labels), generator=generator) < 0.5
         if source.ids is None:
             return flips[torch.as_tensor(ids)]

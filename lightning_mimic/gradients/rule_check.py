@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients.layer_rule import LayerRule, cast, map_tensors
 from lightning_mimic.gradients.layer_rules import is_registered, objection, rule_of
+from lightning_mimic.random_streams import torch_generator
 
 # Of the largest value; matrix products on a GPU may be rounded to TF32's 10 bits.
 _TOLERANCE = {torch.float32: 5e-3, torch.float64: 1e-7}
@@ -81,7 +82,7 @@ def _compare(layer: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any])
     rule, parameters = rule_of(layer), dict(layer.named_parameters(recurse=False))
     first = next(iter(parameters.values()))
     dtype, device = torch.promote_types(first.dtype, torch.float32), first.device
-    generator = torch.Generator().manual_seed(0)
+    generator = torch_generator(0, "rule check")
 
     def drawn() -> dict[str, Tensor]:
         return {n: torch.randn(p.shape, generator=generator, dtype=dtype).to(device) for n, p in parameters.items()}

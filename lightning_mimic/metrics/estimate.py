@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_mimic.errors import CurationError
+from lightning_mimic.random_streams import stream_seed
 
 #: Trusted samples must be kept this much more often with true labels than with wrong ones, or nothing can be said.
 _LEAST_DIFFERENCE = 0.2
@@ -52,7 +53,7 @@ def estimate_quality(
         samples: All of them.
         right: Whether each trusted sample is kept with its true label, shape ``(n,)``.
         wrong: Whether the same sample is kept with a wrong label, shape ``(n,)``, or with each of k, ``(n, k)``.
-        seed: Of the bootstrap's own generator.
+        seed: Of the bootstrap.
 
     Raises:
         CurationError: Nothing to count, trusted samples that are not the same ones, or that are kept as often with
@@ -81,7 +82,7 @@ def estimate_quality(
             f"trusted samples are kept as often with wrong labels ({f:.0%}) as with true ones ({t:.0%}): these scores "
             "cannot tell them apart. Look at the reference (`lightning_mimic.diagnose`), or align it."
         )
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(stream_seed(seed, "bootstrap"))
     # A sample's answers are drawn together; there are few different ones.
     answers, counts = np.unique(np.stack([right, wrong], 1), axis=0, return_counts=True)
     # Half a sample of either kind is drawn from as well: fifty of fifty have no spread, and could have been 49.

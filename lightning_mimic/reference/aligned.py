@@ -40,6 +40,8 @@ class Aligned:
         every: Scored micro-batches between two refits.
         cache: Keep the reference's outputs by sample id instead of asking for them again. Where a sample is
             the same in every epoch: not with random augmentation.
+        rotate: Rotate the embeddings of a reference CLIP into the model's frame. ``False`` is right only for a
+            reference that shares this frame, because it started from the same weights.
 
     Raises:
         MimicError: ``every`` is not a positive whole number.
@@ -62,6 +64,7 @@ class Aligned:
         every: int = 10,
         *,
         cache: bool = False,
+        rotate: bool = True,
     ) -> None:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise MimicError(f"`every` counts micro-batches between two refits, 1 or more, not {every!r}.")
@@ -69,6 +72,7 @@ class Aligned:
         self.inputs = inputs
         self.every = every
         self.cache = cache
+        self.rotate = rotate
 
 
 class AlignedDirection(Direction):
@@ -173,10 +177,11 @@ class AlignedDirection(Direction):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there; begins anew, with a warning, if that was of another reference or layer."""
+        """Goes on from there; begins anew, with a warning, if that was another alignment."""
         if state["of"] != self._key():
             warnings.warn(
-                "the checkpoint's alignment is of another reference or another target layer, so it begins anew.",
+                "the checkpoint's alignment is of another reference, another target layer or another `rotate`, so it "
+                "begins anew.",
                 stacklevel=2,
             )
             return
@@ -201,7 +206,8 @@ class AlignedDirection(Direction):
 
     def _key(self) -> str:
         shapes = " ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(self._reference.items()))
-        return f"{self.fingerprint} {shapes}"
+        # Nothing is added by default, so that older checkpoints go on.
+        return f"{self.fingerprint} {shapes}{'' if self._aligned.rotate else ' not rotated'}"
 
     def _ask(
         self,

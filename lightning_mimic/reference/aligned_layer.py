@@ -23,10 +23,15 @@ class AlignedLayer(AlignedDirection):
         targets: All parameters of its target layer, by full name.
 
     Raises:
-        MimicError: The target is not one whole linear layer.
+        MimicError: The target is not one whole linear layer, or ``rotate`` is off.
     """
 
     def __init__(self, aligned: Aligned, module: nn.Module, targets: Mapping[str, nn.Parameter]) -> None:
+        if not aligned.rotate:
+            raise MimicError(
+                "`Aligned(rotate=False)`: only the embeddings of a CLIP are rotated (a module with `encode_image` and "
+                f"`encode_text`), and this is a {type(module).__name__}; leave `rotate` out."
+            )
         path, layer = owning_layer(module, targets)
         whole = {f"{path}.{name}" for name, _ in layer.named_parameters(recurse=False)}
         if not isinstance(layer, nn.Linear) or not is_linear(layer) or set(targets) != whole:

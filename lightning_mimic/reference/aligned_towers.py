@@ -56,6 +56,7 @@ class AlignedTowers(AlignedDirection):
         self._images, self._texts = _projections(module, targets)
         self._both = (self._images, self._texts)
         widths = [targets[p.weight].shape[1 if p.transposed else 0] for p in self._both]
+        self._width = targets[self._images.weight].shape[0 if self._images.transposed else 1]
         statistics = {"image_frame": self._images.frame, "text_frame": self._texts.frame}
         statistics |= {"image_layer": self._images.layer, "text_layer": self._texts.layer}
         model = reference_model(aligned.reference, module, method="encode_image")
@@ -73,6 +74,11 @@ class AlignedTowers(AlignedDirection):
                 f"`Aligned`: the reference gives shapes {shapes[0]} and {shapes[1]} for {rows} pairs; expected a row "
                 "each, images and texts of one width."
             )
+        if not self._aligned.rotate and shapes[0][1] != self._width:
+            raise MimicError(
+                f"`Aligned(rotate=False)`: the reference's embeddings have {shapes[0][1]} dimensions and the model's "
+                f"{self._width}, so they cannot share a frame; leave `rotate` out."
+            )
         return torch.cat(normalised, 1)
 
     def _add(self, features: Mapping[str, Tensor], outputs: Tensor, decay: float) -> Tensor:
@@ -86,14 +92,18 @@ class AlignedTowers(AlignedDirection):
         return torch.stack(held).all()
 
     def _fit(self) -> tuple[dict[str, Tensor], Tensor]:
-        rotation = procrustes([projection.frame for projection in self._both]).matrix  # (d_ref, d)
+        rotation = None
+        if self._aligned.rotate:
+            rotation = procrustes([projection.frame for projection in self._both]).matrix  # (d_ref, d)
         fitted, sound = {}, []
         for projection in self._both:
             fit = ridge_fit(projection.layer, self._aligned.penalty)  # from the features to the reference's frame
-            weight = fit.weight.T @ rotation
+            weight, bias = fit.weight.T, fit.bias
+            if rotation is not None:
+                weight, bias = weight @ rotation, bias @ rotation
             fitted[projection.weight] = weight.T if projection.transposed else weight
             if projection.bias is not None:
-                fitted[projection.bias] = fit.bias @ rotation
+                fitted[projection.bias] = bias
             sound.append(fit.sound & torch.isfinite(weight).all())
         return fitted, torch.stack(sound).all()
 

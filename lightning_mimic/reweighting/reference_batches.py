@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.gradients import GradientDirection
+from lightning_mimic.random_streams import torch_generator
 from lightning_mimic.reference.diagnose import isolated_rng
 from lightning_mimic.reweighting.batch import sample_count
 from lightning_mimic.reweighting.messages import HOOKED
@@ -95,7 +96,8 @@ class ReferenceBatches:
     def _draw(self) -> list[Any]:
         """The next batch of this pass, in a list; an empty one at its end."""
         # Only the CPU's: the order and the transforms of this draw are the same after a resume.
-        torch.default_generator.manual_seed(1_000_003 * self._passes + self._taken)
+        stream = torch_generator(0, "reference batches", self._passes, self._taken)
+        torch.default_generator.set_state(stream.get_state())
         if self._batches is None:
             self._batches = iter(self._loader)
         return list(islice(self._batches, 1))

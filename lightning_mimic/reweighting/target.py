@@ -79,6 +79,9 @@ class Target:
             "aligned_every": reference.every if isinstance(reference, Aligned) else None,
             "parameters": list(self.parameters),
         }
+        if isinstance(reference, Aligned) and not reference.rotate:
+            # Left out by default, so that older ledgers go on.
+            self._config["aligned_rotate"] = False
         if isinstance(scorer, UsesLoader) and "dot" in needs:
             self._follow_batches(scorer.loader, module, type(scorer).__name__, prepare)
         if reference is None:
