@@ -194,6 +194,7 @@ def test_a_layer_that_later_gets_fewer_rows_is_refused(parameters):
         trainer(GradMimic(parameters_of(toy(seed=1)), parameters)).fit(toy(Fewer), loader(toy_data(8)))
 
 
+@pytest.mark.slow
 def test_nothing_of_the_forward_pass_is_held_during_the_backward_pass():
     class Looks(Toy):
         def on_before_backward(self, loss: Tensor) -> None:
