@@ -40,7 +40,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def digits() -> DigitsDataModule:
-    digits = DigitsDataModule(train="trusted", seed=SEED)
+    digits = DigitsDataModule(train="trusted", split_seed=SEED)
     digits.setup()
     return digits
 

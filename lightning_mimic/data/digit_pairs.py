@@ -17,6 +17,7 @@ from lightning_mimic.data.digits import DigitsDataModule
 from lightning_mimic.data.noise import SymmetricNoise
 from lightning_mimic.errors import MimicError
 from lightning_mimic.files import atomic_directory
+from lightning_mimic.random_streams import torch_generator
 
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
@@ -45,7 +46,7 @@ class DigitPairs(NamedTuple):
 
 
 def split_digit_pairs(seed: int, mismatched: float) -> dict[str, DigitPairs]:
-    """Divide the digits among the parts; none of them is among the 500 test images of ``DigitsDataModule(seed=seed)``.
+    """Divide the digits among the parts; none of them is among the 500 test images of ``DigitsDataModule``.
 
     Args:
         seed: Seed of the split, and of which captions are mismatched.
@@ -65,7 +66,7 @@ def split_digit_pairs(seed: int, mismatched: float) -> dict[str, DigitPairs]:
     """
     if not 0 <= mismatched <= 1:
         raise MimicError(f"`mismatched` is the share of captions that name another digit, 0 to 1, not {mismatched!r}.")
-    digits = DigitsDataModule(seed=seed)
+    digits = DigitsDataModule(split_seed=seed)
     digits.setup()
     # The reference must not know the 50 trusted images that validate.
     rows = torch.cat(
@@ -125,9 +126,9 @@ def write_digit_shards(out: str | Path, seed: int = 0, mismatched: float = 0.4) 
         ['id', 'mismatched', 'digit']
     """
     parts = split_digit_pairs(seed, mismatched)
-    digits, truth = DigitsDataModule(seed=seed), []
+    digits, truth = DigitsDataModule(), []
     digits.setup()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch_generator(seed, "captions")
     folder = Path(out).expanduser()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise MimicError(f"`out`: {folder} is not an empty directory; name another one, or remove what it holds.")
