@@ -1,5 +1,5 @@
 # Both commands start from nothing but Python 3.11+ and make.
-.PHONY: demo test check check-lowest clean
+.PHONY: demo test test-fast check check-lowest clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,8 +14,14 @@ demo: $(VENV)/.installed
 	$(RUN)/python -m scripts.studies demo
 	$(RUN)/python -m scripts.studies aligned --parts noisy
 
+# A worker per core. A file's tests share one, as they share fixtures; tests/conftest.py puts the slow files first.
+PARALLEL = --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
+
 test: $(VENV)/.installed
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest $(PARALLEL)
+
+test-fast: $(VENV)/.installed
+	$(RUN)/python -m pytest $(PARALLEL) -m "not slow"
 
 check: $(VENV)/.installed
 	$(RUN)/ruff check .
@@ -23,7 +29,7 @@ check: $(VENV)/.installed
 	$(RUN)/mypy
 
 check-lowest: $(LOWEST)/.installed
-	$(LOWEST)/bin/python -m pytest $(LOWEST_TESTS)
+	$(LOWEST)/bin/python -m pytest $(PARALLEL) $(LOWEST_TESTS)
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lightning_mimic needs Python 3.11 or newer; make PYTHON=python3.12")'

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from lightning_mimic import Aligned, GradMimic, Ledger
-from lightning_mimic.reference import ridge
 from lightning_mimic.reference.aligned_layer import AlignedLayer
 from support.aligned_heads import CLOSE, WARM, Drops, fit, scores_of, unrelated
 from support.toys import CLASSES, FEATURES, HIDDEN, loader, parameters_of, toy, toy_data, trainer
@@ -42,18 +41,18 @@ def in_another_basis(twin, copies):
     return other
 
 
-@pytest.mark.parametrize("penalty", [1e-12, ridge.RIDGE])
+@pytest.mark.parametrize("penalty", [1e-12, Aligned.penalty])
 @pytest.mark.parametrize("copies", [1, 3])
-def test_the_basis_of_a_reference_does_not_matter(copies, penalty, monkeypatch, tmp_path):
-    monkeypatch.setattr(ridge, "RIDGE", penalty)
+def test_the_basis_of_a_reference_does_not_matter(copies, penalty, tmp_path):
+    aligned = type("Penalised", (Aligned,), {"penalty": penalty})
     data, module = toy_data(200), toy()
     module.lr = 0.0  # the model's features are those of its twin, and stay so
     twin = copy.deepcopy(module)
     twin.head.load_state_dict(toy(seed=1).head.state_dict())
     for name, reference in {
         "weights": parameters_of(twin),
-        "twin": Aligned(twin),
-        "unrelated": Aligned(in_another_basis(twin, copies)),
+        "twin": aligned(twin),
+        "unrelated": aligned(in_another_basis(twin, copies)),
     }.items():
         trainer(GradMimic(reference, "head", ledger=tmp_path / name), epochs=2).fit(module, loader(data, 20))
     plain, own, foreign = (scores_of(tmp_path / name)[200:] for name in ("weights", "twin", "unrelated"))
@@ -62,6 +61,7 @@ def test_the_basis_of_a_reference_does_not_matter(copies, penalty, monkeypatch, 
     torch.testing.assert_close(own, plain, rtol=0, atol=1e-5 if penalty < 1e-9 else 0.1 * float(plain.std()))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the reference is")  # unrelated, by its weights
 def test_wrong_labels_are_found_where_the_weights_of_an_unrelated_reference_mislead(tmp_path):
     generator = torch.Generator().manual_seed(0)

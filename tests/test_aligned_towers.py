@@ -11,13 +11,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-import lightning_mimic.reference.ridge
 import oracles
 from lightning_mimic import Aligned, GradMimic, Ledger, WithIds, collate_with_ids
 from lightning_mimic.reference.procrustes import Rotation
 from support.aligned_towers import ROWS, STILL, TAU, WIDTH, fit
 from support.clips import KINDS, clip, oracle_steps, pairs, targets_of, towers
-from support.toys import loader, parameters_of, trainer
+from support.toys import diagnosing, loader, parameters_of, trainer
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-7}  # the ledger holds float32
 BOTH = {"locked": ["image", "text"]}
@@ -159,13 +158,16 @@ def test_scores_do_not_depend_on_how_the_reference_lays_out_its_space(other, tmp
     torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-5, atol=1e-7)
 
 
-def test_a_reference_that_is_the_model_turned_says_that_the_model_is_there(monkeypatch):
-    monkeypatch.setattr(lightning_mimic.reference.ridge, "RIDGE", 1e-10)
+class Unpenalised(Aligned):
+    penalty = 1e-10
+
+
+def test_a_reference_that_is_the_model_turned_says_that_the_model_is_there():
     module = clip(**STILL)
     with torch.no_grad():  # layers that normalise leave out a dimension
         for norm in (module.towers.visual.ln_post, module.towers.ln_final):
             norm.bias.copy_(torch.randn(WIDTH, generator=torch.Generator().manual_seed(4)))
-    found = fit(module, Aligned(rotated(module.towers)))["reference"]
+    found = fit(module, Unpenalised(rotated(module.towers)))["reference"]
     torch.testing.assert_close(found, {n: p.detach() for n, p in targets_of(module, "vit").items()}, rtol=0, atol=1e-5)
 
 
@@ -284,13 +286,12 @@ def test_bfloat16_is_near_to_float32():
     assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.05
 
 
-def test_a_doubtful_reference_is_aligned_once_that_is_known(monkeypatch, tmp_path):
-    monkeypatch.setattr("lightning_mimic.reweighting.reference_monitor.SAMPLES", 48)
+def test_a_doubtful_reference_is_aligned_once_that_is_known(tmp_path):
     # It knows these pairs and nothing else, and shares no initialisation with the model.
     reference, data = clip(seed=1, optimizer=partial(torch.optim.Adam, lr=3e-3)), pairs(80)
     trainer(epochs=12).fit(reference, loader(data, ROWS))
     callback = GradMimic(reference, KINDS["vit"][-1], temperature=TAU, on_doubtful="align", ledger=tmp_path / "s")
-    trainer(callback, epochs=2).fit(clip(), loader(data, ROWS))
+    trainer(diagnosing(callback, 48), epochs=2).fit(clip(), loader(data, ROWS))
     facts = Ledger(tmp_path / "s").meta["attempts"][0]["diagnosis"]
     assert facts["verdict"] != "compatible"
     flags = Ledger(tmp_path / "s").table()["flag"].to_pylist()

@@ -1,14 +1,10 @@
 """Scoring at checkpoints: what a loop over per-sample gradients gives at just these weights, and nothing moves."""
 
 import hashlib
-import os
 
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.multiprocessing
-from lightning.pytorch.plugins.environments import TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 import oracles
@@ -18,6 +14,7 @@ from lightning_mimic.scorers import CosineSimilarity, GradNorm, ReferenceLoss, R
 from support.aligned_heads import Listed, unrelated
 from support.checkpoint_scoring import Moody, MoodyWithLosses, checkpoints, column, scored, toy_at
 from support.hooks_left import traces
+from support.ranks import on_two_ranks, strategy, two
 from support.toys import Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
@@ -175,10 +172,6 @@ PAIRED = {"head": Moody, "all": MoodyWithLosses}
 
 
 def on_rank(rank, folder):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
     for parameters, kind in PAIRED.items():
         module = toy(kind)
         batches = [list(range(start + 2 * rank, start + 2 * rank + 2)) for start in range(0, 16, 4)]
@@ -186,17 +179,15 @@ def on_rank(rank, folder):
         paths = sorted(folder.glob(f"{kind.__name__}[0-9].*"))
         reference = parameters_of(toy(kind, seed=1))
         mimic = GradMimic(reference, parameters, reweight="none", ledger=folder / "two" / parameters)
-        options = {"devices": 2, "use_distributed_sampler": False, "plugins": [TorchElasticEnvironment()]}
-        strategy = DDPStrategy(process_group_backend="gloo")
-        trainer(mimic, AtCheckpoints(paths), epochs=3, strategy=strategy, **options).fit(module, mine)
+        trainer(mimic, AtCheckpoints(paths), epochs=3, strategy=strategy(), **two()).fit(module, mine)
         torch.save(module.state_dict(), folder / f"{parameters}-{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one(tmp_path):
     for kind in PAIRED.values():
         checkpoints(tmp_path, kind)
-    torch.multiprocessing.spawn(on_rank, (tmp_path,), nprocs=2)
+    on_two_ranks(on_rank, tmp_path)
     for parameters, kind in PAIRED.items():
         (tmp_path / "one" / parameters).mkdir(parents=True)
         one = scored(

@@ -144,6 +144,7 @@ def test_the_order_of_the_callbacks_does_not_matter(tmp_path):
     assert len(Ledger(tmp_path / "t").meta["attempts"][0]["checkpoints"]) == 3
 
 
+@pytest.mark.slow
 def test_a_reference_is_judged_in_training_and_not_while_scoring(tmp_path):
     module, data = toy(MoodyWithLosses), toy_data(600)
     reference = toy(MoodyWithLosses, seed=1)  # knows nothing, and shares nothing

@@ -178,6 +178,7 @@ def composed(folder: Path, *overrides: str, root: str = "train"):
         return compose(root, overrides=[*paths, *quiet, *overrides])
 
 
+@pytest.mark.slow
 def test_the_commands_train_and_score_on_features(tmp_path):
     small = ["model.backbone.width=4", "logger=none", "trainer.max_epochs=2"]
     train(

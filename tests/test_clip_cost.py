@@ -12,14 +12,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_mimic import Aligned, GradMimic
 from lightning_mimic.models import CLIP
 from support.clips import BARE, SGD, losses_of
-from support.toys import trainer
+from support.toys import diagnosing, trainer
 
 # The published figures are counted by the same callback.
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 from benchmark_methods import FlopCount, Repeated
 
+pytestmark = pytest.mark.slow
+
 BATCH, MOST, MOST_ALIGNED = 64, 1.02, 1.05  # pairs, and most that a step may cost, plain training being 1
 WIDTHS, EMBEDDED = (768, 512), 512  # of the image's and the text's features, and of both embeddings
+
+
+class AtOnce(Aligned):
+    """Enough samples from the first step on: warming up costs a reference's forward pass per step, once."""
+
+    samples_per_feature = 0
 
 
 def flops_of_a_real_step():
@@ -45,7 +53,8 @@ def flops_of_a_shallow_step(step=1, **settings):
     """The second step's, as the first step's checks come once."""
     module, count = shallow(), FlopCount({step})
     batch = torch.randn(BATCH, 3, 32, 32), torch.randint(1, 9, (BATCH, 4))
-    callbacks = [GradMimic(parameters=BARE, **settings), count] if settings else [count]
+    # A reference that can be run is diagnosed in the first steps, until there are enough samples; here in one.
+    callbacks = [diagnosing(GradMimic(parameters=BARE, **settings), 1), count] if settings else [count]
     trainer(*callbacks).fit(module, Repeated(batch, step + 1))
     return count.flops[step]
 
@@ -60,12 +69,6 @@ def without():
     return flops_of_a_shallow_step()
 
 
-@pytest.fixture(autouse=True)
-def short_diagnosis(monkeypatch):
-    """A reference that can be run is looked at in the first steps, until there are enough samples; here in one."""
-    monkeypatch.setattr("lightning_mimic.reweighting.reference_monitor.SAMPLES", 1)
-
-
 def test_scoring_both_projections_of_a_vit(real, without):
     step, forward = real
     assert 2.9 < step / forward < 3.1
@@ -77,10 +80,8 @@ def test_scoring_both_projections_of_a_vit(real, without):
     assert step + added <= MOST * step
 
 
-def test_an_aligned_reference_of_the_model_s_own_size(real, without, monkeypatch):
-    # Enough samples from the first step on: warming up costs a reference's forward pass per step, once.
-    monkeypatch.setattr("lightning_mimic.reference.aligned.SAMPLES_PER_FEATURE", 0)
-    between, refit = (flops_of_a_shallow_step(step, reference=Aligned(shallow(), every=2)) for step in (1, 2))
+def test_an_aligned_reference_of_the_model_s_own_size(real, without):
+    between, refit = (flops_of_a_shallow_step(step, reference=AtOnce(shallow(), every=2)) for step in (1, 2))
     step, forward = real
     own = shallow()
     with FlopCounterMode(display=False) as count, torch.no_grad():

@@ -15,6 +15,8 @@ from support.clips import KINDS, clip, losses_of, pairs
 from support.ranks import WORLD, on_two_ranks, strategy, two
 from support.toys import loader, parameters_of, trainer
 
+pytestmark = pytest.mark.slow
+
 ROWS = 4  # of each rank
 UNEVEN = ([0, 8, 16], [4])  # where each rank's batches begin
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

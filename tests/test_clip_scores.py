@@ -32,14 +32,17 @@ def batches_of(data, rows=4):
 
 @pytest.fixture(scope="module")
 def real():
-    """A ViT-B-32 in float64, of which only what is scored trains, and two pairs of the real sizes."""
+    """A ViT-B-32 in float64, of which only what is scored trains, and two pairs of few patches and few words."""
     torch.manual_seed(0)
-    towers = open_clip.create_model("ViT-B-32", pretrained=None, precision="fp64")
+    towers = open_clip.create_model(
+        "ViT-B-32", pretrained=None, precision="fp64", force_image_size=64, force_context_length=16
+    )
     module = CLIP(towers, optimizer=partial(torch.optim.SGD, lr=0.0)).double()
-    images, texts = torch.randn(2, 3, 224, 224).double(), torch.randint(1, 49406, (2, 77))
-    return module.requires_grad_(False), (images, texts.scatter(1, torch.tensor([[7], [76]]), 49407))
+    images, texts = torch.randn(2, 3, 64, 64).double(), torch.randint(1, 49406, (2, 16))
+    return module.requires_grad_(False), (images, texts.scatter(1, torch.tensor([[7], [15]]), 49407))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names",
     [

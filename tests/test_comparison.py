@@ -115,6 +115,7 @@ def composed(root: str, folder: Path, *overrides: str) -> Any:
         return compose(root, overrides=[*quiet, *overrides])
 
 
+@pytest.mark.slow
 def test_every_competitor_trains_and_scores_from_its_configuration(tmp_path):
     said = [
         f"save_to={tmp_path / 'r.ckpt'}",

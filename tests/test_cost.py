@@ -2,21 +2,23 @@
 
 import functools
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import VisionTransformer
 
-import lightning_mimic.reference.aligned
-import lightning_mimic.reweighting.reference_monitor
 from lightning_mimic import Aligned, GradMimic
-from support.toys import trainer
+from support.toys import diagnosing, trainer
 
 # The published figures are counted by the same callback.
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
-from benchmark_methods import IMAGE, MODELS, FlopCount, Plain, Repeated, check_agreement
+from benchmark_methods import CLASSES, IMAGE, MODELS, FlopCount, Plain, Repeated, check_agreement
 
+pytestmark = pytest.mark.slow
 ROWS, BATCH = 2, 32  # samples here, and in a batch that one would train with
 ONE_LAYER, ALL, ALIGNED = 1.005, 1.70, 1.05  # most that a step may cost, plain training being 1
 
@@ -32,27 +34,61 @@ class WithLosses(Plain):
         return self.sample_losses(batch).mean()
 
 
+class AtOnce(Aligned):
+    """Enough samples from the first step on: warming up costs a reference's forward pass per step, once."""
+
+    samples_per_feature = 0
+
+
+def blocks(count):
+    """A ViT-B/16 of so many blocks instead of 12."""
+    return VisionTransformer(IMAGE[1], patch_size=16, num_layers=count, num_heads=12, hidden_dim=768, mlp_dim=3072)
+
+
+#: Two small versions, each as a network and the shape of its images, and how often their difference goes into what the
+#: published architecture has more than the first of them: 11 blocks, or 7 × 7 instead of 1 × 1 patches of 32 pixels.
+SMALL = {
+    "vit_b_16": (((partial(blocks, 1), IMAGE), (partial(blocks, 2), IMAGE)), 11),
+    "resnet50": (
+        ((MODELS["resnet50"].build, (3, 32, 32)), (MODELS["resnet50"].build, (3, 64, 64))),
+        (49 - 1) // (4 - 1),
+    ),
+}
+
+
 class Bench:
-    """One architecture: counts the second step of fits, as the first step's checks come once."""
+    """One architecture: counts the second step of fits, as the first step's checks come once.
+
+    The arithmetic is linear in the number of blocks and in the area of an image, so that of the published architecture
+    follows from two small versions.
+    """
 
     def __init__(self, name):
         torch.manual_seed(0)
-        self.net, self.last = MODELS[name].build(), MODELS[name].last
-        self.reference = {n: p.detach() + 0.01 for n, p in self.net.named_parameters()}
-        self.batch = torch.randn(ROWS, *IMAGE), torch.randint(1000, (ROWS,))
+        builds, self.times = SMALL[name]
+        self.last = MODELS[name].last
+        self.versions = [
+            (build(), (torch.randn(ROWS, *image), torch.randint(CLASSES, (ROWS,)))) for build, image in builds
+        ]
+        # After this step no layer is at zero, as a new head may be.
         self.plain = self.flops(Plain, None, step=0)
 
-    def flops(self, kind, parameters, step=1, reference=None):
-        mimic = [] if parameters is None else [GradMimic(reference or self.reference, parameters)]
-        count = FlopCount({step})
-        trainer(*mimic, count).fit(kind(self.net), Repeated(self.batch, step + 1))
+    def flops(self, kind, parameters, step=1, **aligning):
+        small, larger = (self.counted(*version, kind, parameters, step, **aligning) for version in self.versions)
+        return small + self.times * (larger - small)
+
+    def counted(self, net, batch, kind, parameters, step, **aligning):
+        count, mimic = FlopCount({step}), []
+        if parameters is not None:
+            reference = {n: p.detach() + 0.01 for n, p in net.named_parameters()}
+            # A reference that can be run is diagnosed in the first steps, until there are enough samples; here in one.
+            callback = GradMimic(AtOnce(net, **aligning) if aligning else reference, parameters)
+            mimic = [diagnosing(callback, 1)]
+        trainer(*mimic, count).fit(kind(net), Repeated(batch, step + 1))
         return count.flops[step]
 
-
-@pytest.fixture(autouse=True)
-def short_diagnosis(monkeypatch):
-    """A reference that can be run is looked at in the first steps, until there are enough samples; here in one."""
-    monkeypatch.setattr(lightning_mimic.reweighting.reference_monitor, "SAMPLES", 1)
+    def layer(self):
+        return self.versions[0][0].get_submodule(self.last)
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +96,26 @@ def benches():
     return functools.cache(Bench)
 
 
+def plain_flops(build, image):
+    """Of a step on a device that computes nothing."""
+    with torch.device("meta"):
+        net, images, labels = build(), torch.empty(ROWS, *image), torch.empty(ROWS, dtype=torch.int64)
+    with FlopCounterMode(display=False) as count:
+        F.cross_entropy(net(images), labels).backward()
+    return count.get_total_flops()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_arithmetic_of_the_published_architecture_follows_from_the_small_versions(name):
+    versions, times = SMALL[name]
+    small, larger = (plain_flops(*version) for version in versions)
+    assert small + times * (larger - small) == plain_flops(MODELS[name].build, IMAGE)
+
+
 @pytest.mark.parametrize(("name", "kind"), [("vit_b_16", Plain), ("resnet50", Plain), ("resnet50", WithLosses)])
 def test_one_layer_costs_its_own_forward_pass(benches, name, kind):
     bench = benches(name)
-    layer = bench.net.get_submodule(bench.last)
-    (size,) = (p.numel() for n, p in layer.named_parameters() if n.endswith("weight"))
+    (size,) = (p.numel() for n, p in bench.layer().named_parameters() if n.endswith("weight"))
     added = bench.flops(kind, f"net.{bench.last}") - bench.plain
     # More than nothing: the counter sees what the hook does inside the backward pass.
     assert added == 2 * ROWS * size
@@ -83,10 +134,8 @@ def test_an_aligned_reference_of_the_model_s_own_size(benches, name, monkeypatch
     bench = benches(name)
     # The counter does not know the fused attention that inference takes.
     monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
-    # Enough samples from the first step on: warming up costs a reference's forward pass per step, once.
-    monkeypatch.setattr(lightning_mimic.reference.aligned, "SAMPLES_PER_FEATURE", 0)
-    between, refit = (bench.flops(Plain, f"net.{bench.last}", step, Aligned(bench.net, every=2)) for step in (1, 2))
-    (shape,) = (p.shape for p in bench.net.get_submodule(bench.last).parameters() if p.ndim == 2)
+    between, refit = (bench.flops(Plain, f"net.{bench.last}", step, every=2) for step in (1, 2))
+    (shape,) = (p.shape for p in bench.layer().parameters() if p.ndim == 2)
     classes, width = shape
     assert bench.plain * 1.3 < refit  # a forward pass is a third of a step
     # The counter knows neither Cholesky's factors nor their use, which do not grow with the batch.

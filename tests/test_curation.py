@@ -251,6 +251,7 @@ def test_numbers_in_a_parquet_pool_do_not_pass_for_text(tmp_path):
         curate(tmp_path / "scores", pool=tmp_path / "pool.parquet")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.0, 0.2, 0.6])
 def test_the_truth_of_a_simulated_ledger_is_recovered(rate, tmp_path):
     random = np.random.default_rng(7)

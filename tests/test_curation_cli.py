@@ -127,6 +127,7 @@ def test_every_filter_can_be_chosen(words, title, kept, run, tmp_path):
     assert sorted(row["id"] for row in rows if row["keep"]) == kept
 
 
+@pytest.mark.slow
 def test_the_ensemble_weighs_the_votes_of_all_epochs(run, tmp_path):
     generator = np.random.default_rng(0)
     scores = np.where(np.arange(300) < 200, 1.0, -1.0) + 0.3 * generator.standard_normal((3, 300))

@@ -17,6 +17,7 @@ from lightning_mimic.database import Database
 from support.ledgers import write_ledger, write_scores
 
 PAPER = (Threshold(), KMeans(), Mixture())
+SHORT = 200  # steps of a fit whose accuracy does not matter
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ class Says(Filter):
         return Vote(self.keep, "said so")
 
 
-def decided(folder, ensemble, threads=None):
+def decided(folder, ensemble, threads=None, **settings):
     """Keep, votes to keep and votes, by id; and the decision."""
     with Database() as database:
         if threads is not None:
             database.run(f"SET threads = {threads}")
-        decision = ensemble.decide(Scores(folder, database))
+        decision = ensemble.decide(Scores(folder, database, **settings))
         found = database.connection.execute(f"SELECT id, keep, votes_keep, votes FROM ({decision.query})").fetchall()
     assert len({row[0] for row in found}) == len(found)
     return {row[0]: row[1:] for row in found}, decision
@@ -111,7 +112,12 @@ def test_thousands_of_votes_are_counted(tmp_path):
 
 @pytest.mark.parametrize(("balance", "absent"), [(0.1, 0.0), (0.3, 0.3), (0.5, 0.0), (0.8, 0.3), (0.95, 0.0)])
 @pytest.mark.parametrize(
-    "accuracies", [(0.6, 0.75, 0.95), (0.9, 0.6, 0.8, 0.7, 0.75), tuple(np.linspace(0.6, 0.9, 30))]
+    "accuracies",
+    [
+        (0.6, 0.75, 0.95),
+        pytest.param((0.9, 0.6, 0.8, 0.7, 0.75), marks=pytest.mark.slow),
+        pytest.param(tuple(np.linspace(0.6, 0.9, 30)), marks=pytest.mark.slow),
+    ],
 )
 def test_the_label_model_is_about_as_good_as_the_bayes_optimal_vote(accuracies, balance, absent):
     accuracies = np.array(accuracies)
@@ -131,6 +137,7 @@ def test_the_label_model_is_about_as_good_as_the_bayes_optimal_vote(accuracies, 
     assert model.agreement == (ours == majority)[voted].mean()
 
 
+@pytest.mark.slow
 def test_better_voters_are_worth_more():
     accuracies = np.array([0.6, 0.7, 0.8, 0.9])
     _, votes = simulated(20_000, accuracies, 0.5, 0.2, seed=1)
@@ -144,15 +151,15 @@ def test_better_voters_are_worth_more():
 @pytest.mark.parametrize(("given", "used"), [(0.0, 0.02), (1.0, 0.98), (0.3, 0.3)])
 def test_a_balance_without_doubt_is_doubted(given, used):
     _, votes = simulated(500, np.full(7, 0.9), 0.5, 0.0, seed=2)
-    model = fit_label_model(votes, given)
+    model = fit_label_model(votes, given, steps=SHORT)
     assert (model.balance, model.prior) == (used, float(np.log(used / (1 - used))))
 
 
 def test_constant_voters_are_worth_nothing_and_change_nothing():
     _, votes = simulated(600, np.array([0.7, 0.8, 0.9]), 0.6, 0.1, seed=3)
     constant = np.stack([np.ones(600), np.zeros(600), np.full(600, -1), np.where(votes[:, 0] < 0, -1, 1)], 1)
-    alone = fit_label_model(votes, 0.6)
-    among = fit_label_model(np.insert(votes, [0, 1, 3, 3], constant.astype(np.int64), axis=1), 0.6)
+    alone = fit_label_model(votes, 0.6, steps=SHORT)
+    among = fit_label_model(np.insert(votes, [0, 1, 3, 3], constant.astype(np.int64), axis=1), 0.6, steps=SHORT)
     assert among.keep.tolist() == [0, alone.keep[0], 0, *alone.keep[1:], 0, 0]
     assert among.drop.tolist() == [0, alone.drop[0], 0, *alone.drop[1:], 0, 0]
 
@@ -187,7 +194,7 @@ class Inverted(LabelModel):
 
 def test_a_model_that_came_out_upside_down_is_refused(monkeypatch):
     _, votes = simulated(1000, np.full(5, 0.8), 0.5, 0.0, seed=5)
-    share = fit_label_model(votes, 0.5).agreement
+    share = fit_label_model(votes, 0.5, steps=SHORT).agreement
     assert share > 0.9
     monkeypatch.setattr("snorkel.labeling.model.LabelModel", Inverted)
     message = (
@@ -196,9 +203,10 @@ def test_a_model_that_came_out_upside_down_is_refused(monkeypatch):
         "more."
     )
     with pytest.raises(CurationError, match=f"^{re.escape(message)}$"):
-        fit_label_model(votes, 0.5)
+        fit_label_model(votes, 0.5, steps=SHORT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [(0, 1, 2, 3, 4), (7, 9, 10, 30, 31)])
 @pytest.mark.parametrize("filters", [(Sign(),), (Sign(), Says("CASE WHEN label = 0 THEN score < 0 END"))])
 def test_the_decision_in_sql_is_snorkels(filters, epochs, tmp_path):
@@ -238,14 +246,15 @@ def test_global_random_state_is_left_alone_and_does_not_matter(tmp_path):
         np.random.seed(seed)
         torch.manual_seed(seed)
         before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-        models.append(fit_label_model(votes, 0.6, seed=5))
+        models.append(fit_label_model(votes, 0.6, seed=5, steps=SHORT))
         assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
         assert np.random.get_state()[2] == 624
     assert models[0].keep.tolist() == models[1].keep.tolist()
     assert models[0].drop.tolist() == models[1].drop.tolist()
-    assert fit_label_model(votes, 0.6, seed=6).keep.tolist() != models[0].keep.tolist()
+    assert fit_label_model(votes, 0.6, seed=6, steps=SHORT).keep.tolist() != models[0].keep.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["label_model", "majority"])
 def test_runs_and_threads_agree(by, tmp_path):
     clouds(tmp_path, n=3000)
@@ -256,11 +265,11 @@ def test_runs_and_threads_agree(by, tmp_path):
         assert (same.query, same.facts) == (decision.query, decision.facts)
 
 
+@pytest.mark.slow
 def test_the_model_is_fitted_on_sampled_ones_and_decides_on_all(tmp_path, monkeypatch):
     truth, votes = simulated(4000, np.array([0.7, 0.75, 0.8, 0.85, 0.9]), 0.6, 0.1, seed=9)
     write_scores(tmp_path, as_scores(votes))
     whole, _ = decided(tmp_path, Ensemble([Sign()]))
-    monkeypatch.setattr("lightning_mimic.curation.scores.SAMPLE_SIZE", 1000)
     given = []
 
     def fit(votes, balance, seed):
@@ -268,7 +277,7 @@ def test_the_model_is_fitted_on_sampled_ones_and_decides_on_all(tmp_path, monkey
         return fit_label_model(votes, balance, seed)
 
     monkeypatch.setattr("lightning_mimic.curation.ensemble.fit_label_model", fit)
-    sampled, _ = decided(tmp_path, Ensemble([Sign()], seed=4))
+    sampled, _ = decided(tmp_path, Ensemble([Sign()], seed=4), sample_size=1000)
     assert given == [((pytest.approx(1000, rel=0.15), 5), 4)]
     assert sampled.keys() == whole.keys()
     right = [np.mean([found[i][0] == truth[i] for i in found]) for found in (whole, sampled)]

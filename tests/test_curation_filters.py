@@ -260,35 +260,34 @@ def test_one_sample(tmp_path):
     assert [on(tmp_path, [-3.0], one)[0].tolist() for one in ones] == [[True]] * 4 + [[False]]
 
 
-def sampled(rows, most, monkeypatch):
-    monkeypatch.setattr("lightning_mimic.curation.scores.SAMPLE_SIZE", most)
+def sampled(rows):
     query = f"SELECT epoch, id, score FROM {rows.name} WHERE {rows.sampled} ORDER BY ALL"
     return rows.database.connection.execute(query).fetchall()
 
 
 @pytest.mark.parametrize("names", [range(5000), [f"s{k}" for k in range(5000)]])
 @pytest.mark.parametrize("most", [1000, 700, 4999, 3])
-def test_the_same_are_sampled_in_every_epoch_about_as_many_as_asked(most, names, tmp_path, database, monkeypatch):
+def test_the_same_are_sampled_in_every_epoch_about_as_many_as_asked(most, names, tmp_path, database):
     scores = np.random.default_rng(0).normal(size=(3, 5000)).astype(np.float32)
     write_scores(tmp_path, scores, ids=names, epochs=[2, 4, 5])
-    rows = Scores(tmp_path, database).scorings()
-    found = sampled(rows, most, monkeypatch)
+    rows = Scores(tmp_path, database, sample_size=most).scorings()
+    found = sampled(rows)
     epochs = [{row[1] for row in found if row[0] == e} for e in (2, 4, 5)]
     assert epochs[0] == epochs[1] == epochs[2]
     assert len(epochs[0]) == pytest.approx(5000 / -(-5000 // most), rel=0.15, abs=5)
-    again = Scores(tmp_path, database, "b").scorings()
-    assert found == sampled(rows, most, monkeypatch) == sampled(again, most, monkeypatch)
+    again = Scores(tmp_path, database, "b", sample_size=most).scorings()
+    assert found == sampled(rows) == sampled(again)
     for k, epoch in enumerate([2, 4, 5]):
         own = [scores[k, n] for n, name in enumerate(names) if name in epochs[0]]
         np.testing.assert_array_equal(rows.sampled_scores[epoch], np.sort(own))
     assert rows.sampled_scores.keys() == {2, 4, 5}
 
 
-def test_all_are_sampled_where_there_are_no_more_than_asked(tmp_path, database, monkeypatch):
+def test_all_are_sampled_where_there_are_no_more_than_asked(tmp_path, database):
     write_scores(tmp_path, [[1.0, 2.0, np.nan], [3.0, np.nan, np.nan]])
-    scores = Scores(tmp_path, database)
-    assert sampled(scores.scorings(), 3, monkeypatch) == [(0, 0, 1.0), (0, 1, 2.0), (1, 0, 3.0)]
-    assert sampled(scores.means(), 3, monkeypatch) == [(0, 0, 2.0), (0, 1, 2.0)]
+    scores = Scores(tmp_path, database, sample_size=3)
+    assert sampled(scores.scorings()) == [(0, 0, 1.0), (0, 1, 2.0), (1, 0, 3.0)]
+    assert sampled(scores.means()) == [(0, 0, 2.0), (0, 1, 2.0)]
 
 
 def test_an_epochs_value_is_exact_and_null_where_there_is_none(database):

@@ -26,6 +26,8 @@ from support.ranks import strategy as strategy_of
 from support.small_images import assert_alike, of_a_rank, train_on_a_rank
 from support.toys import FEATURES, Residual, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
+pytestmark = pytest.mark.slow
+
 EVEN, UNEVEN = (2, 2), (3, 1)
 USED = ["all", "!spare"]
 

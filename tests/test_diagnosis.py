@@ -267,6 +267,7 @@ CLAIMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CLAIMS)
 def test_the_verdict_on_digits(case, digits):
     (name, parameters, verdicts), (batches, references), module = CLAIMS[case], digits, classifier()

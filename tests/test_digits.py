@@ -14,6 +14,8 @@ from lightning_mimic.data.noise import SymmetricNoise
 from lightning_mimic.models import ImageClassifier, SmallConvNet
 from support.toys import trainer
 
+pytestmark = pytest.mark.slow
+
 
 class ShuffledLabels(DigitsDataModule):
     """Trusted images whose labels were dealt out anew: a reference from them knows nothing."""

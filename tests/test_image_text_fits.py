@@ -1,5 +1,6 @@
 """Fits on image-text shards: what a model is given in each epoch, also in one that is resumed."""
 
+import functools
 import re
 import warnings
 
@@ -175,23 +176,35 @@ RESUMED = [(kind, stop, -1) for kind in KINDS for stop in STOPS]
 RESUMED += [(kind, stop, 17) for kind in KINDS if kind != "workers" for stop in BY_STEPS]
 
 
-@pytest.mark.parametrize(("kind", "stop", "steps"), RESUMED)
-def test_a_resumed_fit_goes_through_what_the_whole_one_did(kind, stop, steps, shards, tmp_path):
-    def fit(*callbacks, **resumed):
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory):
+    """A fit of one kind and number of steps, and what the whole one of it has seen in each epoch."""
+    folder = tmp_path_factory.mktemp("fits")
+    shards = write_shards(folder / "shards", *SIZES)
+
+    def fit(kind, steps, *callbacks, **resumed):
         model = Reader()
         data = data_of(urls_of(shards, kind), **options_of(kind), val_shards=[str(shards[1])])
-        trainer(tmp_path, *callbacks, max_steps=steps, max_epochs=3 if steps < 0 else -1).fit(
+        trainer(folder, *callbacks, max_steps=steps, max_epochs=3 if steps < 0 else -1).fit(
             model, datamodule=data, **resumed
         )
         return model
 
-    whole = list(fit().seen.values())
+    return fit, functools.cache(lambda kind, steps: list(fit(kind, steps).seen.values()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "stop", "steps"), [pytest.param(*r, marks=[pytest.mark.slow] * (r[0] == "workers")) for r in RESUMED]
+)
+def test_a_resumed_fit_goes_through_what_the_whole_one_did(kind, stop, steps, fits, tmp_path):
+    fit, whole_of = fits
+    whole = whole_of(kind, steps)
     hook, epoch, batch = STOPS[stop]
     batch = len(whole[0]) - 1 if "last" in stop else batch
     saver = Saver(tmp_path / "saved.ckpt", hook, epoch, batch)
     with pytest.raises(InterruptedError):
-        fit(saver)
+        fit(kind, steps, saver)
     trained = len(whole[0]) * (1 if batch is None else epoch) + (0 if batch is None else batch + 1)
     assert torch.load(saver.path, weights_only=True)["global_step"] == trained
-    rest = [each for batches in fit(ckpt_path=saver.path).seen.values() for each in batches]
+    rest = [each for batches in fit(kind, steps, ckpt_path=saver.path).seen.values() for each in batches]
     assert rest == [each for batches in whole for each in batches][trained:]

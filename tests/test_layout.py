@@ -182,6 +182,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_importing_a_room_loads_only_what_it_may():
     there = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}

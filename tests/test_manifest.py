@@ -63,6 +63,7 @@ READERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 def test_a_flipped_byte_is_never_read_as_other_decisions(reader, tmp_path):
     ids, keep = uids(150), [k % 3 > 0 for k in range(150)]

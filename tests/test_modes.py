@@ -36,6 +36,7 @@ def compiled(module: Toy, part: str) -> Any:
 dynamo = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
 
 
+@pytest.mark.slow
 @dynamo
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("part", ["whole", "layers"])
@@ -53,6 +54,7 @@ def test_a_compiled_module_is_scored_as_the_module(kind, part, tmp_path):
     torch.testing.assert_close(*scores)
 
 
+@pytest.mark.slow
 @dynamo
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("part", ["whole", "layers"])

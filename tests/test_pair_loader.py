@@ -1,6 +1,8 @@
 """Which pairs a rank and its workers give, in what order, how many, and where they go on."""
 
+import copy
 import hashlib
+import itertools
 import re
 from collections import Counter
 
@@ -126,25 +128,24 @@ CASES = {
 
 
 @pytest.mark.parametrize("broken", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * ("num_workers" in options)) for case, options in CASES.items()],
+)
 def test_an_epoch_goes_on_where_it_was_and_the_next_follows(case, broken, shards):
     options = CASES[case]
     if broken:  # noticed only when it is decoded, so that what was drawn counts and not what was given
         first = [file for n in range(7) for file in pair(n, **({"png": b"<html>"} if n in (1, 2) else {}))]
         write(shards[0], first)
-    whole = module(shards, **options).train_dataloader()
-    for epoch in range(2):
-        batches = batches_of(whole)
+    whole, saved = (module(shards, **options).train_dataloader() for _ in range(2))
+    for _ in range(2):
+        batches, running, states = batches_of(whole), iter(saved), []
+        for given in range(len(batches) + 1):
+            states.append(copy.deepcopy(saved.state_dict()))
+            assert [numbers(batch) for batch in itertools.islice(running, 1)] == batches[given : given + 1]
         for given in range(0, len(batches) + 1, 3):
-            stopped = module(shards, **options).train_dataloader()
-            for _ in range(epoch):
-                list(stopped)
-            running = iter(stopped)
-            assert [numbers(next(running)) for _ in range(given)] == batches[:given]
-            state = stopped.state_dict()
-            running.close()
             resumed = module(shards, **options).train_dataloader()
-            resumed.load_state_dict(state)
+            resumed.load_state_dict(states[given])
             assert batches_of(resumed) == batches[given:]
         following = batches_of(resumed)
     assert following == batches_of(whole)

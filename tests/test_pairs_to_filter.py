@@ -104,6 +104,7 @@ class Stop(Callback):
             raise InterruptedError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.filterwarnings("ignore:the reference is", "ignore:.*pairs were skipped")
 def test_a_resumed_fit_scores_and_learns_as_if_it_had_not_stopped(aligned, folder):

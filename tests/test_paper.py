@@ -45,6 +45,7 @@ def test_all_six_are_there():
     assert sorted(SETS) == SETS_OF_PAPER
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [("cifar10", "seen"), ("dtd", "trusted_split")])
 def test_a_reference_is_made_and_given_to_a_probe_of_another_seed(name, kind, tmp_path, monkeypatch):
     write_set(name, tmp_path, monkeypatch)

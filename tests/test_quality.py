@@ -64,6 +64,7 @@ def test_the_interval_is_the_same_for_a_seed_and_leaves_other_generators_alone()
     assert first.estimate == other.estimate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("samples", "trusted", "labels"), [(3000, 60, 1), (200, 300, 1), (2000, 50, 5)])
 def test_the_interval_covers_the_truth_as_often_as_it_says(samples, trusted, labels):
     generator = np.random.default_rng(samples)

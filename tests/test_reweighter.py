@@ -279,6 +279,7 @@ def on_rank() -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_under_torchrun_take_the_steps_of_the_callback(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     program = tmp_path / "program.py"

@@ -6,7 +6,6 @@ import re
 import pytest
 import torch
 
-from lightning_mimic.reference import ridge
 from lightning_mimic.reference.ridge import ridge_fit
 from lightning_mimic.reference.running_statistics import DECAY, RunningStatistics
 
@@ -228,14 +227,13 @@ def test_predictions_do_not_follow_the_features_unit(factor, dtype, centred):
     assert bool(scaled.sound)
 
 
-def test_without_a_penalty_a_linear_map_is_found_again(monkeypatch):
+def test_without_a_penalty_a_linear_map_is_found_again():
     x, _ = pairs(60)[0]
     weight, bias = normal(CLASSES, WIDTH, seed=5), normal(CLASSES, seed=6)
     statistics = added([(x, x @ weight.T + bias)])
     shrunk = ridge_fit(statistics)
     assert float((shrunk.weight - weight).abs().max()) > 1e-3
-    monkeypatch.setattr(ridge, "RIDGE", 1e-12)
-    fit = ridge_fit(statistics)
+    fit = ridge_fit(statistics, penalty=1e-12)
     torch.testing.assert_close((fit.weight, fit.bias), (weight, bias), **EXACT)
 
 

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from hydra.utils import instantiate
 from torchmetrics.functional import spearman_corrcoef
 
 from lightning_mimic import Ledger
-from lightning_mimic.cli.score import score
+from lightning_mimic.cli.score import main, score
 from lightning_mimic.cli.train import train
 from lightning_mimic.curation import curate
 from lightning_mimic.data.digits import DigitsDataModule
@@ -20,7 +19,10 @@ from lightning_mimic.data.noise import SymmetricNoise
 
 EPOCHS = 3
 # A directory of checkpoints that a second run finds is a matter of its own.
-pytestmark = pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
+]
 
 
 def composed(root: str, folder: Path, *overrides: str):
@@ -179,23 +181,14 @@ def test_a_ledger_that_is_there_is_not_written_into(folder):
     assert sorted(path.name for path in (folder / "noisy").iterdir()) == before
 
 
-def command(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    said = [sys.executable, "-m", "lightning_mimic.cli.score", "experiment=digits_noisy"]
-    quiet = ["paths.reference=reference.ckpt", "trainer.enable_progress_bar=false"]
-    return subprocess.run([*said, *quiet, *words], cwd=folder, capture_output=True, text=True, check=False)
-
-
-def commands(folder: Path, *each: list[str]) -> list[subprocess.CompletedProcess]:
-    """Several, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda words: command(folder, *words), each))
+OF_DIGITS = ["experiment=digits_noisy", "paths.reference=reference.ckpt", "trainer.enable_progress_bar=false"]
 
 
 def test_the_command_scores_and_says_where_and_leaves_nothing_else(folder):
     before = set(folder.iterdir())
-    done = command(
-        folder, "checkpoints=[epochs/000.ckpt,epochs/002.ckpt]", "ledger=said", "+trainer.limit_train_batches=3"
-    )
+    command = [sys.executable, "-m", "lightning_mimic.cli.score", *OF_DIGITS, "+trainer.limit_train_batches=3"]
+    command += ["checkpoints=[epochs/000.ckpt,epochs/002.ckpt]", "ledger=said"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "said"
     assert set(folder.iterdir()) - before == {folder / "said"}
@@ -219,14 +212,21 @@ def test_a_directory_stands_for_its_checkpoints_in_order(folder, tmp_path):
     assert files[0] == files[1]
 
 
-def test_the_command_says_what_is_missing_or_of_another_kind(folder):
-    checkpoints, ledger = "checkpoints=[epochs/000.ckpt]", "ledger=never"
-    ended = commands(folder, [ledger], [checkpoints], ["checkpoints=epochs/000.ckpt", ledger])
-    expected = ["`checkpoints` is missing", "`ledger` is missing"]
-    expected.append("`checkpoints` is 'epochs/000.ckpt'; expected a directory")
-    for done, said in zip(ended, expected, strict=True):
-        assert done.returncode != 0
-        assert said in done.stderr
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["ledger=never"], "`checkpoints` is missing"),
+        (["checkpoints=[epochs/000.ckpt]"], "`ledger` is missing"),
+        (["checkpoints=epochs/000.ckpt", "ledger=never"], "`checkpoints` is 'epochs/000.ckpt'; expected a directory"),
+    ],
+)
+def test_the_command_says_what_is_missing_or_of_another_kind(words, said, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "argv", ["mimic-score", *OF_DIGITS, *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert said in ended.value.code
     assert not (folder / "never").exists()
 
 

@@ -104,6 +104,7 @@ def sets(table, column, end, amount):
 OPERATIONS = {"and": set.__and__, "or": set.__or__, "minus": set.__sub__}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int", "str"])
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
 def test_recipes_select_what_sets_do(suffix, kind, tmp_path):

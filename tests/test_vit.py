@@ -101,6 +101,7 @@ def test_a_vision_transformer_trains_under_the_callback(package, frozen, small):
     check_a_step(model, 32, frozen)
 
 
+@pytest.mark.slow
 def test_a_real_vit_b_16_is_probed():
     check_a_step(ImageClassifier(torchvision_backbone("vit_b_16"), 3, (3, 224, 224), freeze_backbone=True), 224, True)
 

@@ -206,7 +206,7 @@ class GradMimic(pl.Callback):
             return trainer.precision_plugin.convert_input(pl.utilities.move_data_to_device(batch, pl_module.device))
 
         with ExitStack() as failed:
-            reweighter = Reweighter(pl_module, **self.settings.as_arguments(), prepare=prepare)
+            reweighter = Reweighter.from_settings(pl_module, self.settings, prepare)
             failed.callback(reweighter.close)
             # A fit of the same object after another one continues its ledger, and nothing else.
             reweighter.load_state_dict(self._resumed or {"run": self._left.get("run")})

@@ -1,7 +1,7 @@
 """Many votes on a sample, one per filter and epoch, and what they say together."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from lightning_mimic.curation.filters import Decision, Filter, KMeans, Mixture, Threshold, Vote, by_epoch
@@ -56,7 +56,7 @@ class Ensemble:
                 "epochs are fewer. Score more epochs, add filters, or decide by the majority."
             )
         votes = [one.vote(table) for one in self.filters]
-        view = ScoreTable(table.database, f"{table.name}_votes", table.epochs, table.samples)
+        view = replace(table, name=f"{table.name}_votes")
         columns = ", ".join(f"({vote.keep}) AS v{k}" for k, vote in enumerate(votes))
         selected = f"SELECT id, epoch, score, {columns} FROM {table.name}"
         table.database.run(f"CREATE OR REPLACE VIEW {view.name} AS {selected}")

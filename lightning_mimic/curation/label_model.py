@@ -11,8 +11,8 @@ from lightning_mimic.random_streams import stream_seed
 
 #: A share of samples to keep nearer to 0 or 1 than this is no balance to start from.
 _EXTREME = 0.02
-#: Of its gradient descent. Snorkel's 100 stop far from the end: of 30 simulated voters, each right three times in four,
-#: they make 56 % where the majority has 99.9 %, and 1,000 make 99.2 %.
+#: Default steps of its gradient descent. Snorkel's 100 stop far from the end: of 30 simulated voters, each right three
+#: times in four, they make 56 % where the majority has 99.9 %, and 1,000 make 99.2 %.
 _STEPS = 2000
 
 
@@ -35,13 +35,14 @@ class FittedLabelModel:
     agreement: float
 
 
-def fit_label_model(votes: Any, balance: float, seed: int = 0) -> FittedLabelModel:
+def fit_label_model(votes: Any, balance: float, seed: int = 0, steps: int = _STEPS) -> FittedLabelModel:
     """Fit voters' accuracies to their agreement, without any truth (Ratner et al., arXiv 1810.02840).
 
     Args:
         votes: Array of shape ``(samples, voters)``: 1 keep, 0 drop, -1 no vote.
         balance: Share of samples to be kept, as known beforehand.
         seed: Of the fit; the global random state stays as it is.
+        steps: Of gradient descent.
 
     Returns:
         The weights of the votes; a sample is kept if ``prior`` and the weights of its votes sum to 0 or more.
@@ -81,7 +82,7 @@ def fit_label_model(votes: Any, balance: float, seed: int = 0) -> FittedLabelMod
                 votes[:, informed],
                 class_balance=shares,
                 seed=stream_seed(seed, "label model"),
-                n_epochs=_STEPS,
+                n_epochs=steps,
                 progress_bar=False,
             )
         except Exception as error:  # snorkel has no type of its own for a fit that diverges

@@ -28,20 +28,22 @@ class ScoreTable:
         name: Of the table or view.
         epochs: Those that there are, in order.
         samples: How many different ones.
+        sample_size: About so many are sampled.
     """
 
     database: Database
     name: str
     epochs: tuple[int, ...]
     samples: int
+    sample_size: int = SAMPLE_SIZE
 
     @property
     def sampled(self) -> str:
-        """An SQL condition that holds for about :data:`SAMPLE_SIZE` samples, or for all if there are fewer.
+        """An SQL condition that holds for about ``sample_size`` samples, or for all if there are fewer.
 
         By their ids and not by chance, so that they are the same in every epoch, and a decision can be repeated.
         """
-        return f"hash(id) % {max(-(-self.samples // SAMPLE_SIZE), 1)} = 0"
+        return f"hash(id) % {max(-(-self.samples // self.sample_size), 1)} = 0"
 
     @cached_property
     def sampled_scores(self) -> dict[int, Any]:
@@ -62,6 +64,7 @@ class Scores:
         database: Where its tables are made.
         name: In front of the tables' names.
         allow_partial: Leave out damaged parts instead of refusing.
+        sample_size: Of the tables.
 
     Raises:
         LedgerError: As for :meth:`lightning_mimic.Ledger.parts`.
@@ -79,7 +82,13 @@ class Scores:
     """
 
     def __init__(
-        self, ledger: str | Path, database: Database, name: str = "data", *, allow_partial: bool = False
+        self,
+        ledger: str | Path,
+        database: Database,
+        name: str = "data",
+        *,
+        allow_partial: bool = False,
+        sample_size: int = SAMPLE_SIZE,
     ) -> None:
         self.ledger = Ledger(ledger)
         self.database = database
@@ -99,6 +108,7 @@ class Scores:
         self._mean = [column for column in found if column.summary == "mean"]
         self.columns = tuple(column.name for column in (*self._last, *self._mean))
         self._name = name
+        self._sample_size = sample_size
         self._make()
 
     def means(self) -> ScoreTable:
@@ -108,13 +118,13 @@ class Scores:
             f"CREATE OR REPLACE VIEW {name} AS SELECT id, 0 AS epoch, score, relative_weight, "
             f"{', '.join(self.columns)} FROM {self.samples} WHERE score IS NOT NULL"
         )
-        return ScoreTable(self.database, name, (0,), self._count)
+        return ScoreTable(self.database, name, (0,), self._count, self._sample_size)
 
     def scorings(self) -> ScoreTable:
         """A row per sample and epoch."""
         name = f"{self._name}_rows"
         epochs = self.database.column(f"SELECT DISTINCT epoch FROM {name} ORDER BY epoch")
-        return ScoreTable(self.database, name, tuple(epochs), self._count)
+        return ScoreTable(self.database, name, tuple(epochs), self._count, self._sample_size)
 
     def _make(self) -> None:
         run, name = self.database.run, self._name

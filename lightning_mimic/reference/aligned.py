@@ -8,7 +8,7 @@ outputs is a point in the model's own weights, and the direction to it means wha
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,8 @@ from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import Direction
 from lightning_mimic.reference.match import fingerprint
 from lightning_mimic.reference.read import ReferenceSource
+from lightning_mimic.reference.ridge import RIDGE
 from lightning_mimic.reference.running_statistics import DECAY, RunningStatistics
-
-#: Samples per feature without which the fit is not used.
-SAMPLES_PER_FEATURE = 4
 
 
 class Aligned:
@@ -53,6 +51,11 @@ class Aligned:
         >>> Aligned(reference, inputs=lambda batch: batch["image"]).every
         10
     """
+
+    #: Samples per feature without which the fit is not used; for a subclass to change, as is the penalty.
+    samples_per_feature: ClassVar[int] = 4
+    #: Of the ridge regression, see :func:`~lightning_mimic.reference.ridge.ridge_fit`.
+    penalty: ClassVar[float] = RIDGE
 
     def __init__(
         self,
@@ -96,7 +99,7 @@ class AlignedDirection(Direction):
         self._aligned = aligned
         # In the trained model's precision, which is that of its batches.
         self._model = model.to(some.dtype)
-        self._needed = SAMPLES_PER_FEATURE * features
+        self._needed = aligned.samples_per_feature * features
         self._statistics = dict(statistics)
         self._outputs: dict[int | str, Tensor] = {}
         self._steps = 0

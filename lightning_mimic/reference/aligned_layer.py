@@ -62,7 +62,7 @@ class AlignedLayer(AlignedDirection):
         return self._layer.add(features[self._weight].flatten(0, -2), outputs.flatten(0, -2), decay)
 
     def _fit(self) -> tuple[dict[str, Tensor], Tensor]:
-        fit = ridge_fit(self._layer)
+        fit = ridge_fit(self._layer, self._aligned.penalty)
         return {self._weight: fit.weight} | ({} if self._bias is None else {self._bias: fit.bias}), fit.sound
 
 

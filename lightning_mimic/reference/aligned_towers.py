@@ -97,7 +97,7 @@ class AlignedTowers(AlignedDirection):
             rotation = procrustes([projection.frame for projection in self._both]).matrix  # (d_ref, d)
         fitted, sound = {}, []
         for projection in self._both:
-            fit = ridge_fit(projection.layer)  # from the features to the reference's frame
+            fit = ridge_fit(projection.layer, self._aligned.penalty)  # from the features to the reference's frame
             weight, bias = fit.weight.T, fit.bias
             if rotation is not None:
                 weight, bias = weight @ rotation, bias @ rotation

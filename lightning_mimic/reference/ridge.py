@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_mimic.reference.running_statistics import RunningStatistics
 
-#: The penalty on a weight, relative to the features' mean variance.
+#: Default penalty on a weight, relative to the features' mean variance.
 RIDGE = 1e-2
 
 
@@ -27,15 +27,16 @@ class RidgeFit:
 
 
 @torch.no_grad()
-def ridge_fit(statistics: RunningStatistics) -> RidgeFit:
+def ridge_fit(statistics: RunningStatistics, penalty: float = RIDGE) -> RidgeFit:
     """Minimise ``Σ ‖W x + c − y‖² + λ ‖W‖²`` over the samples in the sums; no host sync.
 
-    λ is :data:`RIDGE` times the features' mean variance times their count, so it follows their scale. However few the
-    samples, the condition number of the equations stays below ``1 + D / RIDGE``, which float32 bears for widths up to
-    about 10⁴.
+    λ is the penalty times the features' mean variance times their count, so it follows their scale. However few the
+    samples, the condition number of the equations stays below ``1 + D / penalty``, which float32 bears at the default
+    penalty for widths up to about 10⁴.
 
     Args:
         statistics: With features as *x*, shape D, and targets as *y*, shape K.
+        penalty: Penalty on a weight, relative to the features' mean variance.
 
     Example:
         >>> statistics, x = RunningStatistics(), torch.linspace(-1, 1, 100).unsqueeze(1)
@@ -48,7 +49,7 @@ def ridge_fit(statistics: RunningStatistics) -> RidgeFit:
     # What constant features leave is the rounding of their mean.
     rounding = statistics.count * (10 * torch.finfo(size.dtype).eps * statistics.mean_x).square().mean()
     identity = torch.eye(len(statistics.xx), dtype=size.dtype, device=size.device)
-    factor, failed = torch.linalg.cholesky_ex(statistics.xx + RIDGE * size * identity)
+    factor, failed = torch.linalg.cholesky_ex(statistics.xx + penalty * size * identity)
     weight = torch.cholesky_solve(statistics.xy, factor).T
     sound = (failed == 0) & (size > rounding) & torch.isfinite(weight).all()
     with torch.autocast(size.device.type, enabled=False):

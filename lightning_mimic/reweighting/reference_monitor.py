@@ -11,7 +11,7 @@ from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError
 from lightning_mimic.ledger import Flag
 from lightning_mimic.reference import Diagnosis
-from lightning_mimic.reference.diagnose import SAMPLES, estimate, isolated_rng, losses_and_label_gaps, sums_of
+from lightning_mimic.reference.diagnose import estimate, isolated_rng, losses_and_label_gaps, sums_of
 from lightning_mimic.reweighting.weigh import StepResult
 
 #: What to do about a reference that the diagnosis does not find compatible.
@@ -31,14 +31,12 @@ class ReferenceMonitor:
         samples: How many of all ranks a diagnosis takes.
     """
 
-    def __init__(
-        self, facts: dict[str, Any], model: nn.Module | None, device: torch.device, samples: int | None = None
-    ) -> None:
+    def __init__(self, facts: dict[str, Any], model: nn.Module | None, device: torch.device, samples: int) -> None:
         self._facts = facts
         self._model = model
         self._sums = torch.zeros(5, 3, dtype=torch.float64)
         self._device = device
-        self._samples = SAMPLES if samples is None else samples
+        self._samples = samples
         self._seconds = 0.0
 
     @property

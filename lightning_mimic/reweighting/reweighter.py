@@ -120,7 +120,7 @@ class Reweighter:
         grad_scaler: "torch.amp.GradScaler | None" = None,
         prepare: Callable[[Any], Any] | None = None,
     ) -> None:
-        self.settings = settings = Settings(
+        settings = Settings(
             reference=reference,
             parameters=parameters,
             scorer=scorer,
@@ -136,6 +136,25 @@ class Reweighter:
             on_doubtful=on_doubtful,
             diagnose_reference=diagnose_reference,
         )
+        self._set_up(model, settings, grad_scaler, prepare)
+
+    @classmethod
+    def from_settings(
+        cls, model: nn.Module, settings: Settings, prepare: Callable[[Any], Any] | None = None
+    ) -> "Reweighter":
+        """Return the engine of settings that were checked before there was a model."""
+        reweighter = cls.__new__(cls)
+        reweighter._set_up(model, settings, None, prepare)
+        return reweighter
+
+    def _set_up(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        grad_scaler: "torch.amp.GradScaler | None",
+        prepare: Callable[[Any], Any] | None,
+    ) -> None:
+        self.settings = settings
         self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         device = next(self.model.parameters()).device
         self._scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
@@ -143,12 +162,14 @@ class Reweighter:
             self.model,
             settings.make_scores,
             settings.needs,
-            parameters,
-            reference,
-            align_doubtful=on_doubtful == "align",
+            settings.parameters,
+            settings.reference,
+            align_doubtful=settings.on_doubtful == "align",
             prepare=(lambda batch: to_device(batch, device)) if prepare is None else prepare,
         )
-        self._monitor = self._target.monitor(device) if diagnose_reference else None
+        self._monitor = (
+            self._target.monitor(device, settings.diagnosis_samples) if settings.diagnose_reference else None
+        )
         self._compatible = False
         self._choice: Choice | None = None
         self._checked_epoch = -1

@@ -1,13 +1,14 @@
 """The settings of a run, checked before there is a model."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lightning_mimic.errors import MimicError, nearest_names
 from lightning_mimic.reference import Aligned, ReferenceSource
+from lightning_mimic.reference.diagnose import SAMPLES
 from lightning_mimic.reweighting.batch import Ids
 from lightning_mimic.reweighting.checks import check_scorer
 from lightning_mimic.reweighting.gate import Reweight
@@ -27,6 +28,9 @@ _CHOICES = {"reweight": Reweight, "uncovered": Uncovered, "on_nonfinite": OnNonf
 class Settings:
     """What :class:`~lightning_mimic.GradMimic` and :class:`~lightning_mimic.Reweighter` are given, see there.
 
+    Attributes:
+        diagnosis_samples: Samples of all ranks on which the reference is diagnosed.
+
     Raises:
         MimicError: A value that cannot be used, or two that contradict each other.
     """
@@ -45,6 +49,7 @@ class Settings:
     math_attention: bool
     on_doubtful: OnDoubtful
     diagnose_reference: bool
+    diagnosis_samples: int = SAMPLES
 
     def __post_init__(self) -> None:
         for name, kind in _CHOICES.items():
@@ -93,10 +98,6 @@ class Settings:
             "reweight": self.reweight,
             "align_doubtful": self.on_doubtful == "align",
         }
-
-    def as_arguments(self) -> dict[str, Any]:
-        """Return all settings by name."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
 def plain_settings(of: object) -> dict[str, str | int | float]:

@@ -111,11 +111,11 @@ class Target:
         """A direction is fitted while the model trains, so that there is none at first."""
         return self._aligned is not None
 
-    def monitor(self, device: torch.device) -> ReferenceMonitor | None:
-        """Return a monitor of the reference; ``None`` where there is nothing to look at."""
+    def monitor(self, device: torch.device, samples: int) -> ReferenceMonitor | None:
+        """Return a monitor of the reference on so many samples; ``None`` where there is nothing to look at."""
         if self._whole is None and not self.facts:
             return None
-        return ReferenceMonitor(self.facts, self._whole, device)
+        return ReferenceMonitor(self.facts, self._whole, device, samples)
 
     def at_reference(self) -> bool:
         """Return whether the model stands at its reference now (a host sync)."""

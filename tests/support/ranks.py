@@ -1,5 +1,9 @@
-"""Two gloo processes on one machine, in which tests run their cases."""
+"""Two gloo processes on one machine, in which tests run their cases.
 
+They are forked from a server that imports the large packages once for all of a worker's tests.
+"""
+
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +15,23 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
 WORLD = 2
+#: Imported once by the server from which all ranks are forked.
+PRELOADED = [
+    "lightning.pytorch",
+    "lightning_mimic.callbacks",
+    "lightning_mimic.models",
+    "lightning_mimic.data",
+    "pytest",
+]
+#: Where processes cannot be forked, each imports for itself.
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
 def on_two_ranks(act: Callable[[int, Path], None], folder: Path) -> Path:
     """Has both ranks act, each with its number and the folder; returns the folder."""
-    torch.multiprocessing.spawn(_run, (act, folder), nprocs=WORLD)
+    if METHOD == "forkserver":
+        multiprocessing.set_forkserver_preload(PRELOADED)
+    torch.multiprocessing.start_processes(_run, (act, folder), nprocs=WORLD, start_method=METHOD)
     return folder
 
 

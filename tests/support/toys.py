@@ -1,5 +1,6 @@
 """Small modules and data for the tests of the callback; at module level, so that spawned processes find them."""
 
+import dataclasses
 from typing import Any
 
 import lightning.pytorch as pl
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_mimic import WithIds, collate_with_ids
+from lightning_mimic import GradMimic, WithIds, collate_with_ids
 
 CLASSES, FEATURES, HIDDEN = 3, 6, 8
 
@@ -102,6 +103,12 @@ def trainer(*callbacks: pl.Callback, epochs: int = 1, **options: Any) -> pl.Trai
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     settings = quiet | {"max_epochs": epochs, "accelerator": "cpu", "devices": 1} | options
     return pl.Trainer(callbacks=list(callbacks), **settings)
+
+
+def diagnosing(callback: GradMimic, samples: int) -> GradMimic:
+    """The callback, which diagnoses its reference on so many samples."""
+    callback.settings = dataclasses.replace(callback.settings, diagnosis_samples=samples)
+    return callback
 
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:
