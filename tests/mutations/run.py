@@ -92,7 +92,8 @@ def read_list(root: Path, path: Path) -> tuple[list[Mutation], list[str]]:
         if not compiles(changed := text.replace(old, new)) or changed == text:
             problems.append(f"{name}: {file} does not compile with {new!r}, or is the same")
         for test in entry["tests"]:
-            if not (root / test.partition("::")[0]).is_file():
+            path, _, function = test.partition("::")
+            if not (root / path).is_file() or f"def {function}" not in (root / path).read_text(encoding="utf-8"):
                 problems.append(f"{name}: there is no {test}")
         start = text.index(old)
         found.append(Mutation(name, file, start, old, new, tuple(entry["tests"]), text.count("\n", 0, start) + 1))
