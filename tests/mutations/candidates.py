@@ -66,12 +66,13 @@ def _walk(node: ast.AST) -> Iterator[ast.AST]:
 def _changes(node: ast.AST, text: str, span: Span) -> Iterator[tuple[str, str]]:
     """Yield the node's text, and what it becomes."""
     match node:
-        case ast.Compare(left=left, ops=[op], comparators=[right]):
-            yield from _operator(node, left, op, right, text, span)
-        case ast.BinOp(left=left, op=op, right=right):
-            yield from _operator(node, left, op, right, text, span)
-        case ast.BoolOp(op=op, values=[left, right, *_]):
-            yield from _operator(node, left, op, right, text, span)
+        case (
+            ast.Compare(left=left, ops=[op], comparators=[right])
+            | ast.BinOp(left=left, op=op, right=right)
+            | ast.BoolOp(op=op, values=[left, right, *_])
+        ) if type(op) in _SWAPPED:
+            (start, end), a, b = span(node), span(left)[1], span(right)[0]
+            yield text[start:end], text[start:a] + text[a:b].replace(*_SWAPPED[type(op)], 1) + text[b:end]
         case ast.UnaryOp(op=ast.Not() | ast.USub()):
             old = text[slice(*span(node))]
             yield old, old.removeprefix("not").removeprefix("-").lstrip()
@@ -87,13 +88,3 @@ def _changes(node: ast.AST, text: str, span: Span) -> Iterator[tuple[str, str]]:
         case ast.If(test=test, body=[ast.Raise()], orelse=[]):  # what is refused is accepted
             start, (a, b) = span(node)[0], span(test)
             yield text[start:b], text[start:a] + "False"
-
-
-def _operator(
-    node: ast.AST, left: ast.AST, op: ast.AST, right: ast.AST, text: str, span: Span
-) -> Iterator[tuple[str, str]]:
-    if type(op) not in _SWAPPED:
-        return
-    old, new = _SWAPPED[type(op)]
-    (start, end), a, b = span(node), span(left)[1], span(right)[0]
-    yield text[start:end], text[start:a] + text[a:b].replace(old, new, 1) + text[b:end]

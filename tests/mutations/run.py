@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from textwrap import shorten
+from typing import Any
 
 from candidates import candidates
 
@@ -62,21 +63,6 @@ class Mutation:
     new: str
     tests: tuple[str, ...]
     line: int
-
-
-@dataclass(frozen=True)
-class Result:
-    """What the tests made of a fault.
-
-    Attributes:
-        outcome: ``"caught"``, ``"survived"``, ``"timeout"`` (which counts as caught) or ``"not collected"``.
-        by: The first test that failed.
-        seconds: Taken by the tests.
-    """
-
-    outcome: str
-    by: str
-    seconds: float
 
 
 def read_list(root: Path, path: Path) -> tuple[list[Mutation], list[str]]:
@@ -188,14 +174,20 @@ class Copy:
         finally:
             self._write(path, whole)
 
-    def judge(self, mutation: Mutation) -> Result:
-        """Return what the tests make of a mutation."""
+    def judge(self, mutation: Mutation) -> dict[str, Any]:
+        """Return what the tests make of a mutation.
+
+        Returns:
+            ``outcome``: caught, survived, timeout (which counts as caught) or not collected; ``by``: the first test
+            that failed; ``seconds``.
+        """
         with self.mutated(mutation):
             code, output, seconds = self.run(mutation.tests, "-x")
         blamed = _BLAMED.search(output)
         by = blamed[1] if blamed else output.strip().rpartition("\n")[2]
         outcome = {None: "timeout", PASSED: "survived", FAILED: "caught"}.get(code, "not collected")
-        return Result(outcome, by if outcome in ("caught", "not collected") else "", round(seconds, 1))
+        by = by if outcome in ("caught", "not collected") else ""
+        return {"outcome": outcome, "by": by, "seconds": round(seconds, 1)}
 
     @staticmethod
     def _write(path: Path, text: str) -> None:
@@ -204,21 +196,21 @@ class Copy:
         Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
 
 
-def judge_all(copies: Sequence[Copy], mutations: Sequence[Mutation]) -> list[Result]:
+def judge_all(copies: Sequence[Copy], mutations: Sequence[Mutation]) -> list[dict[str, Any]]:
     """Judge every mutation, as many at a time as there are copies, and print each result when it is there."""
     free: SimpleQueue[Copy] = SimpleQueue()
     for copy in copies:
         free.put(copy)
 
-    def judge(mutation: Mutation) -> Result:
+    def judge(mutation: Mutation) -> dict[str, Any]:
         copy = free.get()
         try:
             result = copy.judge(mutation)
         finally:
             free.put(copy)
-        note = f"  [{result.by.rpartition('/')[2]}]" if result.by else ""
-        print(f"{result.outcome:13} {result.seconds:6.1f} s  {mutation.name}{note}", flush=True)
-        return result
+        by = f"  [{result['by'].rpartition('/')[2]}]" if result["by"] else ""
+        print(f"{result['outcome']:13} {result['seconds']:6.1f} s  {mutation.name}{by}", flush=True)
+        return asdict(mutation) | result
 
     with ThreadPoolExecutor(len(copies)) as pool:
         return list(pool.map(judge, mutations))
@@ -259,11 +251,10 @@ def main() -> int:
             return 2
         print(f"the tests pass without any mutation in {seconds:.0f} s", flush=True)
         results = judge_all(copies, mutations)
-    counts = Counter(result.outcome for result in results)
+    counts = Counter(result["outcome"] for result in results)
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.most_common()))
     if options.out is not None:
-        rows = [asdict(each) | asdict(result) for each, result in zip(mutations, results, strict=True)]
-        facts = {"seed": None if options.random is None else options.seed, "outcomes": counts, "mutations": rows}
+        facts = {"seed": None if options.random is None else options.seed, "outcomes": counts, "mutations": results}
         options.out.write_text(json.dumps(facts, indent=2), encoding="utf-8")
     if options.random is not None:
         return 0
