@@ -1,5 +1,5 @@
 # Both commands start from nothing but Python 3.11+ and make.
-.PHONY: demo test test-fast check check-lowest clean
+.PHONY: demo test test-fast check check-lowest mutations clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -30,6 +30,9 @@ check: $(VENV)/.installed
 
 check-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest $(PARALLEL) $(LOWEST_TESTS)
+
+mutations: $(VENV)/.installed
+	$(RUN)/python tests/mutations/run.py
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lightning_mimic needs Python 3.11 or newer; make PYTHON=python3.12")'

@@ -103,9 +103,14 @@ def test_transfer_moves_the_tensors_and_leaves_the_ids_on_the_host():
 
 
 @pytest.mark.parametrize(
-    ("ids", "message"), [([*"aaabbcdefg"], "3 of 10 ids repeat"), ([1, 2], "2 ids for 10 samples")]
+    ("ids", "message"),
+    [
+        ([*"aaabbcdefg"], "3 of 10 ids repeat"),
+        ([1, 2], "2 ids for 10 samples"),
+        ([True, *range(2, 11)], "ids have types bool, int; all int or all str"),
+    ],
 )
-def test_repeated_or_missing_ids_are_counted_and_refused(ids, message):
+def test_ids_that_repeat_are_missing_or_of_two_types_are_refused(ids, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         WithIds(PAIRS, ids)
 

@@ -182,6 +182,15 @@ def test_targets_left_out_are_counted_without_waiting_for_the_device(ignored, co
     torch.testing.assert_close(targets_left_out(summed.grad_fn, net.gate), torch.tensor(0.0))
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_targets_left_out_of_several_losses_are_added_up(order):
+    net = Net()
+    outputs = net.layer(torch.randn(3, 4))
+    some, others = (F.cross_entropy(outputs, TARGETS, ignore_index=ignored) for ignored in (3, -100)[::order])
+    both = some + others
+    assert int(targets_left_out(both.grad_fn, net.gate)) == 1
+
+
 def test_a_loss_before_the_gate_is_not_looked_at():
     net = Net()
     h = net.body(torch.randn(3, 4))

@@ -71,10 +71,13 @@ def test_ranks_are_read_together_in_order_of_epoch_step_batch_rank_position(tmp_
 
 def test_a_repeated_sample_counts_once_per_epoch_the_first_time(tmp_path):
     again = rows([2, 3, 1], epoch=[0, 0, 1], batch=[4] * 3, score=[9, 2.5, 3.5])
-    write(tmp_path, rows([1, 2], score=[0.5, 1.5]), again)
+    run = write(tmp_path, rows([1, 2], score=[0.5, 1.5]), again)
+    other = LedgerWriter(tmp_path, run, 0, rank=1)  # a distributed sampler gives one sample to two ranks
+    other.append(rows([3], batch=[4], score=[8]))
+    other.close()
     kept = Ledger(tmp_path).table().select(["id", "epoch", "score"]).to_pydict()
     assert kept == {"id": [1, 2, 3, 1], "epoch": [0, 0, 0, 1], "score": [0.5, 1.5, 2.5, 3.5]}
-    assert ids_of(tmp_path, deduplicate=False) == [1, 2, 2, 3, 1]
+    assert ids_of(tmp_path, deduplicate=False) == [1, 2, 2, 3, 3, 1]
 
 
 def test_a_later_attempt_supersedes_what_it_went_over_again_and_deletes_nothing(tmp_path):

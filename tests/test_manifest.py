@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_mimic import WithIds, collate_with_ids
 from lightning_mimic.curation import CurationError, Manifest, curate, select
 from lightning_mimic.database import Database
-from lightning_mimic.manifest import kept_subset, write_manifest
+from lightning_mimic.manifest import KeptIds, kept_subset, write_manifest
 from support.ledgers import write_scores
 
 
@@ -276,6 +276,15 @@ def test_another_file_of_a_like_name_is_not_read(tmp_path):
     manifest(tmp_path / "run1.parquet", [8, 9])
     manifest(tmp_path / "run[1].parquet", [4, 5]).to_csv(tmp_path / "a.csv")
     assert [row["id"] for row in read_csv(tmp_path / "a.csv")] == ["4", "5"]
+
+
+def test_ids_that_share_a_half_are_told_apart(tmp_path):
+    known = [(1, 1), (1, 5), (1, 5), (2, 1)]
+    made = manifest(tmp_path / "manifest.parquet", [f"{high:016x}{low:016x}" for high, low in known])
+    kept = KeptIds(made.path)
+    for high in range(4):
+        for low in range(7):
+            assert kept.times(f"{high:016x}{low:016x}") == (known.count((high, low)) or None)
 
 
 def test_a_flipped_bit_of_an_id_is_not_another_sample(tmp_path):

@@ -97,6 +97,14 @@ def test_sums_over_samples_are_the_gradients_of_the_mean_and_of_the_weighted_los
     assert all(p.grad is None and p.requires_grad for p in layer.parameters())
 
 
+def test_sums_over_samples_leave_frozen_parameters_frozen():
+    layer, batch = made("linear", 2)
+    rows = rows_of(layer, batch)
+    layer.requires_grad_(False)
+    rows.weighted_sum(torch.ones(2, dtype=batch[0].dtype))
+    assert not any(p.requires_grad for p in layer.parameters())
+
+
 def test_the_mean_of_float64_rows_has_float64_digits():
     layer = nn.Linear(2, 2, bias=False).double()
     inputs, b = torch.randn(3, 2, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)

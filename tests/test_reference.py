@@ -122,6 +122,19 @@ def test_a_name_that_fits_twice_is_refused_naming_both(tensors, wanted, candidat
         match_reference(tensors, {wanted: w(0)})
 
 
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_tied_parameter_is_found_under_any_of_its_names_with_one_value(prefix):
+    parameters, aliases = {"embed.weight": w(0.0, 0.0)}, {"embed.weight": ["head.weight"]}
+    embed, head = f"{prefix}embed.weight", f"{prefix}head.weight"
+    for saved_as in ([embed], [head], [embed, head]):  # safetensors keeps one of the names
+        found = match_reference({name: w(1.0, 2.0) for name in saved_as}, parameters, aliases)
+        torch.testing.assert_close(found, {"embed.weight": w(1.0, 2.0)}, rtol=0, atol=0)
+    with pytest.raises(
+        ReferenceLoadError, match=r"embed\.weight' and '.*head\.weight' differ, but the model holds them"
+    ):
+        match_reference({embed: w(1.0, 2.0), head: w(1.0, 3.0)}, parameters, aliases)
+
+
 def test_missing_tensor_is_named_with_the_nearest():
     with pytest.raises(ReferenceLoadError, match=re.escape("no tensor for 'haed.weight'; nearest: 'head.weight'")):
         match_reference({"head.weight": w(1), "xyz": w(1)}, {"haed.weight": w(0)})
