@@ -242,7 +242,7 @@ def test_what_is_mapped_is_kept_and_resumed(tmp_path):
     result = tmp_path / "roots" / "4" / "result.json"
     result.write_text(json.dumps({"root": 7, "commit": "earlier"}))
     assert [r["root"] for r in given.map("roots", root, [(4,), (9,), (16,)])] == [7, 3, 4]
-    assert given.commits["earlier"] == 1
+    assert list(given.commits.values()).count("earlier") == 1
     with pytest.raises(StudyError, match="was run with other settings"):
         given.map("roots", square, [(4,)])
 

@@ -6,7 +6,6 @@ import json
 import statistics
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +94,8 @@ class Lab:
         self.jobs = jobs
         self.more = list(more)
         self.console = console
-        #: Commits of the code that made the results.
-        self.commits = Counter[str]()
+        #: Folder of a run to the commit of the code that ran it.
+        self.commits: dict[Path, str] = {}
 
     def sweep(self, name: str, each: Mapping[str, Sequence[object]], *fixed: str) -> Runs:
         """Every combination of some values, as runs of mimic-train, or of mimic-score where ``checkpoints`` are given.
@@ -121,8 +120,7 @@ class Lab:
                 f"{name}: {len(left)} of {len(runs)} runs stopped. What is done is kept; the same command goes on."
             )
         results = {folder: json.loads((folder / "result.json").read_text()) for folder in runs}
-        for result in results.values():
-            self.commits[result["commit"]] += 1
+        self.commits |= {folder: result["commit"] for folder, result in results.items()}
         return Runs(
             Run(dict(zip(each, values, strict=True)), folder, results[folder]) for folder, values in runs.items()
         )
@@ -146,10 +144,9 @@ class Lab:
                 Parallel(self.jobs)(
                     delayed(_kept)(path, work, (*arguments, *common)) for path, arguments in missing.items()
                 )
-        results = [json.loads(path.read_text()) for path in paths]
-        for result in results:
-            self.commits[result["commit"]] += 1
-        return results
+        results = {path.parent: json.loads(path.read_text()) for path in paths}
+        self.commits |= {folder: result["commit"] for folder, result in results.items()}
+        return list(results.values())
 
     def folder(self, name: str, *values: object) -> Path:
         """Of one run."""
