@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from cleanlab.filter import find_label_issues
 
 from lightning_mimic.curation import (
+    CurationError,
     Ensemble,
     KMeans,
     Manifest,
@@ -67,7 +68,11 @@ def curated(seed: int, rate: float, runs: Path) -> dict[str, Any]:
     found, quality = {}, None
     for name, one in filters.items():
         calibrated = {"trusted": trusted, "mislabelled": others} if name == "sign" else {}
-        curation = curate(runs / "at_checkpoints" / place, one, folder / name.replace("/", ""), **calibrated)
+        try:
+            curation = curate(runs / "at_checkpoints" / place, one, folder / name.replace("/", ""), **calibrated)
+        except CurationError:  # a label model that says the opposite of its voters
+            found[name] = {}
+            continue
         quality = curation.quality or quality
         table = curation.manifest.table()
         wrong = torch.tensor([wrong_of[each] for each in table["id"].to_pylist()])
@@ -164,8 +169,10 @@ def detections(results: list[dict[str, Any]]) -> Iterator[Table]:
         for name in results[0]["found"]:
             for rate in RATES if figure == "f1" else RATES[1:]:
                 of = [r["found"][name] for r in results if r["rate"] == rate]
+                values = [100 * each[figure if rate else "kept"] for each in of if each]
+                refused = f" (refused for {len(of) - len(values)} of {len(of)})"
                 head = f"{rate:.0%}" if rate else "0 %: kept"
-                cells[name, head] = [100 * each[figure if rate else "kept"] for each in of]
+                cells[name, head] = values if len(values) == len(of) else shown(values) + refused
         if figure == "auroc":  # the scores are the same for all filters
             cells = {place: values for place, values in cells.items() if place[0] in ("sign", LOSS)}
         yield Table(f"curation_{figure}", title, "by", cells)
