@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from rows import losses_of, traced
+from support.cases import case
 from torch import nn
 
 from lightning_mimic.errors import MimicError
@@ -52,20 +53,19 @@ def raises(message):
     return pytest.raises(MimicError, match=f"^{re.escape(message)}$")
 
 
-@pytest.mark.parametrize("need", NEEDS)
 @pytest.mark.parametrize("field", FIELDS)
-def test_a_view_holds_what_its_reader_declares_and_names_the_reader_for_the_rest(field, need):
-    products = full()
-    view = products.for_reader(Reader(frozenset({need})))
-    assert view.samples is products.samples
-    if DECLARED_AS.get(field, field) == need:
-        assert getattr(view, field) is getattr(products, field)
-    elif field in DECLARED_AS:
-        with raises(f"Reader reads `{field}`, which comes with `{DECLARED_AS[field]}`; add that to its `needs`."):
-            getattr(view, field)
-    else:
-        with raises(f"Reader reads `{field}`, which it does not declare; add it to its `needs`."):
-            getattr(view, field)
+def test_a_view_holds_what_its_reader_declares_and_names_the_reader_for_the_rest(field):
+    products, owner = full(), DECLARED_AS.get(field, field)
+    for need in NEEDS:
+        view = products.for_reader(Reader(frozenset({need})))
+        with case(need):
+            assert view.samples is products.samples
+            if owner == need:
+                assert getattr(view, field) is getattr(products, field)
+                continue
+            reason = "which it does not declare; add it" if owner == field else f"which comes with `{owner}`; add that"
+            with raises(f"Reader reads `{field}`, {reason} to its `needs`."):
+                getattr(view, field)
 
 
 def test_a_declared_product_that_was_not_computed_is_not_blamed_on_the_declaration():

@@ -36,9 +36,20 @@ class Own(nn.Linear):
     pass
 
 
-@pytest.mark.parametrize("layer", [*KNOWN, Own(2, 2), nn.Linear(2, 2, bias=False), nn.LayerNorm(2, bias=False)])
-def test_known_layers_pass_the_check(layer):
+@pytest.mark.parametrize(
+    "layer",
+    [
+        *KNOWN,
+        Own(2, 2),
+        nn.Linear(2, 2, bias=False),
+        nn.LayerNorm(2, bias=False),
+        nn.MultiheadAttention(4, 1).out_proj,
+    ],
+)
+def test_known_layers_pass_the_check_and_linear_ones_offer_all_three_products(layer):
     LayerGradients.check("head", layer)
+    offered = {"dot", "norms", "gram"} if isinstance(layer, nn.Linear) else {"dot"}
+    assert LayerGradients.products_of(layer) == offered
 
 
 @pytest.mark.parametrize(
@@ -104,7 +115,6 @@ class Rows(nn.Embedding):
     pass
 
 
-@pytest.mark.parametrize("kind", [nn.Embedding, Rows])
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -114,19 +124,14 @@ class Rows(nn.Embedding):
         ({"sparse": True, "max_norm": 2.0}, "max_norm, sparse"),
     ],
 )
-def test_an_embedding_whose_gradient_is_not_plain_is_refused_with_the_option(options, named, kind):
+def test_an_embedding_whose_gradient_is_not_plain_is_refused_with_the_option(options, named):
     message = (
         f"`parameters`: 'words' is an Embedding with {named}, under which its gradient is not linear in its rows or "
         "not dense. Switch that off, or name another layer."
     )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        LayerGradients.check("words", kind(4, 2, **options))
-
-
-@pytest.mark.parametrize("layer", [*KNOWN, Own(2, 2)])
-def test_linear_layers_offer_all_three_products_and_others_the_dot(layer):
-    offered = {"dot", "norms", "gram"} if isinstance(layer, nn.Linear) else {"dot"}
-    assert LayerGradients.products_of(layer) == offered
+    for kind in (nn.Embedding, Rows):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            LayerGradients.check("words", kind(4, 2, **options))
 
 
 @pytest.mark.parametrize(
@@ -197,11 +202,6 @@ def on_the_object(name: str) -> nn.Module:
 def test_a_layer_with_a_forward_of_its_own_is_left_to_the_graph(layer, kind):
     with pytest.raises(ValueError, match=f"`parameters`: 'head' is a {re.escape(kind)}"):
         LayerGradients.check("head", layer)
-
-
-@pytest.mark.parametrize("layer", [*KNOWN, Own(2, 2), nn.MultiheadAttention(4, 1).out_proj])
-def test_a_layer_without_one_is_known(layer):
-    LayerGradients.check("head", layer)
 
 
 def test_a_subclass_has_its_kinds_products():

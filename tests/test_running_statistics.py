@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from support.cases import case, pairwise
 
 from lightning_mimic.reference import ridge
 from lightning_mimic.reference.ridge import ridge_fit
@@ -64,9 +65,9 @@ def in_float64(statistics):
     return {name: tensor.double() for name, tensor in sums_of(statistics).items()}
 
 
-@pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("decay", [None, 1.0, 0.5, 0.0])
-@pytest.mark.parametrize("sizes", [(7,), (4, 4, 4), (9, 1, 2, 30, 1), (1,) * 12])
+@pytest.mark.parametrize(
+    *pairwise(sizes=[(7,), (4, 4, 4), (9, 1, 2, 30, 1), (1,) * 12], decay=[None, 1.0, 0.5, 0.0], centred=[True, False])
+)
 def test_the_sums_are_those_of_a_weighted_list(sizes, decay, centred):
     batches = pairs(*sizes)
     statistics = added(batches, decay, centred=centred)
@@ -82,9 +83,9 @@ def test_the_decay_may_change_from_batch_to_batch():
     torch.testing.assert_close(sums_of(statistics), listed(batches, weights=(0.45, 0.45, 0.9, 1.0)), **EXACT)
 
 
-@pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("where", [(0, 1, "x"), (1, 0, "y"), (2, 3, "x")])
+@pytest.mark.parametrize(
+    *pairwise(where=[(0, 1, "x"), (1, 0, "y"), (2, 3, "x")], bad=[math.nan, math.inf, -math.inf], centred=[True, False])
+)
 def test_a_row_that_is_not_finite_is_left_out_and_the_others_stay(where, bad, centred):
     batches = pairs(4, 5, 6)
     batch, row, part = where
@@ -216,9 +217,7 @@ def test_the_intercept_is_not_penalised():
     torch.testing.assert_close(x @ fit.weight.T + fit.bias + 1000, (x + 50) @ moved.weight.T + moved.bias)
 
 
-@pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("factor", [1e-6, 1e6])
+@pytest.mark.parametrize(*pairwise(factor=[1e-6, 1e6], dtype=[torch.float32, torch.float64], centred=[True, False]))
 def test_predictions_do_not_follow_the_features_unit(factor, dtype, centred):
     x, y = pairs(60, dtype=dtype)[0]
     fit, scaled = (ridge_fit(added([(f * x, y)], centred=centred)) for f in (1, factor))
@@ -239,12 +238,13 @@ def test_without_a_penalty_a_linear_map_is_found_again(monkeypatch):
     torch.testing.assert_close((fit.weight, fit.bias), (weight, bias), **EXACT)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 0.7615942, 123.4, 1e4])
-@pytest.mark.parametrize("sizes", [(37,), (32, 5, 8)])
-def test_constant_features_are_not_sound(sizes, value, dtype):
-    batches = [(torch.full_like(x, value), y) for x, y in pairs(*sizes, dtype=dtype)]
-    assert not bool(ridge_fit(added(batches)).sound)
+def test_constant_features_are_not_sound(value):
+    for sizes in ((37,), (32, 5, 8)):
+        for dtype in (torch.float32, torch.float64):
+            batches = [(torch.full_like(x, value), y) for x, y in pairs(*sizes, dtype=dtype)]
+            with case(sizes, dtype):
+                assert not bool(ridge_fit(added(batches)).sound)
 
 
 def test_one_constant_feature_among_others_is_given_no_weight():

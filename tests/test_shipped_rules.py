@@ -2,11 +2,13 @@
 
 import copy
 import re
+from itertools import product
 
 import pytest
 import torch
 from oracles import per_sample_gradients, weighted_gradient
 from rows import Ad, traced, vectors_of
+from support.cases import case
 from torch import nn
 
 from lightning_mimic.errors import MimicError
@@ -22,31 +24,33 @@ def bilinear(tokens, bias=True, dtype=torch.float64):
     return layer, torch.randn(6, *tokens, 5, dtype=dtype), torch.randn(6, *tokens, 3, dtype=dtype)
 
 
-@pytest.mark.parametrize("parts", [("weight", "bias"), ("weight",), ("bias",)])
 @pytest.mark.parametrize("tokens", [(), (2,), (2, 3)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_bilinear_layer_has_the_products_of_a_loop(dtype, tokens, parts):
+def test_a_bilinear_layer_has_the_products_of_a_loop(dtype, tokens):
     layer, x, y = bilinear(tokens, dtype=dtype)
     b = torch.randn(6, *tokens, 4).to(dtype)
     exact = copy.deepcopy(layer).double()
     batch = [t.double() for t in (x, y, b)]
     gradients = per_sample_gradients(exact, lambda m, t: (m(t[0], t[1]) * t[2]).flatten(1).sum(1), batch)
-    vectors = {n: v for n, v in vectors_of(exact).items() if n in parts}
-    expected = sum((gradients[name] * v).flatten(1).sum(1) for name, v in vectors.items())
     wide = torch.promote_types(dtype, torch.float32)
     digits = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
     factors = torch.rand(6)
-    for inputs, kwargs in (((x, y), {}), ((x,), {"input2": y}), ((), {"input2": y, "input1": x})):
+    calls = [((x, y), {}), ((x,), {"input2": y}), ((), {"input2": y, "input1": x})]
+    for parts, (inputs, kwargs) in product([("weight", "bias"), ("weight",), ("bias",)], calls):
+        vectors = {n: v for n, v in vectors_of(exact).items() if n in parts}
+        expected = sum((gradients[name] * v).flatten(1).sum(1) for name, v in vectors.items())
         rows = LayerGradients(layer, inputs, b, parts, kwargs=kwargs)
         with torch.autocast("cpu", torch.bfloat16):
             dot = rows.dot({name: v.to(wide) for name, v in vectors.items()})
-        torch.testing.assert_close(dot, expected.to(wide), **digits)
-        if dtype != torch.bfloat16:
-            sums = weighted_gradient({n: g for n, g in gradients.items() if n in parts}, factors.double())
-            torch.testing.assert_close(rows.weighted_sum(factors), {n: g.to(dtype) for n, g in sums.items()}, **digits)
-    for product in ("norms", "gram"):
-        with pytest.raises(MimicError, match=f"^LayerGradients of Bilinear does not offer `{product}`; it"):
-            getattr(rows, product)()
+        with case(parts, *kwargs):
+            torch.testing.assert_close(dot, expected.to(wide), **digits)
+            if dtype != torch.bfloat16:
+                sums = weighted_gradient({n: g for n, g in gradients.items() if n in parts}, factors.double())
+                sums = {n: g.to(dtype) for n, g in sums.items()}
+                torch.testing.assert_close(rows.weighted_sum(factors), sums, **digits)
+    for name in ("norms", "gram"):
+        with pytest.raises(MimicError, match=f"^LayerGradients of Bilinear does not offer `{name}`; it"):
+            getattr(rows, name)()
     check_layer_rule(layer, x, y)
 
 
