@@ -11,6 +11,7 @@ import torch.multiprocessing
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import save_file
+from support.cases import pairwise
 from test_aligned import Listed, unrelated
 from torch import nn
 from toys import FEATURES, HIDDEN, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
@@ -157,10 +158,9 @@ STEPS = {"plain": {}, "clipped": {"gradient_clip_val": 0.01}, "accumulated": {"a
 
 
 @pytest.mark.filterwarnings("ignore:.*samples held NaN")
-@pytest.mark.parametrize("broken", [False, True])
-@pytest.mark.parametrize("reweight", ["none", "all"])
-@pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("kind", [Moody, MoodyWithLosses, Decays])
+@pytest.mark.parametrize(
+    *pairwise(kind=[Moody, MoodyWithLosses, Decays], steps=STEPS, reweight=["none", "all"], broken=[False, True])
+)
 def test_nothing_moves_to_the_bit(kind, steps, reweight, broken, tmp_path):
     data, module, paths = toy_data(14), toy(kind), checkpoints(tmp_path, kind)
     seen = watched(module)

@@ -82,9 +82,9 @@ def mean(values):
     return pytest.approx(math.fsum(values) / len(values), rel=1e-12, abs=1e-14) if values else None
 
 
-@pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("seed", range(15))
-def test_samples_and_scorings_are_those_of_a_slow_reader(seed, named, tmp_path, database):
+def test_samples_and_scorings_are_those_of_a_slow_reader(seed, tmp_path, database):
+    named = seed % 4 < 2
     rows, starts = random_run(seed, named)
     write_ledger(tmp_path, rows, starts=starts)
     scores, kept = Scores(tmp_path, database), held(rows, starts)

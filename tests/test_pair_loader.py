@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from pair_shards import batches_of, flat, module, numbers, of_rank, pair, uid, write, write_shards
+from support.cases import pairwise
 
 from lightning_mimic.data import pair_stream
 from lightning_mimic.data.rejects import Rejects
@@ -23,9 +24,7 @@ def shards(tmp_path):
     return write_shards(tmp_path / "shards", *SIZES)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("shuffle", [0, 1, 4, 100])
-@pytest.mark.parametrize("pipe", [False, True])
+@pytest.mark.parametrize(*pairwise(shuffle=[0, 1, 4, 100], pipe=[False, True], num_workers=[0, 2]))
 def test_one_process_sees_every_pair_once_in_an_epoch(pipe, shuffle, num_workers, shards):
     given = [f"pipe:cat {shard}" for shard in shards] if pipe else shards
     loader = module(given, shuffle=shuffle, num_workers=num_workers).train_dataloader()
@@ -125,8 +124,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("broken", [False, True])
-@pytest.mark.parametrize("case", CASES)
+BROKEN = ["in order", "workers, unevenly", "with replacement"]
+
+
+@pytest.mark.parametrize(("case", "broken"), [*((case, False) for case in CASES), *((case, True) for case in BROKEN)])
 def test_an_epoch_goes_on_where_it_was_and_the_next_follows(case, broken, shards):
     options = CASES[case]
     if broken:  # noticed only when it is decoded, so that what was drawn counts and not what was given

@@ -2,11 +2,13 @@
 
 import math
 import re
+from itertools import product
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.cases import case
 from torch import Tensor
 
 from lightning_mimic.reference.procrustes import Rotation, procrustes
@@ -175,14 +177,14 @@ def test_running_sums_that_forget_give_what_all_weighted_samples_together_would(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("widths", "fewest"), [((8, 8), 5), ((12, 8), 5), ((5, 8), 4)])
-@pytest.mark.parametrize("seed", range(3))
-def test_too_few_pairs_determine_no_rotation(widths, fewest, dtype, seed):
+def test_too_few_pairs_determine_no_rotation(widths, fewest, dtype):
     # n pairs in each of two modalities, each about its own mean, span 2n - 2 directions.
-    for pairs in (2, fewest - 1, fewest, 50):
+    for seed, pairs in product(range(3), (2, fewest - 1, fewest, 50)):
         reference = [normal(pairs, widths[0], seed=seed + i, dtype=dtype) for i in (10, 20)]
         model = [normal(pairs, widths[1], seed=seed + i, dtype=dtype) for i in (30, 40)]
         rotation = rotation_of(reference, model)
-        assert bool(rotation.determined) == (pairs >= fewest)
+        with case(f"seed {seed}, {pairs} pairs"):
+            assert bool(rotation.determined) == (pairs >= fewest)
         short, dim = min(widths), 0 if widths[0] < widths[1] else 1
         gram = rotation.matrix @ rotation.matrix.T if dim == 0 else rotation.matrix.T @ rotation.matrix
         torch.testing.assert_close(gram, torch.eye(short, dtype=dtype), rtol=0, atol=1e-5)
