@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
+from support.cases import for_each
 from torch import nn
 from toys import (
     CLASSES,
@@ -298,7 +299,7 @@ def test_what_cannot_be_aligned_is_refused_in_a_sentence(case):
     assert "training_step" not in vars(module)
 
 
-@pytest.mark.parametrize("every", [0, -1, True, 2.5, "10", None])
+@for_each("every", [0, -1, True, 2.5, "10", None])
 def test_every_is_a_positive_whole_number(every):
     message = f"`every` counts micro-batches between two refits, 1 or more, not {every!r}."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

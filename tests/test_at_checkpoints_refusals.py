@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from support.cases import for_each
 from test_at_checkpoints import Moody, MoodyWithLosses, checkpoints, column, scored, toy_at, traces
 from test_reference import Canary
 from torch import nn
@@ -19,7 +20,7 @@ from lightning_mimic.callbacks import AtCheckpoints
 from lightning_mimic.reference import ReferenceLoadError
 
 
-@pytest.mark.parametrize("given", [[], (), "a.ckpt", Path("a.ckpt"), "empty"])
+@for_each("given", [[], (), "a.ckpt", Path("a.ckpt"), "empty"])
 def test_checkpoints_are_a_directory_or_a_list_and_some(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from support.cases import for_each
 from test_weighting import FIGURES, NAN, over_ranks
 
 from lightning_mimic.errors import MimicError
@@ -67,7 +68,7 @@ def test_a_given_weighting_is_taken_as_it_is(weighting):
     assert choose_weighting(MimicScore(), weighting) is weighting
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("options", "message"),
     [
         (
@@ -164,7 +165,7 @@ def test_a_negative_or_undefined_raw_weight_does_not_train_unnoticed_unless_its_
     assert (zero.weights.tolist(), float(zero.ess)) == ([0, 0, 0], 0)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("raw", "described"),
     [
         (torch.ones(3, 1), "a torch.float32 tensor of shape (3, 1) on cpu"),
@@ -186,7 +187,7 @@ def test_raw_weights_that_are_counts_are_taken_in_the_scores_dtype_and_carry_no_
 GOOD = SoftmaxWeighting()(torch.zeros(4))
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("returned", "message"),
     [
         (

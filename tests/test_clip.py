@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from clips import KINDS, TEXT, TIMM, VISION, clip, losses_of, pairs, towers
 from lightning.pytorch import Callback
 from safetensors.torch import save_file
+from support.cases import for_each
 from torch import nn
 from torch.utils.data import DataLoader
 from toys import loader, trainer
@@ -227,7 +228,7 @@ def test_running_statistics_are_taken_over():
     torch.testing.assert_close({n: found[n] for n in names}, {n: wanted[n] for n in names}, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7])
+@for_each("rows", [1, 2, 7])
 def test_losses_are_the_mean_of_both_cross_entropies(rows):
     module, batch = clip("wide"), pairs(rows)[:rows]
     losses = module.sample_losses(batch)
@@ -245,7 +246,7 @@ def test_losses_are_open_clips_own():
     torch.testing.assert_close(pair_losses(images, texts, torch.tensor(20.0)).mean(), theirs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@for_each("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_left_before_the_losses(dtype):
     images, texts = torch.randn(6, 5).to(dtype), torch.randn(6, 5).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):

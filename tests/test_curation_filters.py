@@ -8,7 +8,7 @@ import pytest
 from ledgers import write_ledger, write_scores
 from sklearn.cluster import KMeans as Clusters
 from sklearn.mixture import GaussianMixture
-from support.cases import case
+from support.cases import case, for_each
 
 from lightning_mimic.curation import CurationError, KMeans, Mixture, Sign, Threshold, TopK
 from lightning_mimic.curation.filters import by_epoch
@@ -112,12 +112,12 @@ def test_constant_scores_are_all_kept(one, tmp_path):
             assert on(tmp_path, scores, one)[0].all()
 
 
-@pytest.mark.parametrize("scores", [[-1, 1], [-5, -5.1, 5], [-1.0]])
+@for_each("scores", [[-1, 1], [-5, -5.1, 5], [-1.0]])
 def test_the_mixture_keeps_all_of_less_than_four(scores, tmp_path):
     assert on(tmp_path, scores, Mixture())[0].all()
 
 
-@pytest.mark.parametrize(("mean", "scale"), [(0.0, 1.0), (-3.0, 1.0), (0.01, 1e-7), (-0.5, 1e4)])
+@for_each(("mean", "scale"), [(0.0, 1.0), (-3.0, 1.0), (0.01, 1e-7), (-0.5, 1e4)])
 def test_the_mixture_keeps_all_of_one_normal_cloud(mean, scale, tmp_path):
     scores = scale * np.random.default_rng(5).normal(mean, 1, 3000)
     found, reason = on(tmp_path, scores, Mixture())
@@ -125,7 +125,7 @@ def test_the_mixture_keeps_all_of_one_normal_cloud(mean, scale, tmp_path):
     assert reason == "mean score in the lower of two components (below -inf)"
 
 
-@pytest.mark.parametrize("sign", [1, -1])
+@for_each("sign", [1, -1])
 def test_the_mixture_keeps_all_of_a_skewed_cloud_on_one_side_of_0(sign, tmp_path):
     scores = sign * skewed(6)
     values = ((scores - scores.mean()) / scores.std())[:, None]
@@ -228,7 +228,7 @@ WRONG += [({"fraction": f}, f"`fraction` is {f!r}; expected above 0 and at most 
 WRONG += [({"count": c}, f"`count` is {c!r}; expected a whole number above 0.") for c in COUNTS]
 
 
-@pytest.mark.parametrize(("how", "message"), WRONG)
+@for_each(("how", "message"), WRONG)
 def test_top_k_refuses_what_is_no_k(how, message):
     with pytest.raises(CurationError, match=f"^{re.escape(message)}$"):
         TopK(**how)

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ledgers import CONFIG, write_ledger, write_scores
+from support.cases import case, for_each
 
 from lightning_mimic.curation.scores import Scores
 from lightning_mimic.database import Database
@@ -176,7 +177,7 @@ def test_classes_are_those_of_a_samples_last_epoch_with_labels_or_without(labels
     assert [row[4:6] for row in samples(tmp_path)] == ([(4, 2), (0, 0)] if labels else [(None, 2), (None, 0)])
 
 
-@pytest.mark.parametrize("name", ["epoch=9", "id=4", "flag=zero", "it's", "run[1]", "a*b?"])
+@for_each("name", ["epoch=9", "id=4", "flag=zero", "it's", "run[1]", "a*b?"])
 def test_what_the_folder_is_called_does_not_matter(name, tmp_path):
     write_ledger(tmp_path / name, {"id": [1, 1, 2], "epoch": [0, 1, 1], "score": [0.5, 1.5, None], "flag": "overflow"})
     assert samples(tmp_path / name) == [(1, 1.0, 2, 1.0, None, None, None), (2, None, 0, None, None, None, "overflow")]
@@ -197,14 +198,19 @@ def ends(part):
 READ = ["id", "epoch", "step", "batch", "rank", "position", "attempt", "score", "weight", "batch_size", "flag", "label"]
 
 
-@pytest.mark.parametrize("column", [*READ, "predicted"])
-def test_a_flipped_byte_in_any_column_that_is_read_is_refused(column, tmp_path):
+def test_a_flipped_byte_in_any_column_that_is_read_is_refused(tmp_path):
     values = np.random.default_rng(0).integers(1 << 30, size=400)
     write_ledger(tmp_path, {"id": range(400), "score": values / 7, "label": values, "predicted": values[::-1]})
     (part,) = tmp_path.glob("*.parquet")
-    flip(part, ends(part)[column] - 1)
-    with pytest.raises(LedgerError, match=re.escape(f"1 of 1 parts are damaged: {part.name} (400 rows: ")):
-        samples(tmp_path)
+    content = part.read_bytes()
+    for column in (*READ, "predicted"):
+        part.write_bytes(content)
+        flip(part, ends(part)[column] - 1)
+        message = re.escape(f"1 of 1 parts are damaged: {part.name} (400 rows: ")
+        with case(column), pytest.raises(LedgerError, match=message):
+            samples(tmp_path)
+    part.write_bytes(content)
+    assert len(samples(tmp_path)) == 400
 
 
 def test_of_restricted_columns_only_the_checksums_of_these_count(tmp_path):
@@ -297,7 +303,7 @@ def test_no_ids_are_taken_from_another_file_or_made_up(tmp_path, database):
     assert fetched(database, f"SELECT id, x FROM {database.ids(tmp_path / 'a[1].csv', 'BIGINT')}") == [(1, "2")]
 
 
-@pytest.mark.parametrize("text", ["1.5", "x", "", "99999999999999999999"])
+@for_each("text", ["1.5", "x", "", "99999999999999999999"])
 def test_text_that_is_no_whole_number_is_no_int_id(text, tmp_path, database):
     (tmp_path / "a.csv").write_text(f"key,x\n3,0\n{text},0\n")
     such = f", such as {text!r}." if text else "."

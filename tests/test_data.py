@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from sklearn.datasets import load_digits
-from support.cases import case
+from support.cases import case, for_each
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 from torch.utils.data._utils.pin_memory import pin_memory
 
@@ -60,7 +60,7 @@ def test_ids_belong_to_their_samples_in_a_shuffled_loader(kind, ids):
     assert sorted(seen) == list(range(10))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@for_each("kind", KINDS)
 def test_a_batch_is_otherwise_what_it_was(kind):
     samples, collate = KINDS[kind]
     before, batch = collate(samples[:4]), next(iter(loader(kind)))
@@ -124,7 +124,7 @@ def test_a_dataset_without_indices_is_refused_with_the_way_out(dataset):
         WithIds(dataset)
 
 
-@pytest.mark.parametrize(("result", "name"), [(torch.zeros(2), "Tensor"), ("text", "str"), (None, "NoneType")])
+@for_each(("result", "name"), [(torch.zeros(2), "Tensor"), ("text", "str"), (None, "NoneType")])
 def test_a_batch_that_cannot_carry_ids_is_refused_with_the_way_out(result, name):
     with pytest.raises(TypeError, match=f"the batch is a {name}, which cannot carry ids.*`id_from=`"):
         collate_with_ids([WithIds(PAIRS)[0]], collate_fn=lambda samples: result)
@@ -135,7 +135,7 @@ def test_a_forgotten_collate_function_is_noticed():
         next(iter(DataLoader(WithIds(PAIRS), 2)))
 
 
-@pytest.mark.parametrize(("rate", "wrong"), [(0, 0), (0.1, 900), (0.33333, 2999), (0.4, 3600), (1, 9000)])
+@for_each(("rate", "wrong"), [(0, 0), (0.1, 900), (0.33333, 2999), (0.4, 3600), (1, 9000)])
 def test_symmetric_noise_corrupts_exactly_its_share_and_knows_where(rate, wrong):
     noisy, mask = SymmetricNoise(rate, seed=3)(LABELS, 10)
     assert int(mask.sum()) == wrong
@@ -163,7 +163,7 @@ def test_noise_depends_on_its_seed_alone_and_touches_neither_labels_nor_the_glob
     assert not torch.equal(noise(0.3, seed=2)(labels, 10)[1], first[1])
 
 
-@pytest.mark.parametrize("rate", [-0.1, 1.01, float("nan"), float("inf")])
+@for_each("rate", [-0.1, 1.01, float("nan"), float("inf")])
 def test_a_rate_that_is_no_share_is_refused(rate):
     message = re.escape(f"`rate` is the share of wrong labels, between 0 and 1, not {rate}")
     for noise in (SymmetricNoise, AsymmetricNoise):
@@ -171,7 +171,7 @@ def test_a_rate_that_is_no_share_is_refused(rate):
             noise(rate)
 
 
-@pytest.mark.parametrize("rate", [0, 0.25, 1])
+@for_each("rate", [0, 0.25, 1])
 def test_asymmetric_noise_confuses_the_listed_classes_and_no_others(rate):
     noisy, mask = AsymmetricNoise(rate, {7: 1, 1: 2})(LABELS, 10)  # what became a 1 stays a 1
     assert torch.equal(mask, noisy != LABELS)
@@ -241,7 +241,7 @@ def test_the_digits_split_and_order_depend_on_the_seed():
     assert set(first) != set(other)
 
 
-@pytest.mark.parametrize(("rate", "wrong"), [(0, 0), (0.4, 20), (1, 50)])
+@for_each(("rate", "wrong"), [(0, 0), (0.4, 20), (1, 50)])
 def test_the_trusted_images_that_are_held_out_are_corrupted_by_the_noise_alone(rate, wrong):
     labels = torch.tensor(load_digits().target)
     module = digits("trusted_held", rate=rate)

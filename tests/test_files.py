@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.cases import for_each
 
 from lightning_mimic import files
 from lightning_mimic.files import atomic_path, atomic_write, write_json
@@ -77,7 +78,7 @@ def test_an_error_in_the_block_keeps_what_was_there(opened, error, exclusive, th
 
 
 @WAYS
-@pytest.mark.parametrize("failing", ["fsync", "replace"])
+@for_each("failing", ["fsync", "replace"])
 def test_a_failure_of_the_disk_keeps_what_was_there(write, failing, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.cases import case
+from support.cases import case, for_each
 
 import lightning_mimic.scorers.weighting as weighting_module
 from lightning_mimic.gradients import gate_rows
@@ -46,7 +46,7 @@ def test_a_masked_row_is_zero_whatever_it_held_and_its_neighbours_are_not_touche
             torch.testing.assert_close(gated, torch.tensor([[2.0, 4.0], [0.0, 0.0], [1.5, 2.0]]), **EXACT)
 
 
-@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float64])
+@for_each("scale_dtype", [torch.float32, torch.float64])
 def test_a_factor_outside_half_precision_does_not_overflow_on_the_way(scale_dtype):
     gradients = torch.tensor([[0.1], [1e-4], [6e4]], dtype=torch.float16)
     gated = gate_rows(gradients, torch.tensor([1e5, 1e8, 1e-6], dtype=scale_dtype), NO)
@@ -55,7 +55,7 @@ def test_a_factor_outside_half_precision_does_not_overflow_on_the_way(scale_dtyp
     torch.testing.assert_close(gated, expected, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@for_each("dtype", DTYPES)
 def test_a_row_of_scale_one_goes_through_bit_for_bit(dtype):
     finfo = torch.finfo(dtype)
     row = torch.tensor([INF, -INF, -0.0, finfo.max, finfo.tiny, 1 / 3, NAN], dtype=dtype)
@@ -71,7 +71,7 @@ def weighed(scores, clean=None, *, vanishes=False, scaled=False):
     return weigh_batch(torch.tensor(scores), clean, torch.tensor(vanishes), SoftmaxWeighting(0.5, 0), scaled=scaled)
 
 
-@pytest.mark.parametrize("scaled", [False, True])
+@for_each("scaled", [False, True])
 def test_trusted_rows_are_weighed_and_ok(scaled):
     scores = torch.tensor([1.0, -2.0, 0.5])
     result = weighed(scores.tolist(), scaled=scaled)
@@ -103,7 +103,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("score", "clean", "vanishes", "scaled", "flag", "masked"), CASES)
+@for_each(("score", "clean", "vanishes", "scaled", "flag", "masked"), CASES)
 def test_what_is_wrong_with_a_row_is_flagged_by_precedence(score, clean, vanishes, scaled, flag, masked):
     known = None if clean is None else [True, clean, True]
     result = weighed([1.0, score, -1.0], known, vanishes=vanishes, scaled=scaled)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cases import pairwise
+from support.cases import for_each, pairwise
 from torch import nn
 from torch.autograd.graph import GradientEdge, Node
 
@@ -302,7 +302,7 @@ def test_a_parameter_spread_over_the_batch_is_its_own_cut():
     assert lowest_cut(graph, graph.leaves, B).node is added.grad_fn
 
 
-@pytest.mark.parametrize("shape", [(B + 2, B, D), (2 * B, D), (B + 2, D, B), (1, B)])
+@for_each("shape", [(B + 2, B, D), (2 * B, D), (B + 2, D, B), (1, B)])
 def test_only_the_first_axis_is_the_batchs(shape):
     h = torch.randn(shape) * torch.ones(shape[-1], requires_grad=True)
     assert lowest_cut(Graph(h.square().mean().grad_fn), [h.grad_fn], B) is None

@@ -7,6 +7,7 @@ import pytest
 import torch
 from pair_shards import SIZES, Reader, data_of, encoded, pair, picture_of, trainer, transform, uid, write, write_shards
 from PIL import Image
+from support.cases import for_each
 from torch.utils.data import DataLoader
 
 from lightning_mimic.data import WithIds, collate_with_ids
@@ -81,7 +82,7 @@ def test_open_clips_own_transform_and_tokenizer_fit(tmp_path):
     assert batch.ids == [uid(0), uid(1)]
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("options", "message"),
     [
         ({"with_replacement": True}, "`with_replacement` has no end of its own; give `samples_per_epoch`"),

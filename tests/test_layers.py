@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.utils.prune
 from oracles import per_sample_gradients
+from support.cases import for_each
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -36,7 +37,7 @@ class Own(nn.Linear):
     pass
 
 
-@pytest.mark.parametrize(
+@for_each(
     "layer",
     [
         *KNOWN,
@@ -52,7 +53,7 @@ def test_known_layers_pass_the_check_and_linear_ones_offer_all_three_products(la
     assert LayerGradients.products_of(layer) == offered
 
 
-@pytest.mark.parametrize(
+@for_each(
     "layer",
     [
         nn.MultiheadAttention(2, 1),
@@ -75,7 +76,7 @@ def test_a_layer_of_an_unknown_kind_is_refused_by_name_and_type(layer, monkeypat
         LayerGradients.check("body.head", layer)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("layer", "own"),
     [
         (nn.utils.prune.identity(nn.Linear(2, 2), "weight"), "bias, weight_orig"),
@@ -97,7 +98,7 @@ def test_a_layer_that_makes_its_weight_of_others_is_refused_with_their_names(lay
         LayerGradients.check("head", layer)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "layer",
     [
         parametrizations.weight_norm(nn.Linear(2, 2, bias=False)),
@@ -115,7 +116,7 @@ class Rows(nn.Embedding):
     pass
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("options", "named"),
     [
         ({"max_norm": 1.0}, "max_norm"),
@@ -134,7 +135,7 @@ def test_an_embedding_whose_gradient_is_not_plain_is_refused_with_the_option(opt
             LayerGradients.check("words", kind(4, 2, **options))
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("layer", "shape"),  # the smallest output with a batch axis
     [
         (nn.Linear(2, 3), (5, 3)),

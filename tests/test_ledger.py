@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.cases import for_each
 
 from lightning_mimic.ledger import Ledger, LedgerError, LedgerWriter, note_run, open_run
 from lightning_mimic.ledger.columns import schema
@@ -221,7 +222,7 @@ IDS += [([None], "ids are missing"), ([1, None], "1 of 2 ids are missing")]
 IDS += [(ids, "below 2^63") for ids in ([2**63], [1, 2**70], np.array([2**63], np.uint64))]
 
 
-@pytest.mark.parametrize(("ids", "message"), [*IDS, (["1"], "int64 and are now string")])
+@for_each(("ids", "message"), [*IDS, (["1"], "int64 and are now string")])
 def test_ids_are_all_int_below_2_to_the_63_or_all_str(ids, message, tmp_path):
     _, writer = started(tmp_path)
     if "now" in message:
@@ -243,7 +244,7 @@ NEWER = (b'{"schema_version": 99, "new": {}}', "has schema version 99; this rele
 
 
 @pytest.mark.parametrize(("content", "message"), [*BROKEN, NEWER])
-@pytest.mark.parametrize("reader", [Ledger, lambda d: open_run(d, CONFIG, 0, None, {})])
+@for_each("reader", [Ledger, lambda d: open_run(d, CONFIG, 0, None, {})])
 def test_a_broken_or_newer_description_is_named(reader, content, message, tmp_path):
     (tmp_path / "meta.json").write_bytes(content)
     with pytest.raises(LedgerError, match=re.escape(f"{tmp_path / 'meta.json'} {message}")):

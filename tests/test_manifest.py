@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from ledgers import write_scores
+from support.cases import for_each
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mimic import WithIds, collate_with_ids
@@ -178,7 +179,7 @@ def recipe(kept):
     return file.getvalue()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@for_each("share", [0.0, 0.5, 1.0])
 def test_datacomps_file_is_byte_for_byte_what_its_recipe_gives(share, tmp_path):
     ids = [*uids(500), "0" * 32, "f" * 32, "8" + "0" * 31, "7" + "f" * 31, "0" * 16 + "f" * 16]
     ids += [*(uid.upper() for uid in uids(50, seed=1)), *ids[:20], ids[3]]  # repeats
@@ -197,7 +198,7 @@ def test_repeats_stay_together_whatever_their_case(tmp_path):
     assert (tmp_path / "kept.npy").read_bytes() == recipe(ids)
 
 
-@pytest.mark.parametrize("bad", ["0" * 33, "0" * 31, "+" + "0" * 31, "-" + "1" * 31, " " + "0" * 31, "0x" + "0" * 30,
+@for_each("bad", ["0" * 33, "0" * 31, "+" + "0" * 31, "-" + "1" * 31, " " + "0" * 31, "0x" + "0" * 30,
                                  "g" * 32, "1_" * 16, "0" * 32 + "\n", "", "٣" * 32])  # fmt: skip
 def test_what_is_no_uid_is_named_and_nothing_is_written(bad, tmp_path):
     made = manifest(tmp_path / "a.parquet", ["0" * 32, bad], keep=[True, False])

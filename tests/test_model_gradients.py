@@ -7,7 +7,7 @@ import torch
 import torchvision
 from oracles import per_sample_gradients
 from rows import assert_exact, looped, losses_of, traced, vectors_of
-from support.cases import case
+from support.cases import case, for_each
 from torch import nn
 
 IMAGES, TOKENS = (3, 32, 32), (6,)
@@ -176,7 +176,7 @@ def test_weights_or_biases_alone(kind):
             assert_exact(net, x, names=[name for name, _ in net.named_parameters() if name.endswith(ending)])
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("kind", "names"),
     [
         ("mlp", ["4.weight", "4.bias"]),
@@ -194,7 +194,7 @@ def test_some_parameters_alone(kind, names):
     assert_exact(net, x, names=names)
 
 
-@pytest.mark.parametrize("frozen", ["0.", "2.", "4.", "2.weight", "0.bias", "4.weight"])
+@for_each("frozen", ["0.", "2.", "4.", "2.weight", "0.bias", "4.weight"])
 def test_what_is_frozen_is_in_nobodys_way(frozen):
     net, x, _ = made("mlp")
     for name, parameter in net.named_parameters():

@@ -7,6 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracles import mimic_scores, per_sample_gradients
+from support.cases import for_each
 from torch import nn
 
 from lightning_mimic.gradients import Direction, LayerGradients
@@ -173,7 +174,7 @@ def test_tokens_that_cancel_leave_a_small_norm_and_no_nan():
 
 
 @pytest.mark.parametrize("tokens", [(), (2,), (30,)])
-@pytest.mark.parametrize("target", [("weight", "bias"), ("weight",), ("bias",)])
+@for_each("target", [("weight", "bias"), ("weight",), ("bias",)])
 def test_a_confident_samples_tiny_gradient_keeps_its_norm(target, tokens):
     torch.manual_seed(0)
     layer, a, b = nn.Linear(5, 4), torch.randn(3, *tokens, 5), torch.randn(3, *tokens, 4)
@@ -194,7 +195,7 @@ def losses_of(layer, batch):
     return (layer(batch[0]) - batch[1]).square().sum(1) / 2
 
 
-@pytest.mark.parametrize("row", range(3))
+@for_each("row", range(3))
 def test_a_reference_one_descent_step_away_scores_the_length_of_that_step(row):
     layer = nn.Linear(4, 2).double()
     batch = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)

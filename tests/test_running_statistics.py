@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from support.cases import case, pairwise
+from support.cases import case, for_each, pairwise
 
 from lightning_mimic.reference import ridge
 from lightning_mimic.reference.ridge import ridge_fit
@@ -105,7 +105,7 @@ def test_what_was_given_is_left_as_it_is():
     torch.testing.assert_close(held, copied, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("first", [True, False])
+@for_each("first", [True, False])
 def test_a_batch_without_a_finite_row_only_ages_the_others(first):
     batches = pairs(4, 5, 6)
     batches[0 if first else 1][0][:] = math.nan
@@ -129,7 +129,7 @@ def test_scatter_beside_a_large_mean_survives_float32():
     assert float((statistics.xy.double() - expected["xy"]).abs().max() / expected["xy"].abs().max()) < 3e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@for_each("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_summed_in_float32(dtype):
     batches = pairs(300, 300, dtype=dtype, centre=200)
     statistics = added(batches)
@@ -238,7 +238,7 @@ def test_without_a_penalty_a_linear_map_is_found_again(monkeypatch):
     torch.testing.assert_close((fit.weight, fit.bias), (weight, bias), **EXACT)
 
 
-@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 0.7615942, 123.4, 1e4])
+@for_each("value", [0.0, 0.1, 1 / 3, 0.7615942, 123.4, 1e4])
 def test_constant_features_are_not_sound(value):
     for sizes in ((37,), (32, 5, 8)):
         for dtype in (torch.float32, torch.float64):
@@ -257,7 +257,7 @@ def test_one_constant_feature_among_others_is_given_no_weight():
     assert float(fit.weight[:, others].abs().min()) > 1e-2
 
 
-@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@for_each("bad", [math.inf, math.nan])
 def test_sums_that_are_broken_are_not_sound(bad):
     statistics = added(pairs(60))
     state = statistics.state_dict()

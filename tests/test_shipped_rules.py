@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracles import per_sample_gradients, weighted_gradient
 from rows import Ad, traced, vectors_of
-from support.cases import case
+from support.cases import case, for_each
 from torch import nn
 
 from lightning_mimic.errors import MimicError
@@ -55,7 +55,7 @@ def test_a_bilinear_layer_has_the_products_of_a_loop(dtype, tokens):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("size", [[10, 8], [11, 9], None])
+@for_each("size", [[10, 8], [11, 9], None])
 def test_a_transposed_convolution_honours_the_size_that_it_is_called_with(size, bias):
     torch.manual_seed(0)
     layer = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2, bias=bias).double()
@@ -81,7 +81,7 @@ def test_a_prelu_of_one_number_scores_rows_without_another_axis():
     torch.testing.assert_close(rows.mean()["weight"], torch.tensor([-15.5 / 3]).double())
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("layer", "shape"),
     [
         (nn.ConvTranspose1d(2, SAMPLES, 1), (2, 4)),

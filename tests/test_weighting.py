@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import smallest_temperature, softmax_weights, weighted_gradient
-from support.cases import case, pairwise
+from support.cases import case, for_each, pairwise
 
 import lightning_mimic.scorers.weighting as weighting_module
 from lightning_mimic.scorers import ShareWeighting, SoftmaxWeighting
@@ -171,7 +171,7 @@ def test_weights_sum_to_one_rise_with_the_score_and_ignore_a_shift(scores, tau, 
         torch.testing.assert_close(weighting(scores + shift).weights, weights, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("bad", [0, -1, NAN, INF, -INF, "1", None])
+@for_each("bad", [0, -1, NAN, INF, -INF, "1", None])
 def test_a_temperature_that_is_none_is_refused(bad):
     with pytest.raises(
         ValueError, match=f"^`temperature` must be a positive finite number, not {re.escape(repr(bad))}.$"
@@ -179,7 +179,7 @@ def test_a_temperature_that_is_none_is_refused(bad):
         SoftmaxWeighting(temperature=bad)
 
 
-@pytest.mark.parametrize("bad", [-0.1, 1.01, 25, NAN, INF, "0.5", None])
+@for_each("bad", [-0.1, 1.01, 25, NAN, INF, "0.5", None])
 def test_a_floor_that_is_no_share_is_refused(bad):
     message = f"`min_ess` is a fraction of the batch between 0 and 1, not {bad!r}."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

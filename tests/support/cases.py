@@ -1,9 +1,13 @@
 """Fewer cases that test as much: all pairs of values instead of all combinations, and loops that name what failed."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations, product
 from typing import Any
+
+import pytest
 
 
 def pairwise(**values: Iterable[Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
@@ -33,3 +37,38 @@ def case(*names: Any) -> Iterator[None]:
     except BaseException as error:
         error.add_note(f"in the case {', '.join(map(str, names))}")
         raise
+
+
+def for_each(names: str | Iterable[str], values: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Like `pytest.mark.parametrize`, but one test for all values: for many cheap values of which one thing is said.
+
+    All values are tried, and all that fail are reported. They share the test's fixtures, but not ``tmp_path``.
+    """
+    given = [names] if isinstance(names, str) else list(names)
+    rows = [(value,) if isinstance(names, str) else tuple(value) for value in values]
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def loop(**fixtures: Any) -> None:
+            failed: list[BaseException] = []
+            folder = fixtures.get("tmp_path")
+            for k, row in enumerate(rows):
+                if folder is not None:
+                    fixtures["tmp_path"] = folder / str(k)
+                    fixtures["tmp_path"].mkdir()
+                try:
+                    with case(*row):
+                        test(**fixtures, **dict(zip(given, row, strict=True)))
+                except (Exception, pytest.fail.Exception) as error:
+                    failed.append(error)
+            if len(failed) == 1:
+                raise failed[0]
+            if failed:
+                raise BaseExceptionGroup(f"{len(failed)} of {len(rows)} cases failed", failed)
+
+        signature = inspect.signature(test)
+        fixtures = [p for name, p in signature.parameters.items() if name not in given]
+        loop.__signature__ = signature.replace(parameters=fixtures)  # type: ignore[attr-defined]
+        return loop
+
+    return decorate
