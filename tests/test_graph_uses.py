@@ -5,9 +5,10 @@ from collections.abc import Collection
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.cases import for_each, pairwise
+from support.examples import examples
 from torch import nn
 from torch.autograd.graph import GradientEdge, Node
 
@@ -16,7 +17,7 @@ from lightning_mimic.gradients.graph import reaches, walk
 from lightning_mimic.gradients.nodes import is_leaf, kind_of, shape_of
 
 B, D = 3, 4
-forty = settings(max_examples=40, deadline=None, derandomize=True)
+forty = examples(40)
 
 
 def lowest_cut(graph: Graph, wanted: Collection[Node], samples: int) -> GradientEdge | None:
@@ -196,7 +197,7 @@ def plain_cut(graph, wanted):
     return found
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@examples(200)
 @given(case=graphs(), leaves=st.booleans())
 def test_the_lowest_cut_is_the_last_node_without_which_nothing_wanted_is_reached(case, leaves):
     graph, marks = case

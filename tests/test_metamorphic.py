@@ -7,8 +7,9 @@ from typing import Any
 import oracles
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.examples import examples
 from test_methods import CASES, own_losses
 from toys import WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
 
@@ -80,7 +81,7 @@ def test_the_scores_sum_to_that_of_the_sum(case):
     torch.testing.assert_close(scores.double().sum(), total[0], rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@examples(25)
 @given(
     case=st.sampled_from(CHOSEN),
     rows=st.integers(2, 9),

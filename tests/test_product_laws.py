@@ -4,17 +4,18 @@ import copy
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from oracles import mimic_scores, per_sample_gradients
 from support.cases import for_each
+from support.examples import examples
 from torch import nn
 
 from lightning_mimic.gradients import Direction, LayerGradients
 from lightning_mimic.scorers import MimicScore, Products
 
-forty = settings(max_examples=40, deadline=None, derandomize=True)
-twenty = settings(max_examples=20, deadline=None, derandomize=True)
+forty = examples(40)
+twenty = examples(20)
 DIGITS = {torch.float64: {"rtol": 1e-9, "atol": 1e-9}, torch.float32: {"rtol": 1e-4, "atol": 5e-4}}
 few, spots = st.integers(1, 4), st.integers(5, 7)
 token_axes = st.lists(st.integers(1, 3), max_size=2)

@@ -7,9 +7,10 @@ from typing import get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.cases import for_each
+from support.examples import examples
 from torch import nn
 
 from lightning_mimic.errors import MimicError
@@ -134,7 +135,7 @@ def numbers(size):
     return st.lists(st.floats(-100, 100, width=32), min_size=size, max_size=size)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@examples(40)
 @given(row=numbers(4), v=numbers(4), dtype=st.sampled_from([torch.float32, torch.float64]), aligned=st.booleans())
 def test_a_cosine_is_never_beyond_one_and_has_the_mimic_scores_sign(row, v, dtype, aligned):
     v = torch.tensor(v, dtype=dtype)

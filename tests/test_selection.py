@@ -107,8 +107,8 @@ OPERATIONS = {"and": set.__and__, "or": set.__or__, "minus": set.__sub__}
 
 @pytest.mark.parametrize("kind", ["int", "str"])
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
-def test_recipes_select_what_sets_do(suffix, kind, tmp_path):
-    draw = random.Random(f"{suffix} {kind}")
+def test_recipes_select_what_sets_do(suffix, kind, run_seed, tmp_path):
+    draw = random.Random(f"{run_seed} {suffix} {kind}")
     names = [k * 3 - 40 for k in range(40)] if kind == "int" else [f"n{k:02}, \"{k}'" for k in range(40)]
     tables, paths = [], []
     for k in range(4):

@@ -5,15 +5,16 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracles import smallest_temperature, softmax_weights, weighted_gradient
 from support.cases import case, for_each, pairwise
+from support.examples import examples
 
 import lightning_mimic.scorers.weighting as weighting_module
 from lightning_mimic.scorers import ShareWeighting, SoftmaxWeighting
 
-few = settings(max_examples=25, deadline=None)
+few = examples(25)
 NAN, INF = float("nan"), float("inf")
 FIGURES = ("ess", "temperature", "batch_size", "counted", "score_mean", "negative_share")
 score_lists = st.lists(st.floats(-50, 50), min_size=1, max_size=12)

@@ -1,0 +1,48 @@
+"""Where random inputs come from: the same ones in every run, or, at night, new ones whose seed is reported."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis.database import DirectoryBasedExampleDatabase
+
+FOUND = Path(__file__).parent.parent / "outputs" / "nightly" / "hypothesis"
+settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
+settings.register_profile(
+    "nightly", max_examples=1000, deadline=None, print_blob=True, database=DirectoryBasedExampleDatabase(FOUND)
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+SEED = "MIMIC_TEST_SEED"
+
+
+def seed_of_the_run() -> int:
+    return int(os.environ.get(SEED, "0"))
+
+
+@pytest.fixture
+def run_seed() -> int:
+    """Seeds a test's random inputs: 0, or what MIMIC_TEST_SEED says."""
+    return seed_of_the_run()
+
+
+def pytest_report_header() -> str:
+    return f"random inputs: {SEED}={seed_of_the_run()}, Hypothesis profile {os.environ.get('HYPOTHESIS_PROFILE', 'ci')}"
+
+
+def is_random(item: pytest.Item) -> bool:
+    return "run_seed" in getattr(item, "fixturenames", ()) or hasattr(getattr(item, "obj", None), "hypothesis")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if is_random(item):
+        item.add_marker("random")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    report = yield
+    if report.failed and is_random(item):
+        report.sections.append(("Random inputs", f"repeat with {SEED}={seed_of_the_run()}"))
+    return report
