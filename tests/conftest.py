@@ -1,4 +1,4 @@
-"""Where random inputs come from: the same ones in every run, or, at night, new ones whose seed is reported."""
+"""Random inputs: the same in every run, or new ones in a nightly run, with their seed in the report."""
 
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ def seed_of_the_run() -> int:
 
 @pytest.fixture
 def run_seed() -> int:
-    """Seeds a test's random inputs: 0, or what MIMIC_TEST_SEED says."""
+    """Seed of a test's random inputs: MIMIC_TEST_SEED, by default 0."""
     return seed_of_the_run()
 
 

@@ -1,4 +1,4 @@
-"""Fewer cases that test as much: all pairs of values instead of all combinations, and loops that name what failed."""
+"""Test cases: all pairs of values instead of all combinations, and loops that name the case that failed."""
 
 import contextlib
 import functools
@@ -11,7 +11,7 @@ import pytest
 
 
 def pairwise(**values: Iterable[Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """Arguments of `pytest.mark.parametrize`: every pair of values of two arguments occurs in at least one case.
+    """Return arguments of `pytest.mark.parametrize` in which each pair of values of two parameters occurs.
 
     Greedy and deterministic: the combination with the most pairs that are still missing is taken next.
     """
@@ -31,7 +31,7 @@ def pairwise(**values: Iterable[Any]) -> tuple[list[str], list[tuple[Any, ...]]]
 
 @contextlib.contextmanager
 def case(*names: Any) -> Iterator[None]:
-    """Names the case of a loop in the report of whatever fails in it."""
+    """Add the name of a case in a loop to the report of an error."""
     try:
         yield
     except BaseException as error:
@@ -40,7 +40,7 @@ def case(*names: Any) -> Iterator[None]:
 
 
 def for_each(names: str | Iterable[str], values: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Like `pytest.mark.parametrize`, but one test for all values: for many cheap values of which one thing is said.
+    """Run a test for all of many cheap values, where `pytest.mark.parametrize` would make a test of each.
 
     All values are tried, and all that fail are reported. They share the test's fixtures, but not ``tmp_path``.
     """

@@ -1,8 +1,8 @@
-"""How many examples Hypothesis tries of a test."""
+"""Number of examples of a Hypothesis test."""
 
 from hypothesis import settings
 
 
 def examples(count: int) -> settings:
-    """So many in every run, and as many times more as the profile asks for more than Hypothesis's own 100."""
+    """Return settings with so many examples, times what the profile has over Hypothesis's default of 100."""
     return settings(max_examples=count * settings.default.max_examples // 100)
