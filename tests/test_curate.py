@@ -72,9 +72,9 @@ def slow(rows, everyone, keep_unscored):
 
 @pytest.mark.parametrize("kind", ["int", "str"])
 @pytest.mark.parametrize("pool", [None, "parquet", "csv"])
-def test_every_row_agrees_with_a_slow_loop(kind, pool, tmp_path):
+def test_every_row_agrees_with_a_slow_loop(kind, pool, run_seed, tmp_path):
     names = [k * 7 - 60 for k in range(50)] if kind == "int" else [f"{k:03}, of\"'{k}" for k in range(50)]
-    rows = random_rows(names)
+    rows = random_rows(names, run_seed)
     write_ledger(tmp_path / "scores", rows)
     everyone = sorted({row["id"] for row in rows})
     if pool is not None:

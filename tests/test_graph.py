@@ -15,6 +15,7 @@ from lightning_mimic.gradients.graph import (
     used_beyond,
     walk,
 )
+from support.cases import for_each
 
 BODY = ["body.bias", "body.weight"]
 OUTSIDE = torch.ones(3, requires_grad=True)
@@ -173,7 +174,7 @@ def test_what_speaks_against_a_plain_mean_is_said(case):
     assert not_a_plain_mean(loss.grad_fn, net.gate) == reason
 
 
-@pytest.mark.parametrize(("ignored", "count"), [(-100, 0), (3, 1), (1, 1)])
+@for_each(("ignored", "count"), [(-100, 0), (3, 1), (1, 1)])
 def test_targets_left_out_are_counted_without_waiting_for_the_device(ignored, count):
     net = Net()
     loss = F.cross_entropy(net.layer(torch.randn(3, 4)), TARGETS, ignore_index=ignored)
@@ -224,14 +225,14 @@ NORMS = {
 }
 
 
-@pytest.mark.parametrize("case", NORMS)
+@for_each("case", NORMS)
 def test_a_norm_over_the_batch_is_told_from_others(case):
     norm, x, over_batch = NORMS[case]
     assert any(normalises_batch(node) for node in walk(norm(x).grad_fn)) is over_batch
 
 
 @pytest.mark.parametrize("rows", [257, 512])
-@pytest.mark.parametrize("ignored", [-100, 2])
+@for_each("ignored", [-100, 2])
 def test_ignored_targets_are_counted_in_half_precision_too(rows, ignored):
     targets = torch.zeros(rows, dtype=torch.int64)
     for left_out in (0, 1):
