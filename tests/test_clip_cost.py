@@ -15,8 +15,8 @@ from lightning_mimic import Aligned, GradMimic
 from lightning_mimic.models import CLIP
 
 # The published figures are counted by the same callback.
-sys.path.append(str(Path(__file__).parent.parent / "scripts"))
-from benchmark_methods import FlopCount, Repeated
+sys.path.append(str(Path(__file__).parent.parent / "scripts" / "benchmarks"))
+from short_fits import FlopCount, repeated
 
 BATCH, MOST, MOST_ALIGNED = 64, 1.02, 1.05  # pairs, and most that a step may cost, plain training being 1
 WIDTHS, EMBEDDED = (768, 512), 512  # of the image's and the text's features, and of both embeddings
@@ -46,7 +46,7 @@ def flops_of_a_shallow_step(step=1, **settings):
     module, count = shallow(), FlopCount({step})
     batch = torch.randn(BATCH, 3, 32, 32), torch.randint(1, 9, (BATCH, 4))
     callbacks = [GradMimic(parameters=BARE, **settings), count] if settings else [count]
-    trainer(*callbacks).fit(module, Repeated(batch, step + 1))
+    trainer(*callbacks).fit(module, repeated(batch, step + 1))
     return count.flops[step]
 
 
