@@ -71,7 +71,7 @@ def report(shifted: bool, lab: Lab, chosen: Chosen) -> Iterator[Table]:
     def add(row: str, runs: Runs) -> None:
         for figure, head in FIGURES.items():
             cells[row, head] = runs.values(figure)
-        if "reference:" not in row and row != "plain":
+        if not row.endswith(": the reference") and row != "plain":
             cells[row, "over plain's best"] = gaps(runs, plain, "best_accuracy")
 
     add("plain", plain)
@@ -81,7 +81,7 @@ def report(shifted: bool, lab: Lab, chosen: Chosen) -> Iterator[Table]:
         each = {"mimic": scorers, "seed": lab.seeds}
         runs = lab.sweep(f"{start}_{shifted}", each, *fixed(lab, shifted, start), *given)
         check_start(runs, trusted, start == "same")
-        add(f"{start} start, reference:", trusted)
+        add(f"{start} start: the reference", trusted)
         for scorer in scorers:
             add(f"{start} start, {SCORERS.get(scorer, scorer)}", runs.where(mimic=scorer))
     for scorer, temperature in chosen["temperatures"].items():
