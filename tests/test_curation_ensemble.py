@@ -14,6 +14,7 @@ from lightning_mimic.curation.filters import Filter, Vote
 from lightning_mimic.curation.label_model import fit_label_model
 from lightning_mimic.curation.scores import Scores
 from lightning_mimic.database import Database
+from lightning_mimic.random_streams import stream_seed
 from support.cases import for_each
 from support.ledgers import write_ledger, write_scores
 
@@ -200,11 +201,28 @@ def test_a_model_that_came_out_upside_down_is_refused(monkeypatch):
     monkeypatch.setattr("snorkel.labeling.model.LabelModel", Inverted)
     message = (
         f"the label model says the opposite of the majority of its voters on {share:.0%} of the samples: their "
-        "agreement fits two readings, and it took the wrong one. Decide by the majority, or choose filters that agree "
-        "more."
+        "agreement fits two readings, and from each of 5 starts it took the wrong one. Decide by the majority, or "
+        "choose filters that agree more."
     )
     with pytest.raises(CurationError, match=f"^{re.escape(message)}$"):
         fit_label_model(votes, 0.5, steps=SHORT)
+
+
+def test_a_fit_that_comes_out_upside_down_starts_again_elsewhere(monkeypatch):
+    _, votes = simulated(1000, np.full(5, 0.8), 0.5, 0.0, seed=5)
+    seeds = []
+
+    class AtFirst(LabelModel):
+        def fit(self, *arguments, seed, **options):
+            seeds.append(seed)
+            return super().fit(*arguments, seed=seed, **options)
+
+        def get_conditional_probs(self):
+            return super().get_conditional_probs()[:, :, :: -1 if len(seeds) < 3 else 1]
+
+    monkeypatch.setattr("snorkel.labeling.model.LabelModel", AtFirst)
+    assert fit_label_model(votes, 0.5, seed=4, steps=SHORT).agreement > 0.9
+    assert seeds == [stream_seed(4, "label model", start) for start in (0, 1, 2)]
 
 
 @pytest.mark.slow

@@ -209,6 +209,8 @@ def scored(trainer: L.Trainer, folder: Path, study: Mapping[str, Any]) -> dict[s
 def judged(table: pa.Table, wrong: set[Any]) -> dict[str, float]:
     """Shares, and how well a decision and its scores find what is wrong; before a reference is aligned, no scores."""
     table = table.filter(pc.is_valid(table["score"]))
+    if not table.num_rows:  # a reference that was not aligned before the epoch's end
+        return {}
     mask = torch.tensor([each in wrong for each in table["id"].to_pylist()])
     kept, scores = torch.tensor(table["keep"].to_pylist()), torch.tensor(table["score"].to_pylist())
     shares = {"share_kept": float(kept.float().mean()), "share_right": float((~mask).float().mean())}
