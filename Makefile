@@ -1,5 +1,5 @@
 # Both commands start from nothing but Python 3.11+ and make.
-.PHONY: demo test test-fast check check-lowest clean
+.PHONY: demo test test-fast check check-lowest mutations clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,8 +11,8 @@ LOWEST_TESTS = $(addsuffix .py,$(addprefix tests/test_,nodes graph graph_uses fu
     attention model_gradients loss_gradients product_laws random_nets modes methods callback))
 
 demo: $(VENV)/.installed
-	$(RUN)/python scripts/demo.py
-	$(RUN)/python scripts/aligned.py
+	$(RUN)/python -m scripts.studies demo
+	$(RUN)/python -m scripts.studies aligned --parts noisy
 
 # A worker per core. A file's tests share one, as they share fixtures; tests/conftest.py puts the slow files first.
 PARALLEL = --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
@@ -30,6 +30,9 @@ check: $(VENV)/.installed
 
 check-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest $(PARALLEL) $(LOWEST_TESTS)
+
+mutations: $(VENV)/.installed
+	$(RUN)/python tests/mutations/run.py
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lightning_mimic needs Python 3.11 or newer; make PYTHON=python3.12")'

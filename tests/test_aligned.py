@@ -11,6 +11,7 @@ from torch import nn
 from lightning_mimic import Aligned, GradMimic, Ledger, WithIds, collate_with_ids
 from lightning_mimic.scorers import CosineSimilarity, RhoLoss
 from support.aligned_heads import CLOSE, Listed, fit, scores_of, unrelated
+from support.cases import for_each
 from support.oracle_training import trained_by_oracle
 from support.toys import (
     CLASSES,
@@ -215,7 +216,7 @@ def test_what_cannot_be_aligned_is_refused_in_a_sentence(case):
     assert "training_step" not in vars(module)
 
 
-@pytest.mark.parametrize("every", [0, -1, True, 2.5, "10", None])
+@for_each("every", [0, -1, True, 2.5, "10", None])
 def test_every_is_a_positive_whole_number(every):
     message = f"`every` counts micro-batches between two refits, 1 or more, not {every!r}."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

@@ -12,6 +12,7 @@ from lightning_mimic import Aligned, GradMimic, Ledger, WithIds, collate_with_id
 from lightning_mimic.callbacks import AtCheckpoints
 from lightning_mimic.scorers import CosineSimilarity, GradNorm, ReferenceLoss, RhoLoss, Uniform
 from support.aligned_heads import Listed, unrelated
+from support.cases import pairwise
 from support.checkpoint_scoring import Moody, MoodyWithLosses, checkpoints, column, scored, toy_at
 from support.hooks_left import traces
 from support.ranks import on_two_ranks, strategy, two
@@ -103,10 +104,9 @@ STEPS = {"plain": {}, "clipped": {"gradient_clip_val": 0.01}, "accumulated": {"a
 
 
 @pytest.mark.filterwarnings("ignore:.*samples held NaN")
-@pytest.mark.parametrize("broken", [False, True])
-@pytest.mark.parametrize("reweight", ["none", "all"])
-@pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("kind", [Moody, MoodyWithLosses, Decays])
+@pytest.mark.parametrize(
+    *pairwise(kind=[Moody, MoodyWithLosses, Decays], steps=STEPS, reweight=["none", "all"], broken=[False, True])
+)
 def test_nothing_moves_to_the_bit(kind, steps, reweight, broken, tmp_path):
     data, module, paths = toy_data(14), toy(kind), checkpoints(tmp_path, kind)
     seen = watched(module)

@@ -14,13 +14,14 @@ from torch import nn
 from lightning_mimic import Aligned, GradMimic, Ledger
 from lightning_mimic.callbacks import AtCheckpoints
 from lightning_mimic.reference import ReferenceLoadError
+from support.cases import for_each
 from support.checkpoint_scoring import Moody, MoodyWithLosses, checkpoints, column, scored, toy_at
 from support.hooks_left import traces
 from support.toys import CLASSES, FEATURES, HIDDEN, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 from support.unpickling import Canary
 
 
-@pytest.mark.parametrize("given", [[], (), "a.ckpt", Path("a.ckpt"), "empty"])
+@for_each("given", [[], (), "a.ckpt", Path("a.ckpt"), "empty"])
 def test_checkpoints_are_a_directory_or_a_list_and_some(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()

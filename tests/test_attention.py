@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from oracles import per_sample_gradients
+from support.cases import case, pairwise
 from support.gradient_checks import Ad, assert_exact, losses_of, traced, vectors_of
 
 ROWS, WIDTH = 3, 4
@@ -43,11 +44,15 @@ def masks_of(kind, tokens):
     return masks
 
 
-@pytest.mark.parametrize("mask", ["none", "padding", "causal", "padding, causal", "per head"])
-@pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("tokens", [2, ROWS])
+@pytest.mark.parametrize(
+    *pairwise(
+        mask=["none", "padding", "causal", "padding, causal", "per head"],
+        need_weights=[True, False],
+        batch_first=[True, False],
+        dropout=[0.0, 0.5],
+        tokens=[2, ROWS],
+    )
+)
 def test_self_attention(mask, need_weights, batch_first, dropout, tokens):
     torch.manual_seed(0)
     layer = attention(batch_first, dropout=dropout)
@@ -56,18 +61,14 @@ def test_self_attention(mask, need_weights, batch_first, dropout, tokens):
     assert not rows.rows_that_mix_samples()
 
 
-@pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize(
-    ("options", "unseen"),
-    [
-        ({"bias": False}, []),
-        ({"add_zero_attn": True}, []),
-        ({"add_bias_kv": True}, ["*.bias_k", "*.bias_v"]),
-    ],
-)
-def test_options_of_self_attention(options, unseen, batch_first, need_weights):
+OPTIONS = {"bias": (False, []), "add_zero_attn": (True, []), "add_bias_kv": (True, ["*.bias_k", "*.bias_v"])}
+
+
+@pytest.mark.parametrize(*pairwise(option=OPTIONS, batch_first=[True, False], need_weights=[True, False]))
+def test_options_of_self_attention(option, batch_first, need_weights):
     torch.manual_seed(0)
+    value, unseen = OPTIONS[option]
+    options = {option: value}
     net = self_attending(attention(batch_first, **options), need_weights=need_weights)
     assert_exact(net, inputs(2), unseen=unseen)
     assert_exact(net, inputs(1, rows=1), unseen=unseen)
@@ -103,24 +104,23 @@ CROSS = {
 }
 
 
-@pytest.mark.parametrize("tokens", [ROWS, 5])
 @pytest.mark.parametrize("kind", CROSS)
-def test_what_cross_attention_splits_is_unseen_and_the_rest_exact(kind, tokens):
+def test_what_cross_attention_splits_is_unseen_and_the_rest_exact(kind):
     torch.manual_seed(0)
     compute, options, unseen = CROSS[kind]
     net = Ad(compute, attention=attention(**options), before=nn.Linear(WIDTH, WIDTH)).double()
-    if kind == "without a batch":
-        vectors = vectors_of(net, [name for name, _ in net.attention.named_parameters(prefix="attention")])
-        found = traced(net, lambda net, x: net(x).sum(1)[:ROWS], inputs(tokens), vectors)[2]
-        assert set(found) == set(vectors)
-    else:
-        net.compute = lambda net, x: compute(net, net.before(x))
-        assert_exact(net, inputs(tokens), unseen=unseen)
+    for tokens in (ROWS, 5):
+        with case(f"{tokens} tokens"):
+            if kind == "without a batch":
+                vectors = vectors_of(net, [name for name, _ in net.attention.named_parameters(prefix="attention")])
+                found = traced(net, lambda net, x: net(x).sum(1)[:ROWS], inputs(tokens), vectors)[2]
+                assert set(found) == set(vectors)
+            else:
+                net.compute = lambda net, x: compute(net, net.before(x))
+                assert_exact(net, inputs(tokens), unseen=unseen)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("tokens", [2, ROWS])
+@pytest.mark.parametrize(*pairwise(norm_first=[True, False], dropout=[0.0, 0.5], tokens=[2, ROWS]))
 def test_an_encoder_layer_with_the_batch_first(norm_first, dropout, tokens):
     torch.manual_seed(0)
     net = nn.TransformerEncoderLayer(WIDTH, 2, 6, dropout, batch_first=True, norm_first=norm_first).double()

@@ -9,13 +9,18 @@ import torch.utils.checkpoint
 import oracles
 from lightning_mimic import GradMimic, Ledger
 from lightning_mimic.gradients import Direction
+from support.cases import pairwise
 from support.oracle_training import trained_by_oracle
 from support.toys import Convolution, Tokens, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
 
 
-@pytest.mark.parametrize("reweight", ["all", "target"])
-@pytest.mark.parametrize("kind", [Toy, WithLosses, Convolution, Tokens])
-@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.05}])
+@pytest.mark.parametrize(
+    *pairwise(
+        kind=[Toy, WithLosses, Convolution, Tokens],
+        options=[{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.05}],
+        reweight=["all", "target"],
+    )
+)
 def test_every_step_is_the_weighted_sum_of_sample_gradients(kind, reweight, options, tmp_path):
     reference, data = parameters_of(toy(kind, seed=1)), toy_data(14)  # a last batch of 2, a last window of 1
     ours, oracle = toy(kind), toy(kind)

@@ -17,6 +17,7 @@ from lightning_mimic.scorers import (
     normalised_weights,
     validate_weights,
 )
+from support.cases import for_each
 from support.weightings import FIGURES, over_ranks
 
 NAN = float("nan")
@@ -69,7 +70,7 @@ def test_a_given_weighting_is_taken_as_it_is(weighting):
     assert choose_weighting(MimicScore(), weighting) is weighting
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("options", "message"),
     [
         (
@@ -166,7 +167,7 @@ def test_a_negative_or_undefined_raw_weight_does_not_train_unnoticed_unless_its_
     assert (zero.weights.tolist(), float(zero.ess)) == ([0, 0, 0], 0)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("raw", "described"),
     [
         (torch.ones(3, 1), "a torch.float32 tensor of shape (3, 1) on cpu"),
@@ -188,7 +189,7 @@ def test_raw_weights_that_are_counts_are_taken_in_the_scores_dtype_and_carry_no_
 GOOD = SoftmaxWeighting()(torch.zeros(4))
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("returned", "message"),
     [
         (

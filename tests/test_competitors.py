@@ -158,6 +158,17 @@ def test_the_choice_is_a_matching_pursuit_on_the_gradients(rows, size, fraction,
     assert (weights >= 0).all()
 
 
+def test_a_fraction_is_rounded_up_but_not_for_its_own_rounding():
+    weights = GradMatch(0.07)(gram_of(torch.eye(100).double()))  # 0.07 * 100 is 7.000000000000001
+    assert int((weights > 0).sum()) == 7
+    assert int((GradMatch(0.071)(gram_of(torch.eye(100).double())) > 0).sum()) == 8
+
+
+def test_only_samples_that_agree_share_the_step():
+    scores = torch.tensor([0.5, 1e-9, 0.0, -1e-9, -1.0])
+    assert Agra(OTHERS).weigh(scores).tolist() == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
 def test_the_two_ways_to_fit_weights_that_are_not_negative_agree():
     torch.manual_seed(1)
     for ridge in (0.01, 0.5, 3.0):

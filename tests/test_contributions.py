@@ -5,12 +5,13 @@ import torch
 
 from oracles import contributions, per_sample_gradients
 from support.batch_norm_nets import NETS, fresh
+from support.cases import for_each
 from support.gradient_checks import assert_exact, contrastive, looped, losses_of, traced, vectors_of
 from support.networks import IMAGES, made, timm_resnet, torchvision_resnet
 
 
 @pytest.mark.parametrize("kind", NETS)
-@pytest.mark.parametrize("losses", [losses_of, contrastive])
+@for_each("losses", [losses_of, contrastive])
 def test_the_oracles_contributions_add_up_to_the_ordinary_gradient(kind, losses):
     net, x = fresh(kind)
     ordinary = torch.autograd.grad(losses(net, x).sum(), list(net.parameters()))
@@ -35,7 +36,7 @@ def test_where_samples_see_each_other_the_oracles_differ(kind):
 
 
 @pytest.mark.parametrize("kind", NETS)
-@pytest.mark.parametrize("losses", [losses_of, contrastive])
+@for_each("losses", [losses_of, contrastive])
 def test_products_are_those_of_the_contributions(kind, losses):
     net, x = fresh(kind)
     rows = assert_exact(net, x, losses_of=losses, oracle=contributions)
@@ -44,7 +45,7 @@ def test_products_are_those_of_the_contributions(kind, losses):
     assert rows.normalised() is (kind != "no norm over the batch")
 
 
-@pytest.mark.parametrize("ending", ["weight", "bias"])
+@for_each("ending", ["weight", "bias"])
 def test_weights_or_biases_alone(ending):
     net, x = fresh("convolutions")
     assert_exact(net, x, names=[n for n, _ in net.named_parameters() if n.endswith(ending)], oracle=contributions)

@@ -72,9 +72,9 @@ def slow(rows, everyone, keep_unscored):
 
 @pytest.mark.parametrize("kind", ["int", "str"])
 @pytest.mark.parametrize("pool", [None, "parquet", "csv"])
-def test_every_row_agrees_with_a_slow_loop(kind, pool, tmp_path):
+def test_every_row_agrees_with_a_slow_loop(kind, pool, run_seed, tmp_path):
     names = [k * 7 - 60 for k in range(50)] if kind == "int" else [f"{k:03}, of\"'{k}" for k in range(50)]
-    rows = random_rows(names)
+    rows = random_rows(names, run_seed)
     write_ledger(tmp_path / "scores", rows)
     everyone = sorted({row["id"] for row in rows})
     if pool is not None:
@@ -92,6 +92,8 @@ def test_every_row_agrees_with_a_slow_loop(kind, pool, tmp_path):
         assert done.unscored == sum(row["score"] is None for row in want) > 0
         by_id = {row["id"]: row["score"] for row in want if row["score"] is not None}
         assert done.share_kept == sum(score >= 0 for score in by_id.values()) / len(by_id)
+        kept = [row["score"] for row in want if row["keep"] and row["score"] is not None]
+        assert done.mean_score_kept == pytest.approx(sum(kept) / len(kept))
         assert done.manifest.provenance["unscored"] == {"samples": done.unscored, "are": unscored}
     types = {"id": "int64" if kind == "int" else "string", "keep": "bool", "score": "double", "scorings": "int32"}
     types |= {"relative_weight": "double", "votes_keep": "int32", "votes": "int32", "reason": "string"}

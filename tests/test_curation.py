@@ -30,6 +30,7 @@ from lightning_mimic.curation import (
     select,
 )
 from lightning_mimic.curation.report import plot_quality, plot_scores
+from support.cases import for_each
 from support.ledgers import write_scores
 
 
@@ -47,7 +48,7 @@ def test_detection_agrees_with_scikit_learn():
     assert found.auroc > 0.5  # lower scores are the suspicious ones
 
 
-@pytest.mark.parametrize("scale", [1e-8, 1e3])
+@for_each("scale", [1e-8, 1e3])
 def test_detection_does_not_depend_on_the_size_of_scores(scale):
     generator = torch.Generator().manual_seed(1)
     wrong = torch.rand(200, generator=generator) < 0.3
@@ -67,7 +68,7 @@ def scored(path, ids, scores):
     return Manifest(path)
 
 
-@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e3])
+@for_each("scale", [1e-8, 1.0, 1e3])
 def test_membership_agrees_with_scikit_learn(scale, tmp_path):
     generator = np.random.default_rng(0)
     member = generator.random(300) < 0.3
@@ -152,7 +153,7 @@ def test_without_everyones_quality_the_share_kept_orders(tmp_path):
     assert [each.right for each in found.datasets] == pytest.approx([0.7, 0.6, None, 0.4])
 
 
-@pytest.mark.parametrize("noise", [None, {}, {"a": 0.1, "b": 0.2}, {"a": 0.1, "b": 0.1, "c": 0.1}])
+@for_each("noise", [None, {}, {"a": 0.1, "b": 0.2}, {"a": 0.1, "b": 0.1, "c": 0.1}])
 def test_too_few_or_equal_truths_do_not_correlate(noise, tmp_path):
     made = {name: told(tmp_path / f"{name}.parquet", k / 4) for k, name in enumerate("abc")}
     found = compare(made, noise)
@@ -183,7 +184,7 @@ def test_the_comparison_is_drawn_as_a_png(quality, tmp_path):
         assert (tmp_path / "q.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("mark", [";", "|", "\t", "#", "'"])
+@for_each("mark", [";", "|", "\t", "#", "'"])
 def test_a_csv_is_separated_by_commas_whatever_its_ids_hold(mark, tmp_path):
     ids = [f"a{mark}1", f"{mark}b{mark}2"]
     write_scores(tmp_path / "scores", [1.0, -1.0], ids=ids)

@@ -14,6 +14,7 @@ from lightning_mimic.curation.filters import Filter, Vote
 from lightning_mimic.curation.label_model import fit_label_model
 from lightning_mimic.curation.scores import Scores
 from lightning_mimic.database import Database
+from support.cases import for_each
 from support.ledgers import write_ledger, write_scores
 
 PAPER = (Threshold(), KMeans(), Mixture())
@@ -148,7 +149,7 @@ def test_better_voters_are_worth_more():
     assert (np.diff(model.keep) > 0).all() and (np.diff(model.drop) < 0).all()  # noqa: PT018
 
 
-@pytest.mark.parametrize(("given", "used"), [(0.0, 0.02), (1.0, 0.98), (0.3, 0.3)])
+@for_each(("given", "used"), [(0.0, 0.02), (1.0, 0.98), (0.3, 0.3)])
 def test_a_balance_without_doubt_is_doubted(given, used):
     _, votes = simulated(500, np.full(7, 0.9), 0.5, 0.0, seed=2)
     model = fit_label_model(votes, given, steps=SHORT)
@@ -288,7 +289,7 @@ BY = {"by": "mayority"}, "`by` is 'mayority'; nearest: 'majority'."
 FILTERS = [{"filters": f} for f in ([], (), [Sign(), "kmeans"], [Sign])]
 
 
-@pytest.mark.parametrize(("how", "message"), [BY, *((f, f"`filters` is {f['filters']!r}; expected") for f in FILTERS)])
+@for_each(("how", "message"), [BY, *((f, f"`filters` is {f['filters']!r}; expected") for f in FILTERS)])
 def test_what_is_no_ensemble_is_refused(how, message):
     with pytest.raises(CurationError, match=f"^{re.escape(message)}"):
         Ensemble(**how)

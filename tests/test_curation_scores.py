@@ -12,6 +12,7 @@ from lightning_mimic.curation.scores import Scores
 from lightning_mimic.database import Database
 from lightning_mimic.errors import CurationError
 from lightning_mimic.ledger import Ledger, LedgerError
+from support.cases import case, for_each
 from support.ledgers import CONFIG, write_ledger, write_scores
 
 COLUMNS = "id, score, scorings, relative_weight, label, predicted, flag"
@@ -36,9 +37,9 @@ def samples(folder, **how):
         return samples_in(made, folder, **how)
 
 
-def random_run(seed, named):
+def random_run(run_seed, seed, named):
     """Rows of a run killed and resumed within an epoch, on ranks whose sampler pads; and its attempts' starts."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng([run_seed, seed])
     first, gap, many = [(0, 1, 63), (7, 1, 64), (3, 5, 6), (0, 1, 70), (2, 63, 2)][seed % 5]
     epochs, ranks = [first + gap * k for k in range(many)], int(random.integers(1, 4))
     ids = [f"x/{k}" if named else 10**12 * (k - 3) for k in range(int(random.integers(1, 14)))]
@@ -55,7 +56,7 @@ def random_run(seed, named):
             batch0 = start % per_epoch if k == start // per_epoch else 0
             for n, sample in enumerate(order[: 2 * ranks * (per_epoch - batch0)]):
                 own = np.random.default_rng(
-                    [seed, k, sample]
+                    [run_seed, seed, k, sample]
                 )  # whether it has a score, and its classes, hold all epoch
                 score = random.normal() if own.random() < 0.8 else own.choice([np.nan, np.inf, -np.inf])
                 flag = "ok" if math.isfinite(score) else str(own.choice(["nonfinite_loss", "overflow", "ok"]))
@@ -86,10 +87,10 @@ def mean(values):
     return pytest.approx(math.fsum(values) / len(values), rel=1e-12, abs=1e-14) if values else None
 
 
-@pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("seed", range(15))
-def test_samples_and_scorings_are_those_of_a_slow_reader(seed, named, tmp_path, database):
-    rows, starts = random_run(seed, named)
+def test_samples_and_scorings_are_those_of_a_slow_reader(seed, run_seed, tmp_path, database):
+    named = seed % 4 < 2
+    rows, starts = random_run(run_seed, seed, named)
     write_ledger(tmp_path, rows, starts=starts)
     scores, kept = Scores(tmp_path, database), held(rows, starts)
     assert scores.id_type == ("VARCHAR" if named else "BIGINT")
@@ -180,7 +181,7 @@ def test_classes_are_those_of_a_samples_last_epoch_with_labels_or_without(labels
     assert [row[4:6] for row in samples(tmp_path)] == ([(4, 2), (0, 0)] if labels else [(None, 2), (None, 0)])
 
 
-@pytest.mark.parametrize("name", ["epoch=9", "id=4", "flag=zero", "it's", "run[1]", "a*b?"])
+@for_each("name", ["epoch=9", "id=4", "flag=zero", "it's", "run[1]", "a*b?"])
 def test_what_the_folder_is_called_does_not_matter(name, tmp_path):
     write_ledger(tmp_path / name, {"id": [1, 1, 2], "epoch": [0, 1, 1], "score": [0.5, 1.5, None], "flag": "overflow"})
     assert samples(tmp_path / name) == [(1, 1.0, 2, 1.0, None, None, None), (2, None, 0, None, None, None, "overflow")]
@@ -201,14 +202,19 @@ def ends(part):
 READ = ["id", "epoch", "step", "batch", "rank", "position", "attempt", "score", "weight", "batch_size", "flag", "label"]
 
 
-@pytest.mark.parametrize("column", [*READ, "predicted"])
-def test_a_flipped_byte_in_any_column_that_is_read_is_refused(column, tmp_path):
+def test_a_flipped_byte_in_any_column_that_is_read_is_refused(tmp_path):
     values = np.random.default_rng(0).integers(1 << 30, size=400)
     write_ledger(tmp_path, {"id": range(400), "score": values / 7, "label": values, "predicted": values[::-1]})
     (part,) = tmp_path.glob("*.parquet")
-    flip(part, ends(part)[column] - 1)
-    with pytest.raises(LedgerError, match=re.escape(f"1 of 1 parts are damaged: {part.name} (400 rows: ")):
-        samples(tmp_path)
+    content = part.read_bytes()
+    for column in (*READ, "predicted"):
+        part.write_bytes(content)
+        flip(part, ends(part)[column] - 1)
+        message = re.escape(f"1 of 1 parts are damaged: {part.name} (400 rows: ")
+        with case(column), pytest.raises(LedgerError, match=message):
+            samples(tmp_path)
+    part.write_bytes(content)
+    assert len(samples(tmp_path)) == 400
 
 
 def test_of_restricted_columns_only_the_checksums_of_these_count(tmp_path):
@@ -222,19 +228,21 @@ def test_of_restricted_columns_only_the_checksums_of_these_count(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_flipped_byte_in_a_parts_description_is_an_error_or_harmless(tmp_path, database):
+def test_a_flipped_bit_in_a_parts_description_is_an_error_or_harmless(run_seed, tmp_path, database):
     ids = list(range(0x11223300, 0x11223328))
     write_ledger(tmp_path, {"id": ids, "score": 1.0, "label": 3, "epoch": [i % 4 for i in ids]})
     (part,) = tmp_path.glob("*.parquet")
     good, content = samples(tmp_path), part.read_bytes()
-    for position in range(len(content) - 8 - int.from_bytes(content[-8:-4], "little"), len(content), 3):
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    draw = np.random.default_rng(run_seed)
+    for position in draw.choice(range(start, len(content)), size=200, replace=False).tolist():
         part.write_bytes(content)
-        flip(part, position)
+        flip(part, position, bit := 1 << int(draw.integers(8)))
         try:
             found = samples_in(database, tmp_path, f"flipped{position}")
         except (LedgerError, CurationError):
             continue
-        assert found == good, f"byte {position} of {len(content)}"
+        assert found == good, f"bit {bit} of byte {position} of {len(content)}"
 
 
 def test_damaged_and_missing_parts_are_named_and_the_rest_is_read(tmp_path):
@@ -302,7 +310,7 @@ def test_no_ids_are_taken_from_another_file_or_made_up(tmp_path, database):
     assert fetched(database, f"SELECT id, x FROM {database.ids(tmp_path / 'a[1].csv', 'BIGINT')}") == [(1, "2")]
 
 
-@pytest.mark.parametrize("text", ["1.5", "x", "", "99999999999999999999"])
+@for_each("text", ["1.5", "x", "", "99999999999999999999"])
 def test_text_that_is_no_whole_number_is_no_int_id(text, tmp_path, database):
     (tmp_path / "a.csv").write_text(f"key,x\n3,0\n{text},0\n")
     such = f", such as {text!r}." if text else "."

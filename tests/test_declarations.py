@@ -19,6 +19,7 @@ from lightning_mimic.scorers import (
     validate_needs,
     validate_scores,
 )
+from support.cases import case, for_each
 from support.gradient_checks import losses_of, traced
 
 
@@ -52,20 +53,19 @@ def raises(message):
     return pytest.raises(MimicError, match=f"^{re.escape(message)}$")
 
 
-@pytest.mark.parametrize("need", NEEDS)
 @pytest.mark.parametrize("field", FIELDS)
-def test_a_view_holds_what_its_reader_declares_and_names_the_reader_for_the_rest(field, need):
-    products = full()
-    view = products.for_reader(Reader(frozenset({need})))
-    assert view.samples is products.samples
-    if DECLARED_AS.get(field, field) == need:
-        assert getattr(view, field) is getattr(products, field)
-    elif field in DECLARED_AS:
-        with raises(f"Reader reads `{field}`, which comes with `{DECLARED_AS[field]}`; add that to its `needs`."):
-            getattr(view, field)
-    else:
-        with raises(f"Reader reads `{field}`, which it does not declare; add it to its `needs`."):
-            getattr(view, field)
+def test_a_view_holds_what_its_reader_declares_and_names_the_reader_for_the_rest(field):
+    products, owner = full(), DECLARED_AS.get(field, field)
+    for need in NEEDS:
+        view = products.for_reader(Reader(frozenset({need})))
+        with case(need):
+            assert view.samples is products.samples
+            if owner == need:
+                assert getattr(view, field) is getattr(products, field)
+                continue
+            reason = "which it does not declare; add it" if owner == field else f"which comes with `{owner}`; add that"
+            with raises(f"Reader reads `{field}`, {reason} to its `needs`."):
+                getattr(view, field)
 
 
 def test_a_declared_product_that_was_not_computed_is_not_blamed_on_the_declaration():
@@ -94,7 +94,7 @@ def test_products_can_be_copied_and_shown():
     assert repr(view) == "Products(samples=tensor([1., 1.]))"
 
 
-@pytest.mark.parametrize("needs", [frozenset(), {"dot"}, frozenset(NEEDS)])
+@for_each("needs", [frozenset(), {"dot"}, frozenset(NEEDS)])
 def test_known_needs_pass(needs):
     assert validate_needs(Reader(needs)) == frozenset(needs)
     assert validate_needs(MimicScore()) == {"dot"}
@@ -110,7 +110,7 @@ class NotCallable:
     needs = frozenset()
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("reader", "message"),
     [
         (Reader({"dots"}), "Reader declares 'dots' in its `needs`, which is no product; nearest: 'dot', "),
@@ -145,7 +145,7 @@ def test_a_class_and_an_object_that_cannot_be_called_are_refused():
         validate_needs(NotCallable())
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("returned", "described"),
     [
         (torch.ones(3, 1), "a torch.float32 tensor of shape (3, 1) on cpu"),
@@ -168,7 +168,7 @@ def test_what_is_not_one_score_per_sample_is_refused_with_what_it_is(returned, d
         validate_scores(Uniform(), returned, full())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@for_each("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_scores_are_given_back_detached_in_float32_or_higher(dtype):
     scores = torch.tensor([1.0, float("nan"), -2.0], dtype=dtype, requires_grad=True)
     checked = validate_scores(Uniform(), scores, full())

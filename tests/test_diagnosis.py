@@ -18,6 +18,7 @@ from lightning_mimic.data.digits import DigitsDataModule
 from lightning_mimic.data.noise import SymmetricNoise
 from lightning_mimic.models import ImageClassifier, SmallConvNet
 from lightning_mimic.reference.diagnosis import Estimate
+from support.cases import for_each
 from support.diagnosed_modules import ByName, Moody, Named, Noisy, estimated, same
 from support.toys import WithLosses, losses_of, parameters_of, toy, toy_data
 
@@ -112,7 +113,7 @@ def test_nothing_is_touched(kind):
     assert all(p.requires_grad for p in reference.parameters())
 
 
-@pytest.mark.parametrize(("samples", "taken"), [({}, 6), ({"samples": 200}, 2), ({"samples": 999}, 8)])
+@for_each(("samples", "taken"), [({}, 6), ({"samples": 200}, 2), ({"samples": 999}, 8)])
 def test_no_more_batches_are_taken_than_it_needs(samples, taken):
     given, batches = [], list(DataLoader(toy_data(800), 100))
     loader = (given.append(batch) or batch for batch in batches)
@@ -122,7 +123,7 @@ def test_no_more_batches_are_taken_than_it_needs(samples, taken):
     assert found.score == diagnose(module, reference, batches[:taken], "head", samples=10**6).score
 
 
-@pytest.mark.parametrize("kind", ["dict", "named tuple", "tensor"])
+@for_each("kind", ["dict", "named tuple", "tensor"])
 def test_a_batch_may_be_no_tuple(kind):
     made = {"dict": dict, "named tuple": Named, "tensor": lambda x, y: torch.cat([x, y[:, None]], 1)}[kind]
     module, reference, batches = toy(ByName), toy(ByName, seed=1), list(DataLoader(toy_data(12), 4))
@@ -208,7 +209,7 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize("row", range(len(TABLE)))
+@for_each("row", range(len(TABLE)))
 def test_the_verdict_follows_from_the_figures(row):
     fields, findings, alignable = TABLE[row]
     found = Diagnosis(samples=512, path_losses={0.0: 1.0, 0.25: 0.5}, **fields)

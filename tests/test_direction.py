@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_mimic.gradients import Direction
+from support.cases import case, for_each
 
 EXACT = {"rtol": 0, "atol": 0}
 
@@ -65,7 +66,7 @@ def test_it_points_to_where_the_reference_was_when_it_was_made():
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kept_in", [torch.float32, torch.float64])
+@for_each("kept_in", [torch.float32, torch.float64])
 def test_half_precision_parameters_get_a_float32_direction_that_is_not_rounded(half, kept_in):
     torch.manual_seed(0)
     weight, reference = nn.Parameter(torch.randn(50).to(half)), torch.randn(50, dtype=kept_in)
@@ -88,7 +89,7 @@ def test_float64_parameters_keep_float64():
     assert direction.norm().dtype == torch.float64
 
 
-@pytest.mark.parametrize("names", [("half", "single", "double"), ("double", "single", "half")])
+@for_each("names", [("half", "single", "double"), ("double", "single", "half")])
 def test_parameters_of_several_dtypes_have_one_norm_in_the_highest(names):
     dtypes = {"half": torch.bfloat16, "single": torch.float32, "double": torch.float64}
     parameters = {name: nn.Parameter(torch.zeros(4, dtype=dtypes[name])) for name in names}
@@ -99,19 +100,18 @@ def test_parameters_of_several_dtypes_have_one_norm_in_the_highest(names):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-@pytest.mark.parametrize(("distance", "vanished"), [(0.0, True), (1e-7, True), (1e-5, False), (1.0, False)])
-def test_it_vanishes_at_rounding_distance_of_the_reference_whatever_the_weights_size(scale, distance, vanished, dtype):
-    torch.manual_seed(1)
-    direction = near(scale * torch.randn(40, dtype=dtype), distance, dtype)
-    gone = direction.vanishes(direction.norm())
-    assert gone.shape == ()
-    assert gone.dtype == torch.bool
-    assert bool(gone) is vanished
+@for_each(("distance", "vanished"), [(0.0, True), (1e-7, True), (1e-5, False), (1.0, False)])
+def test_it_vanishes_at_rounding_distance_of_the_reference_whatever_the_weights_size(distance, vanished, dtype):
+    for scale in (1e-6, 1.0, 1e6):
+        torch.manual_seed(1)
+        direction = near(scale * torch.randn(40, dtype=dtype), distance, dtype)
+        gone = direction.vanishes(direction.norm())
+        with case(scale):
+            assert (gone.shape, gone.dtype, bool(gone)) == ((), torch.bool, vanished)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("roundings", "vanished"), [(0, True), (2, False)])
+@for_each(("roundings", "vanished"), [(0, True), (2, False)])
 def test_half_precision_parameters_have_met_the_reference_when_they_are_as_near_as_they_come(half, roundings, vanished):
     torch.manual_seed(1)
     direction = near(torch.randn(400), roundings * torch.finfo(half).eps, half)
@@ -119,7 +119,7 @@ def test_half_precision_parameters_have_met_the_reference_when_they_are_as_near_
     assert bool(direction.vanishes(direction.norm())) is vanished
 
 
-@pytest.mark.parametrize(("value", "vanished"), [(0.0, True), (1e-3, False)])
+@for_each(("value", "vanished"), [(0.0, True), (1e-3, False)])
 def test_an_all_zero_reference_is_met_only_at_zero(value, vanished):
     direction = Direction({"w": torch.zeros(4)}, {"w": nn.Parameter(torch.full((4,), value))})
     assert bool(direction.vanishes(direction.norm())) is vanished

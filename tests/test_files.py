@@ -16,6 +16,7 @@ import pytest
 
 from lightning_mimic import files
 from lightning_mimic.files import atomic_path, atomic_write, write_json
+from support.cases import for_each
 
 WORKERS = 4
 
@@ -51,9 +52,15 @@ def test_a_file_is_replaced_as_a_whole_and_nothing_is_left_beside_it(write, tmp_
     assert os.listdir(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize("there", [True, False])
-@pytest.mark.parametrize("exclusive", [True, False])
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    ("error", "exclusive", "there"),
+    [
+        (OSError, True, True),
+        (OSError, False, True),
+        (KeyboardInterrupt, False, False),
+        (KeyboardInterrupt, True, False),
+    ],
+)
 @pytest.mark.parametrize("opened", [atomic_write, atomic_path])
 def test_an_error_in_the_block_keeps_what_was_there(opened, error, exclusive, there, tmp_path):
     path = tmp_path / "file"
@@ -71,7 +78,7 @@ def test_an_error_in_the_block_keeps_what_was_there(opened, error, exclusive, th
 
 
 @WAYS
-@pytest.mark.parametrize("failing", ["fsync", "replace"])
+@for_each("failing", ["fsync", "replace"])
 def test_a_failure_of_the_disk_keeps_what_was_there(write, failing, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -8,6 +8,7 @@ from lightning_mimic.gradients import gate_rows
 from lightning_mimic.ledger import Flag
 from lightning_mimic.reweighting.weigh import weigh_batch
 from lightning_mimic.scorers import SoftmaxWeighting
+from support.cases import case, for_each
 
 NAN, INF = float("nan"), float("inf")
 OK, ALONE, ZERO, OVERFLOW, BROKEN = Flag.OK, Flag.ALONE, Flag.ZERO_DIRECTION, Flag.OVERFLOW, Flag.NONFINITE_LOSS
@@ -17,15 +18,16 @@ NO = torch.zeros(3, dtype=torch.bool)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 4, 2), (3, 2, 4, 5)])
-def test_every_row_is_scaled_by_its_own_factor_and_keeps_shape_and_dtype(shape, dtype):
-    torch.manual_seed(0)
-    gradients, scale = torch.randn(shape).to(dtype), torch.tensor([0.3, 2.7, 0.0])
-    before, gated = gradients.clone(), gate_rows(gradients, scale, NO)
-    expected = torch.stack([(row.double() * float(s)).to(dtype) for row, s in zip(gradients, scale, strict=True)])
-    assert gated.dtype == dtype
-    torch.testing.assert_close(gated, expected, rtol=torch.finfo(dtype).eps, atol=0)
-    torch.testing.assert_close(gradients, before, **EXACT)
+def test_every_row_is_scaled_by_its_own_factor_and_keeps_shape_and_dtype(dtype):
+    for shape in ((3,), (3, 2), (3, 4, 2), (3, 2, 4, 5)):
+        torch.manual_seed(0)
+        gradients, scale = torch.randn(shape).to(dtype), torch.tensor([0.3, 2.7, 0.0])
+        before, gated = gradients.clone(), gate_rows(gradients, scale, NO)
+        rows = [(row.double() * float(s)).to(dtype) for row, s in zip(gradients, scale, strict=True)]
+        with case(shape):
+            assert gated.dtype == dtype
+            torch.testing.assert_close(gated, torch.stack(rows), rtol=torch.finfo(dtype).eps, atol=0)
+            torch.testing.assert_close(gradients, before, **EXACT)
 
 
 def test_memory_layout_is_no_matter():
@@ -35,15 +37,16 @@ def test_memory_layout_is_no_matter():
     torch.testing.assert_close(gate_rows(gradients, scale, NO), expected, **EXACT)
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, INF, NAN])
 @pytest.mark.parametrize("junk", [NAN, INF, -INF, 3.0])
-def test_a_masked_row_is_zero_whatever_it_held_and_its_neighbours_are_not_touched(junk, scale):
+def test_a_masked_row_is_zero_whatever_it_held_and_its_neighbours_are_not_touched(junk):
     gradients = torch.tensor([[1.0, 2.0], [junk, 1.0], [3.0, 4.0]])
-    gated = gate_rows(gradients, torch.tensor([2.0, scale, 0.5]), torch.tensor([False, True, False]))
-    torch.testing.assert_close(gated, torch.tensor([[2.0, 4.0], [0.0, 0.0], [1.5, 2.0]]), **EXACT)
+    for scale in (0.0, 0.5, 1.0, INF, NAN):
+        gated = gate_rows(gradients, torch.tensor([2.0, scale, 0.5]), torch.tensor([False, True, False]))
+        with case(scale):
+            torch.testing.assert_close(gated, torch.tensor([[2.0, 4.0], [0.0, 0.0], [1.5, 2.0]]), **EXACT)
 
 
-@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float64])
+@for_each("scale_dtype", [torch.float32, torch.float64])
 def test_a_factor_outside_half_precision_does_not_overflow_on_the_way(scale_dtype):
     gradients = torch.tensor([[0.1], [1e-4], [6e4]], dtype=torch.float16)
     gated = gate_rows(gradients, torch.tensor([1e5, 1e8, 1e-6], dtype=scale_dtype), NO)
@@ -52,7 +55,7 @@ def test_a_factor_outside_half_precision_does_not_overflow_on_the_way(scale_dtyp
     torch.testing.assert_close(gated, expected, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@for_each("dtype", DTYPES)
 def test_a_row_of_scale_one_goes_through_bit_for_bit(dtype):
     finfo = torch.finfo(dtype)
     row = torch.tensor([INF, -INF, -0.0, finfo.max, finfo.tiny, 1 / 3, NAN], dtype=dtype)
@@ -68,7 +71,7 @@ def weighed(scores, clean=None, *, vanishes=False, scaled=False):
     return weigh_batch(torch.tensor(scores), clean, torch.tensor(vanishes), SoftmaxWeighting(0.5, 0), scaled=scaled)
 
 
-@pytest.mark.parametrize("scaled", [False, True])
+@for_each("scaled", [False, True])
 def test_trusted_rows_are_weighed_and_ok(scaled):
     scores = torch.tensor([1.0, -2.0, 0.5])
     result = weighed(scores.tolist(), scaled=scaled)
@@ -100,7 +103,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("score", "clean", "vanishes", "scaled", "flag", "masked"), CASES)
+@for_each(("score", "clean", "vanishes", "scaled", "flag", "masked"), CASES)
 def test_what_is_wrong_with_a_row_is_flagged_by_precedence(score, clean, vanishes, scaled, flag, masked):
     known = None if clean is None else [True, clean, True]
     result = weighed([1.0, score, -1.0], known, vanishes=vanishes, scaled=scaled)
@@ -129,7 +132,6 @@ def test_under_a_scaler_a_row_that_overflowed_reaches_the_scaler():
     torch.testing.assert_close(gated, torch.tensor([[2.0], [INF]]), **EXACT)
 
 
-@pytest.mark.parametrize("vanishes", [False, True])
 @pytest.mark.parametrize(
     ("scores", "clean", "scaled", "flag"),
     [
@@ -139,13 +141,15 @@ def test_under_a_scaler_a_row_that_overflowed_reaches_the_scaler():
         ([NAN], None, False, BROKEN),
     ],
 )
-def test_where_all_rows_are_broken_none_is_masked_and_the_loss_goes_through(scores, clean, scaled, flag, vanishes):
-    result = weighed(scores, clean, scaled=scaled, vanishes=vanishes)
-    assert not result.masked.any()
-    assert result.flags.tolist() == [flag] * len(scores)
-    assert result.weights.scale.tolist() == [1.0] * len(scores)
-    assert result.weights.weights.tolist() == [0.0] * len(scores)
-    assert result.scores.isnan().all()
+def test_where_all_rows_are_broken_none_is_masked_and_the_loss_goes_through(scores, clean, scaled, flag):
+    for vanishes in (False, True):
+        with case("vanishes", vanishes):
+            result = weighed(scores, clean, scaled=scaled, vanishes=vanishes)
+            assert not result.masked.any()
+            assert result.flags.tolist() == [flag] * len(scores)
+            assert result.weights.scale.tolist() == [1.0] * len(scores)
+            assert result.weights.weights.tolist() == [0.0] * len(scores)
+            assert result.scores.isnan().all()
 
 
 def test_a_single_row_is_alone_and_keeps_its_score():

@@ -15,6 +15,7 @@ from lightning_mimic.gradients.graph import (
     used_beyond,
     walk,
 )
+from support.cases import for_each
 
 BODY = ["body.bias", "body.weight"]
 OUTSIDE = torch.ones(3, requires_grad=True)
@@ -173,13 +174,22 @@ def test_what_speaks_against_a_plain_mean_is_said(case):
     assert not_a_plain_mean(loss.grad_fn, net.gate) == reason
 
 
-@pytest.mark.parametrize(("ignored", "count"), [(-100, 0), (3, 1), (1, 1)])
+@for_each(("ignored", "count"), [(-100, 0), (3, 1), (1, 1)])
 def test_targets_left_out_are_counted_without_waiting_for_the_device(ignored, count):
     net = Net()
     loss = F.cross_entropy(net.layer(torch.randn(3, 4)), TARGETS, ignore_index=ignored)
     torch.testing.assert_close(targets_left_out(loss.grad_fn, net.gate), torch.tensor(float(count)))
     summed = F.cross_entropy(net.layer(torch.randn(3, 4)), TARGETS, ignore_index=ignored, reduction="sum")
     torch.testing.assert_close(targets_left_out(summed.grad_fn, net.gate), torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_targets_left_out_of_several_losses_are_added_up(order):
+    net = Net()
+    outputs = net.layer(torch.randn(3, 4))
+    some, others = (F.cross_entropy(outputs, TARGETS, ignore_index=ignored) for ignored in (3, -100)[::order])
+    both = some + others
+    assert int(targets_left_out(both.grad_fn, net.gate)) == 1
 
 
 def test_a_loss_before_the_gate_is_not_looked_at():
@@ -215,14 +225,14 @@ NORMS = {
 }
 
 
-@pytest.mark.parametrize("case", NORMS)
+@for_each("case", NORMS)
 def test_a_norm_over_the_batch_is_told_from_others(case):
     norm, x, over_batch = NORMS[case]
     assert any(normalises_batch(node) for node in walk(norm(x).grad_fn)) is over_batch
 
 
 @pytest.mark.parametrize("rows", [257, 512])
-@pytest.mark.parametrize("ignored", [-100, 2])
+@for_each("ignored", [-100, 2])
 def test_ignored_targets_are_counted_in_half_precision_too(rows, ignored):
     targets = torch.zeros(rows, dtype=torch.int64)
     for left_out in (0, 1):

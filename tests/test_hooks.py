@@ -82,6 +82,17 @@ def test_two_wrappers_nest_and_come_off_in_reverse():
     assert "step" not in vars(module)
 
 
+def test_what_somebody_put_around_a_wrapper_stays_when_that_comes_off():
+    module, calls = Module(), []
+    undo = wrap_method(module, "step", noted(calls))
+    ours = module.step
+    module.step = theirs = lambda batch: ("theirs", ours(batch))
+    undo()
+    assert vars(module)["step"] is theirs
+    assert module.step(1) == ("theirs", ("original", 1, 1.0))
+    assert not calls
+
+
 def test_a_copy_of_a_wrapped_module_has_the_plain_method_of_its_own():
     module, calls = Module(), []
     undo = wrap_method(module, "step", noted(calls))
@@ -113,7 +124,10 @@ def test_losses_are_captured_with_their_graph_and_as_they_were():
     (found,) = captured
     assert found.live is losses
     assert found.edge.node is losses.grad_fn
-    torch.testing.assert_close(found.values, losses.detach(), rtol=0, atol=0)
+    before = losses.detach().clone()
+    with torch.no_grad():
+        losses.zero_()  # as for a log; the graph does not show it
+    torch.testing.assert_close(found.values, before, rtol=0, atol=0)
     assert not found.values.requires_grad
     with pytest.raises(MimicError, match="`sample_losses` is called more than once in a training step"):
         module.sample_losses(torch.ones(3, 2))
@@ -145,6 +159,14 @@ def test_losses_must_be_a_vector():
     LossCapture(module).start()
     with pytest.raises(MimicError, match=r"`sample_losses` returned shape \(3, 1\); expected \(B,\)."):
         module.sample_losses(torch.ones(3, 2))
+
+
+def test_a_hook_changes_the_gradient_of_its_own_output_and_no_other():
+    hooks, weight = GradientHooks(), nn.Parameter(torch.ones(3))
+    first, second, third = (2 * weight).unbind()
+    hooks.on_edge(get_gradient_edge(second), lambda gradient: 10 * gradient)
+    (first + second + third).backward()
+    assert weight.grad.tolist() == [2.0, 20.0, 2.0]
 
 
 def test_gradient_hooks_act_until_they_are_removed():

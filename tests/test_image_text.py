@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from lightning_mimic.data import WithIds, collate_with_ids
 from lightning_mimic.data.digits import DigitsDataModule
 from lightning_mimic.data.image_text import ImageTextDataModule
+from support.cases import for_each
 from support.pair_shards import (
     SIZES,
     Reader,
@@ -93,7 +94,7 @@ def test_open_clips_own_transform_and_tokenizer_fit(tmp_path):
     assert batch.ids == [uid(0), uid(1)]
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("options", "message"),
     [
         ({"with_replacement": True}, "`with_replacement` has no end of its own; give `samples_per_epoch`"),

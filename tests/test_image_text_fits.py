@@ -170,10 +170,12 @@ STOPS = {
 }
 
 
-# With an end by steps, only what the others do not tell.
+# With workers and with an end by steps, only what the others do not tell.
+WORKERS = ["in the second epoch", "after a last batch", "after validation"]
 BY_STEPS = [stop for stop in STOPS if stop != "after a first batch"]
-RESUMED = [(kind, stop, -1) for kind in KINDS for stop in STOPS]
-RESUMED += [(kind, stop, 17) for kind in KINDS if kind != "workers" for stop in BY_STEPS]
+RESUMED = [(kind, stop, -1) for kind in KINDS for stop in STOPS if kind != "workers" or stop in WORKERS]
+RESUMED += [("length known", stop, 17) for stop in BY_STEPS]
+RESUMED += [("length unknown", stop, 17) for stop in ("in the second epoch", "at an epoch's end")]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import LayerGradients, LayerRule, check_layer_rule, layer_rules, register_layer_rule
 from oracles import per_sample_gradients, weighted_gradient
+from support.cases import for_each
 from support.custom_layers import NAMES, RIGHT, SCALE, Modulate, Square, call, modulate
 
 
@@ -26,7 +27,7 @@ PARTS = [[name] for name in NAMES] + [["gain", "offset"], ["mix", "gain"], list(
 
 
 @pytest.mark.parametrize("parts", PARTS, ids="+".join)
-@pytest.mark.parametrize("power", [1, 2])
+@for_each("power", [1, 2])
 def test_a_registered_layer_of_several_inputs_and_parameters_has_the_products_of_a_loop(power, parts):
     register_layer_rule(Modulate, RIGHT)
     layer, (x, condition), b = call()
@@ -90,7 +91,7 @@ def test_a_linear_layer_with_a_rule_of_its_own_offers_the_dot_alone():
         LayerGradients(Halved(2, 2), torch.ones(1, 2), torch.ones(1, 2)).norms()
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("arguments", "message"),
     [
         ((Square(), SCALE), "`layer_class` is a Square; expected a subclass of nn.Module, such as nn.Linear."),
@@ -128,7 +129,7 @@ def test_a_rule_is_replaced_on_purpose_only_and_the_same_one_may_come_again():
         LayerGradients(nn.PReLU(), torch.randn(4, 3), torch.ones(4, 3))
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("options", "message"),
     [
         ({"apply": 3}, "`apply` of a LayerRule is 3; expected apply(layer, parameters, *inputs)."),

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 
 from lightning_mimic.gradients import LayerGradients, layer_rules
 from oracles import per_sample_gradients
+from support.cases import for_each
 
 KNOWN = [
     nn.Linear(2, 2),
@@ -36,12 +37,23 @@ class Own(nn.Linear):
     pass
 
 
-@pytest.mark.parametrize("layer", [*KNOWN, Own(2, 2), nn.Linear(2, 2, bias=False), nn.LayerNorm(2, bias=False)])
-def test_known_layers_pass_the_check(layer):
+@for_each(
+    "layer",
+    [
+        *KNOWN,
+        Own(2, 2),
+        nn.Linear(2, 2, bias=False),
+        nn.LayerNorm(2, bias=False),
+        nn.MultiheadAttention(4, 1).out_proj,
+    ],
+)
+def test_known_layers_pass_the_check_and_linear_ones_offer_all_three_products(layer):
     LayerGradients.check("head", layer)
+    offered = {"dot", "norms", "gram"} if isinstance(layer, nn.Linear) else {"dot"}
+    assert LayerGradients.products_of(layer) == offered
 
 
-@pytest.mark.parametrize(
+@for_each(
     "layer",
     [
         nn.MultiheadAttention(2, 1),
@@ -64,7 +76,7 @@ def test_a_layer_of_an_unknown_kind_is_refused_by_name_and_type(layer, monkeypat
         LayerGradients.check("body.head", layer)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("layer", "own"),
     [
         (nn.utils.prune.identity(nn.Linear(2, 2), "weight"), "bias, weight_orig"),
@@ -86,7 +98,7 @@ def test_a_layer_that_makes_its_weight_of_others_is_refused_with_their_names(lay
         LayerGradients.check("head", layer)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "layer",
     [
         parametrizations.weight_norm(nn.Linear(2, 2, bias=False)),
@@ -104,8 +116,7 @@ class Rows(nn.Embedding):
     pass
 
 
-@pytest.mark.parametrize("kind", [nn.Embedding, Rows])
-@pytest.mark.parametrize(
+@for_each(
     ("options", "named"),
     [
         ({"max_norm": 1.0}, "max_norm"),
@@ -114,22 +125,17 @@ class Rows(nn.Embedding):
         ({"sparse": True, "max_norm": 2.0}, "max_norm, sparse"),
     ],
 )
-def test_an_embedding_whose_gradient_is_not_plain_is_refused_with_the_option(options, named, kind):
+def test_an_embedding_whose_gradient_is_not_plain_is_refused_with_the_option(options, named):
     message = (
         f"`parameters`: 'words' is an Embedding with {named}, under which its gradient is not linear in its rows or "
         "not dense. Switch that off, or name another layer."
     )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        LayerGradients.check("words", kind(4, 2, **options))
+    for kind in (nn.Embedding, Rows):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            LayerGradients.check("words", kind(4, 2, **options))
 
 
-@pytest.mark.parametrize("layer", [*KNOWN, Own(2, 2)])
-def test_linear_layers_offer_all_three_products_and_others_the_dot(layer):
-    offered = {"dot", "norms", "gram"} if isinstance(layer, nn.Linear) else {"dot"}
-    assert LayerGradients.products_of(layer) == offered
-
-
-@pytest.mark.parametrize(
+@for_each(
     ("layer", "shape"),  # the smallest output with a batch axis
     [
         (nn.Linear(2, 3), (5, 3)),
@@ -197,11 +203,6 @@ def on_the_object(name: str) -> nn.Module:
 def test_a_layer_with_a_forward_of_its_own_is_left_to_the_graph(layer, kind):
     with pytest.raises(ValueError, match=f"`parameters`: 'head' is a {re.escape(kind)}"):
         LayerGradients.check("head", layer)
-
-
-@pytest.mark.parametrize("layer", [*KNOWN, Own(2, 2), nn.MultiheadAttention(4, 1).out_proj])
-def test_a_layer_without_one_is_known(layer):
-    LayerGradients.check("head", layer)
 
 
 def test_a_subclass_has_its_kinds_products():

@@ -12,6 +12,7 @@ import pytest
 
 from lightning_mimic.ledger import Ledger, LedgerError, LedgerWriter, note_run, open_run
 from lightning_mimic.ledger.columns import schema
+from support.cases import for_each
 
 CONFIG = {"reweight": "all", "temperature": 0.5}
 
@@ -71,10 +72,13 @@ def test_ranks_are_read_together_in_order_of_epoch_step_batch_rank_position(tmp_
 
 def test_a_repeated_sample_counts_once_per_epoch_the_first_time(tmp_path):
     again = rows([2, 3, 1], epoch=[0, 0, 1], batch=[4] * 3, score=[9, 2.5, 3.5])
-    write(tmp_path, rows([1, 2], score=[0.5, 1.5]), again)
+    run = write(tmp_path, rows([1, 2], score=[0.5, 1.5]), again)
+    other = LedgerWriter(tmp_path, run, 0, rank=1)  # a distributed sampler gives one sample to two ranks
+    other.append(rows([3], batch=[4], score=[8]))
+    other.close()
     kept = Ledger(tmp_path).table().select(["id", "epoch", "score"]).to_pydict()
     assert kept == {"id": [1, 2, 3, 1], "epoch": [0, 0, 0, 1], "score": [0.5, 1.5, 2.5, 3.5]}
-    assert ids_of(tmp_path, deduplicate=False) == [1, 2, 2, 3, 1]
+    assert ids_of(tmp_path, deduplicate=False) == [1, 2, 2, 3, 3, 1]
 
 
 def test_a_later_attempt_supersedes_what_it_went_over_again_and_deletes_nothing(tmp_path):
@@ -146,15 +150,17 @@ def test_a_truncated_part_is_named_and_refused_and_the_rest_can_be_read(share, t
     assert ids_of(tmp_path, allow_partial=True) == [4, 5]
 
 
-def test_one_flipped_byte_in_the_data_is_never_read_as_a_number(tmp_path):
+def test_one_flipped_bit_in_the_data_is_never_read_as_a_number(run_seed, tmp_path):
     values = np.arange(400, dtype=np.float32) / 7
     write(tmp_path, rows(list(range(400)), score=values, weight=values, loss=values))
     (part,) = tmp_path.glob("*.parquet")
     content, good, group = part.read_bytes(), Ledger(tmp_path).table(), pq.read_metadata(part).row_group(0)
     ends = [c["dictionary_page_offset"] + c["total_compressed_size"] for c in group.to_dict()["columns"]]
     bodies = [end - back for end in ends for back in (1, 5)]  # of the last page of each column
-    for position in [*bodies, *range(4, max(ends), 11)]:
-        part.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+    draw = np.random.default_rng(run_seed)
+    for position in [*bodies, *draw.integers(4, max(ends), size=max(ends) // 11).tolist()]:
+        flipped = content[position] ^ 1 << int(draw.integers(8))
+        part.write_bytes(content[:position] + bytes([flipped]) + content[position + 1 :])
         with suppress(LedgerError):  # a page's header has no checksum; its statistics may change and harm nothing
             assert Ledger(tmp_path).table().equals(good), f"byte {position} of {len(content)}: other numbers"
             assert position not in bodies, f"byte {position} of {len(content)}: no error"
@@ -221,7 +227,7 @@ IDS += [([None], "ids are missing"), ([1, None], "1 of 2 ids are missing")]
 IDS += [(ids, "below 2^63") for ids in ([2**63], [1, 2**70], np.array([2**63], np.uint64))]
 
 
-@pytest.mark.parametrize(("ids", "message"), [*IDS, (["1"], "int64 and are now string")])
+@for_each(("ids", "message"), [*IDS, (["1"], "int64 and are now string")])
 def test_ids_are_all_int_below_2_to_the_63_or_all_str(ids, message, tmp_path):
     _, writer = started(tmp_path)
     if "now" in message:
@@ -243,7 +249,7 @@ NEWER = (b'{"schema_version": 99, "new": {}}', "has schema version 99; this rele
 
 
 @pytest.mark.parametrize(("content", "message"), [*BROKEN, NEWER])
-@pytest.mark.parametrize("reader", [Ledger, lambda d: open_run(d, CONFIG, 0, None, {})])
+@for_each("reader", [Ledger, lambda d: open_run(d, CONFIG, 0, None, {})])
 def test_a_broken_or_newer_description_is_named(reader, content, message, tmp_path):
     (tmp_path / "meta.json").write_bytes(content)
     with pytest.raises(LedgerError, match=re.escape(f"{tmp_path / 'meta.json'} {message}")):

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_mimic.gradients import Graph, LossGradients
 from oracles import per_sample_gradients
 from support.batch_norm_nets import fresh
+from support.cases import case
 from support.gradient_checks import Ad, contrastive, looped, losses_of, param, vectors_of
 from support.networks import NETS, made
 
@@ -41,8 +42,12 @@ def assert_own(net, batch, *, losses_of=losses_of, names=None, rtol=1e-9):
     assert all(p.grad is None for p in net.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("kind", NETS)
+SINGLE = ["mlp", "conv net", "timm vit", "CLIP image tower", "CLIP text tower", "torchvision convnext", "mixer"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [*((kind, torch.float64) for kind in NETS), *((kind, torch.float32) for kind in SINGLE)]
+)
 def test_products_equal_those_of_a_loop_over_samples(kind, dtype):
     net, x, _ = made(kind, dtype=dtype)
     with sdpa_kernel(SDPBackend.MATH):
@@ -61,20 +66,23 @@ NETS_OF_PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("losses", [losses_of, contrastive])
 @pytest.mark.parametrize("kind", NETS_OF_PARAMETERS)
-def test_parameters_of_no_layer(kind, losses):
+def test_parameters_of_no_layer(kind):
     torch.manual_seed(0)
     compute, shapes = NETS_OF_PARAMETERS[kind]
     net = Ad(compute, l=nn.Linear(D, D), **{name: param(*shape) for name, shape in shapes.items()}).double()
-    assert_own(net, torch.randn(B, T, D).double(), losses_of=losses)
+    x = torch.randn(B, T, D).double()
+    for losses in (losses_of, contrastive):
+        with case(losses.__name__):
+            assert_own(net, x, losses_of=losses)
 
 
 @pytest.mark.parametrize("kind", ["convolutions", "no norm over the batch", "tied and reused", "one axis"])
-@pytest.mark.parametrize("losses", [losses_of, contrastive])
-def test_own_gradients_where_samples_see_each_other(kind, losses):
-    net, x = fresh(kind)
-    assert_own(net, x, losses_of=losses)
+def test_own_gradients_where_samples_see_each_other(kind):
+    for losses in (losses_of, contrastive):
+        net, x = fresh(kind)
+        with case(losses.__name__):
+            assert_own(net, x, losses_of=losses)
 
 
 class Clip(nn.Module):
@@ -103,10 +111,11 @@ def clip(dtype=torch.float64):
 
 
 @pytest.mark.parametrize("names", [None, ["logit_scale"], ["projection"], ["words.weight", "image.1.bias"]])
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_own_losses_of_clip(names, dtype, rtol):
-    net, pairs = clip(dtype)
-    assert_own(net, pairs, losses_of=clip_losses, names=names, rtol=rtol)
+def test_own_losses_of_clip(names):
+    for dtype, rtol in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        net, pairs = clip(dtype)
+        with case(dtype):
+            assert_own(net, pairs, losses_of=clip_losses, names=names, rtol=rtol)
 
 
 @pytest.mark.parametrize("kind", ["mlp of tokens", "conv net", "mixer"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from oracles import per_sample_gradients
+from support.cases import case, for_each
 from support.gradient_checks import assert_exact, looped, losses_of, traced, vectors_of
 from support.networks import NETS, made
 
@@ -44,13 +45,14 @@ def test_products_of_an_autocast_pass_are_near_those_of_the_exact_one(kind):
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv net", "timm vit, layer scale", "torchvision vit", "CLIP image tower"])
-@pytest.mark.parametrize("ending", ["weight", "bias"])
-def test_weights_or_biases_alone(kind, ending):
+def test_weights_or_biases_alone(kind):
     net, x, _ = made(kind)
-    assert_exact(net, x, names=[name for name, _ in net.named_parameters() if name.endswith(ending)])
+    for ending in ("weight", "bias"):
+        with case(ending):
+            assert_exact(net, x, names=[name for name, _ in net.named_parameters() if name.endswith(ending)])
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("kind", "names"),
     [
         ("mlp", ["4.weight", "4.bias"]),
@@ -68,7 +70,7 @@ def test_some_parameters_alone(kind, names):
     assert_exact(net, x, names=names)
 
 
-@pytest.mark.parametrize("frozen", ["0.", "2.", "4.", "2.weight", "0.bias", "4.weight"])
+@for_each("frozen", ["0.", "2.", "4.", "2.weight", "0.bias", "4.weight"])
 def test_what_is_frozen_is_in_nobodys_way(frozen):
     net, x, _ = made("mlp")
     for name, parameter in net.named_parameters():

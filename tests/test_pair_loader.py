@@ -14,6 +14,7 @@ import torch
 from lightning_mimic.data import pair_stream
 from lightning_mimic.data.rejects import Rejects
 from lightning_mimic.manifest import KeptIds
+from support.cases import pairwise
 from support.pair_shards import batches_of, flat, module, numbers, of_rank, pair, uid, write, write_shards
 
 SIZES = (7, 3, 9, 5, 2)
@@ -25,9 +26,7 @@ def shards(tmp_path):
     return write_shards(tmp_path / "shards", *SIZES)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("shuffle", [0, 1, 4, 100])
-@pytest.mark.parametrize("pipe", [False, True])
+@pytest.mark.parametrize(*pairwise(shuffle=[0, 1, 4, 100], pipe=[False, True], num_workers=[0, 2]))
 def test_one_process_sees_every_pair_once_in_an_epoch(pipe, shuffle, num_workers, shards):
     given = [f"pipe:cat {shard}" for shard in shards] if pipe else shards
     loader = module(given, shuffle=shuffle, num_workers=num_workers).train_dataloader()
@@ -127,10 +126,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("broken", [False, True])
+BROKEN = ["in order", "workers, unevenly", "with replacement"]
+
+
 @pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=[pytest.mark.slow] * ("num_workers" in options)) for case, options in CASES.items()],
+    ("case", "broken"),
+    [
+        pytest.param(case, broken, marks=[pytest.mark.slow] * ("num_workers" in CASES[case]))
+        for case, broken in [*((case, False) for case in CASES), *((case, True) for case in BROKEN)]
+    ],
 )
 def test_an_epoch_goes_on_where_it_was_and_the_next_follows(case, broken, shards):
     options = CASES[case]

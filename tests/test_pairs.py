@@ -11,6 +11,7 @@ from PIL import Image
 
 from lightning_mimic.data.pairs import BrokenPairError, decode_image, described, id_of, pair_of
 from lightning_mimic.data.rejects import Reason
+from support.cases import for_each
 from support.pair_shards import encoded, picture_of
 
 GREY = [[0, 51], [102, 255]]
@@ -43,7 +44,7 @@ TRUE |= {mode: [[list(value) for value in row] for row in COLOURS] for mode in (
 TRUE["P with transparency"] = TRUE["P"]
 
 
-@pytest.mark.parametrize("mode", TRUE)
+@for_each("mode", TRUE)
 def test_every_mode_becomes_rgb_with_its_own_colours(mode):
     options = {"transparency": b"\x80\xff"} if "transparency" in mode else {}
     data = encoded(of_mode(mode), **options)
@@ -60,7 +61,7 @@ def test_sixteen_bits_are_scaled_and_not_cut_off():
     assert np.asarray(image)[..., 0].tolist() == [[0, 0, 1, 1], [128, 254, 255, 255]]
 
 
-@pytest.mark.parametrize(("kind", "near"), [("JPEG", 6), ("WEBP", 6), ("GIF", 0), ("BMP", 0)])
+@for_each(("kind", "near"), [("JPEG", 6), ("WEBP", 6), ("GIF", 0), ("BMP", 0)])
 def test_other_formats_are_decoded_whatever_the_name_says(kind, near):
     image = np.asarray(decode_image(encoded(Image.new("RGB", (16, 16), (200, 100, 50)), kind), 1000)).astype(int)
     assert abs(image - [200, 100, 50]).max() <= near
@@ -79,7 +80,7 @@ def huge(width, height):
     return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
 
 
-@pytest.mark.parametrize("size", [(11, 10), (8192, 8193), (10**4, 10**4), (2**30, 2**30)])
+@for_each("size", [(11, 10), (8192, 8193), (10**4, 10**4), (2**30, 2**30)])
 def test_pixels_are_counted_before_they_are_decoded(size):
     with pytest.raises(BrokenPairError) as caught:
         decode_image(huge(*size), 109 if size == (11, 10) else 2**26)
@@ -92,9 +93,7 @@ def test_pixels_are_counted_before_they_are_decoded(size):
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"<html>", POSTSCRIPT, encoded(picture_of(1))[:40], b"\xff\xd8\xff\xe0" + b"x" * 99]
-)
+@for_each("data", [b"", b"<html>", POSTSCRIPT, encoded(picture_of(1))[:40], b"\xff\xd8\xff\xe0" + b"x" * 99])
 def test_what_is_no_picture_is_said_to_be_none(data):
     with pytest.raises(BrokenPairError) as caught:
         decode_image(data, 100)
@@ -109,7 +108,7 @@ def test_a_jpeg_cut_short_is_not_filled_with_grey():
         decode_image(data[: len(data) // 2], 10**4)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("description", "name"),
     [({"uid": "u"}, "u"), ({"uid": 12}, "12"), ({"uid": None}, "k"), ({}, "k"), ({"uid": ""}, "")],
 )
@@ -124,6 +123,6 @@ def test_the_caption_is_the_text_and_else_that_of_the_json():
     assert pair_of("s", "k", "i", files, described(files)).caption == "a cat"
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "jpeg", "png", "webp"])
+@for_each("suffix", ["jpg", "jpeg", "png", "webp"])
 def test_an_image_may_have_any_of_its_suffixes(suffix):
     assert pair_of("s", "k", "i", {suffix: b"image", "txt": b"a"}, {}).image == b"image"

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_mimic.gradients import select_parameters
+from support.cases import for_each
 
 
 class Net(nn.Module):
@@ -22,7 +23,7 @@ class Net(nn.Module):
         self.tied.weight = self.embed.weight
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("patterns", "names"),
     [
         ("head", ["head.weight", "head.bias"]),
@@ -53,7 +54,7 @@ def test_parameters_are_chosen_by_module_name_and_glob_in_the_modules_order(patt
     assert all(parameter is net.get_parameter(name) for name, parameter in chosen.items())
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("patterns", "wrong", "hint"),
     [
         ("haed", "haed", "nearest: 'head', 'header'"),
@@ -72,7 +73,7 @@ def test_a_name_that_fits_nothing_is_refused_with_the_nearest(patterns, wrong, h
         select_parameters(Net(), patterns)
 
 
-@pytest.mark.parametrize("patterns", [[], ()])
+@for_each("patterns", [[], ()])
 def test_no_names_are_refused_with_an_example(patterns):
     with pytest.raises(ValueError, match=re.escape("`parameters` is empty; name a module ('head')")):
         select_parameters(Net(), patterns)
@@ -105,13 +106,13 @@ def test_a_frozen_parameter_is_chosen_when_it_is_named():
     assert list(select_parameters(net, "head.*")) == ["head.weight", "head.bias"]
 
 
-@pytest.mark.parametrize("patterns", ["all", ["all", "head"], "!head"])
+@for_each("patterns", ["all", ["all", "head"], "!head"])
 def test_all_of_a_frozen_module_is_refused_as_such(patterns):
     with pytest.raises(ValueError, match=re.escape("`parameters`: no parameter of Net is trainable.")):
         select_parameters(Net().requires_grad_(False), patterns)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("patterns", "left_out"),
     [
         ("!head", {"head.weight", "head.bias"}),
@@ -133,12 +134,12 @@ def test_an_exclusion_alone_leaves_the_trainable_others():
     assert list(select_parameters(net, "!head")) == [name for name in EVERY if name not in without]
 
 
-@pytest.mark.parametrize("name", ["embed", "tied", "tied.weight"])
+@for_each("name", ["embed", "tied", "tied.weight"])
 def test_a_tied_parameter_is_left_out_under_any_of_its_names(name):
     assert list(select_parameters(Net(), ["embed", "tied", "scale", f"!{name}"])) == ["scale"]
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("patterns", "wrong", "hint"),
     [
         ("!haed", "haed", "nearest: 'head', 'header'"),
@@ -154,7 +155,7 @@ def test_an_exclusion_that_fits_nothing_is_refused_with_the_nearest(patterns, wr
         select_parameters(Net(), patterns)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("patterns", "shown"),
     [
         ("!*", "'!*'"),

@@ -8,6 +8,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 import oracles
 from lightning_mimic import GradMimic, Ledger
+from support.cases import pairwise
 from support.toys import Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
 
 NAN, INF = float("nan"), float("inf")
@@ -23,13 +24,14 @@ def scaled(growth_interval: int = 2000, scale: float = 2.0**16) -> dict[str, Any
     return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
 
 
-@pytest.mark.parametrize("parameters", ["head", "all"])
-@pytest.mark.parametrize("reweight", ["all", "target"])
-@pytest.mark.parametrize(("options", "tolerance"), [(scaled, 5e-3), (lambda: {"precision": "bf16-mixed"}, 5e-2)])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_mixed_precision_scores_the_same_within_its_digits(
-    parameters, options, tolerance, reweight, accumulate, tmp_path
-):
+MIXED = {"float16, scaled": (scaled, 5e-3), "bfloat16": (lambda: {"precision": "bf16-mixed"}, 5e-2)}
+
+
+@pytest.mark.parametrize(
+    *pairwise(parameters=["head", "all"], precision=MIXED, reweight=["all", "target"], accumulate=[1, 2])
+)
+def test_mixed_precision_scores_the_same_within_its_digits(parameters, precision, reweight, accumulate, tmp_path):
+    options, tolerance = MIXED[precision]
     module, data = half(WithLosses), toy_data(8, dtype=torch.float32)
     module.lr = 0.0
     reference = parameters_of(toy(seed=1))
@@ -64,9 +66,17 @@ class Overflows(WithLosses):
         return losses * torch.where(torch.arange(len(y)) == 2, 1e3, 1.0)
 
 
-@pytest.mark.parametrize("parameters", ["head", "all"])
-@pytest.mark.parametrize("kind", [Overflows, WithLosses])
-@pytest.mark.parametrize("reweight", ["all", "target"])
+@pytest.mark.parametrize(
+    ("parameters", "kind", "reweight"),
+    [
+        ("head", Overflows, "all"),
+        ("head", Overflows, "target"),
+        ("all", Overflows, "all"),
+        ("all", Overflows, "target"),
+        ("head", WithLosses, "target"),
+        ("all", WithLosses, "all"),
+    ],
+)
 def test_an_overflow_reaches_the_scaler_which_lowers_its_scale(parameters, kind, reweight, tmp_path):
     module, options = half(kind), scaled()
     before = parameters_of(module)
@@ -110,10 +120,10 @@ def without(row: int) -> torch.utils.data.Dataset:
     return torch.utils.data.Subset(toy_data(4), [k for k in range(4) if k != row])
 
 
-@pytest.mark.parametrize("parameters", ["head", "all"])
 @pytest.mark.filterwarnings("ignore:.*samples held NaN")
-@pytest.mark.parametrize("kind", [Broken, BrokenWithLosses])
-@pytest.mark.parametrize("reweight", ["all", "target"])
+@pytest.mark.parametrize(
+    *pairwise(parameters=["head", "all"], kind=[Broken, BrokenWithLosses], reweight=["all", "target"])
+)
 def test_a_sample_with_a_loss_that_is_not_finite_is_left_out(parameters, kind, reweight, tmp_path):
     reference = parameters_of(toy(seed=1))
     ours, expected = toy(kind), toy()

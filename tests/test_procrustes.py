@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import product
 from typing import NamedTuple
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from lightning_mimic.reference.procrustes import Rotation, procrustes
 from lightning_mimic.reference.ridge import ridge_fit
 from lightning_mimic.reference.running_statistics import RunningStatistics
+from support.cases import case, for_each
 
 IMAGE, TEXT = 0, 1
 EXACT = {"rtol": 1e-9, "atol": 1e-9}  # for float64
@@ -86,7 +88,7 @@ def identity(width):
     return Rotation(torch.eye(width, dtype=torch.float64), torch.tensor(1.0), torch.tensor(True))
 
 
-@pytest.mark.parametrize("gap", [0.0, 5.0])
+@for_each("gap", [0.0, 5.0])
 def test_a_reference_that_is_a_rotated_copy_is_turned_back_exactly(gap):
     truth = isometry(6, 6)
     concepts = [normal(30, 6, seed=1), normal(30, 6, seed=2)]
@@ -102,7 +104,7 @@ def test_a_reflection_is_found_too():
     torch.testing.assert_close(rotation_of([concepts @ flip], [concepts]).matrix, flip, **EXACT)
 
 
-@pytest.mark.parametrize("seed", [0, 1000, 2000])
+@for_each("seed", [0, 1000, 2000])
 def test_noisy_normalised_towers_need_each_modality_centred_by_itself(seed):
     # Measured over eight seeds: at most 0.08; about zero at least 0.60; about one mean at least 0.43.
     both = towers(seed=seed)
@@ -119,7 +121,7 @@ def test_captions_at_the_wrong_images_change_nothing_where_both_models_embed_the
     torch.testing.assert_close(rotation_of(*swapped).matrix, straight, **EXACT)
 
 
-@pytest.mark.parametrize("seed", [0, 1000, 2000])
+@for_each("seed", [0, 1000, 2000])
 def test_a_model_that_has_learned_wrong_captions_by_heart_is_still_met(seed):
     # 37 of 92 captions lie where another belongs. Measured over ten seeds: at most 0.18; 0.10 without the wrong ones.
     both, order = towers(pairs=92, seed=seed), torch.cat([torch.arange(37).roll(1), torch.arange(37, 92)])
@@ -128,7 +130,7 @@ def test_a_model_that_has_learned_wrong_captions_by_heart_is_still_met(seed):
     assert distance(rotation.matrix, isometry(16, 16, seed=9)) > 1.2  # what an unrelated one would give
 
 
-@pytest.mark.parametrize("gap", [0.0, 3.0])
+@for_each("gap", [0.0, 3.0])
 def test_of_a_wider_reference_the_leading_directions_are_kept_and_their_share_is_told(gap):
     basis = torch.linalg.qr(normal(60, 7, seed=0) - normal(60, 7, seed=0).mean(0)).Q  # centred, orthonormal columns
     spectrum = torch.tensor([9.0, 8.0, 6.0, 4.0, 1.5, 1.0, 0.5], dtype=torch.float64)
@@ -153,7 +155,7 @@ def test_a_narrower_reference_is_embedded_without_changing_its_shape():
     assert (float(rotation.kept), bool(rotation.determined)) == (1, True)
 
 
-@pytest.mark.parametrize("widths", [(5, 5), (8, 5), (4, 6)])
+@for_each("widths", [(5, 5), (8, 5), (4, 6)])
 def test_running_sums_that_forget_give_what_all_weighted_samples_together_would(widths):
     sizes, decay = [9, 4, 1, 12, 7, 20], 0.7
     weights = [decay**age for age in reversed(range(len(sizes)))]
@@ -175,20 +177,20 @@ def test_running_sums_that_forget_give_what_all_weighted_samples_together_would(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("widths", "fewest"), [((8, 8), 5), ((12, 8), 5), ((5, 8), 4)])
-@pytest.mark.parametrize("seed", range(3))
-def test_too_few_pairs_determine_no_rotation(widths, fewest, dtype, seed):
+def test_too_few_pairs_determine_no_rotation(widths, fewest, dtype):
     # n pairs in each of two modalities, each about its own mean, span 2n - 2 directions.
-    for pairs in (2, fewest - 1, fewest, 50):
+    for seed, pairs in product(range(3), (2, fewest - 1, fewest, 50)):
         reference = [normal(pairs, widths[0], seed=seed + i, dtype=dtype) for i in (10, 20)]
         model = [normal(pairs, widths[1], seed=seed + i, dtype=dtype) for i in (30, 40)]
         rotation = rotation_of(reference, model)
-        assert bool(rotation.determined) == (pairs >= fewest)
+        with case(f"seed {seed}, {pairs} pairs"):
+            assert bool(rotation.determined) == (pairs >= fewest)
         short, dim = min(widths), 0 if widths[0] < widths[1] else 1
         gram = rotation.matrix @ rotation.matrix.T if dim == 0 else rotation.matrix.T @ rotation.matrix
         torch.testing.assert_close(gram, torch.eye(short, dtype=dtype), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("width", [3, 5])
+@for_each("width", [3, 5])
 def test_where_nothing_finite_was_seen_nothing_is_determined_and_nothing_is_nan(width):
     rotation = rotation_of([torch.full((4, width), math.nan)], [torch.zeros(4, 3)])
     assert not bool(rotation.determined)
@@ -205,7 +207,7 @@ def test_autocast_takes_no_digits():
 
 
 @pytest.mark.parametrize("modality", [IMAGE, TEXT])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@for_each("seed", [0, 1, 2])
 def test_the_projection_fitted_to_rotated_targets_is_that_of_the_models_own_frame(seed, modality):
     # Measured over six seeds: with the rotation at least 0.94, without it at most 0.13 away from 0.
     both, layouts, features, outputs = towers(pairs=600, seed=1000 * seed), [], [], []

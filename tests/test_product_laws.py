@@ -4,16 +4,18 @@ import copy
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
 from lightning_mimic.gradients import Direction, LayerGradients
 from lightning_mimic.scorers import MimicScore, Products
 from oracles import mimic_scores, per_sample_gradients
+from support.cases import for_each
+from support.examples import examples
 
-forty = settings(max_examples=40, deadline=None, derandomize=True)
-twenty = settings(max_examples=20, deadline=None, derandomize=True)
+forty = examples(40)
+twenty = examples(20)
 DIGITS = {torch.float64: {"rtol": 1e-9, "atol": 1e-9}, torch.float32: {"rtol": 1e-4, "atol": 5e-4}}
 few, spots = st.integers(1, 4), st.integers(5, 7)
 token_axes = st.lists(st.integers(1, 3), max_size=2)
@@ -173,7 +175,7 @@ def test_tokens_that_cancel_leave_a_small_norm_and_no_nan():
 
 
 @pytest.mark.parametrize("tokens", [(), (2,), (30,)])
-@pytest.mark.parametrize("target", [("weight", "bias"), ("weight",), ("bias",)])
+@for_each("target", [("weight", "bias"), ("weight",), ("bias",)])
 def test_a_confident_samples_tiny_gradient_keeps_its_norm(target, tokens):
     torch.manual_seed(0)
     layer, a, b = nn.Linear(5, 4), torch.randn(3, *tokens, 5), torch.randn(3, *tokens, 4)
@@ -194,7 +196,7 @@ def losses_of(layer, batch):
     return (layer(batch[0]) - batch[1]).square().sum(1) / 2
 
 
-@pytest.mark.parametrize("row", range(3))
+@for_each("row", range(3))
 def test_a_reference_one_descent_step_away_scores_the_length_of_that_step(row):
     layer = nn.Linear(4, 2).double()
     batch = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)

@@ -11,12 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import LayerGradients
 from oracles import finite_difference_scores, per_sample_gradients, weighted_gradient
-from support.layer_kinds import LAYERS, LINEAR, TARGETS, made, with_targets
+from support.cases import case, pairwise
+from support.layer_kinds import LAYERS, LINEAR, TARGETS, made
 
 EXACT = {"rtol": 0, "atol": 0}
 DIGITS = {torch.float64: {"rtol": 1e-9, "atol": 1e-10}, torch.float32: {"rtol": 1e-4, "atol": 1e-4}}
 
-EVERY = with_targets(LAYERS)
+
+def targets_of(kind):
+    layer = LAYERS[kind][0]()
+    return [target for target in TARGETS if all(getattr(layer, part, None) is not None for part in target)]
 
 
 def losses_of(layer, batch):
@@ -51,50 +55,60 @@ def possible(kind, rows):
     return 1 if rows == 1 and kind != "batch norm, training" else max(rows, 2)
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize(("kind", "target"), EVERY)
-def test_float64_dots_equal_those_of_a_loop_over_samples_and_of_moved_weights(kind, target, rows):
-    layer, batch = made(kind, possible(kind, rows))
-    vectors = vectors_of(layer, target)
-    dot = rows_of(layer, batch).dot(vectors)
-    assert dot.dtype == torch.float64
-    looped = looped_dot(per_sample_gradients(layer, losses_of, batch), vectors)
-    torch.testing.assert_close(dot, looped, **DIGITS[torch.float64])
-    if "padding" not in kind:  # a moved padding row does change the loss
-        chosen = {name: layer.get_parameter(name).detach() for name in target}
-        reference = {name: p + vectors[name] for name, p in chosen.items()}
-        moved = finite_difference_scores(layer, losses_of, batch, reference, list(target), 1e-5)
-        length = sum(v.square().sum() for v in vectors.values()).sqrt()
-        torch.testing.assert_close(-dot / length, moved, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_float64_dots_equal_those_of_a_loop_over_samples_and_of_moved_weights(kind):
+    for rows in (1, 4):
+        layer, batch = made(kind, possible(kind, rows))
+        held, gradients = rows_of(layer, batch), per_sample_gradients(layer, losses_of, batch)
+        for target in targets_of(kind):
+            with case(f"{rows} rows", target):
+                vectors = vectors_of(layer, target)
+                dot = held.dot(vectors)
+                assert dot.dtype == torch.float64
+                torch.testing.assert_close(dot, looped_dot(gradients, vectors), **DIGITS[torch.float64])
+                if "padding" in kind:  # a moved padding row does change the loss
+                    continue
+                chosen = {name: layer.get_parameter(name).detach() for name in target}
+                reference = {name: p + vectors[name] for name, p in chosen.items()}
+                moved = finite_difference_scores(layer, losses_of, batch, reference, list(target), 1e-5)
+                length = sum(v.square().sum() for v in vectors.values()).sqrt()
+                torch.testing.assert_close(-dot / length, moved, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "target"), EVERY)
-def test_float32_dots_are_within_its_rounding_of_the_float64_loop(kind, target):
-    layer, batch = made(kind, 5, torch.float32)
-    vectors = vectors_of(layer, target)
-    dot = rows_of(layer, batch).dot(vectors)
-    assert dot.dtype == torch.float32
-    exact, exact_batch = made(kind, 5)
-    looped = looped_dot(per_sample_gradients(exact, losses_of, exact_batch), vectors)
-    torch.testing.assert_close(dot.double(), looped, rtol=1e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("kind", "target"), EVERY)
-def test_sums_over_samples_are_the_gradients_of_the_mean_and_of_the_weighted_loss(kind, target, dtype):
-    layer, batch = made(kind, 5, dtype)
-    weights = torch.tensor([0.0, 2.5, -1.0, 0.3, 1.0], dtype=dtype)
-    rows = rows_of(layer, batch, parts=target)
-    with torch.no_grad():  # as inside a backward pass
-        found = {"weighted": rows.weighted_sum(weights), "mean": rows.mean()}
+@pytest.mark.parametrize("kind", LAYERS)
+def test_dots_and_sums_over_samples_are_those_of_the_float64_loop_within_their_rounding(kind):
     exact, exact_batch = made(kind, 5)
     gradients = per_sample_gradients(exact, losses_of, exact_batch)
     uniform = torch.full((5,), 0.2, dtype=torch.float64)
-    for name, factors in (("weighted", weights.double()), ("mean", uniform)):
-        expected = weighted_gradient({part: gradients[part] for part in target}, factors)
-        torch.testing.assert_close(found[name], {p: g.to(dtype) for p, g in expected.items()}, **DIGITS[dtype])
-        assert not any(g.requires_grad for g in found[name].values())
-    assert all(p.grad is None and p.requires_grad for p in layer.parameters())
+    layer, batch = made(kind, 5, torch.float32)
+    held = rows_of(layer, batch)
+    for target in targets_of(kind):
+        with case("dot", target):
+            vectors = vectors_of(layer, target)
+            dot = held.dot(vectors)
+            assert dot.dtype == torch.float32
+            torch.testing.assert_close(dot.double(), looped_dot(gradients, vectors), rtol=1e-5, atol=2e-5)
+    for dtype in (torch.float32, torch.float64):
+        layer, batch = made(kind, 5, dtype)
+        weights = torch.tensor([0.0, 2.5, -1.0, 0.3, 1.0], dtype=dtype)
+        for target in targets_of(kind):
+            rows = rows_of(layer, batch, parts=target)
+            with torch.no_grad():  # as inside a backward pass
+                found = {"weighted": rows.weighted_sum(weights), "mean": rows.mean()}
+            for name, factors in (("weighted", weights.double()), ("mean", uniform)):
+                with case(dtype, target, name):
+                    sums = weighted_gradient({part: gradients[part] for part in target}, factors)
+                    torch.testing.assert_close(found[name], {p: g.to(dtype) for p, g in sums.items()}, **DIGITS[dtype])
+                    assert not any(g.requires_grad for g in found[name].values())
+        assert all(p.grad is None and p.requires_grad for p in layer.parameters())
+
+
+def test_sums_over_samples_leave_frozen_parameters_frozen():
+    layer, batch = made("linear", 2)
+    rows = rows_of(layer, batch)
+    layer.requires_grad_(False)
+    rows.weighted_sum(torch.ones(2, dtype=batch[0].dtype))
+    assert not any(p.requires_grad for p in layer.parameters())
 
 
 def test_the_mean_of_float64_rows_has_float64_digits():
@@ -104,17 +118,19 @@ def test_the_mean_of_float64_rows_has_float64_digits():
     torch.testing.assert_close(mean, b.T @ inputs / 3, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize(("kind", "target"), with_targets(LINEAR))
-def test_norms_and_gram_are_those_of_the_matrix_that_is_never_built(kind, target, rows, dtype):
-    layer, batch = made(kind, rows, dtype)
+@pytest.mark.parametrize("kind", LINEAR)
+def test_norms_and_gram_are_those_of_the_matrix_that_is_never_built(kind, rows):
     exact, exact_batch = made(kind, rows)
-    gradients = matrix(per_sample_gradients(exact, losses_of, exact_batch), target)
-    held = rows_of(layer, batch, parts=target)
-    assert held.norms().dtype == held.gram().dtype == dtype
-    torch.testing.assert_close(held.norms(), gradients.norm(dim=1).to(dtype), **DIGITS[dtype])
-    torch.testing.assert_close(held.gram(), (gradients @ gradients.T).to(dtype), **DIGITS[dtype])
+    gradients = per_sample_gradients(exact, losses_of, exact_batch)
+    for dtype in (torch.float32, torch.float64):
+        layer, batch = made(kind, rows, dtype)
+        for target in targets_of(kind):
+            with case(dtype, target):
+                held, full = rows_of(layer, batch, parts=target), matrix(gradients, target)
+                assert held.norms().dtype == held.gram().dtype == dtype
+                torch.testing.assert_close(held.norms(), full.norm(dim=1).to(dtype), **DIGITS[dtype])
+                torch.testing.assert_close(held.gram(), (full @ full.T).to(dtype), **DIGITS[dtype])
 
 
 def test_without_parts_the_rows_hold_all_that_the_layer_has():
@@ -140,39 +156,44 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("tokens", "features"), [(40, 2), (1, 40), (3, 40), (3, 4)])
-@pytest.mark.parametrize("product", ["norms", "gram"])
-def test_neither_many_tokens_nor_many_features_are_squared(product, tokens, features):
+def test_neither_many_tokens_nor_many_features_are_squared(tokens, features):
     rows, layer = 5, nn.Linear(features, features)
     a, b = torch.randn(rows, tokens, features), torch.randn(rows, tokens, features)
-    with Largest() as largest:
-        getattr(LayerGradients(layer, a, b), product)()
-    pairs = rows * tokens**2 * (rows if product == "gram" else 1)
-    assert largest.numel == max(a.numel(), rows**2, min(pairs, rows * features**2))
+    for product in ("norms", "gram"):
+        with Largest() as largest:
+            getattr(LayerGradients(layer, a, b), product)()
+        pairs = rows * tokens**2 * (rows if product == "gram" else 1)
+        assert largest.numel == max(a.numel(), rows**2, min(pairs, rows * features**2)), product
 
 
-@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("shape", [(5,), (2, 5), (30, 5)])
-def test_a_zero_gradient_has_norm_and_products_of_exactly_zero(shape, target):
+def test_a_zero_gradient_has_norm_and_products_of_exactly_zero(shape):
     layer, a = nn.Linear(5, 4), torch.randn(3, *shape)
     b = torch.randn(3, *shape[:-1], 4)
     b[1] = 0
-    held = LayerGradients(layer, a, b, target)
-    assert held.norms()[1] == 0
-    assert (held.norms()[[0, 2]] > 0).all()
-    torch.testing.assert_close(held.gram()[1], torch.zeros(3), **EXACT)
-    torch.testing.assert_close(held.gram()[:, 1], torch.zeros(3), **EXACT)
+    for target in TARGETS:
+        with case(target):
+            held = LayerGradients(layer, a, b, target)
+            assert held.norms()[1] == 0
+            assert (held.norms()[[0, 2]] > 0).all()
+            torch.testing.assert_close(held.gram()[1], torch.zeros(3), **EXACT)
+            torch.testing.assert_close(held.gram()[:, 1], torch.zeros(3), **EXACT)
 
 
-@pytest.mark.parametrize("product", ["norms", "gram"])
-@pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind not in LINEAR])
-def test_norms_and_gram_of_other_layers_are_refused(kind, product):
+ONE_OF_EACH = {type(LAYERS[kind][0]()): kind for kind in LAYERS if kind not in LINEAR}.values()
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_norms_and_gram_of_other_layers_are_refused(kind):
     layer, batch = made(kind, 3)
-    message = (
-        f"LayerGradients of {type(layer).__name__} does not offer `{product}`; it offers `dot`. `norms` and `gram` are "
-        "offered by LayerGradients of one nn.Linear."
-    )
-    with pytest.raises(MimicError, match=f"^{re.escape(message)}$"):
-        getattr(rows_of(layer, batch), product)()
+    held = rows_of(layer, batch)
+    for product in ("norms", "gram"):
+        message = (
+            f"LayerGradients of {type(layer).__name__} does not offer `{product}`; it offers `dot`. `norms` and `gram` "
+            "are offered by LayerGradients of one nn.Linear."
+        )
+        with pytest.raises(MimicError, match=f"^{re.escape(message)}$"):
+            getattr(held, product)()
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -198,11 +219,17 @@ def test_the_padding_row_has_no_part_in_any_product():
     torch.testing.assert_close(held.mean()["weight"][1], torch.zeros(3, dtype=torch.float64), **EXACT)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("weights", ["full", "half"])
+HALF = pairwise(weights=["full", "half"], half=[torch.bfloat16, torch.float16], autocast=[False, True])[1]
+
+
 @pytest.mark.parametrize("kind", LAYERS)
-def test_half_precision_activations_are_multiplied_in_float32(kind, weights, half, autocast):
+def test_half_precision_activations_are_multiplied_in_float32(kind):
+    for each in HALF:
+        with case(*each):
+            compare_in_half_precision(kind, *each)
+
+
+def compare_in_half_precision(kind, weights, half, autocast):
     layer, (x, _) = made(kind, 4, torch.float32)
     layer = layer.to(half) if weights == "half" else layer
     vectors = vectors_of(layer, dtype=torch.float32)
@@ -227,11 +254,13 @@ def test_half_precision_activations_are_multiplied_in_float32(kind, weights, hal
         torch.testing.assert_close(found, {n: g.float() for n, g in sums.items()}, rtol=1e-5, atol=5e-5)
 
 
-@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kind", ["linear", "conv2d, circular", "layer norm", "group norm", "batch norm"])
-def test_half_precision_vectors_are_multiplied_in_float32_too(kind, target):
+def test_half_precision_vectors_are_multiplied_in_float32_too(kind):
     layer, batch = made(kind, 4, torch.float32)
-    held, vectors = rows_of(layer, batch), vectors_of(layer, target, torch.bfloat16)
-    dot = held.dot(vectors)
-    assert dot.dtype == torch.float32
-    torch.testing.assert_close(dot, held.dot({name: v.float() for name, v in vectors.items()}))
+    held = rows_of(layer, batch)
+    for target in TARGETS:
+        with case(target):
+            vectors = vectors_of(layer, target, torch.bfloat16)
+            dot = held.dot(vectors)
+            assert dot.dtype == torch.float32
+            torch.testing.assert_close(dot, held.dot({name: v.float() for name, v in vectors.items()}))

@@ -16,6 +16,7 @@ from lightning_mimic.curation import (
     curate,
     estimate_quality,
 )
+from support.cases import for_each
 from support.ledgers import write_ledger
 
 NONE, ALL = [False] * 20, [True] * 20
@@ -99,7 +100,7 @@ def test_right_and_wrong_answers_of_a_sample_are_drawn_together():
     assert nested.high - nested.low > 1.2 * (apart.high - apart.low)
 
 
-@pytest.mark.parametrize(("right", "wrong", "said"), [
+@for_each(("right", "wrong", "said"), [
     (ALL, ALL, "100%) as with true ones (100%"), (NONE, ALL, "100%) as with true ones (0%"),
     (ALL[:3] + NONE[3:], NONE, "0%) as with true ones (15%")])  # fmt: skip
 def test_scores_that_do_not_tell_wrong_labels_are_refused(right, wrong, said):
@@ -110,7 +111,7 @@ def test_scores_that_do_not_tell_wrong_labels_are_refused(right, wrong, said):
         estimate_quality(5, 10, right, wrong)
 
 
-@pytest.mark.parametrize(("kept", "samples", "right", "wrong", "message"), [
+@for_each(("kept", "samples", "right", "wrong", "message"), [
     (5, 10, [], [], "0 trusted samples with true labels and 0 with wrong ones; each must be scored both ways."),
     (5, 10, ALL, NONE[1:], "20 trusted samples with true labels and 19 with wrong ones; each must be scored both"),
     (0, 0, ALL, NONE, "0 kept of 0 samples; there must be samples, and no more kept than these."),
@@ -291,7 +292,7 @@ def test_two_processes_compute_what_one_would():
     assert metric.compute() == whole(drawn(0), drawn(1), drawn(2, n=50))
 
 
-@pytest.mark.parametrize("size", [1e-8, 1e-3, 1.0, 1e3])
+@for_each("size", [1e-8, 1e-3, 1.0, 1e3])
 def test_detection_metrics_agree_with_scikit_learn_at_any_size_of_scores(size):
     generator = torch.Generator().manual_seed(0)
     wrong = torch.rand(300, generator=generator) < 0.3

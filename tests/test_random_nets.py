@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from lightning_mimic.gradients import Graph, LossGradients
 from oracles import per_sample_gradients
+from support.examples import examples
 from support.gradient_checks import looped, losses_of, param, traced, vectors_of
 
 WORDS, TIME, WIDTH = 7, 3, 4
@@ -107,7 +108,7 @@ def near(actual, expected, scale):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * float(scale))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@examples(40)
 @given(nets())
 def test_two_fast_ways_and_the_slow_one_agree(drawn):
     net, x, names = drawn
@@ -120,7 +121,7 @@ def test_two_fast_ways_and_the_slow_one_agree(drawn):
     assert all(p.grad is None for p in net.parameters())
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@examples(20)
 @given(nets(), st.randoms(use_true_random=False))
 def test_a_sample_has_the_same_product_in_any_place(drawn, random):
     net, x, names = drawn
@@ -131,7 +132,7 @@ def test_a_sample_has_the_same_product_in_any_place(drawn, random):
     near(both(net, x[order], names)[1].dot(vectors), dot[order], 1 + dot.abs().max())
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@examples(20)
 @given(nets())
 def test_the_products_add_up_to_the_ordinary_gradients(drawn):
     net, x, names = drawn

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_mimic.reference import ReferenceLoadError, fingerprint, match_reference, read_reference, reference_model
+from support.cases import for_each
 from support.unpickling import Canary
 
 
@@ -72,7 +73,7 @@ def test_every_format_gives_the_same_tensors(way, tmp_path):
     torch.testing.assert_close(read_reference(WAYS[way](model, tmp_path)), dict(model.state_dict()), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@for_each("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_half_precision_becomes_float32_and_float64_stays(stored, tmp_path):
     save_file({"w": w(0.5, -3.0, dtype=stored)}, tmp_path / "w.safetensors")
     tensors = read_reference(tmp_path / "w.safetensors")
@@ -81,7 +82,7 @@ def test_half_precision_becomes_float32_and_float64_stays(stored, tmp_path):
     torch.testing.assert_close(match_reference(tensors, {"w": w(0, 0)}), {"w": used})
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("saved_as", "wanted"),
     [
         ("head.weight", "head.weight"),
@@ -109,7 +110,7 @@ def test_the_models_own_names_win_and_else_the_one_prefix_that_fits_every_name()
     torch.testing.assert_close(match_reference(tensors, {"w": w(0), "b": w(0)}), {"w": w(1), "b": w(3)})
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("tensors", "wanted", "candidates"),
     [
         ({"ema.w": w(2), "model.w": w(1)}, "w", "'ema.w', 'model.w'"),
@@ -122,6 +123,19 @@ def test_a_name_that_fits_twice_is_refused_naming_both(tensors, wanted, candidat
         match_reference(tensors, {wanted: w(0)})
 
 
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_tied_parameter_is_found_under_any_of_its_names_with_one_value(prefix):
+    parameters, aliases = {"embed.weight": w(0.0, 0.0)}, {"embed.weight": ["head.weight"]}
+    embed, head = f"{prefix}embed.weight", f"{prefix}head.weight"
+    for saved_as in ([embed], [head], [embed, head]):  # safetensors keeps one of the names
+        found = match_reference({name: w(1.0, 2.0) for name in saved_as}, parameters, aliases)
+        torch.testing.assert_close(found, {"embed.weight": w(1.0, 2.0)}, rtol=0, atol=0)
+    with pytest.raises(
+        ReferenceLoadError, match=r"embed\.weight' and '.*head\.weight' differ, but the model holds them"
+    ):
+        match_reference({embed: w(1.0, 2.0), head: w(1.0, 3.0)}, parameters, aliases)
+
+
 def test_missing_tensor_is_named_with_the_nearest():
     with pytest.raises(ReferenceLoadError, match=re.escape("no tensor for 'haed.weight'; nearest: 'head.weight'")):
         match_reference({"head.weight": w(1), "xyz": w(1)}, {"haed.weight": w(0)})
@@ -132,14 +146,14 @@ def test_shape_mismatch_names_both_shapes():
         match_reference({"h.w": torch.zeros(1000, 4)}, {"h.w": torch.zeros(10, 4)})
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@for_each("dtype", [torch.float16, torch.float64])
 def test_nan_and_infinity_are_counted(dtype):
     bad = w(float("nan"), 1, float("inf"), float("-inf"), 2, dtype=dtype)
     with pytest.raises(ReferenceLoadError, match=re.escape("'w' holds 3 of 5 values that are NaN or infinite")):
         match_reference({"w": bad}, {"w": torch.zeros(5)})
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64])
+@for_each("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64])
 def test_tensors_that_are_not_floating_point_are_refused(dtype):
     with pytest.raises(ReferenceLoadError, match=re.escape(f"'w' is of dtype {dtype}; expected a floating-point")):
         match_reference({"w": torch.ones(2, dtype=dtype)}, {"w": w(0, 0)})
@@ -163,14 +177,14 @@ def test_directory_and_address_are_refused(tmp_path):
         read_reference("https://a.org/w.pt")
 
 
-@pytest.mark.parametrize("source", [5, None, [w(1)], w(1)])
+@for_each("source", [5, None, [w(1)], w(1)])
 def test_other_types_are_named_and_refused(source):
     with pytest.raises(ReferenceLoadError, match=f"`reference` has type {type(source).__name__}; expected a path"):
         read_reference(source)
 
 
 @pytest.mark.parametrize("way", ["lightning .ckpt", ".pt", ".safetensors"])
-@pytest.mark.parametrize("share", [0, 0.3, 0.6, 0.999])
+@for_each("share", [0, 0.3, 0.6, 0.999])
 def test_truncated_and_empty_files_are_refused_with_their_size(way, share, tmp_path):
     path = WAYS[way](small(), tmp_path)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
@@ -180,7 +194,7 @@ def test_truncated_and_empty_files_are_refused_with_their_size(way, share, tmp_p
     assert caught.value.__cause__
 
 
-@pytest.mark.parametrize("name", ["w.ckpt", "w.pt", "w.safetensors"])
+@for_each("name", ["w.ckpt", "w.pt", "w.safetensors"])
 def test_a_web_page_in_the_files_place_is_refused(name, tmp_path):
     (tmp_path / name).write_text("<!DOCTYPE html><html><title>404 Not Found</title></html>")
     with pytest.raises(ReferenceLoadError, match=re.escape(f"{tmp_path / name} (56 bytes) is not a complete")):
@@ -203,7 +217,7 @@ def test_a_file_without_named_tensors_says_what_it_holds(content, message, tmp_p
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("form", ["zip", "before zip", "pickle 0", "pickle 2", "pickle 4", "pickle 5"])
+@for_each("form", ["zip", "before zip", "pickle 0", "pickle 2", "pickle 4", "pickle 5"])
 def test_a_malicious_pickle_never_runs(form, tmp_path):
     path, canary = tmp_path / "evil.ckpt", tmp_path / "canary"
     if form.startswith("pickle"):

@@ -171,6 +171,36 @@ def test_a_run_that_is_resumed_equals_the_uninterrupted_one(tmp_path):
     assert rows_of(tmp_path / "parts")["score"].to_pylist() == rows_of(tmp_path / "whole")["score"].to_pylist()
 
 
+def test_the_scores_that_a_state_has_trained_on_are_written_with_it(tmp_path):
+    net = net_like(toy())
+    with Reweighter(net, parameters_of(toy(seed=1)), "head", ledger=tmp_path / "s") as reweighter:
+        with reweighter.step(toy_data(4)[:], ids=range(4)) as step:
+            step.backward(loss_of(net, step.batch))
+        reweighter.state_dict()
+        assert rows_of(tmp_path / "s")["id"].to_pylist() == [0, 1, 2, 3]
+
+
+def test_parameters_that_begin_to_train_within_an_epoch_are_not_overlooked():
+    class Sided(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.side = nn.Linear(FEATURES, CLASSES).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.side(x)
+
+    net, batch = Sided().double(), toy_data(4)[:]
+    with Reweighter(net, parameters_of(toy(seed=1)), "head") as reweighter:
+        with reweighter.step(batch) as step:
+            step.backward(loss_of(net, batch))
+        net.side.requires_grad_()
+        with (
+            pytest.raises(MimicError, match="can no longer be scored as in the first step"),
+            reweighter.step(batch) as step,
+        ):
+            step.backward(loss_of(net, batch))
+
+
 def test_what_a_loop_can_do_wrong_is_refused_in_a_sentence(tmp_path):
     net, reference, batch = net_like(toy()), parameters_of(toy(seed=1)), toy_data(4)[:]
     with (

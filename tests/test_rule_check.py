@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import LayerGradients, LayerRule, check_layer_rule, layer_rules, register_layer_rule
+from support.cases import case
 from support.custom_layers import NAMES, RIGHT, SCALE, Modulate, Square, call, modulate
 from support.layer_kinds import LAYERS, made
 
@@ -104,15 +105,15 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_wrong_rule_is_refused_at_its_first_use(kind, dtype):
+def test_a_wrong_rule_is_refused_at_its_first_use(kind):
     apply, message = WRONG[kind]
     register_layer_rule(Modulate, LayerRule(apply, NAMES, added=("offset",), sample_axes=2))
-    layer, inputs, b = call(dtype)
-    for check in (lambda: LayerGradients(layer, inputs, b), lambda: check_layer_rule(layer, *inputs)):
-        with pytest.raises(MimicError, match=f"^the rule for Modulate cannot be used: {message}"):
-            check()
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        layer, inputs, b = call(dtype)
+        for check in (lambda: LayerGradients(layer, inputs, b), lambda: check_layer_rule(layer, *inputs)):  # noqa: B023
+            with case(dtype), pytest.raises(MimicError, match=f"^the rule for Modulate cannot be used: {message}"):
+                check()
 
 
 @pytest.mark.parametrize(
@@ -258,9 +259,9 @@ def test_inputs_that_show_nothing_leave_the_comparison_to_the_next_call_and_nan_
     assert dot.isnan().tolist() == [False, True]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_the_rules_that_ship_stand_their_own_comparison(kind, dtype):
-    layer, (x, _) = made(kind, 4, torch.float32 if dtype == torch.float16 else dtype)
-    with torch.autocast("cpu", torch.bfloat16):
-        check_layer_rule(layer.to(dtype), x)
+def test_the_rules_that_ship_stand_their_own_comparison(kind):
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        layer, (x, _) = made(kind, 4, torch.float32 if dtype == torch.float16 else dtype)
+        with case(dtype), torch.autocast("cpu", torch.bfloat16):
+            check_layer_rule(layer.to(dtype), x)

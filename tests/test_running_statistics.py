@@ -8,6 +8,7 @@ import torch
 
 from lightning_mimic.reference.ridge import ridge_fit
 from lightning_mimic.reference.running_statistics import DECAY, RunningStatistics
+from support.cases import case, for_each, pairwise
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}  # for float64
 WIDTH, CLASSES = 5, 3
@@ -63,9 +64,9 @@ def in_float64(statistics):
     return {name: tensor.double() for name, tensor in sums_of(statistics).items()}
 
 
-@pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("decay", [None, 1.0, 0.5, 0.0])
-@pytest.mark.parametrize("sizes", [(7,), (4, 4, 4), (9, 1, 2, 30, 1), (1,) * 12])
+@pytest.mark.parametrize(
+    *pairwise(sizes=[(7,), (4, 4, 4), (9, 1, 2, 30, 1), (1,) * 12], decay=[None, 1.0, 0.5, 0.0], centred=[True, False])
+)
 def test_the_sums_are_those_of_a_weighted_list(sizes, decay, centred):
     batches = pairs(*sizes)
     statistics = added(batches, decay, centred=centred)
@@ -81,9 +82,9 @@ def test_the_decay_may_change_from_batch_to_batch():
     torch.testing.assert_close(sums_of(statistics), listed(batches, weights=(0.45, 0.45, 0.9, 1.0)), **EXACT)
 
 
-@pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("where", [(0, 1, "x"), (1, 0, "y"), (2, 3, "x")])
+@pytest.mark.parametrize(
+    *pairwise(where=[(0, 1, "x"), (1, 0, "y"), (2, 3, "x")], bad=[math.nan, math.inf, -math.inf], centred=[True, False])
+)
 def test_a_row_that_is_not_finite_is_left_out_and_the_others_stay(where, bad, centred):
     batches = pairs(4, 5, 6)
     batch, row, part = where
@@ -103,7 +104,7 @@ def test_what_was_given_is_left_as_it_is():
     torch.testing.assert_close(held, copied, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("first", [True, False])
+@for_each("first", [True, False])
 def test_a_batch_without_a_finite_row_only_ages_the_others(first):
     batches = pairs(4, 5, 6)
     batches[0 if first else 1][0][:] = math.nan
@@ -127,7 +128,7 @@ def test_scatter_beside_a_large_mean_survives_float32():
     assert float((statistics.xy.double() - expected["xy"]).abs().max() / expected["xy"].abs().max()) < 3e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@for_each("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_summed_in_float32(dtype):
     batches = pairs(300, 300, dtype=dtype, centre=200)
     statistics = added(batches)
@@ -215,9 +216,7 @@ def test_the_intercept_is_not_penalised():
     torch.testing.assert_close(x @ fit.weight.T + fit.bias + 1000, (x + 50) @ moved.weight.T + moved.bias)
 
 
-@pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("factor", [1e-6, 1e6])
+@pytest.mark.parametrize(*pairwise(factor=[1e-6, 1e6], dtype=[torch.float32, torch.float64], centred=[True, False]))
 def test_predictions_do_not_follow_the_features_unit(factor, dtype, centred):
     x, y = pairs(60, dtype=dtype)[0]
     fit, scaled = (ridge_fit(added([(f * x, y)], centred=centred)) for f in (1, factor))
@@ -237,12 +236,13 @@ def test_without_a_penalty_a_linear_map_is_found_again():
     torch.testing.assert_close((fit.weight, fit.bias), (weight, bias), **EXACT)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 0.7615942, 123.4, 1e4])
-@pytest.mark.parametrize("sizes", [(37,), (32, 5, 8)])
-def test_constant_features_are_not_sound(sizes, value, dtype):
-    batches = [(torch.full_like(x, value), y) for x, y in pairs(*sizes, dtype=dtype)]
-    assert not bool(ridge_fit(added(batches)).sound)
+@for_each("value", [0.0, 0.1, 1 / 3, 0.7615942, 123.4, 1e4])
+def test_constant_features_are_not_sound(value):
+    for sizes in ((37,), (32, 5, 8)):
+        for dtype in (torch.float32, torch.float64):
+            batches = [(torch.full_like(x, value), y) for x, y in pairs(*sizes, dtype=dtype)]
+            with case(sizes, dtype):
+                assert not bool(ridge_fit(added(batches)).sound)
 
 
 def test_one_constant_feature_among_others_is_given_no_weight():
@@ -255,7 +255,7 @@ def test_one_constant_feature_among_others_is_given_no_weight():
     assert float(fit.weight[:, others].abs().min()) > 1e-2
 
 
-@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@for_each("bad", [math.inf, math.nan])
 def test_sums_that_are_broken_are_not_sound(bad):
     statistics = added(pairs(60))
     state = statistics.state_dict()

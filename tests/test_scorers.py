@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -25,6 +25,8 @@ from lightning_mimic.scorers import (
     RhoLoss,
     Uniform,
 )
+from support.cases import for_each
+from support.examples import examples
 
 FORMULAS = {
     MimicScore: lambda p: [-d / p["direction_norm"] for d in p["dot"]],
@@ -49,7 +51,7 @@ def products_of(dtype=torch.float32, **numbers):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", FORMULAS)
+@for_each("kind", FORMULAS)
 def test_a_scorer_is_its_formula(kind, dtype):
     scores = kind()(products_of(dtype, **NUMBERS))
     assert scores.shape == (3,)
@@ -61,7 +63,7 @@ def brought(need):
     return {need} | {"dot": {"direction_norm"}, "gram": {"own"}}.get(need, set())
 
 
-@pytest.mark.parametrize("kind", FORMULAS)
+@for_each("kind", FORMULAS)
 def test_what_is_declared_is_enough_and_a_scorer_reads_all_of_it_and_nothing_else(kind):
     class Watched(Products):
         def __getattribute__(self, name):
@@ -79,7 +81,7 @@ def test_what_is_declared_is_enough_and_a_scorer_reads_all_of_it_and_nothing_els
     )
 
 
-@pytest.mark.parametrize(("kind", "need"), [(kind, need) for kind in FORMULAS for need in sorted(kind().needs)])
+@for_each(("kind", "need"), [(kind, need) for kind in FORMULAS for need in sorted(kind().needs)])
 def test_a_scorer_without_one_of_its_needs_fails_with_the_name_of_the_missing_field(kind, need):
     for field in brought(need):
         rest = products_of(**{name: number for name, number in NUMBERS.items() if name != field})
@@ -95,14 +97,14 @@ def test_needs_are_named_as_products_are():
     assert all(isinstance(kind().needs, frozenset) for kind in FORMULAS)
 
 
-@pytest.mark.parametrize("kind", FORMULAS)
+@for_each("kind", FORMULAS)
 def test_a_scorer_keeps_its_samples_device_dtype_and_no_gradient(kind):
     meta = Products(**{name: torch.tensor(number, device="meta") for name, number in NUMBERS.items()})
     scores = kind()(meta)  # a comparison of values would fail here, and wait for the device on a GPU
     assert (scores.device.type, scores.dtype, scores.requires_grad) == ("meta", torch.float32, False)
 
 
-@pytest.mark.parametrize("kind", FORMULAS)
+@for_each("kind", FORMULAS)
 def test_a_scorer_changes_none_of_its_products(kind):
     products, untouched = products_of(**NUMBERS), products_of(**NUMBERS)
     kind()(products)
@@ -110,13 +112,13 @@ def test_a_scorer_changes_none_of_its_products(kind):
         torch.testing.assert_close(getattr(products, name), getattr(untouched, name), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dot", [0.0, -0.0, 1e-30])
+@for_each("dot", [0.0, -0.0, 1e-30])
 def test_a_sample_without_gradient_has_a_cosine_of_zero_and_harms_no_other(dot):
     scores = CosineSimilarity()(products_of(samples=[0, 0], dot=[dot, -6.0], norms=[0.0, 2.0], direction_norm=3.0))
     torch.testing.assert_close(scores, torch.tensor([0.0, 1.0]), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", [MimicScore, CosineSimilarity])
+@for_each("kind", [MimicScore, CosineSimilarity])
 def test_without_a_direction_there_is_no_finite_score(kind):
     scores = kind()(products_of(samples=[0, 0], dot=[0.0, 0.0], norms=[1.0, 2.0], direction_norm=0.0))
     assert not scores.isfinite().any()
@@ -133,7 +135,7 @@ def numbers(size):
     return st.lists(st.floats(-100, 100, width=32), min_size=size, max_size=size)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@examples(40)
 @given(row=numbers(4), v=numbers(4), dtype=st.sampled_from([torch.float32, torch.float64]), aligned=st.booleans())
 def test_a_cosine_is_never_beyond_one_and_has_the_mimic_scores_sign(row, v, dtype, aligned):
     v = torch.tensor(v, dtype=dtype)
@@ -185,13 +187,13 @@ def products_at(weight):
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1])
-@pytest.mark.parametrize("kind", [MimicScore, CosineSimilarity, ReferenceLoss, RhoLoss])
+@for_each("kind", [MimicScore, CosineSimilarity, ReferenceLoss, RhoLoss])
 def test_every_right_label_scores_higher_than_every_wrong_one(kind, weight):
     scores = kind()(products_at(weight))
     assert scores[~WRONG].min() > scores[WRONG].max() + 0.3
 
 
-@pytest.mark.parametrize("kind", [MimicScore, CosineSimilarity])
+@for_each("kind", [MimicScore, CosineSimilarity])
 def test_a_right_label_points_to_the_reference_and_a_wrong_one_away(kind):
     assert ((kind()(products_at(0.0)) < 0) == WRONG).all()
 

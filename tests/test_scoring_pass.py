@@ -118,12 +118,32 @@ def test_a_copys_calls_are_its_own():
     hooks.remove()
 
 
-@pytest.mark.parametrize(("kind", "contrasted"), [("mlp", contrastive), ("CLIP image tower", contrastive)])
+def with_those_before(net, x):
+    """Losses in which the first sample sees no other one."""
+    return losses_of(net, x).cumsum(0)
+
+
+def with_those_after(net, x):
+    return losses_of(net, x).flip(0).cumsum(0).flip(0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "contrasted"),
+    [("mlp", contrastive), ("CLIP image tower", contrastive), ("mlp", with_those_before), ("mlp", with_those_after)],
+)
 def test_losses_that_see_each_other_are_coupled(kind, contrasted):
     net, x, _ = made(kind)
     vectors = vectors_of(net)
     assert traced(net, contrasted, x, vectors)[1].rows_that_mix_samples()
     assert not traced(net, losses_of, x, vectors)[1].rows_that_mix_samples()
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_single_sample_shows_nothing(samples):
+    net, x, _ = made("mlp")
+    rows = traced(net, losses_of, x[:samples], vectors_of(net))[1]
+    assert rows.rows_that_mix_samples() == []
+    assert rows.conclusive is (samples > 1)
 
 
 def test_only_the_deepest_uses_gradients_are_asked_for():

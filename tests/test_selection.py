@@ -14,6 +14,7 @@ import pytest
 from lightning_mimic.curation import CurationError, Manifest, Recipe, curate, select
 from lightning_mimic.curation.selection import Term
 from lightning_mimic.version import __version__
+from support.cases import for_each
 from support.ledgers import write_scores
 
 GRAMMAR = (
@@ -35,7 +36,7 @@ def selected(recipe, folder, **how):
     return [row["id"] for row in rows if row["keep"]], [row["id"] for row in rows if not row["keep"]]
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("text", "term"),
     [
         ("a.parquet", Term("a.parquet")),
@@ -66,7 +67,7 @@ def test_terms_are_joined_in_their_order():
     assert [term.column for term in read.terms] == [None, "and", None, "or"]
 
 
-@pytest.mark.parametrize("text", ["", "a", "a.txt", "a.csv:s", "a.csv:s top", "a.csv:s middle 3", "a.csv top 3",
+@for_each("text", ["", "a", "a.txt", "a.csv:s", "a.csv:s top", "a.csv:s middle 3", "a.csv top 3",
                                   "a.csv: top 3", "a.csv xor b.csv", "a.csv b.csv", "not a.csv", "a.csv:s Top 3",
                                   "a.csv)", "a.csv:s top 3 4", "b c.csv"])  # fmt: skip
 def test_what_is_no_term_is_named(text):
@@ -74,14 +75,14 @@ def test_what_is_no_term_is_named(text):
         Recipe.parse(text)
 
 
-@pytest.mark.parametrize(("text", "bad"), [("a.csv and", "a.csv and"), ("and a.csv", "and a.csv"),
+@for_each(("text", "bad"), [("a.csv and", "a.csv and"), ("and a.csv", "and a.csv"),
                                            ("a.csv and  or b.csv", "or b.csv"), ("a.csv and b", "b")])  # fmt: skip
 def test_a_joint_joins_two_terms(text, bad):
     with pytest.raises(CurationError, match=f"^{re.escape(f'`recipe`: {bad!r} cannot be read;')}"):
         Recipe.parse(text)
 
 
-@pytest.mark.parametrize("amount", ["101%", "100.1%", "-3", "-3%", "1.5", "x", "%", "1e3", "3%%", "inf", "0.5.5%", "½"])
+@for_each("amount", ["101%", "100.1%", "-3", "-3%", "1.5", "x", "%", "1e3", "3%%", "inf", "0.5.5%", "½"])
 def test_what_is_no_amount_is_named(amount):
     message = f"`recipe`: {amount!r} is no amount; say 0% to 100%, or a count."
     with pytest.raises(CurationError, match=f"^{re.escape(message)}$"):
@@ -107,8 +108,8 @@ OPERATIONS = {"and": set.__and__, "or": set.__or__, "minus": set.__sub__}
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int", "str"])
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
-def test_recipes_select_what_sets_do(suffix, kind, tmp_path):
-    draw = random.Random(f"{suffix} {kind}")
+def test_recipes_select_what_sets_do(suffix, kind, run_seed, tmp_path):
+    draw = random.Random(f"{run_seed} {suffix} {kind}")
     names = [k * 3 - 40 for k in range(40)] if kind == "int" else [f"n{k:02}, \"{k}'" for k in range(40)]
     tables, paths = [], []
     for k in range(4):
@@ -233,9 +234,7 @@ def test_ids_of_text_tables_follow_the_others(tmp_path):
         select(f"{whole} and {texts}", tmp_path / "new.parquet")
 
 
-@pytest.mark.parametrize(
-    "ids", [["007", "7"], ["0.5", "1.4"], ["1e3", "1000"], [" 5", "5"], ["0x10", "16"], ["1_0", "10"]]
-)
+@for_each("ids", [["007", "7"], ["0.5", "1.4"], ["1e3", "1000"], [" 5", "5"], ["0x10", "16"], ["1_0", "10"]])
 def test_ids_that_are_not_plainly_whole_numbers_stay_text(ids, tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("".join(f"{line}\n" for line in ["id,keep", f"{ids[0]},true", f"{ids[1]},false"]))

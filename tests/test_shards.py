@@ -11,6 +11,7 @@ import webdataset
 
 from lightning_mimic.data.rejects import Reason, Rejects, RejectWriter, summary
 from lightning_mimic.data.shards import _NO_JSON_AFTER, list_shards, scanned_ids
+from support.cases import pairwise
 from support.pair_shards import batches_of, encoded, flat, module, pair, picture_of, uid, write, write_shards
 
 WHOLE = [0, 1, 2, 3]
@@ -150,9 +151,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("sized", [False, True])
-@pytest.mark.parametrize("how", DAMAGES)
-@pytest.mark.parametrize("pipe", [False, True])
+@pytest.mark.parametrize(*pairwise(how=DAMAGES, sized=[False, True], pipe=[False, True]))
 def test_a_damaged_shard_is_noticed_and_gives_its_whole_pairs(how, sized, pipe, tmp_path):
     one, two = write_shards(tmp_path, 6, 2, sized=sized)
     damaged(one, how)
@@ -180,8 +179,7 @@ def unreadable(tmp_path):
     return [*(tmp_path / f"{name}.tar" for name in ("page", "empty", "noise")), "pipe:cat nowhere.tar 2>/dev/null"]
 
 
-@pytest.mark.parametrize("number", range(4))
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("number", "num_workers"), [(0, 0), (1, 2), (2, 0), (3, 2), (3, 0)])
 def test_what_is_no_shard_is_listed_and_the_others_train(number, num_workers, tmp_path):
     shards = [unreadable(tmp_path)[number], *write_shards(tmp_path / "whole", 3, 1)]
     given, pairs, found = read(tmp_path, shards, num_workers=num_workers)

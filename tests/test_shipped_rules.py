@@ -2,6 +2,7 @@
 
 import copy
 import re
+from itertools import product
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import LayerGradients, check_layer_rule
 from lightning_mimic.gradients.layer_hooks import LayerCalls, LayerHooks
 from oracles import per_sample_gradients, weighted_gradient
+from support.cases import case, for_each
 from support.gradient_checks import Ad, traced, vectors_of
 
 SAMPLES = 3
@@ -22,36 +24,38 @@ def bilinear(tokens, bias=True, dtype=torch.float64):
     return layer, torch.randn(6, *tokens, 5, dtype=dtype), torch.randn(6, *tokens, 3, dtype=dtype)
 
 
-@pytest.mark.parametrize("parts", [("weight", "bias"), ("weight",), ("bias",)])
 @pytest.mark.parametrize("tokens", [(), (2,), (2, 3)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_bilinear_layer_has_the_products_of_a_loop(dtype, tokens, parts):
+def test_a_bilinear_layer_has_the_products_of_a_loop(dtype, tokens):
     layer, x, y = bilinear(tokens, dtype=dtype)
     b = torch.randn(6, *tokens, 4).to(dtype)
     exact = copy.deepcopy(layer).double()
     batch = [t.double() for t in (x, y, b)]
     gradients = per_sample_gradients(exact, lambda m, t: (m(t[0], t[1]) * t[2]).flatten(1).sum(1), batch)
-    vectors = {n: v for n, v in vectors_of(exact).items() if n in parts}
-    expected = sum((gradients[name] * v).flatten(1).sum(1) for name, v in vectors.items())
     wide = torch.promote_types(dtype, torch.float32)
     digits = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
     factors = torch.rand(6)
-    for inputs, kwargs in (((x, y), {}), ((x,), {"input2": y}), ((), {"input2": y, "input1": x})):
+    calls = [((x, y), {}), ((x,), {"input2": y}), ((), {"input2": y, "input1": x})]
+    for parts, (inputs, kwargs) in product([("weight", "bias"), ("weight",), ("bias",)], calls):
+        vectors = {n: v for n, v in vectors_of(exact).items() if n in parts}
+        expected = sum((gradients[name] * v).flatten(1).sum(1) for name, v in vectors.items())
         rows = LayerGradients(layer, inputs, b, parts, kwargs=kwargs)
         with torch.autocast("cpu", torch.bfloat16):
             dot = rows.dot({name: v.to(wide) for name, v in vectors.items()})
-        torch.testing.assert_close(dot, expected.to(wide), **digits)
-        if dtype != torch.bfloat16:
-            sums = weighted_gradient({n: g for n, g in gradients.items() if n in parts}, factors.double())
-            torch.testing.assert_close(rows.weighted_sum(factors), {n: g.to(dtype) for n, g in sums.items()}, **digits)
-    for product in ("norms", "gram"):
-        with pytest.raises(MimicError, match=f"^LayerGradients of Bilinear does not offer `{product}`; it"):
-            getattr(rows, product)()
+        with case(parts, *kwargs):
+            torch.testing.assert_close(dot, expected.to(wide), **digits)
+            if dtype != torch.bfloat16:
+                sums = weighted_gradient({n: g for n, g in gradients.items() if n in parts}, factors.double())
+                sums = {n: g.to(dtype) for n, g in sums.items()}
+                torch.testing.assert_close(rows.weighted_sum(factors), sums, **digits)
+    for name in ("norms", "gram"):
+        with pytest.raises(MimicError, match=f"^LayerGradients of Bilinear does not offer `{name}`; it"):
+            getattr(rows, name)()
     check_layer_rule(layer, x, y)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("size", [[10, 8], [11, 9], None])
+@for_each("size", [[10, 8], [11, 9], None])
 def test_a_transposed_convolution_honours_the_size_that_it_is_called_with(size, bias):
     torch.manual_seed(0)
     layer = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2, bias=bias).double()
@@ -77,7 +81,7 @@ def test_a_prelu_of_one_number_scores_rows_without_another_axis():
     torch.testing.assert_close(rows.mean()["weight"], torch.tensor([-15.5 / 3]).double())
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("layer", "shape"),
     [
         (nn.ConvTranspose1d(2, SAMPLES, 1), (2, 4)),

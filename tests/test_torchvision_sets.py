@@ -15,6 +15,7 @@ from lightning_mimic.data.splits import Source
 from lightning_mimic.data.torchvision_sets import SETS, TorchvisionDataModule
 from lightning_mimic.data.transforms import paper_transform
 from lightning_mimic.models import ImageClassifier, SmallConvNet
+from support.cases import for_each
 from support.image_sets import PER_CLASS, SMALL, labels_of, looks_like, opened, write_set
 from support.toys import trainer
 
@@ -104,7 +105,7 @@ def test_trusted_images_are_set_apart_by_class_and_by_their_own_seed(written):
             opened(name, root, trusted=0.9)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("count", "share", "fit", "held"),
     [(10, 0.1, 1, 1), (80, 0.1, 6, 2), (100, 0.1, 8, 2), (40, 0.5, 15, 5), (9, 0, 0, 0)],
 )

@@ -1,12 +1,11 @@
 """What a mean must be to count: more than chance, and not little beside how samples differ."""
 
-import pytest
-
 from lightning_mimic import Diagnosis
 from lightning_mimic.reference.diagnosis import Estimate
+from support.cases import for_each
 
 
-@pytest.mark.parametrize(("mean", "verdict"), [(0.15, "unrelated"), (0.2, "unrelated"), (0.25, "compatible")])
+@for_each(("mean", "verdict"), [(0.15, "unrelated"), (0.2, "unrelated"), (0.25, "compatible")])
 def test_a_rise_that_is_sure_but_little_is_no_knowledge(mean, verdict):
     rise = Estimate(mean, error=0.01, count=10_000)  # of samples that differ by 1
     assert not rise.missing

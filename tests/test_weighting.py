@@ -5,15 +5,17 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import lightning_mimic.scorers.weighting as weighting_module
 from lightning_mimic.scorers import ShareWeighting, SoftmaxWeighting
 from oracles import smallest_temperature, softmax_weights, weighted_gradient
+from support.cases import case, for_each, pairwise
+from support.examples import examples
 from support.weightings import FIGURES, over_ranks
 
-few = settings(max_examples=25, deadline=None)
+few = examples(25)
 NAN, INF = float("nan"), float("inf")
 score_lists = st.lists(st.floats(-50, 50), min_size=1, max_size=12)
 
@@ -26,9 +28,7 @@ def effective(weights):
     return float(1 / weights.double().square().sum())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("tau", [0.05, 1, 3.7, 1e6])
-@pytest.mark.parametrize("rows", [1, 2, 33])
+@pytest.mark.parametrize(*pairwise(rows=[1, 2, 33], tau=[0.05, 1, 3.7, 1e6], dtype=[torch.float32, torch.float64]))
 def test_weights_are_the_softmax_of_scores_over_temperature(rows, tau, dtype):
     torch.manual_seed(rows)
     scores = torch.randn(rows, dtype=dtype)
@@ -53,26 +53,28 @@ def test_the_figures_describe_the_rows_that_count():
 
 
 @pytest.mark.parametrize("min_ess", [0, 0.6, 1])
-@pytest.mark.parametrize("junk", [NAN, INF, -INF, 1e30, 0.0])
-def test_rows_left_out_get_nothing_and_change_nothing_whatever_stands_in_them(junk, min_ess):
-    scores, valid = torch.tensor([0.3, junk, -1.2, 2.0, junk]), torch.tensor([True, False, True, True, False])
-    weighting = SoftmaxWeighting(0.4, min_ess)
-    result, alone = weighting(scores, valid=valid), weighting(scores[valid])
-    torch.testing.assert_close(result.weights[valid], alone.weights)
-    torch.testing.assert_close(result.scale[valid], alone.weights * 5)
-    assert result.weights[~valid].tolist() == [0, 0]
-    assert result.scale[~valid].tolist() == [1, 1]
-    for name in set(FIGURES) - {"batch_size"}:
-        torch.testing.assert_close(getattr(result, name), getattr(alone, name))
+def test_rows_left_out_get_nothing_and_change_nothing_whatever_stands_in_them(min_ess):
+    weighting, valid = SoftmaxWeighting(0.4, min_ess), torch.tensor([True, False, True, True, False])
+    for junk in (NAN, INF, -INF, 1e30, 0.0):
+        scores = torch.tensor([0.3, junk, -1.2, 2.0, junk])
+        result, alone = weighting(scores, valid=valid), weighting(scores[valid])
+        with case(junk):
+            torch.testing.assert_close(result.weights[valid], alone.weights)
+            torch.testing.assert_close(result.scale[valid], alone.weights * 5)
+            assert result.weights[~valid].tolist() == [0, 0]
+            assert result.scale[~valid].tolist() == [1, 1]
+            for name in set(FIGURES) - {"batch_size"}:
+                torch.testing.assert_close(getattr(result, name), getattr(alone, name))
 
 
 @pytest.mark.parametrize("min_ess", [0, 0.25, 1])
-@pytest.mark.parametrize("junk", [NAN, INF, 1.0])
-def test_where_no_row_counts_the_loss_goes_through_as_it_is(junk, min_ess):
-    result = SoftmaxWeighting(1.0, min_ess)(torch.full((3,), junk), valid=torch.zeros(3, dtype=torch.bool))
-    assert result.weights.tolist() == [0, 0, 0]
-    assert result.scale.tolist() == [1, 1, 1]
-    assert (int(result.batch_size), int(result.counted)) == (3, 0)
+def test_where_no_row_counts_the_loss_goes_through_as_it_is(min_ess):
+    for junk in (NAN, INF, 1.0):
+        result = SoftmaxWeighting(1.0, min_ess)(torch.full((3,), junk), valid=torch.zeros(3, dtype=torch.bool))
+        with case(junk):
+            assert result.weights.tolist() == [0, 0, 0]
+            assert result.scale.tolist() == [1, 1, 1]
+            assert (int(result.batch_size), int(result.counted)) == (3, 0)
 
 
 def assert_floor_holds(scores, tau, min_ess):
@@ -86,9 +88,7 @@ def assert_floor_holds(scores, tau, min_ess):
     return temperature
 
 
-@pytest.mark.parametrize("min_ess", [0.1, 0.25, 0.5, 0.9])
-@pytest.mark.parametrize("tau", [0.03, 1.0])
-@pytest.mark.parametrize("rows", [2, 8, 40])
+@pytest.mark.parametrize(*pairwise(rows=[2, 8, 40], tau=[0.03, 1.0], min_ess=[0.1, 0.25, 0.5, 0.9]))
 def test_the_floor_raises_the_temperature_as_far_as_needed_and_at_most_a_step_more(rows, tau, min_ess):
     torch.manual_seed(rows)
     assert_floor_holds(5 * torch.randn(rows, dtype=torch.float64), tau, min_ess)
@@ -107,11 +107,12 @@ def test_a_floor_that_holds_already_touches_nothing():
 
 
 @pytest.mark.parametrize("min_ess", [0.5, 1])
-@pytest.mark.parametrize("value", [0.0, -3.3, 1e4])
-def test_equal_scores_get_equal_weights_at_the_given_temperature(value, min_ess):
-    result = SoftmaxWeighting(2.0, min_ess)(torch.full((8,), value))
-    torch.testing.assert_close(result.weights, torch.full((8,), 1 / 8), rtol=1e-6, atol=0)
-    assert float(result.temperature) == (math.inf if min_ess == 1 else 2)
+def test_equal_scores_get_equal_weights_at_the_given_temperature(min_ess):
+    for value in (0.0, -3.3, 1e4):
+        result = SoftmaxWeighting(2.0, min_ess)(torch.full((8,), value))
+        with case(value):
+            torch.testing.assert_close(result.weights, torch.full((8,), 1 / 8), rtol=1e-6, atol=0)
+            assert float(result.temperature) == (math.inf if min_ess == 1 else 2)
 
 
 def test_a_full_floor_gives_uniform_weights_and_no_floor_gives_the_softmax():
@@ -129,11 +130,12 @@ def test_scores_beyond_every_finite_temperature_get_uniform_weights():
 
 
 @pytest.mark.parametrize("min_ess", [0, 0.25, 1])
-@pytest.mark.parametrize("score", [0.0, 1e4, -1e-30])
-def test_a_single_row_has_all_the_weight(score, min_ess):
-    result = SoftmaxWeighting(0.5, min_ess)(torch.tensor([score]))
-    assert [float(t) for t in (result.weights, result.scale, result.ess)] == [1, 1, 1]
-    assert float(result.temperature) == (math.inf if min_ess == 1 else 0.5)
+def test_a_single_row_has_all_the_weight(min_ess):
+    for score in (0.0, 1e4, -1e-30):
+        result = SoftmaxWeighting(0.5, min_ess)(torch.tensor([score]))
+        with case(score):
+            assert [float(t) for t in (result.weights, result.scale, result.ess)] == [1, 1, 1]
+            assert float(result.temperature) == (math.inf if min_ess == 1 else 0.5)
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 3e-3), (torch.float64, 1e-10)])
@@ -160,7 +162,7 @@ def test_weights_sum_to_one_rise_with_the_score_and_ignore_a_shift(scores, tau, 
         torch.testing.assert_close(weighting(scores + shift).weights, weights, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("bad", [0, -1, NAN, INF, -INF, "1", None])
+@for_each("bad", [0, -1, NAN, INF, -INF, "1", None])
 def test_a_temperature_that_is_none_is_refused(bad):
     with pytest.raises(
         ValueError, match=f"^`temperature` must be a positive finite number, not {re.escape(repr(bad))}.$"
@@ -168,16 +170,17 @@ def test_a_temperature_that_is_none_is_refused(bad):
         SoftmaxWeighting(temperature=bad)
 
 
-@pytest.mark.parametrize("bad", [-0.1, 1.01, 25, NAN, INF, "0.5", None])
+@for_each("bad", [-0.1, 1.01, 25, NAN, INF, "0.5", None])
 def test_a_floor_that_is_no_share_is_refused(bad):
     message = f"`min_ess` is a fraction of the batch between 0 and 1, not {bad!r}."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         SoftmaxWeighting(min_ess=bad)
 
 
-@pytest.mark.parametrize("min_ess", [0, 0.5])
-@pytest.mark.parametrize("left_out", [(), (1, 4), (0, 1, 2)])  # the last: all rows of the first rank
-@pytest.mark.parametrize("sizes", [(3, 5), (3, 1, 4), (3, 0, 5)])
+# All rows of the first rank are left out in the last.
+@pytest.mark.parametrize(
+    *pairwise(sizes=[(3, 5), (3, 1, 4), (3, 0, 5)], left_out=[(), (1, 4), (0, 1, 2)], min_ess=[0, 0.5])
+)
 def test_uneven_ranks_get_what_one_process_would_give_and_their_average_is_the_weighted_sum(
     sizes, left_out, min_ess, monkeypatch
 ):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mimic.models import CLIP, ZeroShot, recall_at_k
+from support.cases import for_each
 from support.clips import SGD, TEXT, VISION, clip, losses_of, pairs
 from support.toys import trainer
 
@@ -110,7 +111,7 @@ def test_labels_without_names_are_refused():
         trainer().validate(clip(), DataLoader(labelled(), 8), verbose=False)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("names", "templates", "message"),
     [
         ([], ["{}"], "`zero_shot` has 0 class names and 1 templates; give at least one of each."),
@@ -123,7 +124,7 @@ def test_classes_without_names_or_places_for_them_are_refused(names, templates, 
         ZeroShot(names, templates, lambda texts: torch.zeros(len(texts), 4))
 
 
-@pytest.mark.parametrize("names", [range(12), [k % 5 for k in range(12)], [0] * 12])
+@for_each("names", [range(12), [k % 5 for k in range(12)], [0] * 12])
 def test_recalls_equal_a_loop(names):
     torch.manual_seed(0)
     images, texts = torch.randn(12, 4), torch.randn(12, 4)

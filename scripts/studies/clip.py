@@ -1,5 +1,6 @@
 """A small CLIP on digits with captions, 40 % of them wrong: plain training, Grad-Mimic, curation, and baselines."""
 
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,7 @@ def report(lab: Lab, chosen: Chosen) -> Iterator[Table]:
                 found[row, head] = of.values(lambda result, figure=figure: result["filters"]["sign"][figure])
             if start == "scratch" and not words:
                 for run in of:
+                    shutil.rmtree(run.folder / "curated", ignore_errors=True)  # of an earlier report
                     curate(run.folder / "scores", None, run.folder / "curated")
         if start == "scratch":
             kept = f"{lab.out}/scored_scratch/rotation_and_ridge/${{seed}}/curated/manifest.parquet"

@@ -1,5 +1,6 @@
 """From scores to a data set: filters, calibrated quality, baselines and training on what is kept, on the digits."""
 
+import shutil
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from cleanlab.filter import find_label_issues
 
 from lightning_mimic.curation import (
+    CurationError,
     Ensemble,
     KMeans,
     Manifest,
@@ -45,10 +47,11 @@ TRAINED = {
 LOSS = "baseline: reference's loss, share known"
 
 
-def curated(out: str, seed: int, rate: float) -> dict[str, Any]:
+def curated(seed: int, rate: float, runs: Path) -> dict[str, Any]:
     """What every filter and baseline finds in one run's scores, and the estimate of quality; writes the manifests."""
-    runs, digits = Path(out), noisy_digits(seed, rate)
-    folder, place = runs / "manifests" / f"{rate}" / f"{seed}", f"{rate}/{seed}/ledger"
+    digits, place = noisy_digits(seed, rate), f"{rate}/{seed}/ledger"
+    folder = runs / "manifests" / f"{rate}" / f"{seed}"
+    shutil.rmtree(folder, ignore_errors=True)  # of one that was broken off
     trusted = runs / "trusted" / place
     others = [runs / f"wrong_{shift}" / place for shift in range(1, 10)]
     wrong_of = dict(zip(digits.noisy_ids.tolist(), digits.wrong.tolist(), strict=True))
@@ -65,7 +68,11 @@ def curated(out: str, seed: int, rate: float) -> dict[str, Any]:
     found, quality = {}, None
     for name, one in filters.items():
         calibrated = {"trusted": trusted, "mislabelled": others} if name == "sign" else {}
-        curation = curate(runs / "at_checkpoints" / place, one, folder / name.replace("/", ""), **calibrated)
+        try:
+            curation = curate(runs / "at_checkpoints" / place, one, folder / name.replace("/", ""), **calibrated)
+        except CurationError:  # a label model that says the opposite of its voters
+            found[name] = {}
+            continue
         quality = curation.quality or quality
         table = curation.manifest.table()
         wrong = torch.tensor([wrong_of[each] for each in table["id"].to_pylist()])
@@ -114,7 +121,7 @@ def report(lab: Lab, chosen: Chosen) -> Iterator[Table]:
         confusions = ",".join(f"{c}:{(c + shift) % 10}" for c in range(10))
         noise = ["data/noise=asymmetric", "data.noise.rate=1", f"data.noise.confusions={{{confusions}}}"]
         lab.sweep(f"wrong_{shift}", of_run, *held, where, *noise)
-    results = lab.map("curated", curated, [(str(lab.out), seed, rate) for rate in RATES for seed in lab.seeds])
+    results = lab.map("curated", curated, [(seed, rate) for rate in RATES for seed in lab.seeds], lab.out)
     yield from (qualities(lab, results), *detections(results))
 
     cells = {}
@@ -162,8 +169,10 @@ def detections(results: list[dict[str, Any]]) -> Iterator[Table]:
         for name in results[0]["found"]:
             for rate in RATES if figure == "f1" else RATES[1:]:
                 of = [r["found"][name] for r in results if r["rate"] == rate]
+                values = [100 * each[figure if rate else "kept"] for each in of if each]
+                refused = f" (refused for {len(of) - len(values)} of {len(of)})"
                 head = f"{rate:.0%}" if rate else "0 %: kept"
-                cells[name, head] = [100 * each[figure if rate else "kept"] for each in of]
+                cells[name, head] = values if len(values) == len(of) else shown(values) + refused
         if figure == "auroc":  # the scores are the same for all filters
             cells = {place: values for place, values in cells.items() if place[0] in ("sign", LOSS)}
         yield Table(f"curation_{figure}", title, "by", cells)

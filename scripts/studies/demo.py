@@ -1,6 +1,7 @@
 """The first job of `make demo`: a new head trained on digits with wrong labels, plainly and with Grad-Mimic."""
 
 import csv
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +28,7 @@ from scripts.studies.tables import Table
 RATES = (0.2, 0.4, 0.6)
 LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 MAX_EPOCHS = 10
-DETECTION = ("auroc", "share_kept", "share_right", "precision", "recall", "f1")
+DETECTION = ("auroc", "share_kept", "share_right", "f1")
 HEADS = {"accuracy": "test, last", "best_accuracy": "test, best", "auroc": "AUROC", "share_kept": "kept"}
 HEADS |= {"share_right": "truly right", "f1": "F1"}
 
@@ -77,7 +78,8 @@ def report(lab: Lab, chosen: Chosen) -> Iterator[Table]:
 def write_files(out: Path, seed: int, rate: float, ledger: Path) -> None:
     """What a user has of one run: the manifest, the picture, and here the truth."""
     digits = noisy_digits(seed, rate)
-    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)  # of an earlier report
+    out.mkdir(parents=True)
     manifest = curate(ledger, out=out / "curated", exports=["csv"]).manifest.table().to_pylist()
     with (out / "noise.csv").open("w", newline="") as file:
         columns = (digits.noisy_ids, digits.true_labels, digits.given_labels, digits.wrong.long())

@@ -6,7 +6,6 @@ import json
 import statistics
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +94,8 @@ class Lab:
         self.jobs = jobs
         self.more = list(more)
         self.console = console
-        #: Commits of the code that made the results.
-        self.commits = Counter[str]()
+        #: Folder of a run to the commit of the code that ran it.
+        self.commits: dict[Path, str] = {}
 
     def sweep(self, name: str, each: Mapping[str, Sequence[object]], *fixed: str) -> Runs:
         """Every combination of some values, as runs of mimic-train, or of mimic-score where ``checkpoints`` are given.
@@ -121,14 +120,13 @@ class Lab:
                 f"{name}: {len(left)} of {len(runs)} runs stopped. What is done is kept; the same command goes on."
             )
         results = {folder: json.loads((folder / "result.json").read_text()) for folder in runs}
-        for result in results.values():
-            self.commits[result["commit"]] += 1
+        self.commits |= {folder: result["commit"] for folder, result in results.items()}
         return Runs(
             Run(dict(zip(each, values, strict=True)), folder, results[folder]) for folder, values in runs.items()
         )
 
     def map(
-        self, name: str, work: Callable[..., dict[str, Any]], given: Iterable[tuple[Any, ...]]
+        self, name: str, work: Callable[..., dict[str, Any]], given: Iterable[tuple[Any, ...]], *common: object
     ) -> list[dict[str, Any]]:
         """What a function returns for every tuple of arguments, in processes of their own; kept, as runs are.
 
@@ -136,17 +134,19 @@ class Lab:
             name: Folder below the one of the phase.
             work: Importable; returns what JSON can hold.
             given: Tuples of its arguments, which name the results.
+            common: Further arguments, the same for all.
         """
         self._settle(name, [f"{work.__module__}.{work.__qualname__}"])
         paths = {self.folder(name, *arguments) / "result.json": arguments for arguments in given}
         missing = {path: arguments for path, arguments in paths.items() if not path.exists()}
         if missing:
             with self._progress(name, [path.parent for path in paths]):
-                Parallel(self.jobs)(delayed(_kept)(path, work, arguments) for path, arguments in missing.items())
-        results = [json.loads(path.read_text()) for path in paths]
-        for result in results:
-            self.commits[result["commit"]] += 1
-        return results
+                Parallel(self.jobs)(
+                    delayed(_kept)(path, work, (*arguments, *common)) for path, arguments in missing.items()
+                )
+        results = {path.parent: json.loads(path.read_text()) for path in paths}
+        self.commits |= {folder: result["commit"] for folder, result in results.items()}
+        return list(results.values())
 
     def folder(self, name: str, *values: object) -> Path:
         """Of one run."""
@@ -155,11 +155,12 @@ class Lab:
     def _settle(self, name: str, settings: Sequence[str]) -> None:
         """Refuses a folder whose runs have other settings."""
         said = self.out / name / "settings.json"
-        others = said.exists() and json.loads(said.read_text()) != list(settings)
+        settings = [word.replace(str(self.out), "OUT") for word in settings]  # a folder may be moved
+        others = said.exists() and json.loads(said.read_text()) != settings
         if others and any(said.parent.rglob("result.json")):
             raise StudyError(f"{said.parent} was run with other settings; name another --out, or delete it.")
         said.parent.mkdir(parents=True, exist_ok=True)
-        said.write_text(json.dumps(list(settings), indent=2))
+        said.write_text(json.dumps(settings, indent=2))
 
     def _launch(self, name: str, each: Mapping[str, Sequence[object]], settings: Sequence[str]) -> None:
         names = [f"hydra:runtime.choices.{key}" if key in GROUPS else key.lstrip("+") for key in each]
@@ -213,7 +214,7 @@ def _kept(path: Path, work: Callable[..., dict[str, Any]], arguments: tuple[Any,
 
 
 def best(curves: Mapping[Any, Sequence[Sequence[float]]]) -> tuple[Any, int]:
-    """The setting and the number of epochs of the highest mean accuracy; of equals, the first and the shorter one.
+    """The setting and the number of epochs of the highest mean accuracy; of equals, the shortest, and then the first.
 
     Args:
         curves: Setting to the accuracies after every epoch, of every seed.

@@ -94,6 +94,6 @@ def carry_out(
     labs.append(Lab(out / "report", "report", reported, jobs, more, console))
     # As from the file, so that a study cannot hand on anything else.
     tables = list(part.report(labs[-1], json.loads(json.dumps(chosen))))
-    commits = sum((lab.commits for lab in labs), Counter())
+    commits = Counter(commit for lab in labs for commit in lab.commits.values())
     ran = ", ".join(f"{commit} ({runs} runs)" for commit, runs in commits.items())
     return Outcome(tables, said | facts("scripts.studies") | {"commit": ran})

@@ -92,7 +92,8 @@ def shown(values: Sequence[float], between: str = " ", signed: bool = False) -> 
     if not values:
         return "–"
     spread = f"{between}± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{'+' * signed}.1f}{spread}"
+    mean = round(statistics.fmean(values), 1) + 0.0  # not -0.0
+    return f"{mean:{'+' * signed}.1f}{spread}"
 
 
 def show(tables: Sequence[Table], console: Console) -> None:
@@ -101,7 +102,7 @@ def show(tables: Sequence[Table], console: Console) -> None:
         heading, *rows = table.lines("\n")
         view = RichTable(title=table.title)
         for place, text in enumerate(heading):
-            view.add_column(text, justify="right" if place else "left")
+            view.add_column(text, justify="right" if place else "left", no_wrap=not place)
         for row in rows:
             view.add_row(*row)
         console.print(view)
