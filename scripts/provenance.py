@@ -32,12 +32,11 @@ def facts(module: str) -> dict[str, str]:
 
 
 def machine() -> str:
-    """The GPU, or else the processor."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    """Processor, cores and GPU."""
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return f"{names[0] if names else platform.processor() or 'CPU'}, {len(os.sched_getaffinity(0))} cores, no GPU"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{names[0] if names else platform.processor() or 'CPU'}, {len(os.sched_getaffinity(0))} cores, {gpu}"
 
 
 @functools.cache  # of the code that this process runs, whatever is checked out later

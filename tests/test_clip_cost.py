@@ -1,7 +1,5 @@
 """What scoring and aligning add to a CLIP's step, counted and not timed."""
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import open_clip
@@ -11,12 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mimic import Aligned, GradMimic
 from lightning_mimic.models import CLIP
-from support.clips import BARE, SGD, losses_of
-from support.toys import diagnosing, trainer
 
 # The published figures are counted by the same callback.
-sys.path.append(str(Path(__file__).parent.parent / "scripts"))
-from benchmark_methods import FlopCount, Repeated
+from scripts.benchmarks.short_fits import FlopCount, repeated
+from support.clips import BARE, SGD, losses_of
+from support.toys import diagnosing, trainer
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +52,7 @@ def flops_of_a_shallow_step(step=1, **settings):
     batch = torch.randn(BATCH, 3, 32, 32), torch.randint(1, 9, (BATCH, 4))
     # A reference that can be run is diagnosed in the first steps, until there are enough samples; here in one.
     callbacks = [diagnosing(GradMimic(parameters=BARE, **settings), 1), count] if settings else [count]
-    trainer(*callbacks).fit(module, Repeated(batch, step + 1))
+    trainer(*callbacks).fit(module, repeated(batch, step + 1))
     return count.flops[step]
 
 

@@ -2,10 +2,12 @@
 
 import copy
 import functools
+import json
+import logging
 import sys
 from functools import partial
-from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,13 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VisionTransformer
 
 from lightning_mimic import Aligned, GradMimic
-from support.toys import diagnosing, trainer
+from scripts.benchmarks import __main__ as command
 
 # The published figures are counted by the same callback.
-sys.path.append(str(Path(__file__).parent.parent / "scripts"))
-from benchmark_methods import CLASSES, IMAGE, MODELS, FlopCount, Plain, Repeated, check_agreement
+from scripts.benchmarks.baselines import METHODS, MODELS, Plain, method_of
+from scripts.benchmarks.short_fits import FlopCount, quiet_trainer, repeated, save_reference
+from support.toys import diagnosing, trainer
 
 pytestmark = pytest.mark.slow
+IMAGE, CLASSES = MODELS["vit_b_16"].shape, MODELS["vit_b_16"].classes
 ROWS, BATCH = 2, 32  # samples here, and in a batch that one would train with
 ONE_LAYER, ALL, ALIGNED = 1.005, 1.70, 1.05  # most that a step may cost, plain training being 1
 
@@ -86,7 +90,7 @@ class Bench:
             # A reference that can be run is diagnosed in the first steps, until there are enough samples; here in one.
             callback = GradMimic(AtOnce(net, **aligning) if aligning else reference, parameters)
             mimic = [diagnosing(callback, 1)]
-        trainer(*mimic, count).fit(kind(net), Repeated(batch, step + 1))
+        trainer(*mimic, count).fit(kind(net), repeated(batch, step + 1))
         return count.flops[step]
 
     def layer(self):
@@ -145,5 +149,78 @@ def test_an_aligned_reference_of_the_model_s_own_size(benches, name, monkeypatch
     assert (9 * between + refit + solving) / 10 <= ALIGNED * bench.plain
 
 
-def test_the_baselines_of_the_benchmark_do_the_same_job(tmp_path):
-    check_agreement(tmp_path)
+class KeepGradient(L.Callback):
+    """What the optimizer is given, as one vector."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradient = torch.cat([p.grad.flatten() for p in pl_module.parameters()])
+
+
+@pytest.mark.parametrize("target", ["last", "mlp", "all"])
+def test_the_baselines_of_the_benchmark_do_the_same_job(target, tmp_path):
+    small, given = MODELS["small"], {}
+    torch.manual_seed(2)
+    inputs, labels = small.batch(5)
+    for method in METHODS:
+        torch.manual_seed(0)
+        net = small.build().double()
+        module, callbacks = method_of(method, net, small.path(target), save_reference(net, tmp_path / "small.pt"))
+        keep = KeepGradient()
+        quiet_trainer(*callbacks, keep).fit(module, repeated((3 * inputs.double(), labels), 1))
+        given[method] = keep.gradient
+    for method in ("vmap", "loop"):
+        torch.testing.assert_close(given[method], given["ours"], rtol=1e-9, atol=1e-12)
+    assert (given["plain"] - given["ours"]).norm() > 1e-2 * given["plain"].norm(), "the weights do nothing"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch, capsys):
+    """Runs `python -m scripts.benchmarks` in this process; gives what it printed."""
+    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
+    levels = [each.level for each in loggers]
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["benchmarks", *map(str, words)])
+        command.main()
+        return capsys.readouterr().out
+
+    yield run
+    for each, level in zip(loggers, levels, strict=True):
+        each.setLevel(level)
+
+
+def test_the_tool_counts_arithmetic_and_writes_its_section(benchmarks, tmp_path):
+    page, out = tmp_path / "page.md", tmp_path / "out" / "steps.json"
+    page.write_text(
+        "# Page\n\n<!-- benchmark step cpu arithmetic: begin -->old<!-- benchmark step cpu arithmetic: end -->\nrest\n"
+    )
+    given = ["--models", "small", "--measure", "arithmetic", "--batch-size", 5]
+    printed = benchmarks("step", *given, "--out", out, "--markdown", page)
+    found = json.loads(out.read_text())
+    flops = {(each["method"], each["target"]): each["flops"] for each in found["results"]}
+    assert not any(each["failed"] or each["seconds"] for each in found["results"])
+    layers = {"body": 6 * 8, "mlp": 8 * 8, "head": 8 * 4}
+    plain = 2 * 5 * (3 * sum(layers.values()) - layers["body"])  # no gradient of the input
+    assert flops["plain", "–"] == flops["again", "–"] == plain
+    assert flops["ours", "last"] == plain + 2 * 5 * layers["head"]
+    assert flops["ours", "mlp"] == plain + 2 * 5 * (layers["mlp"] + layers["head"])  # and back to the MLP's outputs
+    assert plain < flops["vmap", "last"] <= 2 * plain
+    assert flops["loop", "all"] > 2 * plain
+    text = page.read_text()
+    assert text.startswith("# Page\n\n<!-- benchmark step cpu arithmetic: begin -->\n\n- machine: ")
+    assert text.endswith("<!-- benchmark step cpu arithmetic: end -->\nrest\n")
+    assert "old" not in text
+    assert printed.strip() in text
+    assert f"{flops['ours', 'last'] / plain:.4f}" in text
+    assert f"command: `python -m scripts.benchmarks step {' '.join(map(str, given))}" in text
+
+
+def test_the_tool_lists_its_benchmarks_and_refuses_a_gpu_that_is_not_there(benchmarks, capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        benchmarks("--help")
+    text = capsys.readouterr().out
+    assert all(f"\n    {name} " in text for name in ("step", "clip", "features", "shards", "curation"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        benchmarks("step", "--device", "cuda")
+    assert "--device cuda: torch sees no GPU here" in capsys.readouterr().err

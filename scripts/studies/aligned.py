@@ -7,7 +7,7 @@ from functools import partial
 from scripts.studies.digits import EACH_EPOCH, OTHER_START, SPLIT, choose_plain, gaps, path_of, references
 from scripts.studies.lab import Lab, Runs
 from scripts.studies.study import Chosen, Part, Study
-from scripts.studies.tables import Table
+from scripts.studies.tables import Table, percent
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 TEMPERATURES = (1.0, 0.3, 0.1, 0.03)  # of equals, the first: the one that trusts the scores least
@@ -122,7 +122,9 @@ def report(model: str, teacher: str, rates: Sequence[float], epochs: int, lab: L
                 cells[row, "over plain's best"] = gaps(of, plain, "best_accuracy")
                 cells[row, "over plain's last"] = gaps(of, plain, "accuracy")
                 cells[row, "AUROC"] = of.values("auroc")
-        title = f"{rate:.0%} wrong labels, {model} from scratch, reference: {teacher} of another start; learning rate "
+        title = (
+            f"{percent(rate)} wrong labels, {model} from scratch, reference: {teacher} of another start; learning rate "
+        )
         title += f"{learning_rate:g}, {epochs} epochs"
         signed = ["over the reference", "over plain's best", "over plain's last"]
         yield Table(f"aligned_{name}", title, "method", cells, signed=signed)

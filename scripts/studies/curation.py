@@ -32,7 +32,7 @@ from lightning_mimic.random_streams import torch_generator
 from scripts.studies.digits import EACH_EPOCH, SPLIT, noisy_digits, path_of, reference_logits, references
 from scripts.studies.lab import Lab
 from scripts.studies.study import Chosen, Part, Study
-from scripts.studies.tables import Table, shown
+from scripts.studies.tables import Table, percent, shown
 
 RATES = (0.0, 0.1, 0.2, 0.4, 0.6)
 SCORED = "experiment=digits_curation"
@@ -132,7 +132,7 @@ def report(lab: Lab, chosen: Chosen) -> Iterator[Table]:
         runs = lab.sweep(f"scratch/{place}", each, *SCRATCH, *keep, SPLIT, EACH_EPOCH)
         for rate in RATES:
             of = runs.where(rate=rate)
-            cells[name, f"{rate:.0%}"] = f"{shown(of.values('accuracy'))} ({of.mean('best_accuracy'):.1f})"
+            cells[name, percent(rate)] = f"{shown(of.values('accuracy'))} ({of.mean('best_accuracy'):.1f})"
     title = "From scratch, 20 epochs: test accuracy in the last epoch, and in brackets in the best, by wrong labels"
     yield Table("curation_scratch", title, "trained on", cells)
 
@@ -141,7 +141,7 @@ def qualities(lab: Lab, results: list[dict[str, Any]]) -> Table:
     """The estimate of quality beside the truth."""
     cells = {}
     for rate in RATES:
-        of, row = [r for r in results if r["rate"] == rate], f"{rate:.0%}"
+        of, row = [r for r in results if r["rate"] == rate], percent(rate)
         cells[row, "truly good"] = f"{100 * statistics.fmean(r['truth'] for r in of):.1f}"
         for head, name in (
             ("kept", "share_kept"),
@@ -155,8 +155,8 @@ def qualities(lab: Lab, results: list[dict[str, Any]]) -> Table:
         holds = sum(r["quality"]["low"] <= r["truth"] <= r["quality"]["high"] for r in of)
         cells[row, "95 % interval holds the truth"] = f"{holds} of {len(of)}"
     place = f"{lab.seeds[0]}/sign/manifest.parquet"
-    manifests = {f"{rate:.0%} wrong": Manifest(lab.out / "manifests" / f"{rate}" / place) for rate in RATES}
-    comparison = compare(manifests, {f"{rate:.0%} wrong": rate for rate in RATES})
+    manifests = {f"{percent(rate)} wrong": Manifest(lab.out / "manifests" / f"{rate}" / place) for rate in RATES}
+    comparison = compare(manifests, {f"{percent(rate)} wrong": rate for rate in RATES})
     plot_quality(lab.out / "quality.png", comparison)
     title = f"Quality; correlation with the truth, seed {lab.seeds[0]}: {comparison.pearson:.4f}"
     return Table("curation_quality", title, "wrong labels", cells)
@@ -171,7 +171,7 @@ def detections(results: list[dict[str, Any]]) -> Iterator[Table]:
                 of = [r["found"][name] for r in results if r["rate"] == rate]
                 values = [100 * each[figure if rate else "kept"] for each in of if each]
                 refused = f" (refused for {len(of) - len(values)} of {len(of)})"
-                head = f"{rate:.0%}" if rate else "0 %: kept"
+                head = percent(rate) if rate else "0 %: kept"
                 cells[name, head] = values if len(values) == len(of) else shown(values) + refused
         if figure == "auroc":  # the scores are the same for all filters
             cells = {place: values for place, values in cells.items() if place[0] in ("sign", LOSS)}

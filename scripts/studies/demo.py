@@ -23,7 +23,7 @@ from scripts.studies.digits import (
 )
 from scripts.studies.lab import Lab
 from scripts.studies.study import Chosen, Part, Study
-from scripts.studies.tables import Table
+from scripts.studies.tables import Table, percent
 
 RATES = (0.2, 0.4, 0.6)
 LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
@@ -69,7 +69,7 @@ def report(lab: Lab, chosen: Chosen) -> Iterator[Table]:
         for name, of_seeds in found.items():
             for figure in DETECTION:
                 cells[name, HEADS.get(figure, figure)] = [100 * each[figure] for each in of_seeds]
-        title = f"{rate:.0%} wrong labels; learning rate {learning_rate:g}, {epochs} epochs"
+        title = f"{percent(rate)} wrong labels; learning rate {learning_rate:g}, {epochs} epochs"
         yield Table(f"demo_{rate:g}", title, "method", cells, signed=["over plain's best"])
         if rate == 0.4:
             write_files(lab.out / "files", lab.seeds[0], rate, mimic[0].folder / "scores")
@@ -94,7 +94,7 @@ def write_files(out: Path, seed: int, rate: float, ledger: Path) -> None:
         torch.tensor([wrong[row["id"]] for row in manifest]),
         [digits.images(torch.tensor(row["id"])) for row in lowest],
         [f"given {row['label']}\npredicted {row['predicted']}" for row in lowest],
-        f"{len(manifest)} handwritten digits, {rate:.0%} wrong labels",
+        f"{len(manifest)} handwritten digits, {percent(rate)} wrong labels",
     )
 
 

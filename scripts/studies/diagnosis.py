@@ -16,7 +16,7 @@ from lightning_mimic.random_streams import torch_generator
 from scripts.studies.digits import OTHER_START, noisy_digits
 from scripts.studies.lab import Lab
 from scripts.studies.study import Chosen, Part, Study
-from scripts.studies.tables import Table
+from scripts.studies.tables import Table, percent
 
 EPOCHS = 60
 RATES = (0.0, 0.2, 0.5)
@@ -117,7 +117,7 @@ def report(lab: Lab, chosen: Chosen) -> Iterator[Table]:
         cells[case, "right to say"] = " or ".join(sorted(right))
         for rate, counter in said.items():
             verdicts = ", ".join(f"{verdict} {count}" for verdict, count in counter.most_common())
-            cells[case, f"{rate:.0%} wrong labels"] = verdicts
+            cells[case, f"{percent(rate)} wrong labels"] = verdicts
         cells[case, "right"] = f"{good} of {len(RATES) * len(results)}"
     title = (
         f"{len(NETWORKS)} networks, {len(lab.seeds)} seeds: {rights} of {len(CASES) * len(RATES) * len(results)} right"

@@ -13,7 +13,7 @@ from scripts.provenance import ROOT
 from scripts.studies.lab import MODEL, Lab, Runs
 from scripts.studies.paper_figures import SOURCE, linear_probe
 from scripts.studies.study import Chosen, Part, Study
-from scripts.studies.tables import Table
+from scripts.studies.tables import Table, percent
 
 #: Experiments of conf/experiment/paper.
 DATA = sorted(
@@ -117,11 +117,6 @@ class Runner:
     def methods(self, kind: str) -> list[str]:
         """Those that can be run: influence needs trusted images."""
         return [m for m in METHODS if m != "influence" or self.digits or kind == "trusted_split"]
-
-
-def percent(rate: float) -> str:
-    """As in a heading."""
-    return f"{100 * rate:g} %"
 
 
 def found(figure: str, name: str = "sign") -> Callable[[Any], float | None]:

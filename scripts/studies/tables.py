@@ -96,6 +96,16 @@ def shown(values: Sequence[float], between: str = " ", signed: bool = False) -> 
     return f"{mean:{'+' * signed}.1f}{spread}"
 
 
+def percent(rate: float) -> str:
+    """A share, as in a heading.
+
+    Example:
+        >>> percent(0.4)
+        '40 %'
+    """
+    return f"{100 * rate:g} %"
+
+
 def show(tables: Sequence[Table], console: Console) -> None:
     """On the terminal."""
     for table in tables:
