@@ -1,5 +1,6 @@
 """The gate on arithmetic: what scoring and weighting add to a step, counted and not timed."""
 
+import copy
 import functools
 import json
 import logging
@@ -84,6 +85,7 @@ class Bench:
     def counted(self, net, batch, kind, parameters, step, **aligning):
         count, mimic = FlopCount({step}), []
         if parameters is not None:
+            net = copy.deepcopy(net)  # each count begins where the plain step ended
             reference = {n: p.detach() + 0.01 for n, p in net.named_parameters()}
             # A reference that can be run is diagnosed in the first steps, until there are enough samples; here in one.
             callback = GradMimic(AtOnce(net, **aligning) if aligning else reference, parameters)
