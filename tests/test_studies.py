@@ -67,6 +67,7 @@ def rows_of(out):
     return (out / "tables" / "efficiency" / "tables.csv").read_text()
 
 
+@pytest.mark.slow
 def test_what_was_broken_off_goes_on_and_gives_the_same_tables(runs, monkeypatch, capsys):
     runs(Path("whole"), "--markdown", "page.md")
     made = Trained.ran
@@ -215,6 +216,7 @@ def test_seeds_that_choose_are_refused_in_the_report(tmp_path):
     carry_out(Study("", {"one": Part(lambda lab, chosen: [])}), "one", tmp_path, [0, 11], 1, [], CONSOLE)
 
 
+@pytest.mark.slow
 def test_a_choice_that_reads_the_test_split_fails(tmp_path, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     asks = ["experiment=digits_reference", "paths.reference=${hydra:runtime.output_dir}/model.ckpt", digits.EACH_EPOCH]
