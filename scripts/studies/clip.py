@@ -156,7 +156,9 @@ def similarities(lab: Lab, trusted: Runs) -> Mapping[tuple[str, str], list[float
     for seed, run in zip(lab.seeds, trusted, strict=True):
         folder = lab.folder("shards", seed)
         pool = sorted(map(str, (folder / "pool").glob("*.tar")))
-        data, model = composed("data", f"data.val_shards=[{','.join(pool)}]", f"paths.output={run.folder}"), composed()
+        shown = f"[{','.join(pool)}]"
+        words = [f"data.val_shards={shown}", f"data.shards={shown}", f"paths.output={run.folder}"]
+        data, model = composed("data", *words), composed()
         model.load_state_dict(torch.load(run.folder / "model.ckpt")["state_dict"])
         model.eval()
         data.setup()
