@@ -1,6 +1,7 @@
 """The gate on arithmetic: what scoring and weighting add to a step, counted and not timed."""
 
 import copy
+import dataclasses
 import functools
 import json
 import logging
@@ -213,6 +214,28 @@ def test_the_tool_counts_arithmetic_and_writes_its_section(benchmarks, tmp_path)
     assert printed.strip() in text
     assert f"{flops['ours', 'last'] / plain:.4f}" in text
     assert f"command: `python -m scripts.benchmarks step {' '.join(map(str, given))}" in text
+
+
+def new_head(build=MODELS["small"].build):
+    net = build()
+    torch.nn.init.zeros_(net.head.weight)
+    return net
+
+
+def test_the_tool_counts_a_step_after_the_checks_of_a_new_head(benchmarks, tmp_path, monkeypatch):
+    """Behind a head of zeros no gradient flows in the first step, so that its checks are repeated in the second."""
+    given = dataclasses.replace(MODELS["small"], build=new_head)
+    monkeypatch.setitem(MODELS, "small", given)
+    torch.manual_seed(0)
+    module, callbacks = method_of("ours", new_head(), None, save_reference(given.build(), tmp_path / "r.pt"))
+    count = FlopCount(range(8))
+    quiet_trainer(*callbacks, count).fit(module, repeated(given.batch(5), 8))
+    steady = count.flops[7]
+    assert count.flops[1] > steady == count.flops[5]
+    words = ["--models", "small", "--measure", "arithmetic", "--batch-size", 5, "--methods", "ours", "--targets", "all"]
+    benchmarks("step", *words, "--out", tmp_path / "found.json")
+    found = {each["method"]: each["flops"] for each in json.loads((tmp_path / "found.json").read_text())["results"]}
+    assert found["ours"] == steady
 
 
 def test_the_tool_lists_its_benchmarks_and_refuses_a_gpu_that_is_not_there(benchmarks, capsys, monkeypatch):

@@ -83,9 +83,9 @@ def amounts(method: Method, options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"flops": None, "bytes": None, "failed": None}
     try:
         if "arithmetic" in options.measure:
-            count = FlopCount({1})  # the first step's checks come once
-            train(method, options, 2, count)
-            found["flops"] = count.flops[1]
+            count = FlopCount({WARM_UP})  # the checks of the first steps come once
+            train(method, options, WARM_UP + 1, count)
+            found["flops"] = count.flops[WARM_UP]
         # By default the allocator keeps freed memory in pieces, which shows in the process and not in the method.
         with mock.patch.dict(os.environ, {"MALLOC_MMAP_THRESHOLD_": str(2**16)}):
             if "memory" in options.measure:
