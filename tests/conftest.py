@@ -18,8 +18,14 @@ pytest.register_assert_rewrite("support")
 
 FOUND = Path(__file__).parent.parent / "outputs" / "nightly" / "hypothesis"
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
+# On CI machines Hypothesis derandomizes by default, so a nightly run has to say that it does not.
 settings.register_profile(
-    "nightly", max_examples=1000, deadline=None, print_blob=True, database=DirectoryBasedExampleDatabase(FOUND)
+    "nightly",
+    derandomize=False,
+    max_examples=1000,
+    deadline=None,
+    print_blob=True,
+    database=DirectoryBasedExampleDatabase(FOUND),
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

@@ -11,6 +11,8 @@ from lightning_mimic.reference.aligned_layer import AlignedLayer
 from support.aligned_heads import CLOSE, WARM, Drops, fit, scores_of, unrelated
 from support.toys import CLASSES, FEATURES, HIDDEN, loader, parameters_of, toy, toy_data, trainer
 
+pytestmark = pytest.mark.slow  # fits and processes
+
 
 def sentences(warned):
     return [text for text in (str(warning.message) for warning in warned) if "treespec" not in text]

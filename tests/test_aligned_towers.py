@@ -18,6 +18,8 @@ from support.aligned_towers import ROWS, STILL, TAU, WIDTH, fit
 from support.clips import KINDS, clip, oracle_steps, pairs, targets_of, towers
 from support.toys import diagnosing, loader, parameters_of, trainer
 
+pytestmark = pytest.mark.slow  # fits and processes
+
 CLOSE = {"rtol": 1e-6, "atol": 1e-7}  # the ledger holds float32
 BOTH = {"locked": ["image", "text"]}
 

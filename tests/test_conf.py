@@ -94,6 +94,7 @@ def test_every_file_builds_what_it_names(root, group, tmp_path):
                 assert root == "score" or instantiate(node) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_trains_a_batch(experiment, tmp_path):
     reference(tmp_path)
@@ -249,6 +250,7 @@ def run_here(tmp_path, monkeypatch, capsys):
     return runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("root", COMMANDS)
 def test_help_says_how_to_start(root, run_here, tmp_path):
     own = {"train": ["temperature: 1.0"], "score": ["reweight: all"], "curate": ["unscored: fail"]}

@@ -112,13 +112,14 @@ def test_thousands_of_votes_are_counted(tmp_path):
     assert decided(tmp_path, Ensemble(filters, by="majority"))[0] == {5: (True, 6000, 9000)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("balance", "absent"), [(0.1, 0.0), (0.3, 0.3), (0.5, 0.0), (0.8, 0.3), (0.95, 0.0)])
 @pytest.mark.parametrize(
     "accuracies",
     [
         (0.6, 0.75, 0.95),
-        pytest.param((0.9, 0.6, 0.8, 0.7, 0.75), marks=pytest.mark.slow),
-        pytest.param(tuple(np.linspace(0.6, 0.9, 30)), marks=pytest.mark.slow),
+        (0.9, 0.6, 0.8, 0.7, 0.75),
+        tuple(np.linspace(0.6, 0.9, 30)),
     ],
 )
 def test_the_label_model_is_about_as_good_as_the_bayes_optimal_vote(accuracies, balance, absent):
@@ -150,6 +151,7 @@ def test_better_voters_are_worth_more():
     assert (np.diff(model.keep) > 0).all() and (np.diff(model.drop) < 0).all()  # noqa: PT018
 
 
+@pytest.mark.slow
 @for_each(("given", "used"), [(0.0, 0.02), (1.0, 0.98), (0.3, 0.3)])
 def test_a_balance_without_doubt_is_doubted(given, used):
     _, votes = simulated(500, np.full(7, 0.9), 0.5, 0.0, seed=2)

@@ -10,6 +10,8 @@ from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError
 from support.ranks import WORLD, on_two_ranks
 
+pytestmark = pytest.mark.slow  # fits and processes
+
 
 class OwnError(Exception):
     pass

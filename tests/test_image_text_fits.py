@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning_mimic.data.rejects import Rejects
 from support.pair_shards import SIZES, Reader, data_of, flat, module, pair, trainer, write, write_shards
 
+pytestmark = pytest.mark.slow  # fits and processes
+
 ALL = list(range(sum(SIZES)))
 
 

@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow  # runs of pytest in processes of their own
+
 INPUTS = """
 import random
 
@@ -49,7 +53,11 @@ def run(folder: Path, seed: str | None, profile: str = "ci", *options: str) -> t
     return done.stdout, re.findall(r"^E +AssertionError: (.*)$", done.stdout, re.MULTILINE)
 
 
-def test_a_seed_is_said_and_gives_the_same_inputs_again(tmp_path):
+@pytest.mark.parametrize("machine", [{}, {"CI": "true"}], ids=["developer", "ci"])
+def test_a_seed_is_said_and_gives_the_same_inputs_again(machine, tmp_path, monkeypatch):
+    monkeypatch.delenv("CI", raising=False)  # Hypothesis changes its defaults where this is set
+    for name, value in machine.items():
+        monkeypatch.setenv(name, value)
     shown, inputs = run(tmp_path / "a", None)
     assert "random inputs: MIMIC_TEST_SEED=0, Hypothesis profile ci" in shown
     assert "repeat with MIMIC_TEST_SEED=0" in shown
