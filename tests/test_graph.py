@@ -1,4 +1,4 @@
-"""The graph tells which parameters the gate misses, which are tied, and which losses are no plain mean."""
+"""The graph tells which parameters the gate misses, which are tied, and which norms mix samples."""
 
 import pytest
 import torch
@@ -8,9 +8,7 @@ from torch import nn
 from lightning_mimic.gradients.graph import (
     mixes_samples,
     normalises_batch,
-    not_a_plain_mean,
     reaches,
-    targets_left_out,
     uncovered_parameters,
     used_beyond,
     walk,
@@ -122,83 +120,6 @@ def test_a_parameter_that_meets_data_beyond_the_gate_is_told_from_a_regularised_
     assert used_beyond(loss.grad_fn, net.gate, {"weight": net.layer.weight}) == ["weight"] * beyond
 
 
-CLASS_WEIGHTS = torch.tensor([1.0, 2.0, 1.0, 1.0])
-IGNORED = "it left out 1 targets (ignore_index)"
-PLAIN = {
-    "cross entropy": lambda y: F.cross_entropy(y, TARGETS),
-    "cross entropy, nothing ignored": lambda y: F.cross_entropy(y, TARGETS, ignore_index=2),
-    "label smoothing": lambda y: F.cross_entropy(y, TARGETS, label_smoothing=0.1),
-    "soft targets": lambda y: F.cross_entropy(y, torch.full((3, 4), 0.25)),
-    "pixels": lambda y: F.cross_entropy(
-        y[..., None, None].expand(-1, -1, 2, 2), TARGETS[:, None, None].expand(-1, 2, 2)
-    ),
-    "mse": lambda y: F.mse_loss(y, torch.zeros(3, 4)),
-    "bce": lambda y: F.binary_cross_entropy_with_logits(y, torch.ones(3, 4)),
-    "mean of unreduced": lambda y: F.cross_entropy(y, TARGETS, reduction="none").mean(),
-    "mean of unreduced with class weights": lambda y: F.cross_entropy(
-        y, TARGETS, weight=CLASS_WEIGHTS, reduction="none"
-    ).mean(),
-    "mean of unreduced with ignored": lambda y: F.cross_entropy(y, TARGETS, ignore_index=3, reduction="none").mean(),
-}
-
-
-@pytest.mark.parametrize("case", PLAIN)
-def test_nothing_is_said_against_a_plain_mean(case):
-    net = Net()
-    loss = PLAIN[case](net.layer(torch.randn(3, 4)))
-    assert not_a_plain_mean(loss.grad_fn, net.gate) is None
-
-
-DIVIDED = "it divides by the sum of its class weights"
-SUMS = "sums over the batch (reduction='sum')"
-NOT_PLAIN = {
-    "class weights": (lambda y: F.cross_entropy(y, TARGETS, weight=CLASS_WEIGHTS), DIVIDED),
-    "equal class weights": (lambda y: F.cross_entropy(y, TARGETS, weight=torch.ones(4)), DIVIDED),
-    "class weights, smoothed": (
-        lambda y: F.cross_entropy(y, TARGETS, weight=CLASS_WEIGHTS, label_smoothing=0.1),
-        DIVIDED,
-    ),
-    "ignored": (lambda y: F.cross_entropy(y, TARGETS, ignore_index=3), IGNORED),
-    "ignored pixels": (lambda y: F.cross_entropy(y[..., None, None], TARGETS[:, None, None], ignore_index=3), IGNORED),
-    "summed": (lambda y: F.cross_entropy(y, TARGETS, reduction="sum"), f"NllLoss {SUMS}"),
-    "summed and divided": (lambda y: F.cross_entropy(y, TARGETS, reduction="sum") / 3, f"NllLoss {SUMS}"),
-    "summed mse": (lambda y: F.mse_loss(y, torch.zeros(3, 4), reduction="sum"), f"MseLoss {SUMS}"),
-    "before something else": (lambda y: 0.5 * F.cross_entropy(y, TARGETS, reduction="sum") + 1, f"NllLoss {SUMS}"),
-}
-
-
-@pytest.mark.parametrize("case", NOT_PLAIN)
-def test_what_speaks_against_a_plain_mean_is_said(case):
-    net, (loss_of, reason) = Net(), NOT_PLAIN[case]
-    loss = loss_of(net.layer(torch.randn(3, 4)))
-    assert not_a_plain_mean(loss.grad_fn, net.gate) == reason
-
-
-@for_each(("ignored", "count"), [(-100, 0), (3, 1), (1, 1)])
-def test_targets_left_out_are_counted_without_waiting_for_the_device(ignored, count):
-    net = Net()
-    loss = F.cross_entropy(net.layer(torch.randn(3, 4)), TARGETS, ignore_index=ignored)
-    torch.testing.assert_close(targets_left_out(loss.grad_fn, net.gate), torch.tensor(float(count)))
-    summed = F.cross_entropy(net.layer(torch.randn(3, 4)), TARGETS, ignore_index=ignored, reduction="sum")
-    torch.testing.assert_close(targets_left_out(summed.grad_fn, net.gate), torch.tensor(0.0))
-
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_targets_left_out_of_several_losses_are_added_up(order):
-    net = Net()
-    outputs = net.layer(torch.randn(3, 4))
-    some, others = (F.cross_entropy(outputs, TARGETS, ignore_index=ignored) for ignored in (3, -100)[::order])
-    both = some + others
-    assert int(targets_left_out(both.grad_fn, net.gate)) == 1
-
-
-def test_a_loss_before_the_gate_is_not_looked_at():
-    net = Net()
-    h = net.body(torch.randn(3, 4))
-    loss = net.layer(h * F.mse_loss(h, torch.zeros(3, 4), reduction="sum")).mean()
-    assert not_a_plain_mean(loss.grad_fn, net.gate) is None
-
-
 @pytest.mark.parametrize("norm", [lambda: nn.BatchNorm1d(4), lambda: nn.BatchNorm1d(4, affine=False)])
 @pytest.mark.parametrize("training", [True, False])
 def test_batch_norm_after_the_gate_mixes_samples_in_training_only(training, norm):
@@ -229,14 +150,3 @@ NORMS = {
 def test_a_norm_over_the_batch_is_told_from_others(case):
     norm, x, over_batch = NORMS[case]
     assert any(normalises_batch(node) for node in walk(norm(x).grad_fn)) is over_batch
-
-
-@pytest.mark.parametrize("rows", [257, 512])
-@for_each("ignored", [-100, 2])
-def test_ignored_targets_are_counted_in_half_precision_too(rows, ignored):
-    targets = torch.zeros(rows, dtype=torch.int64)
-    for left_out in (0, 1):
-        targets[:left_out] = ignored
-        logits = nn.Linear(4, 4)(torch.randn(rows, 4)).to(torch.bfloat16)
-        loss = F.cross_entropy(logits, targets, ignore_index=ignored)
-        assert int(targets_left_out(loss.grad_fn, logits.grad_fn)) == left_out

@@ -104,7 +104,7 @@ class Broken(Toy):
 
     def losses(self, batch: Any) -> torch.Tensor:
         losses = losses_of(self, batch)
-        broken = torch.isin(torch.arange(len(losses)), torch.tensor(self.bad))
+        broken = (batch[0][:, :1] == toy_data(4).tensors[0][list(self.bad), 0]).any(1)
         return losses * torch.where(broken, INF, 1.0)
 
 

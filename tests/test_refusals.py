@@ -69,8 +69,8 @@ def test_an_operation_in_place_after_the_layer_is_not_an_escape():
         (WeightNorm, "'head.weight_orig' (used by Mul with shape (3, 8) in (3, 8), not spread over 4 samples)"),
         (TakesIterator, "take `batch` instead of `dataloader_iter`"),
         (ClassWeighted, "it divides by the sum of its class weights"),
-        (Ignoring, "(ignore_index). Give the module a method `sample_losses(batch)`"),
-        (Summed, "sums over the batch (reduction='sum')"),
+        (Ignoring, "samples have different numbers of them (ignore_index)"),
+        (Summed, "it is a sum over the batch that is not divided by the number of samples"),
         (SequenceFirst, "'head.weight' (its layer's output has shape (5, 4, 3), not one row for each of 4 samples)"),
         (Bypassed, "'head.weight' (no path leads from the loss to it)"),
         (NotAveraged, "does not return the plain mean of `self.sample_losses(batch)`"),
@@ -86,7 +86,7 @@ def test_what_would_be_inexact_is_refused(kind, message):
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        (LeavesOutLater, ValueError, r"it left out targets \(ignore_index\)"),
+        (LeavesOutLater, ValueError, r"different numbers of them \(ignore_index\)"),
         (BypassesLater, RuntimeError, "no gradient reached the output of the scored layer"),
         (Penalised, ValueError, "the loss reaches 4 trainable parameters around the tensor that is weighted"),
     ],

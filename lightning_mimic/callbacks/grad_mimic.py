@@ -13,6 +13,7 @@ from lightning_mimic.reweighting import Reweighter, Step, StepResult
 from lightning_mimic.reweighting.batch import Ids
 from lightning_mimic.reweighting.gate import Reweight
 from lightning_mimic.reweighting.hooks import wrap_method
+from lightning_mimic.reweighting.loss_check import AssertedLoss
 from lightning_mimic.reweighting.messages import SEVERAL_PASSES
 from lightning_mimic.reweighting.recorder import Position
 from lightning_mimic.reweighting.reference_monitor import OnDoubtful
@@ -61,6 +62,9 @@ class GradMimic(pl.Callback):
             meant), ``"raise"`` stops, at one host sync per step.
         math_attention: Run attention in scored steps by the slower kernel that can be differentiated twice, so that
             parameters below it can be scored from the losses alone.
+        loss: A module without ``sample_losses`` is scored only if its loss is shown to be a plain mean over the
+            samples, by the operations between the scored rows and the loss. ``"mean"`` asserts it in place of that; the
+            ledger's ``meta.json`` holds which it was.
         on_doubtful: The first 512 samples show whether the reference shares the model's initialisation, predicts the
             labels, and whether moving towards it lowers the loss (:class:`~lightning_mimic.Diagnosis`). If not:
             ``"warn"``, ``"raise"``, or ``"align"`` it, for which weights stay uniform until that is known.
@@ -94,6 +98,7 @@ class GradMimic(pl.Callback):
         id_from: Callable[[Any], Ids] | None = None,
         on_nonfinite: OnNonfinite = "mask",
         math_attention: bool = False,
+        loss: AssertedLoss | None = None,
         on_doubtful: OnDoubtful = "warn",
         diagnose_reference: bool = True,
     ) -> None:
@@ -110,6 +115,7 @@ class GradMimic(pl.Callback):
             id_from=id_from,
             on_nonfinite=on_nonfinite,
             math_attention=math_attention,
+            loss=loss,
             on_doubtful=on_doubtful,
             diagnose_reference=diagnose_reference,
         )

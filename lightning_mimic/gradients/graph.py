@@ -7,8 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_mimic.gradients.nodes import (
@@ -22,7 +21,6 @@ from lightning_mimic.gradients.nodes import (
 )
 
 _NORMS = ("BatchNorm", "BatchNormalization")
-_MEAN, _SUM = 1, 2  # torch's codes for a loss's reduction
 
 
 @dataclass(frozen=True)
@@ -273,43 +271,3 @@ def normalises_batch(node: Node) -> bool:
 def mixes_samples(root: Node, gate: Node) -> bool:
     """Whether a batch normalisation in training mode lies between the loss and the gate."""
     return any(normalises_batch(node) for node in walk(root, stop=gate) if node is not gate)
-
-
-def not_a_plain_mean(root: Node, gate: Node) -> str | None:
-    """Says why the loss is not a plain mean of per-sample losses, where torch's loss nodes show it.
-
-    A sum that was written by hand does not show.
-
-    Returns:
-        The reason as a phrase, or ``None`` where nothing speaks against it.
-    """
-    for node, reduction in _reductions(root, gate):
-        if reduction == _SUM:
-            return f"{node.name().removesuffix('Backward0')} sums over the batch (reduction='sum')"
-        if reduction == _MEAN and node.name().startswith("NllLoss") and node._saved_weight is not None:  # type: ignore[attr-defined]
-            return "it divides by the sum of its class weights"
-    left_out = int(targets_left_out(root, gate))
-    return f"it left out {left_out} targets (ignore_index)" if left_out else None
-
-
-def targets_left_out(root: Node, gate: Node) -> Tensor:
-    """How many targets an averaging cross-entropy between the loss and the gate did not count, a scalar.
-
-    Stays on the device, so that it can be asked at every step and looked at later.
-    """
-    left_out = torch.zeros(())
-    for node, reduction in _reductions(root, gate):
-        if reduction == _MEAN and node.name().startswith("NllLoss") and node._saved_weight is None:  # type: ignore[attr-defined]
-            ignored = node._saved_ignore_index  # type: ignore[attr-defined]
-            ignored -= 2**64 * (ignored >= 2**63)  # autograd keeps it without a sign
-            # Counted, because the saved sum of weights is rounded in half precision.
-            left_out = left_out + (node._saved_target == ignored).sum()  # type: ignore[attr-defined]
-    return left_out
-
-
-def _reductions(root: Node, gate: Node) -> Iterator[tuple[Node, int]]:
-    """The loss nodes of torch on the way to the gate; a regulariser beside it may be reduced as it likes."""
-    for node in walk(root, stop=gate):
-        reduction = getattr(node, "_saved_reduction", None)
-        if reduction is not None and reaches(node, gate):
-            yield node, reduction

@@ -77,7 +77,7 @@ def _copied(ids: Ids) -> Ids:
 
 def sample_count(batch: Any) -> int | None:
     """The number of samples: the leading size that all of the batch's tensors share, ``None`` if they do not."""
-    sizes = {tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim}
+    sizes = {tensor.shape[0] for tensor in tensors_of(batch) if tensor.ndim}
     return sizes.pop() if len(sizes) == 1 else None
 
 
@@ -95,7 +95,7 @@ def blank_nan_samples(batch: Any, rows: int) -> tuple[Any, Tensor | None]:
         The copy, and which samples were clean, boolean of shape ``(rows,)``; ``None`` where the batch has no
         such tensor. No host sync.
     """
-    watched = [t for t in _tensors(batch) if t.ndim and t.shape[0] == rows and t.is_floating_point()]
+    watched = [t for t in tensors_of(batch) if t.ndim and t.shape[0] == rows and t.is_floating_point()]
     if not watched:
         return batch, None
     clean = torch.stack([~torch.isnan(tensor).reshape(rows, -1).any(1) for tensor in watched]).all(0)
@@ -147,7 +147,8 @@ def class_names_of(*sources: object) -> list[str] | None:
     return None
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    """Yield the batch's tensors."""
     found: list[Tensor] = []
 
     def collect(tensor: Tensor) -> Tensor:

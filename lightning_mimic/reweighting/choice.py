@@ -9,10 +9,8 @@ from torch.autograd.graph import GradientEdge
 from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.gradients import WholeModelGradients
-from lightning_mimic.gradients.graph import not_a_plain_mean
-from lightning_mimic.gradients.nodes import grad_fn_of
 from lightning_mimic.reweighting.forward import Forward
-from lightning_mimic.reweighting.messages import COMPILED, NOT_PLAIN
+from lightning_mimic.reweighting.messages import COMPILED
 from lightning_mimic.reweighting.methods import (
     DoubleBackward,
     InBackward,
@@ -68,12 +66,7 @@ def choose_method(task: ScoringTask, forward: Forward, previous: Choice | None) 
             f"({choice.method.description}), and scores of the two kinds do not mix. Start another run."
         )
     choice.method.check_products()
-    edge = choice.method.gate_edge(forward)
-    if forward.losses is None:
-        reason = not_a_plain_mean(grad_fn_of(forward.loss), edge.node)
-        if reason:
-            raise MimicError(NOT_PLAIN.format(reason))
-    refuse_uncovered(task, forward, edge)
+    refuse_uncovered(task, forward, choice.method.gate_edge(forward))
     return choice
 
 
@@ -150,7 +143,7 @@ def _samples_are_apart(task: ScoringTask, forward: Forward, rows: WholeModelGrad
         cuts = forward.graph.cuts(task.target_nodes(forward, forward.graph), forward.rows)
         if not cuts:
             return rows.conclusive
-        edge = cuts[0]
+        edge = forward.sample_cuts(cuts)[0]
     mixing = rows.rows_that_mix_samples(edge)
     if mixing:
         raise MimicError(

@@ -9,10 +9,13 @@ from torch.autograd.graph import GradientEdge
 
 from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError
+from lightning_mimic.gradients.forward_trace import ForwardTrace
 from lightning_mimic.gradients.graph import Graph
 from lightning_mimic.gradients.layer_hooks import LayerCall, LayerCalls
-from lightning_mimic.gradients.nodes import grad_fn_of
+from lightning_mimic.gradients.nodes import grad_fn_of, in_same_order
+from lightning_mimic.gradients.plain_mean import DataFlow
 from lightning_mimic.reweighting.hooks import SampleLosses
+from lightning_mimic.reweighting.messages import NOT_PLAIN
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,14 @@ class Forward:
         losses: What ``sample_losses`` returned; ``None`` for a module without that method.
         calls: The calls of the observed layers.
         rows: Samples of this rank.
+        trace: The operations of the forward pass, where they were followed.
     """
 
     loss: Tensor
     losses: SampleLosses | None
     calls: LayerCalls
     rows: int
+    trace: ForwardTrace | None = None
 
     @property
     def of_all_ranks(self) -> bool:
@@ -66,6 +71,46 @@ class Forward:
     def seed(self) -> Tensor:
         """The gradient of the root under which row *i* below it is that of the unreduced loss ``ℓᵢ``."""
         return torch.full_like(self.root, self.rows if self.losses is None else 1)
+
+    def flow(self, edge: GradientEdge) -> DataFlow | None:
+        """Return the data flow from a tensor with a row per sample; ``None`` if it, or its view, was not seen in use.
+
+        Args:
+            edge: Where the tensor's gradient arrives.
+        """
+        node = edge.node
+        while self.trace is not None and node not in self.trace.nodes:
+            parents = {parent for parent, _ in self.graph.parents.get(node, ())}
+            if len(parents) != 1 or not in_same_order(*parents):
+                return None
+            (node,) = parents
+        return None if self.trace is None else DataFlow(self.trace, node)
+
+    def sample_cuts(self, cuts: list[GradientEdge]) -> list[GradientEdge]:
+        """Return those of the cuts that hold a row per sample, where the data flow is known.
+
+        A tensor of another kind may have that size, too: two tasks' losses in a batch of two.
+
+        Args:
+            cuts: From the loss on.
+
+        Raises:
+            MimicError: The loss is not shown to be a plain mean over the rows of the lowest cut.
+        """
+        if self.trace is None:
+            return cuts
+        reason = "where the samples' rows are used is not seen"
+        for edge in reversed(cuts):
+            flow = self.flow(edge)
+            if flow is None:
+                continue
+            objection = flow.objection(self.loss)
+            if objection is None:
+                return [cut for cut in cuts if flow.has_rows(cut.node)]
+            reason = objection
+            if not flow.misplaced:
+                break  # a cut above it would hide what was found here
+        raise MimicError(NOT_PLAIN.format(reason))
 
     def only_call(self, name: str) -> LayerCall:
         """Return the one call of the one target layer.

@@ -2,15 +2,15 @@
 
 import enum
 
-from lightning_mimic.reweighting.messages import NOT_PLAIN, NOT_THE_MEAN
+from lightning_mimic.reweighting.messages import NOT_THE_MEAN, UNEQUAL_TARGETS
 
 
 class LossProblem(enum.IntFlag):
     """A problem that only the numbers of a step show; kept on the device until the scores are written."""
 
     NONE = 0
-    #: An averaging cross-entropy did not count all targets.
-    LEFT_OUT_TARGETS = 1
+    #: An averaging cross-entropy did not count as many targets of each sample.
+    UNEQUAL_TARGETS = 1
     #: The loss is not the mean of what ``sample_losses`` returned.
     NOT_THE_MEAN = 2
 
@@ -19,4 +19,4 @@ class LossProblem(enum.IntFlag):
         """The problem and its fix."""
         if LossProblem.NOT_THE_MEAN in self:
             return NOT_THE_MEAN
-        return NOT_PLAIN.format("it left out targets (ignore_index)")
+        return UNEQUAL_TARGETS

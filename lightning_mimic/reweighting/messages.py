@@ -11,8 +11,26 @@ HOOKED = (
 )
 
 NOT_PLAIN = (
-    "the loss cannot be taken for a plain mean over samples: {}. Give the module a method `sample_losses(batch)` that "
-    "returns one loss per sample, and average it in training_step."
+    "the loss is not shown to be a plain mean over samples: {}. Give the module a method `sample_losses(batch)` that "
+    "returns one loss per sample, and average it in training_step; or, if the loss is the plain mean of losses of "
+    "which each is a sample's own, assert that with `loss='mean'`."
+)
+
+OTHERWISE = (
+    "the loss of this batch was computed by other operations than those that were followed at the start of the epoch, "
+    "so it is not shown to be a plain mean over samples. Give the module a method `sample_losses(batch)` that returns "
+    "one loss per sample, and average it in training_step; or, if every loss is the plain mean of losses of which each "
+    "is a sample's own, assert that with `loss='mean'`."
+)
+
+UNEQUAL_TARGETS = (
+    "the loss averages over targets, and samples have different numbers of them (ignore_index), so that it is not a "
+    "plain mean over samples. Average each sample's own targets first:\n"
+    "    def sample_losses(self, batch):\n"
+    "        logits = self(batch['input_ids'])\n"
+    "        return lightning_mimic.token_losses(logits[:, :-1], batch['labels'][:, 1:])  # shifted: a language model\n"
+    "    def training_step(self, batch, batch_idx):\n"
+    "        return self.sample_losses(batch).mean()"
 )
 
 NOT_THE_MEAN = (

@@ -349,8 +349,8 @@ class _Cuts:
 
     def __init__(self, task: ScoringTask) -> None:
         self._task = task
-        self._deepest = 0
-        #: Rows and number of cuts for which the deepest is known.
+        self._place = 0
+        #: Rows and number of cuts for which the place of the lowest is known.
         self.known_shape: tuple[int, int] | None = None
 
     def lowest(self, forward: Forward) -> GradientEdge:
@@ -373,10 +373,12 @@ class _Cuts:
             )
         # Looked for again (a host sync) when another size might make other axes look like the batch's.
         if self.known_shape != (forward.rows, len(cuts)):
+            known = forward.sample_cuts(cuts)
             compiled = any(map(is_compiled, graph.order))
-            self._deepest = 1 if compiled else rows_of_samples(forward.root, cuts, forward.rows)
+            deep = 1 if compiled else rows_of_samples(forward.root, known, forward.rows)
+            self._place = cuts.index(known[:deep][-1])
             self.known_shape = (forward.rows, len(cuts))
-        return cuts[: self._deepest][-1]
+        return cuts[self._place]
 
 
 def only_call(task: ScoringTask, forward: Forward) -> LayerCall | None:

@@ -31,6 +31,7 @@ from lightning_mimic.reweighting.choice import Choice, choose_method
 from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.gate import Reweight
 from lightning_mimic.reweighting.hooks import LossCapture
+from lightning_mimic.reweighting.loss_check import AssertedLoss, LossCheck
 from lightning_mimic.reweighting.messages import HOOKED
 from lightning_mimic.reweighting.methods import Reach, ScoringMethod, ScoringTask
 from lightning_mimic.reweighting.recorder import Position, ScoreRecorder
@@ -72,6 +73,7 @@ class Reweighter:
         on_nonfinite: What to do about samples whose loss is not finite. With ``"mask"``, compute the loss from
             ``step.batch``, in which samples that hold NaN are blanked.
         math_attention: Run attention in scored steps by the kernel that can be differentiated twice.
+        loss: ``"mean"`` asserts that the loss is the plain mean of the samples' own losses.
         on_doubtful: What to do about a reference that the diagnosis does not find compatible.
         diagnose_reference: Diagnose the reference on the first 512 samples.
         grad_scaler: The gradient scaler that the backward pass uses, if any.
@@ -115,6 +117,7 @@ class Reweighter:
         id_from: Callable[[Any], Ids] | None = None,
         on_nonfinite: OnNonfinite = "mask",
         math_attention: bool = False,
+        loss: AssertedLoss | None = None,
         on_doubtful: OnDoubtful = "warn",
         diagnose_reference: bool = True,
         grad_scaler: "torch.amp.GradScaler | None" = None,
@@ -133,6 +136,7 @@ class Reweighter:
             id_from=id_from,
             on_nonfinite=on_nonfinite,
             math_attention=math_attention,
+            loss=loss,
             on_doubtful=on_doubtful,
             diagnose_reference=diagnose_reference,
         )
@@ -171,6 +175,7 @@ class Reweighter:
             self._target.monitor(device, settings.diagnosis_samples) if settings.diagnose_reference else None
         )
         self._compatible = False
+        self._loss_check = LossCheck(self.model, settings.loss)
         self._choice: Choice | None = None
         self._checked_epoch = -1
         self._parameters: list[tuple[int, bool]] = []
@@ -303,7 +308,7 @@ class Reweighter:
         if result is None or self._recorder is None or self._choice is None:
             return None
         if self._checked_epoch < 0:
-            self.note({"score_kind": self._choice.kind})
+            self.note({"score_kind": self._choice.kind, "loss": self._loss_basis})
         self._checked_epoch = step.position.epoch
         here = step.position
         self._next = Position(here.epoch, here.step + 1, here.batch + 1)
@@ -382,6 +387,11 @@ class Reweighter:
     # The rest
 
     @property
+    def _loss_basis(self) -> str:
+        """Why the loss is taken for a plain mean."""
+        return self._loss_check.basis if self._context.capture is None else "sample_losses"
+
+    @property
     def _directory(self) -> Path | None:
         return None if self.settings.ledger is None else Path(self.settings.ledger).expanduser()
 
@@ -399,7 +409,7 @@ class Reweighter:
         capture = LossCapture(self.model) if callable(getattr(self.model, "sample_losses", None)) else None
         if capture is not None:
             self._closing.callback(capture.remove)
-        return StepContext(settings, task, self._target, capture, self._choose)
+        return StepContext(settings, task, self._target, capture, self._loss_check, self._choose)
 
     def _refuse_replaced(self) -> None:
         for name, parameter in self.targets.items():
@@ -414,9 +424,14 @@ class Reweighter:
         choice = self._choice
         if choice is None or check:
             task = self._context.task
-            choice = self._choice = distributed.on_all_ranks(
-                lambda: choose_method(task, forward, choice), "could not score its samples"
-            )
+
+            def chosen() -> Choice:
+                chosen = choose_method(task, forward, choice)
+                if forward.losses is None:
+                    self._loss_check.show(forward, chosen.method.gate_edge(forward))
+                return chosen
+
+            choice = self._choice = distributed.on_all_ranks(chosen, "could not score its samples")
         return choice.method
 
     def _diagnose(self, step: Step, result: StepResult) -> StepResult:

@@ -12,6 +12,7 @@ from lightning_mimic.reference.diagnose import SAMPLES
 from lightning_mimic.reweighting.batch import Ids
 from lightning_mimic.reweighting.checks import check_scorer
 from lightning_mimic.reweighting.gate import Reweight
+from lightning_mimic.reweighting.loss_check import AssertedLoss
 from lightning_mimic.reweighting.reference_monitor import OnDoubtful
 from lightning_mimic.scorers import MimicScore, Need, Scorer, Weighting, choose_weighting, validate_needs
 
@@ -47,6 +48,7 @@ class Settings:
     id_from: Callable[[Any], Ids] | None
     on_nonfinite: OnNonfinite
     math_attention: bool
+    loss: AssertedLoss | None
     on_doubtful: OnDoubtful
     diagnose_reference: bool
     diagnosis_samples: int = SAMPLES
@@ -56,6 +58,8 @@ class Settings:
             value = getattr(self, name)
             if value not in get_args(kind):
                 raise MimicError(f"`{name}` is {value!r}; {nearest_names(str(value), get_args(kind))}.")
+        if self.loss not in (None, *get_args(AssertedLoss)):
+            raise MimicError(f"`loss` is {self.loss!r}; expected 'mean', or nothing.")
         check_scorer(
             self.make_scores,
             self.needs,

@@ -15,15 +15,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError
-from lightning_mimic.gradients.graph import targets_left_out
+from lightning_mimic.gradients.forward_trace import ForwardTrace
 from lightning_mimic.gradients.layer_hooks import LayerCalls
-from lightning_mimic.gradients.nodes import grad_fn_of
 from lightning_mimic.ledger import Flag
 from lightning_mimic.reweighting.batch import Ids, blank_nan_samples, sample_count
 from lightning_mimic.reweighting.features import target_features
 from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.gate import ClosedGate, FullGate, Gate, TargetGate
 from lightning_mimic.reweighting.hooks import GradientHooks, LossCapture, SampleLosses
+from lightning_mimic.reweighting.loss_check import LossCheck
 from lightning_mimic.reweighting.loss_problem import LossProblem
 from lightning_mimic.reweighting.messages import NOT_THE_MEAN, SEVERAL_PASSES
 from lightning_mimic.reweighting.methods import ScoringMethod, ScoringTask
@@ -47,6 +47,7 @@ class StepContext:
         task: The parameters and the hooks on their layers.
         target: The direction towards the reference.
         capture: Captures per-sample losses; ``None`` for a module without ``sample_losses``.
+        loss_check: Shows that the losses of such a module are means over the samples.
         choose: Returns the method that scores a micro-batch; looks at its graph first, if the second argument is true.
     """
 
@@ -54,6 +55,7 @@ class StepContext:
     task: ScoringTask
     target: Target
     capture: LossCapture | None
+    loss_check: LossCheck
     choose: Callable[[Forward, bool], ScoringMethod]
 
 
@@ -103,6 +105,8 @@ class Step:
         self._scale = scale
         self._calls = LayerCalls()
         self._captured: list[SampleLosses] = []
+        self._trace: ForwardTrace | None = None
+        self._recording = ExitStack()
         self._losses: Tensor | None = None
         self._reference_losses: Tensor | None = None
         self._factor: Tensor | None = None
@@ -142,6 +146,11 @@ class Step:
         self._closing.callback(self._stop)
         if self._context.capture is not None:
             self._captured = self._context.capture.start()
+        elif self._rows is not None:
+            seen = (batch, self.batch)  # a loop of one's own may use either
+            self._trace = self._context.loss_check.trace(seen, self._rows, self._check)
+            if self._trace is not None:
+                self._recording.enter_context(self._trace.recording())
 
     def after_forward(self, loss: Tensor, *, backward_follows: bool = True) -> None:
         """Score the samples, or prepare to do so within the backward pass, and let the weights enter it.
@@ -181,7 +190,7 @@ class Step:
             self._watch(forward, edge)
             method.score(forward, edge, self)
         # The backward pass frees activations as it goes; nothing here may hold them.
-        self._calls, self._captured = LayerCalls(), []
+        self._calls, self._captured, self._trace = LayerCalls(), [], None
         self._factor = None  # of a reverse pass for the scores
 
     def backward(
@@ -324,6 +333,7 @@ class Step:
     # The rest
 
     def _stop(self) -> None:
+        self._recording.close()
         self._context.task.hooks.stop()
         if self._context.capture is not None:
             self._context.capture.stop()
@@ -336,7 +346,7 @@ class Step:
             )
         rows = self._rows
         if self._context.capture is None:
-            return Forward(loss, None, self._calls, rows)
+            return Forward(loss, None, self._calls, rows, self._trace)
         if not self._captured:
             raise MimicError(
                 "the module has a method `sample_losses`, but training_step did not call it; training_step must "
@@ -349,23 +359,23 @@ class Step:
 
     def _watch(self, forward: Forward, edge: GradientEdge) -> None:
         """Have the backward pass show by what the loss is multiplied, and whether it is the mean of the losses."""
-        self._problem = torch.zeros((), dtype=torch.int8, device=forward.loss.device)
 
         def remember(gradient: Tensor) -> None:
             self._factor = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32)).reshape(())
 
         self.hooks.on_edge(get_gradient_edge(forward.loss), remember)
         if forward.losses is None:
-            left_out = targets_left_out(grad_fn_of(forward.loss), edge.node)
-            self._problem = self._problem + (left_out > 0) * LossProblem.LEFT_OUT_TARGETS
+            self._problem = self._context.loss_check.problem(forward, edge)
             return
+        self._problem = torch.zeros((), dtype=torch.int8, device=forward.loss.device)
         rows, check = forward.rows, self._check
 
         def compare(gradients: Tensor) -> None:
             if self._factor is None:
                 return  # a reverse pass for the scores
             expected = (self._factor / rows).to(gradients.dtype)
-            unequal = ~torch.isclose(gradients, expected, rtol=1e-2, atol=0.0).all()
+            close = min(64 * torch.finfo(gradients.dtype).eps, 1e-2)
+            unequal = ~torch.isclose(gradients, expected, rtol=close, atol=0.0).all()
             if check and bool(unequal):
                 raise MimicError(NOT_THE_MEAN)
             self._problem = unequal * LossProblem.NOT_THE_MEAN

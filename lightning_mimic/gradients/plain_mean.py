@@ -1,0 +1,192 @@
+"""Proof that a loss is the plain mean of its samples' losses, from the data flow between scored rows and loss."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from lightning_mimic.gradients.forward_trace import ForwardTrace, Operation, Ref
+from lightning_mimic.gradients.graph import walk
+from lightning_mimic.gradients.nodes import grad_fn_of, kind_of, shape_of
+from lightning_mimic.gradients.row_rules import is_count, outputs_of
+from lightning_mimic.gradients.sample_rows import Constant, Mixed, Rows, Total, Value, is_scored
+
+_MEAN = 1  # torch's code for a loss's reduction
+
+
+class DataFlow:
+    """Which samples every tensor of a forward pass depends on, given that some tensor has a row for each.
+
+    Args:
+        trace: Of the forward pass.
+        rows: Where the gradient of the scored rows arrives: of a tensor whose first axis is the samples', or theirs
+            and more. It must be one that the trace knows.
+
+    Example:
+        >>> import torch
+        >>> weight, batch = torch.ones(2, requires_grad=True), torch.ones(3, 2)
+        >>> trace = ForwardTrace(samples=3)
+        >>> trace.expect([batch], [])
+        >>> with trace.recording():
+        ...     rows = batch * weight
+        ...     mean, root = rows.square().mean(), rows.square().mean().sqrt()
+        >>> flow = DataFlow(trace, rows.grad_fn)
+        >>> flow.objection(mean) is None
+        True
+        >>> flow.objection(root)
+        'a mean or a sum over the batch goes through `sqrt`'
+    """
+
+    def __init__(self, trace: ForwardTrace, rows: Node) -> None:
+        self._trace = trace
+        self._rows = rows
+        #: The batch's own tensors show that the samples lie on another axis of the scored rows.
+        self.misplaced = False
+        self._values: dict[int, Value] = {ref.token: _of_batch(ref, trace.samples) for ref in trace.batch}
+        self._values |= dict.fromkeys(trace.constants, Constant())
+        self._follow_all()
+
+    def objection(self, loss: Tensor) -> str | None:
+        """Return why a loss is not shown to be a plain mean over the samples, as a phrase; ``None`` if it is.
+
+        It is shown where every operation on the way from the scored rows to the loss treats each sample apart, until a
+        mean over all of them, or a sum that is divided by their number, and where no factor or normaliser on the way
+        was made of several samples, whatever its value in this batch.
+
+        Args:
+            loss: Of the traced forward pass.
+        """
+        if self.misplaced:
+            return "the samples do not lie on the first axis of the scored rows"
+        found = self._values.get(self._trace.ref(loss).token)
+        if isinstance(found, Total) and found.mean:
+            custom = [kind_of(node) for node in between(grad_fn_of(loss), self._rows) if _is_custom(node)]
+            return f"the gradients of `{custom[0]}` are made by code of its own" if custom else None
+        if isinstance(found, Total):
+            return "it is a sum over the batch that is not divided by the number of samples"
+        if isinstance(found, Mixed) and found.scored:
+            return found.reason
+        return "it is not made of the scored rows by operations that can be followed"
+
+    def has_rows(self, node: Node) -> bool:
+        """Return whether the tensor that a node made has a row for each sample on its first axis."""
+        token, _ = self._trace.nodes.get(node, (-1, 0))
+        value = self._values.get(token)
+        return isinstance(value, Rows) and value.scored and (value.axis, value.inner) == (0, 1)
+
+    def _follow_all(self) -> None:
+        token, since = self._trace.nodes[self._rows]
+        read: str | None = None
+        for place, operation in enumerate(self._trace.operations):
+            for ref in operation.inputs:
+                # From outside: a constant, unless it may have been made of a number that was read from the batch.
+                self._values.setdefault(ref.token, Constant() if read is None else Mixed(read))
+                if place == since and ref.token == token:
+                    self._begin(ref)
+            if operation.name == "read":
+                source = operation.arguments["self"]
+                if not isinstance(self._values[source.token], Constant) and source.dtype != torch.bool:
+                    read = f"a number was read from the batch by `{operation.arguments['by']}` and may have entered it"
+            else:
+                self._follow(operation, read)
+
+    def _begin(self, ref: Ref) -> None:
+        """Take a tensor for the scored rows."""
+        rows, known = Rows(0, inner=max(ref.shape[0] // self._trace.samples, 1), scored=True), self._values[ref.token]
+        if isinstance(known, Rows) and (known.axis, known.inner) != (rows.axis, rows.inner):
+            self.misplaced = True
+        self._values[ref.token] = rows
+
+    def _follow(self, operation: Operation, read: str | None) -> None:
+        """Set the values of what an operation returns and of what it changes."""
+        values = self._values
+        before = [values.get(ref.token) for ref in operation.written]
+        outputs = outputs_of(operation, values, self._trace.samples, read)
+        for ref, value in zip((*operation.outputs, *operation.written), outputs, strict=True):
+            values[ref.token] = value
+        after = [values[ref.token] for ref in operation.written]
+        if not after or (before == after and not isinstance(after[0], Mixed)):
+            return
+        for token, same in operation.aliases:
+            scored = is_scored(after[0]) or is_scored(values.get(token, Constant()))
+            values[token] = after[0] if same else Mixed(f"`{operation.name}` changed a part of it in place", scored)
+
+
+def _of_batch(ref: Ref, samples: int) -> Value:
+    if ref.shape[:1] == (samples,):
+        return Rows(0)
+    return Mixed(f"the batch holds a tensor of shape {ref.shape}, not a row for each of {samples} samples")
+
+
+def between(root: Node, rows: Node) -> list[Node]:
+    """Return the nodes on the ways from a loss to the scored rows, both included, in a fixed order."""
+    order = list(walk(root, stop=rows))
+    leading = {rows}
+    stack = [(root, iter(root.next_functions))]
+    opened = {root}
+    while stack:
+        node, children = stack[-1]
+        for child, _ in children:
+            if child is not None and child not in opened and child is not rows and node is not rows:
+                opened.add(child)
+                stack.append((child, iter(child.next_functions)))
+                break
+        else:
+            stack.pop()
+            if node is not rows and any(child in leading for child, _ in node.next_functions):
+                leading.add(node)
+    return [node for node in order if node in leading]
+
+
+def _is_custom(node: Any) -> bool:
+    """Whether a user's ``torch.autograd.Function`` made the node."""
+    function = getattr(node, "_forward_cls", None)
+    return function is not None and not function.__module__.startswith("torch.")
+
+
+def unequal_targets(nodes: Sequence[Node], samples: int) -> Tensor:
+    """Return whether some averaging cross-entropy did not count as many targets of each sample, a scalar.
+
+    It stays on the device, so that it can be asked at every step and looked at later.
+
+    Args:
+        nodes: On the ways from the loss to the scored rows.
+        samples: B.
+    """
+    unequal = torch.zeros((), dtype=torch.bool)
+    for node in nodes:
+        if not kind_of(node).startswith("NllLoss") or node._saved_reduction != _MEAN:  # type: ignore[attr-defined]
+            continue
+        ignored = node._saved_ignore_index  # type: ignore[attr-defined]
+        ignored -= 2**64 * (ignored >= 2**63)  # autograd keeps it without a sign
+        # Counted, because the saved sum of weights is rounded in half precision.
+        kept = node._saved_target != ignored  # type: ignore[attr-defined]
+        if kept.numel() % samples:
+            return torch.ones_like(unequal)
+        counts = kept.reshape(samples, -1).sum(1)
+        unequal = unequal | (counts != counts[0]).any()
+    return unequal
+
+
+def fingerprint(nodes: Sequence[Node], samples: int) -> list[tuple[str, float | None]]:
+    """Return the kinds of nodes, and the numbers by which a sum may have been divided to become a mean, over B.
+
+    Equal ones belong to losses that are computed in the same way.
+
+    Args:
+        nodes: On the ways from the loss to the scored rows.
+        samples: B.
+    """
+    return [(kind_of(node), _count(node, samples)) for node in nodes]
+
+
+def _count(node: Any, samples: int) -> float | None:
+    kind = kind_of(node)
+    other = getattr(node, "_saved_other", None) if kind in ("Div", "Mul") and shape_of(node) == () else None
+    if isinstance(other, Tensor):
+        other = other.item() if other.device.type == "cpu" and other.ndim == 0 and not other.requires_grad else None
+    if not isinstance(other, int | float) or not is_count(other, samples, kind.lower()):
+        return None
+    return round((other if kind == "Div" else 1 / other) / samples, 6)

@@ -1,0 +1,84 @@
+"""Which samples a tensor depends on: the values of the data flow that :mod:`~.plain_mean` follows."""
+
+from dataclasses import dataclass, field, replace
+from math import prod
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Does not depend on the batch.
+
+    Attributes:
+        exchangeable: Equal or randomly drawn elements, which may lie along the batch as well as across it.
+        counts: Elements 0, 1, 2, ... in this order.
+    """
+
+    exchangeable: bool = False
+    counts: bool = False
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Holds a row for each sample, which depends on no other sample.
+
+    Attributes:
+        axis: The samples' axis. Its size is a multiple of B where other axes were merged with it.
+        inner: Steps along this axis from a sample to the next.
+        scored: Depends on the scored rows.
+    """
+
+    axis: int
+    inner: int = 1
+    scored: bool = False
+
+
+@dataclass(frozen=True)
+class Total:
+    """Is the mean or the sum of the samples' own values, which depend on the scored rows.
+
+    Attributes:
+        mean: It is the mean.
+        elements: Of a sum: how many elements of one sample it may be said to consist of.
+    """
+
+    mean: bool
+    elements: frozenset[int] = field(default=frozenset({1}))
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Depends on several samples in another way.
+
+    Attributes:
+        reason: Why, as a phrase.
+        scored: Depends on the scored rows.
+    """
+
+    reason: str
+    scored: bool = False
+
+
+Value = Constant | Rows | Total | Mixed
+
+
+def is_scored(value: Value) -> bool:
+    """Whether a value depends on the scored rows."""
+    return isinstance(value, Total) or (not isinstance(value, Constant) and value.scored)
+
+
+def reshaped(rows: Rows, samples: int, old: tuple[int, ...], new: tuple[int, ...]) -> Rows | None:
+    """Return where the samples lie after elements kept their order and got another shape; ``None`` if split up.
+
+    Example:
+        >>> flat = reshaped(Rows(0), 4, (4, 3, 5), (12, 5))
+        >>> flat
+        Rows(axis=0, inner=3, scored=False)
+        >>> reshaped(flat, 4, (12, 5), (2, 2, 3, 5))
+    """
+    step = rows.inner * prod(old[rows.axis + 1 :])  # between a sample and the next, in elements
+    for axis, size in enumerate(new):
+        within = prod(new[axis + 1 :])
+        if within <= step and step * samples <= within * size:
+            whole = step % within == 0 and (within * size) % (step * samples) == 0
+            return replace(rows, axis=axis, inner=step // within) if whole else None
+    return None

@@ -1,0 +1,102 @@
+"""A loss is scored because it was shown to be a plain mean of its samples' losses, or because the user says so."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from lightning_mimic.errors import MimicError
+from lightning_mimic.gradients.forward_trace import ForwardTrace
+from lightning_mimic.gradients.graph import is_compiled
+from lightning_mimic.gradients.nodes import grad_fn_of, kind_of
+from lightning_mimic.gradients.plain_mean import between, fingerprint, unequal_targets
+from lightning_mimic.reweighting.batch import tensors_of
+from lightning_mimic.reweighting.forward import Forward
+from lightning_mimic.reweighting.loss_problem import LossProblem
+from lightning_mimic.reweighting.messages import NOT_PLAIN, OTHERWISE
+
+#: ``"mean"``: the user asserts that the loss is the plain mean of the samples' own losses.
+AssertedLoss = Literal["mean"]
+
+
+class LossCheck:
+    """Shows for a run without ``sample_losses`` that its losses are plain means over the samples.
+
+    The operations of a forward pass are followed in its first step, at the start of every epoch, and whenever a batch
+    has another size. In between, the graph of the loss must be the one for which it was shown.
+
+    Args:
+        module: The module that is trained.
+        asserted: The user asserts it, so that nothing is checked.
+    """
+
+    def __init__(self, module: nn.Module, asserted: AssertedLoss | None) -> None:
+        self._module = module
+        self._asserted = asserted is not None
+        self._sizes: set[int] = set()
+        self._shown: list[list[tuple[str, float | None]]] = []
+
+    @property
+    def basis(self) -> str:
+        """Why the loss is taken for a plain mean, for the ledger."""
+        return "asserted" if self._asserted else "shown"
+
+    def trace(self, batch: object, samples: int, check: bool) -> ForwardTrace | None:
+        """Return an empty record for the forward pass that comes; ``None`` if it need not be followed.
+
+        Args:
+            batch: What the loss will be computed from.
+            samples: B.
+            check: It is the first micro-batch of an epoch, or the module has changed.
+        """
+        if self._asserted or samples < 2 or not (check or samples not in self._sizes):
+            return None
+        trace = ForwardTrace(samples)
+        trace.expect(tensors_of(batch), [*self._module.parameters(), *self._module.buffers()])
+        return trace
+
+    def show(self, forward: Forward, edge: GradientEdge) -> None:
+        """Show that the loss of a forward pass that was followed is a plain mean.
+
+        Args:
+            forward: The micro-batch.
+            edge: Where the gradient with one row per sample arrives.
+
+        Raises:
+            MimicError: It is not shown.
+        """
+        if forward.trace is None:
+            return
+        flow = forward.flow(edge)
+        reason = f"the use of the scored rows ({kind_of(edge.node)}) is not seen" if flow is None else None
+        reason = flow.objection(forward.loss) if flow is not None else reason
+        if reason is not None:
+            raise MimicError(NOT_PLAIN.format(reason))
+        nodes = between(grad_fn_of(forward.loss), edge.node)
+        if bool(unequal_targets(nodes, forward.rows)):
+            raise MimicError(LossProblem.UNEQUAL_TARGETS.message)
+        self._sizes.add(forward.rows)
+        self._shown.append(fingerprint(nodes, forward.rows))
+
+    def problem(self, forward: Forward, edge: GradientEdge) -> Tensor:
+        """Return a :class:`LossProblem` that only the numbers of this batch show, on the device.
+
+        Args:
+            forward: The micro-batch.
+            edge: Where the gradient with one row per sample arrives.
+
+        Raises:
+            MimicError: The loss is computed otherwise than where it was shown to be a plain mean.
+        """
+        none = torch.zeros((), dtype=torch.int8, device=forward.loss.device)
+        if self._asserted or forward.rows < 2:
+            return none
+        if forward.rows not in self._sizes:
+            self.show(forward, edge)
+        nodes = between(grad_fn_of(forward.loss), edge.node)
+        if not nodes:
+            return none  # no gradient will arrive, which is refused when the backward pass has ended
+        if not any(map(is_compiled, nodes)) and fingerprint(nodes, forward.rows) not in self._shown:
+            raise MimicError(OTHERWISE)
+        return none + unequal_targets(nodes, forward.rows) * LossProblem.UNEQUAL_TARGETS
