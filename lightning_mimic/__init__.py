@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_mimic.data import WithIds, collate_with_ids
     from lightning_mimic.errors import LedgerError, MimicError, ReferenceLoadError
     from lightning_mimic.ledger import Ledger
+    from lightning_mimic.models.token_losses import token_losses
     from lightning_mimic.reference import Aligned, Diagnosis, diagnose
     from lightning_mimic.reweighting import Reweighter
 else:
@@ -23,6 +24,7 @@ else:
             "lightning_mimic.data": ["WithIds", "collate_with_ids"],
             "lightning_mimic.errors": ["LedgerError", "MimicError", "ReferenceLoadError"],
             "lightning_mimic.ledger": ["Ledger"],
+            "lightning_mimic.models.token_losses": ["token_losses"],
             "lightning_mimic.reference": ["Aligned", "Diagnosis", "diagnose"],
             "lightning_mimic.reweighting": ["Reweighter"],
         },
@@ -42,4 +44,5 @@ __all__ = [
     "__version__",
     "collate_with_ids",
     "diagnose",
+    "token_losses",
 ]

@@ -1,5 +1,7 @@
 """Every loss of the table is scored as each sample alone would be, or refused, whatever the batch's size."""
 
+import json
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from support.losses import COUPLED, PLAIN, UNDEFINED_ALONE, Net, WithOwnLosses, 
 from support.ranks import on_two_ranks
 
 SIZES = (2, 7, 32)
+RANKS = ((2, 2), (3, 4))  # samples of two ranks
 CLOSE = {"rtol": 1e-6, "atol": 1e-9}
 
 
@@ -21,6 +24,24 @@ def scores(kind, loss, batch, parameters):
         reweighter.step(batch) as step,
     ):
         return step.backward(module.loss(step.batch)).scores
+
+
+def on_a_rank(rank, folder):
+    """The scores of this rank's part of a batch, or None where it is refused."""
+    found = {}
+    for name, loss in (PLAIN | COUPLED).items():
+        for kind in (Net, WithOwnLosses):
+            if kind is WithOwnLosses and name in UNDEFINED_ALONE:
+                continue
+            for sizes in RANKS:
+                part = dict(zip(("first", "second"), torch.arange(sum(sizes)).split(sizes), strict=True))
+                batch = {key: rows[part[("first", "second")[rank]]] for key, rows in batch_of(sum(sizes)).items()}
+                try:
+                    result = scores(kind, loss, batch, "head").tolist()
+                except MimicError:
+                    result = None
+                found[f"{name}, {kind.__name__}, {sum(sizes)}"] = result
+    (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
 def expected(loss, batch, parameters):
@@ -57,3 +78,19 @@ def test_with_losses_of_its_own_every_loss_is_scored(name):
             torch.testing.assert_close(
                 scores(WithOwnLosses, loss, batch, "head"), expected(loss, batch, "head"), **CLOSE
             )
+
+
+@pytest.mark.slow
+def test_on_two_ranks_the_same_losses_are_scored_and_refused(tmp_path):
+    on_two_ranks(on_a_rank, tmp_path)
+    parts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for case_name, first in parts[0].items():
+        name, kind, size = case_name.rsplit(", ", 2)
+        with case(case_name):
+            second = parts[1][case_name]
+            if kind == "Net" and name in COUPLED:
+                assert first is None
+                assert second is None
+                continue
+            right = expected((PLAIN | COUPLED)[name], batch_of(int(size)), "head")
+            torch.testing.assert_close(torch.tensor(first + second, dtype=right.dtype), right, **CLOSE)
