@@ -141,7 +141,8 @@ RESUMED = {
 def test_what_a_resumed_run_continues_was_written_by_all_ranks(case, tmp_path):
     start, parts, missing = RESUMED[case]
     again = [{"id": 20 + rank, "rank": rank, "attempt": 1, "step": start, "score": 1.0} for rank in (0, 1)]
-    write_ledger(tmp_path / "s", [*ROWS, *again], notes=TWO, starts=(0, start))
+    rows = [row | {"part": row["part"] * row["rank"]} for row in ROWS]  # the first rank has a part that spans the steps
+    write_ledger(tmp_path / "s", [*rows, *again], notes=TWO, starts=(0, start))
     note_run(tmp_path / "s", 1, {"rows": [1, 1]})
     for part in parts:
         remove(tmp_path / "s", f"*-{part}-*")

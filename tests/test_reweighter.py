@@ -490,10 +490,13 @@ def test_a_reweighter_that_is_dropped_warns_of_its_rows_and_one_that_has_ended_d
     flushed.flush()
     del ended, flushed
     gc.collect()  # without a warning, which would be an error
-    dropped = scored_once(net, tmp_path / "dropped")
-    del dropped
-    with pytest.warns(UserWarning, match=f"4 rows were not written to {tmp_path / 'dropped'}. Use it as a context man"):
+
+    def drop() -> None:
+        scored_once(net, tmp_path / "dropped")
         gc.collect()
+
+    with pytest.warns(UserWarning, match=f"4 rows were not written to {tmp_path / 'dropped'}. Use it as a context man"):
+        drop()
 
 
 @pytest.mark.slow

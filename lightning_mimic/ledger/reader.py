@@ -1,4 +1,4 @@
-"""Read a ledger back: whole parts only, each sample once per epoch."""
+"""Read a ledger back: whole parts only, the rows of all ranks, each sample once per epoch."""
 
 import math
 import re
@@ -164,7 +164,8 @@ class Ledger:
 
         Args:
             deduplicate: Keep the first row of a sample in an epoch: a distributed sampler repeats some to
-                make ranks even, and a run resumed within an epoch starts that epoch's data again.
+                make ranks even, sampling with replacement draws some several times, and a run resumed within an epoch
+                starts that epoch's data again.
             allow_partial: Read what there is, instead of refusing where parts are damaged or rows missing.
 
         Raises:
