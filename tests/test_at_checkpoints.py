@@ -204,6 +204,7 @@ def test_two_processes_score_as_one(tmp_path):
             torch.testing.assert_close(column(two, "score", epoch), column(one, "score", epoch), **CLOSE)
         assert set(two["rank"].to_pylist()) == {0, 1}
         assert len(ledger.meta["attempts"][0]["checkpoints"]) == 3
+        assert ledger.meta["attempts"][0]["rows"] == [24, 24]
         for rank in (0, 1):
             state = torch.load(tmp_path / f"{parameters}-{rank}.pt", weights_only=True)
             torch.testing.assert_close(state, toy_at(kind, 2).state_dict(), rtol=0, atol=0)

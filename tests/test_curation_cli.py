@@ -96,7 +96,7 @@ def test_curate_shows_a_calibrated_quality_and_what_is_left_out(run, tmp_path):
         ["by sign", "50.0%", "share kept by the sign of the mean score, whatever the filter"],
         ["mean score", "+1", "of what is kept; +0 of all"],
         ["quality", "50.0%", f"95 % interval {found.low:.1%} to {found.high:.1%}, by 20 trusted samples"],
-        ["left out", "1", "damaged or missing parts of the ledger: attempt 0, rank 0, part 0 (missing)"],
+        ["left out", "1", "damaged, missing or in doubt: attempt 0, rank 0, part 0 (missing)"],
     ]
     assert text.splitlines()[-1] == "  a/b/manifest.parquet"
 

@@ -254,9 +254,9 @@ def test_damaged_and_missing_parts_are_named_and_the_rest_is_read(tmp_path):
     parts[3].unlink()
     with pytest.raises(LedgerError) as raised:
         Ledger(tmp_path).parts()
-    named = f"{tmp_path}: 3 of 4 parts are damaged: attempt 0, rank 0, part 3 (missing); {parts[0].name} (2 rows: "
-    assert str(raised.value).startswith(named)
-    assert str(raised.value).endswith("). `allow_partial=True` reads the rest.")
+    assert str(raised.value).startswith(f"{tmp_path}: 2 of 4 parts are damaged: {parts[0].name} (2 rows: ")
+    missing = "attempt 0, rank 0, part 3 (missing). `allow_partial=True` reads the rest."
+    assert str(raised.value).endswith(f"); and rows are missing: {missing}")
     told = []
     found = Ledger(tmp_path).parts(allow_partial=True, advance=lambda *of: told.append(of))
     assert (found.paths, found.attempts, found.id_type) == ((parts[2], parts[4]), (0,), pa.int64())

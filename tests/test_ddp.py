@@ -282,7 +282,9 @@ def test_all_ranks_judge_the_reference_by_the_samples_of_all(case, folder):
     said = [(folder / f"{case}-{rank}").read_text() for rank in range(WORLD)]
     assert said[0] == said[1]
     assert said[0].startswith(f"the reference is unrelated: {facts['findings'][0]}")
-    assert Ledger(folder / case).table().num_rows == facts["samples"] == facts["score"]["count"] == 520
+    with pytest.warns(UserWarning, match="attempt 0 has not ended"):
+        rows = Ledger(folder / case).table().num_rows
+    assert rows == facts["samples"] == facts["score"]["count"] == 520
     assert facts["label_gap"]["count"] <= 520
     if kind is WithLosses:  # labels are exchanged within a rank
         parts = toy_data(600)

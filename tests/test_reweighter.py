@@ -177,7 +177,7 @@ def test_the_scores_that_a_state_has_trained_on_are_written_with_it(tmp_path):
         with reweighter.step(toy_data(4)[:], ids=range(4)) as step:
             step.backward(loss_of(net, step.batch))
         reweighter.state_dict()
-        assert rows_of(tmp_path / "s")["id"].to_pylist() == [0, 1, 2, 3]
+        assert Ledger(tmp_path / "s").table(allow_partial=True)["id"].to_pylist() == [0, 1, 2, 3]
 
 
 def test_parameters_that_begin_to_train_within_an_epoch_are_not_overlooked():
@@ -472,3 +472,43 @@ def test_classes_of_another_form_are_refused():
         with pytest.raises(MimicError, match=r"`predicted` is .*expected class indices, an integer tensor"):
             step.backward(loss_of(net, batch), predicted=batch[1][:, None])
         step.backward(loss_of(net, batch), predicted=batch[1])
+
+
+def scored_once(net: Net, folder: Path) -> Reweighter:
+    reweighter = Reweighter(net, parameters_of(toy(seed=1)), "head", ledger=folder)
+    batch = toy_data(4)[:]
+    with reweighter.step(batch, ids=range(4)) as step:
+        step.backward(loss_of(net, batch))
+    return reweighter
+
+
+def test_a_reweighter_that_is_dropped_warns_of_its_rows_and_one_that_has_ended_does_not(tmp_path):
+    net = net_like(toy())
+    ended = scored_once(net, tmp_path / "ended")
+    ended.close()
+    flushed = scored_once(net, tmp_path / "flushed")
+    flushed.flush()
+    del ended, flushed
+    gc.collect()  # without a warning, which would be an error
+
+    def drop() -> None:
+        scored_once(net, tmp_path / "dropped")
+        gc.collect()
+
+    with pytest.warns(UserWarning, match=f"4 rows were not written to {tmp_path / 'dropped'}. Use it as a context man"):
+        drop()
+
+
+@pytest.mark.slow
+def test_a_program_that_ends_before_its_reweighter_does_warns_of_its_rows(tmp_path):
+    act = "import test_reweighter as t; from pathlib import Path; kept = t.scored_once(t.net_like(t.toy()), Path('s'))"
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", act],
+        env=os.environ | {"PYTHONPATH": paths},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "UserWarning: a Reweighter was dropped without its end, and 4 rows were not written to s." in done.stderr

@@ -83,9 +83,7 @@ def show(console: Console, done: Curation) -> None:
             "quality", f"{done.quality.estimate:.1%}", f"{interval}, by {done.quality.trusted} trusted samples"
         )
     if done.lost:
-        table.add_row(
-            "left out", f"{len(done.lost)}", f"damaged or missing parts of the ledger: {'; '.join(done.lost[:2])}"
-        )
+        table.add_row("left out", f"{len(done.lost)}", f"damaged, missing or in doubt: {'; '.join(done.lost[:2])}")
     console.print(table)
     for path in done.files:
         console.print(f"  {path}", highlight=False, soft_wrap=True)

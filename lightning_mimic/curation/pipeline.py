@@ -38,7 +38,7 @@ class Curation:
         mean_score_kept: Of those that stay; ``None`` if none of these has a score. Pools that one model scored in one
             run can be compared by it.
         quality: Calibrated by trusted samples; ``None`` without them.
-        lost: Damaged or missing parts of the ledger that were left out.
+        lost: Parts and rows of the ledger that were damaged, missing or in doubt.
         files: All that was written.
     """
 
@@ -83,13 +83,13 @@ def curate(  # noqa: PLR0913
             better): they calibrate the quality. All must be scored at the same moments as the data: by
             :class:`~lightning_mimic.AtCheckpoints`, at the same checkpoints.
         exports: Beside the manifest: ``"csv"``, ``"datacomp"``, ``"cleanlab"``.
-        allow_partial: Leave out damaged parts of the ledger instead of refusing.
+        allow_partial: Read what there is of the ledger, instead of refusing where parts are damaged or rows missing.
         memory: Of the database, which spills the rest to disk.
         progress: Told what is being done.
 
     Raises:
         CurationError: Options, tables or scores from which no decision can be made.
-        LedgerError: A ledger that is not there, is damaged or mixes runs.
+        LedgerError: A ledger that is not there, is damaged, lacks rows or mixes runs.
 
     Example:
         >>> curate("nowhere")

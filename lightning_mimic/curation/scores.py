@@ -63,7 +63,7 @@ class Scores:
         ledger: Its directory.
         database: Where its tables are made.
         name: In front of the tables' names.
-        allow_partial: Leave out damaged parts instead of refusing.
+        allow_partial: Read what there is, instead of refusing where parts are damaged or rows missing.
         sample_size: Of the tables.
 
     Raises:

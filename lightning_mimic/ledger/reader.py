@@ -1,7 +1,8 @@
-"""Read a ledger back: whole parts only, each sample once per epoch."""
+"""Read a ledger back: whole parts only, the rows of all ranks, each sample once per epoch."""
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 
 from lightning_mimic.errors import LedgerError
 from lightning_mimic.ledger.columns import nullable_columns, schema, summarised_columns
+from lightning_mimic.ledger.completeness import listed, missing_rows, rows_in_doubt
 from lightning_mimic.ledger.schema import META_FILE, class_names_in, read_meta
 from lightning_mimic.ledger.writer import PART_NAME, differences
 
@@ -58,25 +60,33 @@ class Ledger:
 
         Args:
             columns: Names of those whose pages are checked; ``None``: all.
-            allow_partial: Leave out damaged parts instead of refusing.
+            allow_partial: Read what there is, instead of refusing where parts are damaged or rows missing.
             advance: Called with how many parts of how many are checked.
 
         Raises:
-            LedgerError: No rows; damaged parts; ids of two types; or attempts whose configuration differs, which would
-                mix scores of two meanings.
+            LedgerError: No rows; damaged parts; missing rows; ids of two types; or attempts whose configuration
+                differs, which would mix scores of two meanings.
+
+        Warns:
+            UserWarning: The last attempt has not ended, so that its last rows may be missing.
         """
         named = self._named()
-        whole, lost = self._checked(named, columns, advance)
-        if lost and not allow_partial:
-            raise LedgerError(
-                f"{self.directory}: {len(lost)} of {len(named)} parts are damaged: {'; '.join(lost[:3])}. "
-                "`allow_partial=True` reads the rest."
-            )
+        until = self._superseded_from({int(match[2]) for _, match in named})
+        whole, damaged = self._checked(named, columns, advance)
+        attempts, ends = self.meta["attempts"], _ends(whole, until)
+        written = [(int(match[2]), int(match[3]), int(match[4]), int(match[5])) for _, match in named]
+        missing = missing_rows(attempts, written, ends)
+        in_doubt = rows_in_doubt(attempts, ends)
+        if (damaged or missing) and not allow_partial:
+            faults = [f"{len(damaged)} of {len(named)} parts are damaged: {listed(damaged)}"] if damaged else []
+            faults += [f"rows are missing: {listed(missing)}"] if missing else []
+            raise LedgerError(f"{self.directory}: {'; and '.join(faults)}. `allow_partial=True` reads the rest.")
         if not whole:
             raise LedgerError(f"{self.directory} holds no rows.")
         if len({part.id_type for part in whole}) > 1:
             raise LedgerError(f"{self.directory} mixes int and str ids; its ranks were given different ones.")
-        until = self._superseded_from({int(match[2]) for _, match in named})
+        if in_doubt and not allow_partial:
+            warnings.warn(f"{self.directory}: {in_doubt[0]}.", stacklevel=2)
         left = self._left(whole, until)
         return Parts(
             paths=tuple(part.path for part in whole),
@@ -86,7 +96,7 @@ class Ledger:
             uniform=len({part.names for part in whole}) == 1,
             recorded=frozenset().union(*(part.recorded for part in whole)),
             attempts=left,
-            lost=tuple(lost),
+            lost=(*missing, *damaged, *in_doubt),
         )
 
     def _named(self) -> list[tuple[Path, re.Match[str]]]:
@@ -107,21 +117,22 @@ class Ledger:
         columns: Sequence[str] | None,
         advance: Callable[[int, int], None] | None,
     ) -> tuple[list["_Part"], list[str]]:
-        """The parts that hold, and descriptions of those that are damaged or missing."""
-        whole, lost = [], _missing(named)
+        """The parts that hold, and descriptions of those that are damaged."""
+        whole, damaged = list[_Part](), list[str]()
         with ThreadPoolExecutor(_READERS) as pool:
             looks = []
             for path, match in named:
                 declared = self.meta["attempts"][int(match[2])].get("columns")
-                looks.append(pool.submit(_look, path, int(match[2]), int(match[5]), columns, declared))
+                place = int(match[2]), int(match[3])
+                looks.append(pool.submit(_look, path, place, int(match[5]), columns, declared))
             for done, ((path, match), look) in enumerate(zip(named, looks, strict=True), start=1):
                 try:
                     whole.append(look.result())
                 except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-                    lost.append(f"{path.name} ({match[5]} rows: {str(error).splitlines()[0]})")
+                    damaged.append(f"{path.name} ({match[5]} rows: {str(error).splitlines()[0]})")
                 if advance is not None:
                     advance(done, len(named))
-        return whole, lost
+        return whole, damaged
 
     def _superseded_from(self, written: set[int]) -> dict[int, float]:
         """By attempt, the step from which on a later attempt went over its rows again."""
@@ -153,8 +164,9 @@ class Ledger:
 
         Args:
             deduplicate: Keep the first row of a sample in an epoch: a distributed sampler repeats some to
-                make ranks even, and a run resumed within an epoch starts that epoch's data again.
-            allow_partial: Leave out damaged parts instead of refusing.
+                make ranks even, sampling with replacement draws some several times, and a run resumed within an epoch
+                starts that epoch's data again.
+            allow_partial: Read what there is, instead of refusing where parts are damaged or rows missing.
 
         Raises:
             LedgerError: As for :meth:`parts`.
@@ -182,7 +194,7 @@ class Parts:
         uniform: All files have the same columns, known or not.
         recorded: Of the columns that were checked, names of the nullable ones with a value in some row.
         attempts: Numbers of those that have rows which hold.
-        lost: Descriptions of what is damaged or missing, with the rows it held.
+        lost: Descriptions of what is damaged, missing or in doubt, with the rows it held where that is known.
     """
 
     paths: tuple[Path, ...]
@@ -208,14 +220,18 @@ _READERS = 2
 class _Part:
     path: Path
     attempt: int
+    rank: int
     id_type: pa.DataType
     first_step: float
+    last_step: float
     names: frozenset[str]
     columns: frozenset[str]
     recorded: frozenset[str]
 
 
-def _look(path: Path, attempt: int, rows: int, asked: Sequence[str] | None, declared: Sequence[str] | None) -> _Part:
+def _look(
+    path: Path, place: tuple[int, int], rows: int, asked: Sequence[str] | None, declared: Sequence[str] | None
+) -> _Part:
     """Reads a part through, verifying every page's checksum, without keeping it."""
     with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
         form = file.schema_arrow
@@ -224,16 +240,27 @@ def _look(path: Path, attempt: int, rows: int, asked: Sequence[str] | None, decl
             raise ValueError(f"holds {file.metadata.num_rows} rows")
         needed = {"step", *(each.name for each in summarised_columns()), *(known if asked is None else asked)}
         wanted = [name for name in known if name in needed]
-        read, first_step, recorded = 0, math.inf, set[str]()
+        read, first_step, last_step, recorded = 0, math.inf, -math.inf, set[str]()
         for batch in file.iter_batches(batch_size=1 << 16, columns=wanted, use_threads=False):
             read += batch.num_rows
             first_step = min(first_step, pc.min(batch["step"]).as_py())
+            last_step = max(last_step, pc.max(batch["step"]).as_py())
             recorded |= {name for name in wanted if batch[name].null_count < batch.num_rows}
     if read != rows:
         raise ValueError(f"holds {read} rows")
     found = frozenset(recorded).intersection(nullable_columns())
     names = frozenset(form.names)
-    return _Part(path, attempt, form.field("id").type, first_step, names, frozenset(known), found)
+    return _Part(path, *place, form.field("id").type, first_step, last_step, names, frozenset(known), found)
+
+
+def _ends(whole: Sequence[_Part], until: Mapping[int, float]) -> dict[tuple[int, int], float]:
+    """By attempt and rank, the last step of which rows hold."""
+    ends: dict[tuple[int, int], float] = {}
+    for part in whole:
+        if part.first_step < until[part.attempt]:
+            place, end = (part.attempt, part.rank), min(part.last_step, until[part.attempt] - 1)
+            ends[place] = max(ends.get(place, end), end)
+    return ends
 
 
 def _known_columns(form: pa.Schema, declared: Sequence[str] | None) -> list[str]:
@@ -262,18 +289,6 @@ def _rows(path: Path, form: pa.Schema) -> pa.Table:
     table = pq.read_table(path, columns=[name for name in form.names if name in there], partitioning=None)
     columns = [table[field.name] if field.name in there else pa.nulls(table.num_rows, field.type) for field in form]
     return pa.Table.from_arrays(columns, schema=form)
-
-
-def _missing(named: Sequence[tuple[Path, re.Match[str]]]) -> list[str]:
-    """Parts that were there once: each rank numbers its own without gaps."""
-    numbers: dict[tuple[str, str], set[int]] = {}
-    for _, match in named:
-        numbers.setdefault((match[2], match[3]), set()).add(int(match[4]))
-    return [
-        f"attempt {attempt}, rank {rank}, part {number} (missing)"
-        for (attempt, rank), seen in numbers.items()
-        for number in sorted(set(range(max(seen))) - seen)
-    ]
 
 
 def _first_per_epoch(table: pa.Table) -> pa.Table:

@@ -41,7 +41,8 @@ def open_run(
         run: The run that is continued (a resumed checkpoint's, or an earlier fit's of the same object), or
             ``None`` for a new one.
         notes: More for ``meta.json``, without such weight. ``class_names``, names in the order of the labels, is kept
-            once for all attempts.
+            once for all attempts. A reader looks at ``ranks``, the number of ranks that write, and, once all have
+            written their last row, at ``rows``, how many each of them has written.
 
     Returns:
         The run's id and the attempt's number.
@@ -143,6 +144,9 @@ class LedgerWriter:
         run: The run's id.
         attempt: The attempt's number.
         rank: This process's rank.
+
+    Attributes:
+        rows: Number of rows that are on the disk.
     """
 
     def __init__(self, directory: str | Path, run: str, attempt: int, rank: int) -> None:
@@ -150,10 +154,16 @@ class LedgerWriter:
         self._run = run
         self._attempt = attempt
         self._rank = rank
+        self.rows = 0
         self._id_type: pa.DataType | None = None
         self._pending: list[pa.Table] = []
         self._parts = 0
         self._failed = False
+
+    @property
+    def pending(self) -> int:
+        """Number of rows that are in memory only."""
+        return sum(table.num_rows for table in self._pending)
 
     def append(self, columns: Mapping[str, Any]) -> None:
         """Adds rows, kept in memory until :meth:`flush`.
@@ -203,6 +213,7 @@ class LedgerWriter:
             return
         self._failed = False
         self._parts += 1
+        self.rows += table.num_rows
         self._pending.clear()
 
     def close(self) -> None:

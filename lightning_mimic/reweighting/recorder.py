@@ -113,11 +113,24 @@ class ScoreRecorder:
         if problem:
             raise MimicError(problem.message)
 
-    def close(self) -> None:
-        """Commit the rest, or raise."""
+    @property
+    def unwritten(self) -> int:
+        """Number of rows for the ledger that are in memory only."""
+        if self._writer is None:
+            return 0
+        return self._writer.pending + sum(len(rows["flag"]) for rows in self._columns)
+
+    def close(self) -> int:
+        """Commit the rest, or raise.
+
+        Returns:
+            Number of rows that the ledger has of this rank.
+        """
         self.flush()
-        if self._writer is not None:
-            self._writer.close()
+        if self._writer is None:
+            return 0
+        self._writer.close()
+        return self._writer.rows
 
     def warn(self, flags: Mapping[Flag, int]) -> None:
         """Warn of flagged rows, once per kind of flag."""

@@ -2,8 +2,9 @@
 
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -54,8 +55,9 @@ class Reweighter:
     ``wᵢ = softmax(m/τ)ᵢ``, then the gradient ``Σ wᵢ ∇ℓᵢ`` in the place of the plain mean.
 
     Gradients are left in ``.grad`` as ``backward()`` leaves them, so that clipping, accumulation, schedulers,
-    ``DistributedDataParallel`` and gradient scalers work as before. Use it as a context manager: its end removes all
-    hooks and writes the last scores.
+    ``DistributedDataParallel`` and gradient scalers work as before. Use it as a context manager: its end writes the
+    last scores of all ranks and removes all hooks. Without ``with``, call :meth:`finish` on every rank, then
+    :meth:`close`.
 
     Args:
         model: The model that is trained, as a module; a ``DistributedDataParallel`` is unwrapped. If it has a method
@@ -183,6 +185,10 @@ class Reweighter:
         self._run: str | None = None
         self._attempt = 0
         self._records = False
+        # Of the whole run: the process group may be gone when it ends.
+        self._ranks = 1
+        # Rows by rank, as the ledger's description has them.
+        self._noted: list[int] = []
         self._recorder: ScoreRecorder | None = None
         # Of the next micro-batch, if it belongs to the same epoch.
         self._next = Position(0, 0, 0)
@@ -227,12 +233,14 @@ class Reweighter:
         step = self._next.step if step is None else step
         writer, directory = None, self._directory
         self._records = record and directory is not None
+        self._ranks = distributed.world_size()
         if record and directory is not None:
             self._run, self._attempt = _open_on_all_ranks(
                 directory, self.config, step, self._run, _describe_data(loader, data_module)
             )
             writer = LedgerWriter(directory, self._run, self._attempt, distributed.rank())
         self._recorder = ScoreRecorder(writer, {Flag.ZERO_DIRECTION} if self._target.aligns else ())
+        self._closing.callback(weakref.finalize(self, _warn_of_unwritten, self._recorder, directory).detach)
         self._next = replace(self._next, step=step)
         if self._target.at_reference():
             self._recorder.warn({Flag.ZERO_DIRECTION: 0})
@@ -327,18 +335,31 @@ class Reweighter:
             self._recorder.flush()
 
     def finish(self) -> None:
-        """Write the last scores, and warn of an alignment that did not work."""
-        if self._recorder is not None:
+        """Write the last scores of all ranks, and warn of an alignment that did not work; on every rank.
+
+        It returns when the rows of all ranks are on the disk and the ledger knows their numbers.
+
+        Raises:
+            MimicError: The last scores of some rank could not be written; on all ranks together.
+        """
+        if self._records:
+            self._finish_ledger()
+        elif self._recorder is not None:
             self._recorder.close()
         if self._target.undecided and self._monitor is not None:
             self._monitor.warn_if_unaligned()
         self._target.warn_if_unaligned()
 
     def close(self) -> None:
-        """Write the last scores, and remove every hook; can be called again."""
+        """Write the last scores of this rank, and remove every hook; can be called again.
+
+        It waits for no other rank, because after an error there may be none.
+        """
         try:
             if self._recorder is not None:
-                self._recorder.close()
+                rows = self._recorder.close()
+                if self._ranks == 1:
+                    self._note_rows([rows])
         finally:
             self._closed = True
             self._closing.close()
@@ -350,8 +371,8 @@ class Reweighter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            self.finish()
-            self.close()
+            with closing(self):
+                self.finish()
             return
         try:
             self.close()
@@ -359,7 +380,11 @@ class Reweighter:
             warnings.warn(f"the last scores could not be recorded: {lost}", stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs; writes all scores so far, because the state has trained on them."""
+        """Return what a resumed run needs.
+
+        Call it on every rank, whichever of them saves the state: it writes all scores of this rank so far, because the
+        state has trained on them.
+        """
         self.flush()
         state: dict[str, Any] = {}
         if self._run is not None:
@@ -385,6 +410,29 @@ class Reweighter:
             self._monitor = None
 
     # The rest
+
+    def _finish_ledger(self) -> None:
+        """Write the last scores of all ranks, then note how many rows each of them has written."""
+        if self._recorder is None:
+            return
+        if distributed.world_size() != self._ranks:
+            self._recorder.close()
+            warnings.warn(
+                f"this run began on {self._ranks} ranks and ends with a process group of {distributed.world_size()}, "
+                "so that its ledger cannot note that all of them have written their rows. End the `with` block (or "
+                "call `finish()`) before the process group is destroyed.",
+                stacklevel=4,
+            )
+            return
+        rows = distributed.on_all_ranks(self._recorder.close, "could not write its last scores")
+        by_rank = distributed.gather_objects(rows)
+        distributed.on_all_ranks(lambda: self._note_rows(by_rank), "could not complete the ledger's description")
+
+    def _note_rows(self, by_rank: list[int]) -> None:
+        """Note in the ledger that it is complete, unless that is known."""
+        if by_rank != self._noted:
+            self.note({"rows": by_rank})
+        self._noted = by_rank
 
     @property
     def _loss_basis(self) -> str:
@@ -458,6 +506,19 @@ def _describe_data(loader: Any, data_module: Any) -> dict[str, Any]:
     return data | {"class_names": class_names_of(data_module, loader)}
 
 
+def _warn_of_unwritten(recorder: ScoreRecorder, directory: Path | None) -> None:
+    """Warn of the rows of a Reweighter that nobody closed.
+
+    It does not write them: it may run at any moment, wherever Python happens to collect garbage.
+    """
+    if recorder.unwritten:
+        warnings.warn(
+            f"a Reweighter was dropped without its end, and {recorder.unwritten} rows were not written to {directory}. "
+            "Use it as a context manager (`with Reweighter(...) as reweighter:`), or call `finish()` and `close()`.",
+            stacklevel=2,
+        )
+
+
 def _open_on_all_ranks(
     directory: Path, config: Mapping[str, Any], step: int, run: str | None, notes: Mapping[str, Any]
 ) -> tuple[str, int]:
@@ -467,9 +528,10 @@ def _open_on_all_ranks(
         The run and the attempt.
     """
     opened: tuple[str, int] | str = ""
+    facts = {"package_version": __version__, "ranks": distributed.world_size()}
     if distributed.rank() == 0:
         try:
-            opened = open_run(directory, dict(config), step, run, {"package_version": __version__, **notes})
+            opened = open_run(directory, dict(config), step, run, {**facts, **notes})
         except LedgerError as error:
             opened = str(error)
     opened = distributed.broadcast(opened)
