@@ -57,7 +57,9 @@ def _constant(operation: Operation, own: Sequence[Value]) -> Value:
         return Constant(counts=operation.arguments.get("start", 0) == 0 and operation.arguments.get("step", 1) == 1)
     if _makes_constants(operation):
         return Constant(exchangeable=True)
-    kept = operation.pointwise or operation.name in _VIEWS
+    if operation.name == "index" and len(operation.arguments["self"].shape) == 1:
+        own = own[1:]  # what is looked up in a table at drawn places
+    kept = operation.pointwise or operation.name in _VIEWS or operation.name == "index"
     return Constant(exchangeable=kept and all(isinstance(value, Constant) and value.exchangeable for value in own))
 
 
