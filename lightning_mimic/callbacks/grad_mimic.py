@@ -9,7 +9,6 @@ from typing import Any
 from lightning_mimic import distributed
 from lightning_mimic.callbacks.trainer_support import (
     backward_scale,
-    check_loaders,
     check_packages,
     check_support,
     keep_ids,
@@ -153,8 +152,6 @@ class GradMimic(pl.Callback):
         # Not before: a resumed fit knows its step only after on_fit_start. A development run leaves nothing behind.
         if self.reweighter.started:
             return  # by AtCheckpoints, if it comes first
-        if self.settings.uses_ids and self.settings.id_from is None:
-            check_loaders(trainer)
         record = not trainer.fast_dev_run  # type: ignore[attr-defined]
         data_module = getattr(trainer, "datamodule", None)
         self.reweighter.start(trainer.global_step, trainer.train_dataloader, data_module, record=record)

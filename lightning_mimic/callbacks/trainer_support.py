@@ -54,25 +54,6 @@ def check_support(trainer: pl.Trainer, module: pl.LightningModule, reference: Re
         refuse_module_on_features(reference)
 
 
-def check_loaders(trainer: pl.Trainer) -> None:
-    """Raise ``MimicError`` if data sets that are iterated one after the other share ids."""
-    combined: Any = trainer.fit_loop._combined_loader
-    if combined is None or combined._mode != "sequential":
-        return
-    seen: dict[int | str, int] = {}
-    datasets = [getattr(loader, "dataset", None) for loader in combined.flattened]
-    for place, dataset in enumerate(datasets):
-        sample_ids = getattr(dataset, "sample_ids", None)
-        if sample_ids is None or any(dataset is other for other in datasets[:place]):
-            continue
-        for each in sample_ids():
-            if seen.setdefault(each, place) != place:
-                raise MimicError(
-                    f"the data sets of the loaders {seen[each]} and {place} both have a sample {each!r}, and they are "
-                    f"iterated one after the other; give each data set ids of its own: `WithIds(dataset, ids)`."
-                )
-
-
 def keep_ids(trainer: pl.Trainer) -> Callable[[], None]:
     """Keep the ids of batches that ``precision="64-true"`` and ``"bf16-true"`` convert before their transfer.
 

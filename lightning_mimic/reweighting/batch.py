@@ -134,8 +134,9 @@ def blank_nan_samples(batch: Any, rows: int) -> tuple[Any, Tensor | None]:
     clean = torch.stack([~torch.isnan(tensor).reshape(rows, -1).any(1) for tensor in watched]).all(0)
 
     def blanked(tensor: Tensor) -> Tensor:
-        # In a clone, which keeps the type of an image or a box.
-        return tensor.clone().masked_fill_(~clean.view(-1, *[1] * (tensor.ndim - 1)), 0.0)
+        made = tensor.clone()  # an image or a mask stays one, which the result of an operation on it is not
+        made.masked_fill_(~clean.view(-1, *[1] * (tensor.ndim - 1)), 0.0)
+        return made
 
     copy = replace_parts(batch, lambda part: any(part is tensor for tensor in watched), blanked)
     if hasattr(batch, "ids") and not hasattr(copy, "ids"):
