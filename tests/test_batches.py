@@ -387,6 +387,29 @@ def test_a_batch_with_ids_of_its_own_is_not_overwritten():
     assert batch["ids"] == [1, 2]
 
 
+@for_each(
+    "change",
+    [
+        lambda samples: samples.sort(key=lambda sample: -sample[1]),
+        lambda samples: samples.clear() or samples.append(SAMPLES[0]),
+        lambda samples: samples.reverse(),
+    ],
+)
+def test_a_collation_that_moves_samples_under_their_ids_is_refused(change):
+    given = [WithIds(SAMPLES)[i] for i in range(4)]
+    with pytest.raises(MimicError, match=r"`collate_fn` sorted or removed samples .* an id into each sample"):
+        collate_with_ids(given, collate_fn=lambda samples: change(samples) or COLLATE["tuple"](samples))
+
+
+def test_a_collation_may_replace_samples_in_their_places():
+    def doubled(samples):
+        samples[:] = [(2 * x, y) for x, y in samples]
+        return COLLATE["tuple"](samples)
+
+    same = [SAMPLES[0]] * 3  # one sample several times has no place of its own
+    assert ids_of(collate_with_ids([WithIds(same, [*"abc"])[i] for i in range(3)], collate_fn=doubled)) == [*"abc"]
+
+
 def test_samples_without_ids_are_refused():
     with pytest.raises(TypeError, match="a sample is a tuple without an id; give the loader WithIds\\(dataset\\)"):
         collate_with_ids(SAMPLES[:2])

@@ -195,8 +195,8 @@ def collate_with_ids(samples: Sequence[SampleWithId], collate_fn: Callable[[list
 
     Args:
         samples: From the dataset.
-        collate_fn: The collation of the samples themselves; for one of your own pass
-            ``functools.partial(collate_with_ids, collate_fn=mine)``.
+        collate_fn: The collation of the samples themselves, which must keep all of them in their order; for one of your
+            own pass ``functools.partial(collate_with_ids, collate_fn=mine)``.
 
     Returns:
         What ``collate_fn`` returns, with ``.ids``: int64 tensor of shape ``(B,)``, or list of str. In torch 2.9 and
@@ -205,7 +205,7 @@ def collate_with_ids(samples: Sequence[SampleWithId], collate_fn: Callable[[list
 
     Raises:
         TypeError: The samples have no ids, or ``collate_fn`` returns something that cannot carry them.
-        MimicError: The batch has ``ids`` of its own.
+        MimicError: The batch has ``ids`` of its own, or ``collate_fn`` sorted or removed samples in place.
 
     Example:
         >>> loader = torch.utils.data.DataLoader(WithIds(torch.eye(2)), 2, collate_fn=collate_with_ids)
@@ -219,7 +219,16 @@ def collate_with_ids(samples: Sequence[SampleWithId], collate_fn: Callable[[list
                 f"collate_with_ids: a sample is a {type(sample).__name__} without an id; give the loader "
                 "WithIds(dataset) in the place of the data set."
             )
-    batch = collate_fn([s.sample for s in samples])
+    given = [s.sample for s in samples]
+    batch = collate_fn(given)
+    places = {id(s.sample): place for place, s in enumerate(samples)}
+    moved = [place for place, sample in enumerate(given) if places.get(id(sample), place) != place]
+    if len(given) != len(samples) or (moved and len(places) == len(samples)):
+        raise MimicError(
+            "collate_with_ids: `collate_fn` sorted or removed samples in the list that it was given, so that their ids "
+            "would be those of others. Put an id into each sample (a key 'id') in the place of WithIds, or keep all "
+            "samples in their order."
+        )
     if getattr(batch, "ids", None) is not None:
         raise MimicError(
             f"collate_with_ids: the batch (a {type(batch).__name__}) has `ids` of its own. If they name its samples, "
