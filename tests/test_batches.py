@@ -216,8 +216,8 @@ def test_copies_keep_type_ids_and_values(way, monkeypatch):
         batch = next(iter(carrying(kind, ids)))
         if kind == "frozen" and "transfer" in way and "loop" not in way:
             continue
-        if (way, kind) == ("a loader's pinning", "tuple") and isinstance(pin_memory(()), list):
-            continue  # torch 2.9 and before makes a plain list of any tuple
+        if way == "a loader's pinning" and "tuple" in kind and isinstance(pin_memory(()), list):
+            continue  # torch 2.9 and before makes a new tuple or list
         before = values_of(batch)
         changed = COPIES[way](batch)
         with case(kind):

@@ -61,7 +61,7 @@ class GradMimic(pl.Callback):
         ledger: Directory for the scores, one row per sample and scoring; needs ids in the batch (``WithIds``,
             a key or attribute ``id``, or ``id_from``). A training_step that returns a dict with class indices ``label``
             and ``predicted``, shape ``(B,)``, has them recorded too.
-        id_from: From a batch to its ids.
+        id_from: From a batch, as training_step gets it, to its ids.
         on_nonfinite: A sample that holds NaN or whose loss is not finite: ``"mask"`` gives it weight 0 and takes it
             out of the batch that training_step sees, ``"mask_loss"`` goes by the loss alone (where NaN in a batch is
             meant), ``"raise"`` stops, at one host sync per step.

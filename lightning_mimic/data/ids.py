@@ -131,10 +131,10 @@ class SampleWithId:
 
 
 class WithIds(Dataset[SampleWithId]):
-    """A dataset whose samples know who they are; goes with ``collate_fn=collate_with_ids``.
+    """A dataset of samples with their ids; goes with ``collate_fn=collate_with_ids``.
 
     Args:
-        dataset: A map-style dataset of tuples or dicts.
+        dataset: A map-style dataset.
         ids: One int or str per sample; indices into ``dataset``, if left out (a Subset counts its own).
 
     Raises:
@@ -200,8 +200,7 @@ def collate_with_ids(samples: Sequence[SampleWithId], collate_fn: Callable[[list
 
     Returns:
         What ``collate_fn`` returns, with ``.ids``: int64 tensor of shape ``(B,)``, or list of str. In torch 2.9 and
-        before, a loader with ``pin_memory=True`` makes a plain list of a tuple and drops its ids; return a list or dict
-        there.
+        before, a loader with ``pin_memory=True`` drops the ids of a tuple; return a list or dict there.
 
     Raises:
         TypeError: The samples have no ids, or ``collate_fn`` returns something that cannot carry them.
