@@ -95,15 +95,19 @@ def test_reading_a_batch_neither_copies_nor_changes_it(kind, monkeypatch):
     torch.testing.assert_close(values_of(batch), before)
 
 
-@for_each("kind", [kind for kind in COLLATE if kind != "graphs"])
-def test_a_sample_that_holds_nan_is_blanked_in_a_copy_of_the_batch_s_own_type(kind):
-    batch = batch_of(kind)
+@for_each(
+    ("kind", "ids"),
+    [(kind, ids) for ids in (False, True) for kind in CARRYING if kind != "graphs"] + [("slots", False)],
+)
+def test_a_sample_that_holds_nan_is_blanked_in_a_copy_of_the_batch_s_own_type(kind, ids):
+    batch = next(iter(carrying(kind))) if ids else batch_of(kind)
     x = inputs_of(batch)
     x[1, 0] = torch.nan
     before = values_of(batch)
     copied, clean = blank_nan_samples(batch, 4)
     assert clean.tolist() == [True, False, True, True]
-    assert type(copied) is type(batch)
+    assert type(copied) is type(batch) or (ids and kind == "tensor")
+    assert not ids or ids_of(copied) == ids_of(batch) == IDS[:4]
     assert copied is not batch
     torch.testing.assert_close(values_of(batch), before, equal_nan=True)
     assert inputs_of(batch) is x
