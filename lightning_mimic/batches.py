@@ -120,6 +120,7 @@ def sample_count(batch: Any) -> int | None:
         ``None`` if there are no tensors or they do not share one size.
 
     Example:
+        >>> import torch
         >>> sample_count((torch.zeros(3, 2), torch.zeros(3))), sample_count((torch.zeros(3, 2), torch.zeros(4)))
         (3, None)
     """
