@@ -262,6 +262,19 @@ def test_a_field_or_key_named_id_serves_as_ids():
     assert ids_of({"x": torch.zeros(2), "id": named.numpy()}) == [5, 6]
 
 
+def test_ids_give_the_number_of_samples_where_sizes_differ():
+    module = FromAny()
+    words = torch.zeros(7)
+    batches = [
+        {"x": batch_of("tensor"), "words": words, "id": IDS[:4]},
+        {"first": words, "x": batch_of("tensor"), "labelled": next(iter(carrying("dict")))},
+    ]
+    with Reweighter(module, parameters_of(FromAny()), "head", diagnose_reference=False) as reweighter:
+        for batch in batches:
+            with reweighter.step(batch) as step:
+                assert len(step.backward(module.sample_losses(step.batch).mean()).scores) == 4
+
+
 class Untied(Pair):
     """A named tuple with an attribute `id`."""
 
@@ -438,6 +451,26 @@ def test_encodings_of_transformers_carry_ids(tmp_path):
         assert set(dict(**changed)) == {"x", "y"}
     assert sample_count(batch) == 4
     assert torch.isnan(batch["x"]).any()
+
+
+def test_tensor_dicts_carry_ids_and_are_blanked():
+    tensordict = pytest.importorskip("tensordict")
+
+    def collate(samples):
+        x, y = COLLATE["tuple"](samples)
+        return tensordict.TensorDict({"x": x, "y": y}, [len(x)])
+
+    batch = collate_with_ids([WithIds(SAMPLES, IDS)[i] for i in range(4)], collate_fn=collate)
+    for change in (copy.copy, copy.deepcopy, COPIES["pickle"], COPIES["a transfer"], COPIES["blanking"]):
+        changed = change(batch)
+        assert isinstance(changed, tensordict.TensorDict)
+        assert ids_of(changed) == IDS[:4]
+    batch["x"][1] = torch.nan
+    copied, _ = blank_nan_samples(batch, 4)
+    assert torch.isnan(batch["x"]).any()
+    assert not torch.isnan(copied["x"]).any()
+    named = tensordict.TensorDict({"x": torch.zeros(2), "id": torch.tensor([5, 6])}, [2])
+    assert ids_of(named).tolist() == [5, 6]
 
 
 @pytest.mark.filterwarnings("ignore")
