@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from lightning_mimic.batches import tensors_of
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients.forward_trace import ForwardTrace
 from lightning_mimic.gradients.graph import is_compiled
 from lightning_mimic.gradients.nodes import grad_fn_of, kind_of
 from lightning_mimic.gradients.plain_mean import between, fingerprint, unequal_targets
-from lightning_mimic.reweighting.batch import tensors_of
 from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.loss_problem import LossProblem
 from lightning_mimic.reweighting.messages import NOT_PLAIN, OTHERWISE

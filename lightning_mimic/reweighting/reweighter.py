@@ -14,18 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mimic import distributed
+from lightning_mimic.batches import sample_count, to_device
 from lightning_mimic.errors import LedgerError, MimicError, join_names
 from lightning_mimic.gradients import ModelHooks
 from lightning_mimic.ledger import Flag, LedgerWriter, note_run, open_run
 from lightning_mimic.reference import Aligned, ReferenceSource
-from lightning_mimic.reference.diagnose import to_device
 from lightning_mimic.reweighting.batch import (
     Ids,
     check_ids,
     class_columns,
     class_names_of,
     describe,
-    sample_count,
     sample_ids,
 )
 from lightning_mimic.reweighting.choice import Choice, choose_method
@@ -252,9 +251,10 @@ class Reweighter:
         Compute the loss within the block and hand it to :meth:`Step.backward`.
 
         Args:
-            batch: What the loss is computed from: tensors in tuples, lists, dicts or dataclasses.
-            ids: One per sample, int or str; found in the batch if left out (``WithIds``, a key ``"id"``, ``id_from``).
-                A ledger needs them.
+            batch: What the loss is computed from: a tensor; tensors in tuples, lists, mappings or dataclasses; joined
+                graphs (``num_graphs``), whose NaN are not blanked.
+            ids: One per sample, int or str; found in the batch if left out (``WithIds``, a key or attribute ``id``,
+                ``id_from``). A ledger needs them.
             epoch: Number of the pass over the data. If it is left out, all is one pass.
 
         Raises:
@@ -284,9 +284,9 @@ class Reweighter:
         if not self.started:
             self.start(position.step)
         settings = self.settings
-        caches = isinstance(settings.reference, Aligned) and settings.reference.cache
         if ids is None:
-            ids = sample_ids(batch, settings.id_from, needed=settings.ledger is not None, wanted=caches)
+            needed = settings.ledger is not None
+            ids = sample_ids(batch, settings.id_from, needed=needed, wanted=settings.uses_ids)
         else:
             ids = check_ids(ids, sample_count(batch))
         # Once per epoch, and whenever parameters were frozen or unfrozen.

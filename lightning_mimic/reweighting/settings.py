@@ -87,6 +87,11 @@ class Settings:
         return validate_needs(self.make_scores) | validate_needs(self.make_weights, "weighting")
 
     @property
+    def uses_ids(self) -> bool:
+        """Samples are told apart by their ids: in the ledger, or in a cache of the reference's outputs."""
+        return self.ledger is not None or (isinstance(self.reference, Aligned) and self.reference.cache)
+
+    @property
     def config(self) -> dict[str, Any]:
         """What decides the meaning of scores and weights, for the ledger."""
         scorer, weighting = self.make_scores, self.make_weights

@@ -14,11 +14,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_mimic import distributed
+from lightning_mimic.batches import sample_count
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients.forward_trace import ForwardTrace
 from lightning_mimic.gradients.layer_hooks import LayerCalls
 from lightning_mimic.ledger import Flag
-from lightning_mimic.reweighting.batch import Ids, blank_nan_samples, sample_count
+from lightning_mimic.reweighting.batch import Ids, blank_nan_samples
 from lightning_mimic.reweighting.features import target_features
 from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.gate import ClosedGate, FullGate, Gate, TargetGate
