@@ -374,6 +374,16 @@ def shared_memory(logits, batch):
     return (F.cross_entropy(logits, batch["y"], reduction="none") * weights).mean()
 
 
+def test_an_operation_of_another_library_is_not_taken_for_torch_s():
+    @torch.library.custom_op("lightning_mimic_tests::tanh", mutates_args=())
+    def tanh(x: Tensor) -> Tensor:
+        return torch.tanh(x) / x.std()
+
+    tanh.register_autograd(lambda ctx, gradient: gradient)
+    with pytest.raises(MimicError, match="how the operation `lightning_mimic_tests::tanh` treats the samples"):
+        scores_of_one_step(lambda p, b: F.mse_loss(tanh(p), b["real"]), batch_of(4))
+
+
 @for_each("loss", [first_row_zeroed, shared_memory])
 def test_changes_in_place_that_do_not(loss):
     with pytest.raises(MimicError, match="not shown to be a plain mean over samples"):

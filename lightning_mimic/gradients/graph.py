@@ -45,6 +45,7 @@ class Graph:
         root: ``grad_fn`` of a loss or of any tensor above the parameters.
 
     Example:
+        >>> import torch
         >>> weight = nn.Parameter(torch.ones(2, 2))
         >>> losses = (torch.ones(3, 2) @ weight).square().sum(1)
         >>> graph = Graph(losses.grad_fn)
