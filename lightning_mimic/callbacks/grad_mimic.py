@@ -65,7 +65,8 @@ class GradMimic(pl.Callback):
         id_from: From a batch, as training_step gets it, to its ids.
         on_nonfinite: A sample that holds NaN or whose loss is not finite: ``"mask"`` gives it weight 0 and takes it
             out of the batch that training_step sees, ``"mask_loss"`` goes by the loss alone (where NaN in a batch is
-            meant), ``"raise"`` stops, at one host sync per step.
+            meant), ``"raise"`` stops, at one host sync per step. If left out: ``"mask"``, unless the module looks for
+            NaN itself, so that those in a batch may be meant; then the first such batch stops the run.
         math_attention: Run attention in scored steps by the slower kernel that can be differentiated twice, so that
             parameters below it can be scored from the losses alone.
         loss: A module without ``sample_losses`` is scored only if its loss is shown to be a plain mean over the
@@ -102,7 +103,7 @@ class GradMimic(pl.Callback):
         uncovered: Uncovered = "error",
         ledger: str | Path | None = None,
         id_from: Callable[[Any], Ids] | None = None,
-        on_nonfinite: OnNonfinite = "mask",
+        on_nonfinite: OnNonfinite | None = None,
         math_attention: bool = False,
         loss: AssertedLoss | None = None,
         on_doubtful: OnDoubtful = "warn",

@@ -19,6 +19,8 @@ from lightning_mimic.reweighting.messages import NOT_PLAIN, OTHERWISE
 #: ``"mean"``: the user asserts that the loss is the plain mean of the samples' own losses.
 AssertedLoss = Literal["mean"]
 
+_LOOK_FOR_NAN = frozenset({"isnan", "isfinite", "nan_to_num", "nansum", "nanmean", "nanmedian", "nanquantile"})
+
 
 class LossCheck:
     """Shows for a run without ``sample_losses`` that its losses are plain means over the samples.
@@ -29,17 +31,27 @@ class LossCheck:
     Args:
         module: The module that is trained.
         asserted: The user asserts it, so that nothing is checked.
+        captured: The module has ``sample_losses``.
+        ambiguous: Look out for code that looks for NaN, as nobody said what NaN in a batch means.
     """
 
-    def __init__(self, module: nn.Module, asserted: AssertedLoss | None) -> None:
+    def __init__(
+        self, module: nn.Module, asserted: AssertedLoss | None, *, captured: bool = False, ambiguous: bool = False
+    ) -> None:
         self._module = module
         self._asserted = asserted is not None
+        self._captured = captured
+        self._ambiguous = ambiguous
+        #: The module looks for NaN, so that NaN in a batch may be meant.
+        self.looks_for_nan = False
         self._sizes: set[int] = set()
         self._shown: list[list[tuple[str, float | None]]] = []
 
     @property
     def basis(self) -> str:
         """Why the loss is taken for a plain mean, for the ledger."""
+        if self._captured:
+            return "sample_losses"
         return "asserted" if self._asserted else "shown"
 
     def trace(self, batch: object, samples: int, check: bool) -> ForwardTrace | None:
@@ -50,11 +62,17 @@ class LossCheck:
             samples: B.
             check: It is the first micro-batch of an epoch, or the module has changed.
         """
-        if self._asserted or samples < 2 or not (check or samples not in self._sizes):
+        shows = not (self._asserted or self._captured) and (check or samples not in self._sizes)
+        if samples < 2 or not (shows or (self._ambiguous and check)):
             return None
         trace = ForwardTrace(samples)
         trace.expect(tensors_of(batch), [*self._module.parameters(), *self._module.buffers()])
         return trace
+
+    def look(self, trace: ForwardTrace) -> None:
+        """Take in what a forward pass that was followed says about NaN."""
+        names = {operation.name for operation in trace.operations}
+        self.looks_for_nan |= self._ambiguous and bool(names & _LOOK_FOR_NAN)
 
     def show(self, forward: Forward, edge: GradientEdge) -> None:
         """Show that the loss of a forward pass that was followed is a plain mean.

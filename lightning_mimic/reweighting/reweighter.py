@@ -71,7 +71,7 @@ class Reweighter:
         uncovered: What to do about trainable parameters that the weights do not reach.
         ledger: Directory for the scores.
         id_from: From a batch to its ids.
-        on_nonfinite: What to do about samples whose loss is not finite. With ``"mask"``, compute the loss from
+        on_nonfinite: What to do about samples whose loss is not finite. Where they are masked, compute the loss from
             ``step.batch``, in which samples that hold NaN are blanked.
         math_attention: Run attention in scored steps by the kernel that can be differentiated twice.
         loss: ``"mean"`` asserts that the loss is the plain mean of the samples' own losses.
@@ -116,7 +116,7 @@ class Reweighter:
         uncovered: Uncovered = "error",
         ledger: str | Path | None = None,
         id_from: Callable[[Any], Ids] | None = None,
-        on_nonfinite: OnNonfinite = "mask",
+        on_nonfinite: OnNonfinite | None = None,
         math_attention: bool = False,
         loss: AssertedLoss | None = None,
         on_doubtful: OnDoubtful = "warn",
@@ -176,7 +176,6 @@ class Reweighter:
             self._target.monitor(device, settings.diagnosis_samples) if settings.diagnose_reference else None
         )
         self._compatible = False
-        self._loss_check = LossCheck(self.model, settings.loss)
         self._choice: Choice | None = None
         self._checked_epoch = -1
         self._parameters: list[tuple[int, bool]] = []
@@ -316,7 +315,7 @@ class Reweighter:
         if result is None or self._recorder is None or self._choice is None:
             return None
         if self._checked_epoch < 0:
-            self.note({"score_kind": self._choice.kind, "loss": self._loss_basis})
+            self.note({"score_kind": self._choice.kind, "loss": self._context.loss_check.basis})
         self._checked_epoch = step.position.epoch
         here = step.position
         self._next = Position(here.epoch, here.step + 1, here.batch + 1)
@@ -435,11 +434,6 @@ class Reweighter:
         self._noted = by_rank
 
     @property
-    def _loss_basis(self) -> str:
-        """Why the loss is taken for a plain mean."""
-        return self._loss_check.basis if self._context.capture is None else "sample_losses"
-
-    @property
     def _directory(self) -> Path | None:
         return None if self.settings.ledger is None else Path(self.settings.ledger).expanduser()
 
@@ -457,7 +451,9 @@ class Reweighter:
         capture = LossCapture(self.model) if callable(getattr(self.model, "sample_losses", None)) else None
         if capture is not None:
             self._closing.callback(capture.remove)
-        return StepContext(settings, task, self._target, capture, self._loss_check, self._choose)
+        ambiguous = settings.masks and settings.on_nonfinite is None
+        loss_check = LossCheck(self.model, settings.loss, captured=capture is not None, ambiguous=ambiguous)
+        return StepContext(settings, task, self._target, capture, loss_check, self._choose)
 
     def _refuse_replaced(self) -> None:
         for name, parameter in self.targets.items():
@@ -476,7 +472,7 @@ class Reweighter:
             def chosen() -> Choice:
                 chosen = choose_method(task, forward, choice)
                 if forward.losses is None:
-                    self._loss_check.show(forward, chosen.method.gate_edge(forward))
+                    self._context.loss_check.show(forward, chosen.method.gate_edge(forward))
                 return chosen
 
             choice = self._choice = distributed.on_all_ranks(chosen, "could not score its samples")
