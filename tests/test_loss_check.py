@@ -11,6 +11,7 @@ import oracles
 from lightning_mimic import GradMimic, Ledger, MimicError, Reweighter, token_losses
 from lightning_mimic.gradients.plain_mean import between, unequal_targets
 from support.cases import for_each
+from support.losses import CLASSES as CLASSES_OF_LOSSES
 from support.losses import Net, alone, batch_of, net
 from support.toys import CLASSES, FEATURES, HIDDEN, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
@@ -305,6 +306,9 @@ def test_a_tensor_that_is_not_of_the_batch_must_not_tell_samples_apart():
         lambda p: F.dropout(torch.ones_like(p), 0.5),
         lambda p: torch.zeros(len(p), 1).double().uniform_(),
         lambda p: torch.linspace(0, 1, 10).double()[torch.randint(10, (len(p),))][:, None],
+        lambda p: torch.linspace(0, 1, CLASSES_OF_LOSSES).double().expand(len(p), -1),
+        lambda p: 2 * torch.linspace(0, 1, CLASSES_OF_LOSSES).double().expand_as(p).square() + 1,
+        lambda p: -torch.distributions.Normal(torch.linspace(0, 1, CLASSES_OF_LOSSES), 1.0).log_prob(p).detach(),
     ],
 )
 def test_noise_and_constants_for_each_sample_are_its_own(noise):

@@ -60,7 +60,27 @@ def _constant(operation: Operation, own: Sequence[Value]) -> Value:
     if operation.name == "index" and len(operation.arguments["self"].shape) == 1:
         own = own[1:]  # what is looked up in a table at drawn places
     kept = operation.pointwise or operation.name in _VIEWS or operation.name == "index"
-    return Constant(exchangeable=kept and all(isinstance(value, Constant) and value.exchangeable for value in own))
+    exchangeable = kept and all(isinstance(value, Constant) and value.exchangeable for value in own)
+    return Constant(exchangeable, repeated=_repeated(operation, own))
+
+
+def _repeated(operation: Operation, own: Sequence[Value]) -> frozenset[int]:
+    """Return the axes along which all slices of a constant are the same, because it was expanded."""
+    if not operation.outputs or not (operation.pointwise or operation.name == "expand"):
+        return frozenset()
+    shape = operation.outputs[0].shape
+    axes = {axis for axis, size in enumerate(shape) if size > 1}
+    for ref, value in zip(operation.inputs, own, strict=True):
+        shift = len(shape) - len(ref.shape)
+        axes = {axis for axis in axes if not _tells_apart(value, ref, axis - shift)}
+    return frozenset(axes)
+
+
+def _tells_apart(value: Value, ref: Ref, axis: int) -> bool:
+    """Whether a tensor is a constant with a value of its own at every place along an axis, where it has that axis."""
+    if not isinstance(value, Constant) or value.exchangeable or axis < 0:
+        return False
+    return ref.shape[axis] != 1 and axis not in value.repeated
 
 
 def _rule(operation: Operation) -> Rule:
@@ -280,8 +300,7 @@ def _pointwise(operation: Operation, values: Mapping[int, Value], samples: int) 
         return Mixed("tensors with the samples on different axes are combined", scored)
     axis, inner = places.pop()
     for ref in operation.inputs:
-        value, own = values[ref.token], axis - len(shape) + len(ref.shape)
-        if isinstance(value, Constant) and not value.exchangeable and own >= 0 and ref.shape[own] != 1:
+        if _tells_apart(values[ref.token], ref, axis - len(shape) + len(ref.shape)):
             return Mixed(_FOREIGN, scored)
     return Rows(axis, inner, scored)
 
@@ -367,7 +386,7 @@ def _joined(operation: Operation, values: Mapping[int, Value], samples: int) -> 
     axis, inner = places.pop()
     if not stacks and dim == axis:
         return Mixed("batches are joined to one", scored)
-    if any(isinstance(v := values[ref.token], Constant) and not v.exchangeable for ref in refs):
+    if any(_tells_apart(values[ref.token], ref, axis) for ref in refs):
         return Mixed(_FOREIGN, scored)
     return Rows(axis + (stacks and dim <= axis), inner, scored)
 
@@ -393,9 +412,7 @@ def _gathered(operation: Operation, values: Mapping[int, Value], samples: int) -
     axis, inner = places.pop()
     if places or axis == arguments["dim"] % ndim:
         return Mixed(f"`{operation.name}` along the batch", scored)
-    if any(
-        isinstance(v := values[ref.token], Constant) and not v.exchangeable and ref.shape[axis] != 1 for ref in refs
-    ):
+    if any(_tells_apart(values[ref.token], ref, axis) for ref in refs):
         return Mixed(_FOREIGN, scored)
     if any(ref.shape[axis] != arguments["self"].shape[axis] for ref in refs):
         return Mixed("only some of the samples are taken", scored)
@@ -418,14 +435,15 @@ def _selected(operation: Operation, values: Mapping[int, Value], samples: int) -
     if isinstance(rows, Constant):
         return replace(chosen, axis=dim) if isinstance(chosen, Rows) else Mixed(_FOREIGN)
     if isinstance(rows, Rows) and isinstance(chosen, Constant):
-        return _chosen(rows, ref, dim, index.shape[0], samples, values)
+        return _chosen(rows, ref, dim, index, samples)
     return _mixed(operation, values, "samples are chosen by values of the batch")
 
 
-def _chosen(rows: Rows, ref: Ref, dim: int, count: int, samples: int, values: Mapping[int, Value]) -> Value:
+def _chosen(rows: Rows, ref: Ref, dim: int, index: Ref, samples: int) -> Value:
     if dim != rows.axis:
         return rows
-    if rows.scored or rows.inner != 1 or ref.shape[dim] != samples or count != samples:
+    order = index.shape == (samples,) and index.dtype != torch.bool
+    if rows.scored or rows.inner != 1 or ref.shape[dim] != samples or not order:
         return Mixed("the samples' rows are put in another order, or only some are taken", rows.scored)
     return rows  # as the targets of mixed samples are
 
@@ -438,8 +456,8 @@ def _indexed(operation: Operation, values: Mapping[int, Value], samples: int) ->
     found = [values[index.token] for index in given]
     scored = any(is_scored(values[each.token]) for each in operation.inputs)
     masks = any(index.dtype in (torch.bool, torch.uint8) for index in given)
-    writes = operation.name == "index_put"
-    if masks:
+    writes = operation.name in ("index_put", "_index_put_impl")
+    if masks and not (len(given) == 1 and isinstance(found[0], Constant) and not writes):
         return _masked_write(operation, values, scored) if writes else Mixed("samples are chosen by a mask", scored)
     if isinstance(table, Constant) and not writes:
         # A table: each index is looked up for itself.
@@ -461,7 +479,7 @@ def _indexed(operation: Operation, values: Mapping[int, Value], samples: int) ->
     dim = next(axis for axis, index in enumerate(indices) if index is not None)
     if len(given[0].shape) != 1:
         return Mixed("samples are chosen by an index with several axes", scored)
-    return _chosen(rows, ref, dim, given[0].shape[0], samples, values)
+    return _chosen(rows, ref, dim, given[0], samples)
 
 
 def _written(operation: Operation, values: Mapping[int, Value]) -> bool:

@@ -11,10 +11,12 @@ class Constant:
     Attributes:
         exchangeable: Equal or randomly drawn elements, which may lie along the batch as well as across it.
         counts: Elements 0, 1, 2, ... in this order.
+        repeated: Axes along which it was expanded, so that all of its slices are the same.
     """
 
     exchangeable: bool = False
     counts: bool = False
+    repeated: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ def reshaped(rows: Rows, samples: int, old: tuple[int, ...], new: tuple[int, ...
         Rows(axis=0, inner=3, scored=False)
         >>> reshaped(flat, 4, (12, 5), (2, 2, 3, 5))
     """
+    if prod(old) != prod(new):
+        return None
     step = rows.inner * prod(old[rows.axis + 1 :])  # between a sample and the next, in elements
     for axis, size in enumerate(new):
         within = prod(new[axis + 1 :])
