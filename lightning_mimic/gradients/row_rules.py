@@ -1,6 +1,6 @@
 """Rules of the data flow: which samples the outputs of an operation depend on, given its inputs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from math import isclose, prod
 from typing import Any
@@ -123,7 +123,11 @@ def _of_total(operation: Operation, values: Mapping[int, Value], samples: int) -
             return Mixed(reason or "a mean or a sum over the batch is combined with the values of samples", scored=True)
         if len({total.mean for total in totals}) > 1:
             return Mixed("a mean over the batch and a sum over it are combined", scored=True)
-        return replace(totals[0], elements=frozenset.intersection(*(total.elements for total in totals)))
+        return replace(
+            totals[0],
+            elements=frozenset.intersection(*(total.elements for total in totals)),
+            divisors=frozenset.union(*(total.divisors for total in totals)),
+        )
     if name in ("sum", "nansum"):
         ref = operation.arguments["self"]
         summed = _products([ref.shape[axis] for axis in _axes(operation.arguments.get("dim"), len(ref.shape))])
@@ -152,18 +156,23 @@ def _scaled(operation: Operation, values: Mapping[int, Value], samples: int) -> 
             reason = factor.reason if isinstance(factor, Mixed) else "a factor differs between samples"
             return Mixed(f"its normaliser or factor depends on the batch ({reason})", scored=True)
         return total
-    if total.mean or not isinstance(other, int | float) or other == 0:
+    if total.mean or not isinstance(other, int | float):
         return total
-    elements = (other if divided else 1 / other) / samples
-    if any(isclose(elements, known, rel_tol=1e-9) for known in total.elements):
-        return Total(mean=True)
-    return total
+    divisor = divisor_over(samples, other, operation.name, total.elements)
+    return total if divisor is None else Total(mean=True, divisors=total.divisors | {divisor})
 
 
-def is_count(number: float, samples: int, operation: str) -> bool:
-    """Whether dividing by a number, or multiplying with it, may be dividing by a multiple of B."""
+def divisor_over(samples: int, number: float, operation: str, expected: Collection[int]) -> int | None:
+    """Return which of the expected multiples of B a number divides by; ``None`` if it is none of them.
+
+    Args:
+        samples: B.
+        number: That is divided by, or multiplied with.
+        operation: ``"div"`` or ``"mul"``.
+        expected: The multiples, over B.
+    """
     count = number if operation == "div" else 1 / number if number else 0.0
-    return count >= samples and isclose(count / samples, round(count / samples), rel_tol=1e-9)
+    return next((each for each in sorted(expected) if isclose(count, each * samples, rel_tol=1e-9)), None)
 
 
 def _reduced(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:

@@ -1,6 +1,6 @@
 """Which samples a tensor depends on: the values of the data flow that :mod:`~.plain_mean` follows."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 
 
@@ -41,10 +41,12 @@ class Total:
     Attributes:
         mean: It is the mean.
         elements: Of a sum: how many elements of one sample it may be said to consist of.
+        divisors: Of a mean: by which numbers sums were divided to become it, over B.
     """
 
     mean: bool
-    elements: frozenset[int] = field(default=frozenset({1}))
+    elements: frozenset[int] = frozenset({1})
+    divisors: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

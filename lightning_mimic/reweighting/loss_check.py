@@ -45,7 +45,8 @@ class LossCheck:
         #: The module looks for NaN, so that NaN in a batch may be meant.
         self.looks_for_nan = False
         self._sizes: set[int] = set()
-        self._shown: list[list[tuple[str, float | None]]] = []
+        # Divisors and fingerprints of the losses for which it was shown.
+        self._shown: list[tuple[frozenset[int], list[tuple[str, int | None]]]] = []
 
     @property
     def basis(self) -> str:
@@ -87,15 +88,19 @@ class LossCheck:
         if forward.trace is None:
             return
         flow = forward.flow(edge)
-        reason = f"the use of the scored rows ({kind_of(edge.node)}) is not seen" if flow is None else None
-        reason = flow.objection(forward.loss) if flow is not None else reason
+        if flow is None:
+            raise MimicError(NOT_PLAIN.format(f"the use of the scored rows ({kind_of(edge.node)}) is not seen"))
+        reason = flow.objection(forward.loss)
         if reason is not None:
             raise MimicError(NOT_PLAIN.format(reason))
         nodes = between(grad_fn_of(forward.loss), edge.node)
         if bool(unequal_targets(nodes, forward.rows)):
             raise MimicError(LossProblem.UNEQUAL_TARGETS.message)
         self._sizes.add(forward.rows)
-        self._shown.append(fingerprint(nodes, forward.rows))
+        divisors = flow.divisors(forward.loss)
+        shown = divisors, fingerprint(nodes, forward.rows, divisors)
+        if shown not in self._shown:
+            self._shown.append(shown)
 
     def problem(self, forward: Forward, edge: GradientEdge) -> Tensor:
         """Return a :class:`LossProblem` that only the numbers of this batch show, on the device.
@@ -115,6 +120,7 @@ class LossCheck:
         nodes = between(grad_fn_of(forward.loss), edge.node)
         if not nodes:
             return none  # no gradient will arrive, which is refused when the backward pass has ended
-        if not any(map(is_compiled, nodes)) and fingerprint(nodes, forward.rows) not in self._shown:
+        known = any(fingerprint(nodes, forward.rows, divisors) == shown for divisors, shown in self._shown)
+        if not known and not any(map(is_compiled, nodes)):
             raise MimicError(OTHERWISE)
         return none + unequal_targets(nodes, forward.rows) * LossProblem.UNEQUAL_TARGETS
