@@ -32,7 +32,7 @@ COINCIDENCES = {
         lambda: {"l": nn.LayerNorm(D)},
     ),
     "a doubled table": (lambda n, x: x + 2 * n.p, lambda: {"p": param(B, D)}),
-    "a scaled table": (lambda n, x: x + n.p * torch.linspace(-1, 1, B * D).view(B, D), lambda: {"p": param()}),
+    "a scaled table": (lambda n, x: x + n.p * torch.linspace(-1, 1, B * D).double().view(B, D), lambda: {"p": param()}),
     "a token spread over time": (lambda n, x: x + n.p.expand(B, D), lambda: {"p": param(D)}),
     "rows and columns": (lambda n, x: x + (n.p + torch.ones(B, 1)) @ n.q, lambda: {"p": param(D), "q": param(D, D)}),
     "a low rank weight": (

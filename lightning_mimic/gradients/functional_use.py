@@ -7,7 +7,7 @@ applied to v.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,9 @@ class FunctionalUse:
     shape: tuple[int, ...]
     axis: int
     factors: tuple[Tensor, ...] = field(repr=False)
+
+    #: As which of the node's outputs the gradient arrives.
+    output_nr: ClassVar[int] = 0
 
     @property
     def names(self) -> list[str]:
@@ -84,10 +87,9 @@ def functional_use(
     """
     node, kind = terminal.node, kind_of(terminal.node)
     shape = shape_of(node)
-    for view in terminal.chain:
-        if kind_of(view) in EXCHANGED and not _swaps_two_axes(view):
-            return None
-    if any(getattr(node, f"_saved_{factor}", 1) != 1 for factor in ("alpha", "beta")):
+    exchanged = [view for view in terminal.chain if kind_of(view) in EXCHANGED]
+    scaled = any(getattr(node, f"_saved_{factor}", 1) != 1 for factor in ("alpha", "beta"))
+    if scaled or node._input_metadata[0].dtype.is_complex or not all(map(_swaps_two_axes, exchanged)):
         return None
     if (kind, terminal.argument) in _MATRIX:
         # Tokens are flattened before a matrix product; a view above it has their axes apart.

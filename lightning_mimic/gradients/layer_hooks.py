@@ -40,6 +40,8 @@ class LayerCall:
 
     #: The batch's axis in ``shape``.
     axis: ClassVar[int] = 0
+    #: As which of the node's outputs the gradient arrives.
+    output_nr: ClassVar[int] = 0
 
     @property
     def names(self) -> list[str]:

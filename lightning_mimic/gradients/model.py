@@ -33,8 +33,8 @@ def _first(axes: int) -> int:
 
 
 def _in_attention(axes: int) -> int:
-    """It computes with the time axis first, whatever it is given."""
-    return 1
+    """It computes with the time axis first, whatever it is given; with other than three axes heads are apart."""
+    return 1 if axes == 3 else axes
 
 
 def _in_recurrence(axes: int) -> int:
@@ -142,17 +142,15 @@ class ModelHooks:
                 unseen[name] = _RAN_WITHOUT if name in calls.without_gradient else "no path leads from the loss to it"
                 continue
             batch_axis = self._batch_axis.get(name, _first)
-            search = searches[batch_axis]
-            rules = None if own else _rules(name, ends, search, batch_axis)
-            if rules is not None:
-                known += rules
-            elif (
-                not own or (parameter.requires_grad and len(ends) != len(own)) or not _have_rows(own, searches[_first])
-            ):
+            rules = [] if own else _rules(name, ends, searches[batch_axis], batch_axis)
+            # A frozen layer's call is used all the same.
+            once_a_call = len(ends) == len(own) or not parameter.requires_grad
+            if rules is None or (own and not (once_a_call and _have_rows(own, searches[_first]))):
                 searched.add(name)
-                problem = search.add(name, parameter)
-                if problem is not None:
-                    unseen[name] = problem
+                problem = searches[batch_axis].add(name, parameter)
+                unseen |= {} if problem is None else {name: problem}
+            else:
+                known += rules
         uses: list[Use] = [call for each in seen if (call := each.without(searched)) is not None]
         return [*uses, *known, *(use for each in searches.values() for use in each.uses())], unseen
 
@@ -214,8 +212,8 @@ class WholeModelGradients(DotOnly):
             self._at.setdefault(use.node, []).append(use)
         self._subgraphs = {use.subgraph for use in uses if isinstance(use, SubgraphUse)}
         self._deepest = graph.deepest(self._at)
-        #: By which operations each parameter meets the batch.
-        self.ways = {(name, type(use), kind_of(use.node)) for use in uses for name in use.names}
+        #: How each parameter meets the batch: name, rule, operation, and which axes are as long as the batch.
+        self.ways = {(name, type(use), kind_of(use.node), _as_long(use, samples)) for use in uses for name in use.names}
         #: The last :meth:`rows_that_mix_samples` saw both samples at every use.
         self.conclusive = False
 
@@ -233,12 +231,12 @@ class WholeModelGradients(DotOnly):
 
         def share(use: Use, gradient: Tensor) -> Tensor:
             if isinstance(use, SubgraphUse):
-                return use.dot(gradient, along[use.subgraph][use.node], vectors[use.names[0]].dtype)
+                return use.dot(gradient, along[use.subgraph], vectors[use.names[0]].dtype)
             return use.dot(gradient, vectors)
 
-        def take(uses: Sequence[Use], gradient: Tensor | None) -> None:
+        def take(use: Use, gradient: Tensor | None) -> None:
             if gradient is not None:  # autograd's way to say zero
-                shares.extend(share(use, gradient) for use in uses)
+                shares.append(share(use, gradient))
 
         self._visit(self._seed, take)
         if not shares:
@@ -258,15 +256,14 @@ class WholeModelGradients(DotOnly):
         found: list[str] = []
         self.conclusive = self._samples > 1
 
-        def look(own: int, uses: Sequence[Use], gradient: Tensor | None) -> None:
-            for use in uses:
-                if edge is not None and use.node is edge.node:
-                    continue  # its rows are the edge's own
-                rows = None if gradient is None else gradient.reshape(use.shape).movedim(use.axis, 0)
-                if rows is not None and (len(rows) != self._samples or not _alone(rows, own)):
-                    found.extend(use.names)
-                elif rows is None or not bool((rows[own].abs() > 0).any()):
-                    self.conclusive = False
+        def look(own: int, use: Use, gradient: Tensor | None) -> None:
+            if edge is not None and use.node is edge.node:
+                return  # its rows are the edge's own
+            rows = None if gradient is None else gradient.reshape(use.shape).movedim(use.axis, 0)
+            if rows is not None and (len(rows) != self._samples or not _alone(rows, own)):
+                found.extend(use.names)
+            elif rows is None or not bool((rows[own].abs() > 0).any()):
+                self.conclusive = False
 
         for own in {0, self._samples - 1}:
             with one_sample(self._losses, edge, own, self._samples) as seed:
@@ -291,7 +288,7 @@ class WholeModelGradients(DotOnly):
         if len(uses) != 1 or not isinstance(uses[0], LayerCall):
             raise MimicError(f"the parameters were used {len(uses)} times, not by one call of one layer.")
         found: list[Tensor | None] = []
-        self._visit(self._seed, lambda uses, gradient: found.append(gradient))
+        self._visit(self._seed, lambda use, gradient: found.append(gradient))
         if found[0] is None:
             raise MimicError(f"no gradient reaches the output of {uses[0].name!r}.")
         return uses[0].gradients(found[0])
@@ -301,18 +298,25 @@ class WholeModelGradients(DotOnly):
         leading = self._graph.nodes_reaching(self._at)
         return [n for n in self._graph.order if any(child in leading for child, _ in n.next_functions)]
 
-    def _visit(self, seed: Tensor, visit: Callable[[Sequence[Use], Tensor | None], None]) -> None:
+    def _visit(self, seed: Tensor, visit: Callable[[Use, Tensor | None], None]) -> None:
         """One reverse pass that shows every use the gradient of its output."""
+
+        def visit_all(uses: Sequence[Use], gradients: Sequence[Tensor | None]) -> None:
+            for use in uses:
+                visit(use, gradients[use.output_nr])
+
         hooks = [
-            node.register_prehook(lambda gradients, uses=uses: visit(uses, gradients[0]))
+            node.register_prehook(lambda gradients, uses=uses: visit_all(uses, gradients))
             for node, uses in self._at.items()
             if node not in self._deepest
         ]
         # What lies above the deepest uses is computed on the way to them; weights' gradients are not.
-        edges = [GradientEdge(node, 0) for node in self._deepest]
+        ends = list({(node, use.output_nr): None for node in self._deepest for use in self._at[node]})
         try:
-            for node, gradient in zip(self._deepest, _reverse(self._losses, edges, seed), strict=True):
-                visit(self._at[node], gradient)
+            found = dict(zip(ends, _reverse(self._losses, [GradientEdge(*end) for end in ends], seed), strict=True))
+            for node in self._deepest:
+                for use in self._at[node]:
+                    visit(use, found[node, use.output_nr])
         finally:
             for hook in hooks:
                 hook.remove()
@@ -360,6 +364,10 @@ def _reverse(losses: Tensor, edges: Sequence[GradientEdge], seed: Tensor) -> tup
             torch.autograd.grad(losses, edges, seed, retain_graph=True, allow_unused=True) if edges else ()
         )
     return gradients
+
+
+def _as_long(use: Use, samples: int) -> tuple[bool, ...]:
+    return tuple(length == samples for length in use.shape)
 
 
 def _rules(

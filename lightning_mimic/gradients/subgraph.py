@@ -19,7 +19,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_mimic.errors import MimicError, join_names
-from lightning_mimic.gradients.graph import Graph, is_compiled, normalises_batch
+from lightning_mimic.gradients.graph import ELEMENTWISE, Graph, is_compiled, normalises_batch
 from lightning_mimic.gradients.nodes import BatchAxis, is_leaf, kind_of, shape_of
 
 # Arguments whose first axis is summed over or looked up in: it is not that of the output.
@@ -35,11 +35,18 @@ _CONTRACTED = {
     ("NativeGroupNorm", 2),
 }
 
+# Operations in which an argument may be repeated along axes that it lacks.
+_REPEATING = (*ELEMENTWISE, "Expand", "Repeat", "Addmm", "Baddbmm", "Addcmul", "Lerp")
+
 # Operations that torch cannot differentiate twice, and what can be done about it.
 _ONCE = {
     "ScaledDotProduct": "allow the slower attention that can with `math_attention=True`",
     "CudnnRnn": "run the layer within `torch.backends.cudnn.flags(enabled=False)`",
 }
+
+
+#: One of the tensors that an operation made: the node and the number of its output.
+End = tuple[Node, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,37 +55,39 @@ class Subgraph:
 
     Attributes:
         parameters: By name.
-        ends: The nodes that made these tensors; every path from the parameters leads through one of them.
+        ends: These tensors; every path from the parameters leads through one of them.
         beside: Nodes below the part's that are no part of it.
     """
 
     parameters: Mapping[str, nn.Parameter]
-    ends: tuple[Node, ...]
+    ends: tuple[End, ...]
     beside: tuple[Node, ...] = field(repr=False)
 
-    def derivatives(self, vectors: Mapping[str, Tensor]) -> dict[Node, Tensor]:
+    def derivatives(self, vectors: Mapping[str, Tensor]) -> dict[End, Tensor]:
         """Return the derivative of each end along v, on paths that come by no other end.
 
         Of the dtypes of the forward pass; takes a reverse pass over the subgraph and one over what that has done.
 
         Args:
             vectors: V by parameter name.
+
+        Raises:
+            MimicError: An operation cannot be differentiated twice.
         """
-        made = [end._input_metadata[0] for end in self.ends]
-        with torch.enable_grad(), ExitStack() as hooks:
-            # J v does not depend on the seeds, but Jᵀu does, linearly.
-            seeds = [torch.zeros(tuple(m.shape), dtype=m.dtype, device=m.device, requires_grad=True) for m in made]
-            hooks.enter_context(torch.autocast(made[0].device.type, enabled=False))
-            for end, seed in zip(self.ends, seeds, strict=True):
+        # J v does not depend on the seeds, but Jᵀu does, linearly.
+        seeds = {(node, nr): _zeros(node._input_metadata[nr]) for node, nr in self.ends}
+        device = next(iter(seeds.values())).device.type
+        with torch.enable_grad(), torch.autocast(device, enabled=False), ExitStack() as hooks:
+            for node in {node for node, _ in self.ends}:
                 # What comes from an end above belongs to that one.
-                replaced = end.register_prehook(lambda gradients, seed=seed: (seed, *[None] * (len(gradients) - 1)))
-                hooks.callback(replaced.remove)
+                outputs = tuple(seeds.get((node, nr)) for nr in range(len(node._input_metadata)))
+                hooks.callback(node.register_prehook(lambda gradients, outputs=outputs: outputs).remove)
             for node in self.beside:
                 hooks.callback(node.register_prehook(lambda gradients: (None,) * len(gradients)).remove)
             sums = torch.autograd.grad(
-                [GradientEdge(end, 0) for end in self.ends],
+                [GradientEdge(*end) for end in seeds],
                 list(self.parameters.values()),
-                seeds,
+                list(seeds.values()),
                 create_graph=True,
                 allow_unused=True,
             )
@@ -88,15 +97,17 @@ class Subgraph:
                 if gradient is not None and gradient.requires_grad
             ]
             if not shares:
-                return {end: torch.zeros_like(seed) for end, seed in zip(self.ends, seeds, strict=True)}
+                return seeds
             try:
-                found = torch.autograd.grad(torch.stack(shares).sum(), seeds, materialize_grads=True)
-            except NotImplementedError as error:
+                found = torch.autograd.grad(torch.stack(shares).sum(), list(seeds.values()), materialize_grads=True)
+            except RuntimeError as error:
+                if "is not implemented" not in str(error):
+                    raise
                 raise MimicError(
                     f"`parameters`: {join_names(list(self.parameters))} cannot be scored, because an operation between "
                     f"them and the batch cannot be differentiated twice ({error}). Leave them out."
                 ) from error
-        return dict(zip(self.ends, found, strict=True))
+        return dict(zip(seeds, found, strict=True))
 
 
 @dataclass(frozen=True)
@@ -106,12 +117,14 @@ class SubgraphUse:
     Attributes:
         subgraph: The subgraph.
         node: Where the tensor's gradient arrives.
+        output_nr: As which of the node's.
         shape: The tensor's shape, or that of a view of all its elements.
         axis: The batch's axis in ``shape``.
     """
 
     subgraph: Subgraph
     node: Node
+    output_nr: int
     shape: tuple[int, ...]
     axis: int
 
@@ -121,15 +134,15 @@ class SubgraphUse:
         return list(self.subgraph.parameters)
 
     @torch.no_grad()
-    def dot(self, output_gradients: Tensor, derivative: Tensor, dtype: torch.dtype) -> Tensor:
+    def dot(self, output_gradients: Tensor, derivatives: Mapping[End, Tensor], dtype: torch.dtype) -> Tensor:
         """Return this tensor's term of ``⟨gᵢ, v⟩``, shape ``(B,)``.
 
         Args:
             output_gradients: The tensor's gradient.
-            derivative: The tensor's, of :meth:`Subgraph.derivatives`.
+            derivatives: From :meth:`Subgraph.derivatives`.
             dtype: Of the product.
         """
-        product = output_gradients.to(dtype) * derivative.to(dtype)
+        product = output_gradients.to(dtype) * derivatives[self.node, self.output_nr].to(dtype)
         return product.reshape(self.shape).movedim(self.axis, 0).flatten(1).sum(1)
 
 
@@ -147,13 +160,16 @@ class SubgraphSearch:
         self._place = {node: k for k, node in enumerate(graph.order)}
         self._ends: dict[tuple[Node, ...], dict[str, nn.Parameter]] = {}
         self._inside: dict[tuple[Node, ...], set[Node]] = {}
-        self._shapes: dict[Node, tuple[int, ...]] = {}
+        self._shapes: dict[End, tuple[int, ...]] = {}
         #: Nodes whose tensor has no row per sample, whatever its length, because it is spread over rows further up.
         self.spread: set[Node] = set()
         # Those and all that are an operation's weight.
         self._without_rows: set[Node] = set()
+        self._normalised: set[Node] = set()
         for node in graph.order:
             above = graph.parents[node]
+            if any(parent in self._normalised or normalises_batch(parent) for parent, _ in above):
+                self._normalised.add(node)
             if any(parent in self.spread or self._spreads(node, parent) for parent, _ in above):
                 self.spread.add(node)
             if node in self.spread or any(p in self._without_rows or (kind_of(p), k) in _CONTRACTED for p, k in above):
@@ -167,6 +183,8 @@ class SubgraphSearch:
         """
         ends: list[Node] = []
         uses = self.graph.terminals(parameter)
+        if not uses:
+            return "no path leads from the loss to it"
         inside = {node for use in uses for node in use.chain}
         stack, seen = [use.node for use in uses], set[Node]()
         while stack:
@@ -177,9 +195,15 @@ class SubgraphSearch:
             problem = _not_twice(node)
             if problem is not None:
                 return problem
-            shape = self._rows(node)
-            if shape is not None:
-                self._shapes[node] = shape
+            shapes = self._rows(node)
+            if shapes:
+                ambiguous = [shape for shape in shapes.values() if self._ambiguous(node, shape)]
+                if ambiguous and node in self._normalised:
+                    return (
+                        f"used in a tensor of shape {ambiguous[0]} below a batch normalisation in training mode, where "
+                        f"it cannot be checked which axis is that of the {self.samples} samples"
+                    )
+                self._shapes |= {(node, nr): shape for nr, shape in shapes.items()}
                 ends.append(node)
             elif node is self.graph.root:
                 used = kind_of(uses[0].node)
@@ -198,35 +222,46 @@ class SubgraphSearch:
             inside = self._inside[ends]
             below = {child for node in inside for child, _ in node.next_functions if child is not None}
             beside = tuple(node for node in below - inside if not is_leaf(node))
-            subgraph = Subgraph(parameters, ends, beside)
-            shapes = [self._shapes[end] for end in ends]
-            found += [
-                SubgraphUse(subgraph, end, shape, self._batch_axis(len(shape)))
-                for end, shape in zip(ends, shapes, strict=True)
-            ]
+            own = set(ends)
+            shapes = {end: shape for end, shape in self._shapes.items() if end[0] in own}
+            subgraph = Subgraph(parameters, tuple(shapes), beside)
+            found += [SubgraphUse(subgraph, *end, shape, self._batch_axis(len(shape))) for end, shape in shapes.items()]
         return found
 
-    def _rows(self, node: Node) -> tuple[int, ...] | None:
-        """Return the shape in which the node's output has a row per sample; ``None`` if it has none."""
-        if node in self._without_rows or any(p.next_functions[k][1] for p, k in self.graph.parents[node]):
-            return None  # the rows of another output do not arrive with those of the first
-        for shape in self.graph.shapes(node):
-            axis = self._batch_axis(len(shape))
-            if len(shape) > axis and shape[axis] == self.samples:
-                return shape
-        return None
+    def _rows(self, node: Node) -> dict[int, tuple[int, ...]]:
+        """Return the shapes in which a node's outputs have a row per sample; empty if not all have that are used."""
+        if node in self._without_rows:
+            return {}
+        made = node._input_metadata
+        used = {parent.next_functions[k][1] for parent, k in self.graph.parents[node]} or {0}  # or the root
+        found: dict[int, tuple[int, ...]] = {}
+        for nr in used:
+            seen = self.graph.shapes(node) if len(made) == 1 else [tuple(made[nr].shape)]
+            fitting = [s for s in seen if len(s) > (k := self._batch_axis(len(s))) and s[k] == self.samples]
+            if fitting and not made[nr].dtype.is_complex:
+                found[nr] = fitting[0]
+        return found if len(found) == len(used) else {}
+
+    def _ambiguous(self, node: Node, shape: tuple[int, ...]) -> bool:
+        """Return whether several axes that might be the batch's are as long; features and channels are not."""
+        features = 1 if len(shape) > 3 or kind_of(node) == "Convolution" else len(shape) - 1
+        return self.samples > 1 and (*shape[:features], *shape[features + 1 :]).count(self.samples) > 1
 
     def _spreads(self, node: Node, parent: Node) -> bool:
         """Return whether an operation repeats a tensor for every sample."""
         own: tuple[int, ...] = tuple(node.variable.shape) if is_leaf(node) else shape_of(node)  # type: ignore[attr-defined]
         shape = shape_of(parent)
         axis = self._batch_axis(len(shape))
-        if self.samples == 1 or len(shape) <= axis or prod(shape) <= prod(own):
+        if kind_of(parent) not in _REPEATING or self.samples == 1 or len(shape) <= axis or prod(shape) <= prod(own):
             return False
         place = axis - len(shape) + len(own)  # the batch's axis in the tensor's own shape
         # Windows of images, or heads, may lie along the batch's axis too.
         spread = shape[axis] > 1 and shape[axis] % self.samples == 0 and (place < 0 or own[place] == 1)
         return spread and all(a in (1, b) for a, b in zip(own[::-1], shape[::-1], strict=False))
+
+
+def _zeros(made: Any) -> Tensor:
+    return torch.zeros(tuple(made.shape), dtype=made.dtype, device=made.device, requires_grad=True)
 
 
 def _not_twice(node: Any) -> str | None:
@@ -237,6 +272,7 @@ def _not_twice(node: Any) -> str | None:
     for once, fix in _ONCE.items():
         if kind.startswith(once):
             return f"used below {kind}, which cannot be differentiated twice; {fix}"
-    if is_compiled(node) or isinstance(node, BackwardCFunction):
+    # What a function that is written in Python or C++ does backwards may be hidden from autograd.
+    if is_compiled(node) or isinstance(node, BackwardCFunction) or "CppNode" in node.name():
         return f"used by {kind}, a compiled or custom function, of which it is not known how it depends on it"
     return None
