@@ -10,7 +10,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients.functional_use import FunctionalUse, functional_use
-from lightning_mimic.gradients.graph import Graph, Terminal, is_compiled, normalises_batch
+from lightning_mimic.gradients.graph import Graph, is_compiled, normalises_batch
 from lightning_mimic.gradients.layer_hooks import CallWatch, LayerCall, LayerCalls, LayerHooks
 from lightning_mimic.gradients.layers import LayerGradients
 from lightning_mimic.gradients.nodes import BatchAxis, gate_rows, hook_gradient, kind_of
@@ -127,7 +127,7 @@ class ModelHooks:
         Returns:
             The uses, and for every parameter whose uses are not all known its name and the reason.
         """
-        searches = {axis: SubgraphSearch(graph, samples, axis) for axis in {_first, *self._batch_axis.values()}}
+        search = SubgraphSearch(graph, samples)
         seen = [call for call in calls.calls if call.node in graph]
         hidden = self.hidden(calls, graph)
         known: list[FunctionalUse] = []
@@ -142,17 +142,19 @@ class ModelHooks:
                 unseen[name] = _RAN_WITHOUT if name in calls.without_gradient else "no path leads from the loss to it"
                 continue
             batch_axis = self._batch_axis.get(name, _first)
-            rules = [] if own else _rules(name, ends, searches[batch_axis], batch_axis)
+            rules = [functional_use(name, end, graph, samples, batch_axis) for end in ends] if not own else []
+            known_rules = [use for use in rules if use is not None and use.node not in search.spread]
             # A frozen layer's call is used all the same.
             once_a_call = len(ends) == len(own) or not parameter.requires_grad
-            if rules is None or (own and not (once_a_call and _have_rows(own, searches[_first]))):
+            in_rows = all(_has_rows(call, samples) and call.node not in search.spread for call in own)
+            if len(known_rules) < len(rules) or (own and not (once_a_call and in_rows)):
                 searched.add(name)
-                problem = searches[batch_axis].add(name, parameter)
+                problem = search.add(name, parameter, batch_axis)
                 unseen |= {} if problem is None else {name: problem}
             else:
-                known += rules
+                known += known_rules
         uses: list[Use] = [call for each in seen if (call := each.without(searched)) is not None]
-        return [*uses, *known, *(use for each in searches.values() for use in each.uses())], unseen
+        return [*uses, *known, *search.uses()], unseen
 
     def hidden(self, calls: LayerCalls, graph: Graph) -> dict[str, str]:
         """Return the parameters that may have a gradient of which the graph does not show all.
@@ -370,20 +372,6 @@ def _as_long(use: Use, samples: int) -> tuple[bool, ...]:
     return tuple(length == samples for length in use.shape)
 
 
-def _rules(
-    name: str, ends: Sequence[Terminal], search: SubgraphSearch, batch_axis: BatchAxis
-) -> list[FunctionalUse] | None:
-    """Return the rules for all uses of a parameter, or ``None`` where one has none."""
-    found = [functional_use(name, end, search.graph, search.samples, batch_axis) for end in ends]
-    rules = [use for use in found if use is not None and use.node not in search.spread]
-    return rules if len(rules) == len(ends) else None
-
-
-def _have_rows(calls: Sequence[LayerCall], search: SubgraphSearch) -> bool:
-    """Whether every call's output has one row for each sample."""
-    return all(
-        call.shape[0] == search.samples
-        and LayerGradients.batch_first(call.layer, call.shape)
-        and call.node not in search.spread
-        for call in calls
-    )
+def _has_rows(call: LayerCall, samples: int) -> bool:
+    """Whether a call's output has one row for each sample."""
+    return call.shape[0] == samples and LayerGradients.batch_first(call.layer, call.shape)

@@ -7,7 +7,7 @@ of the tensor's derivative along v. The small part of the graph between paramete
 for it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
@@ -143,7 +143,12 @@ class SubgraphUse:
             dtype: Of the product.
         """
         product = output_gradients.to(dtype) * derivatives[self.node, self.output_nr].to(dtype)
-        return product.reshape(self.shape).movedim(self.axis, 0).flatten(1).sum(1)
+        rows = product.reshape(self.shape).movedim(self.axis, 0)
+        return rows.reshape(len(rows), -1).sum(1)
+
+
+#: A tensor with a row per sample: node, number of its output, shape, and the batch's axis in it.
+_Rows = tuple[Node, int, tuple[int, ...], int]
 
 
 class SubgraphSearch:
@@ -152,15 +157,13 @@ class SubgraphSearch:
     Args:
         graph: The graph below the losses, or any cut.
         samples: B.
-        batch_axis: Where the batch's axis is, of the number of axes.
     """
 
-    def __init__(self, graph: Graph, samples: int, batch_axis: BatchAxis) -> None:
-        self.graph, self.samples, self._batch_axis = graph, samples, batch_axis
+    def __init__(self, graph: Graph, samples: int) -> None:
+        self._graph, self._samples = graph, samples
         self._place = {node: k for k, node in enumerate(graph.order)}
-        self._ends: dict[tuple[Node, ...], dict[str, nn.Parameter]] = {}
-        self._inside: dict[tuple[Node, ...], set[Node]] = {}
-        self._shapes: dict[End, tuple[int, ...]] = {}
+        # Parameters that end at the same tensors, and the nodes on the way.
+        self._found: dict[tuple[_Rows, ...], tuple[dict[str, nn.Parameter], set[Node]]] = {}
         #: Nodes whose tensor has no row per sample, whatever its length, because it is spread over rows further up.
         self.spread: set[Node] = set()
         # Those and all that are an operation's weight.
@@ -175,89 +178,90 @@ class SubgraphSearch:
             if node in self.spread or any(p in self._without_rows or (kind_of(p), k) in _CONTRACTED for p, k in above):
                 self._without_rows.add(node)
 
-    def add(self, name: str, parameter: nn.Parameter) -> str | None:
+    def add(self, name: str, parameter: nn.Parameter, batch_axis: BatchAxis) -> str | None:
         """Look for the tensors above a parameter.
+
+        Args:
+            name: The parameter's.
+            parameter: The parameter.
+            batch_axis: Where the batch's axis is, of the number of axes.
 
         Returns:
             Why there are none from which the parameter could be scored, as a phrase; ``None`` if there are.
         """
-        ends: list[Node] = []
-        uses = self.graph.terminals(parameter)
+        uses = self._graph.terminals(parameter)
         if not uses:
             return "no path leads from the loss to it"
-        inside = {node for use in uses for node in use.chain}
+        ends: list[_Rows] = []
         stack, seen = [use.node for use in uses], set[Node]()
         while stack:
             node = stack.pop()
             if node in seen:
                 continue
             seen.add(node)
-            problem = _not_twice(node)
+            rows = self._rows(node, batch_axis)
+            problem = _not_twice(node) or self._ambiguous(rows)
             if problem is not None:
                 return problem
-            shapes = self._rows(node)
-            if shapes:
-                ambiguous = [shape for shape in shapes.values() if self._ambiguous(node, shape)]
-                if ambiguous and node in self._normalised:
-                    return (
-                        f"used in a tensor of shape {ambiguous[0]} below a batch normalisation in training mode, where "
-                        f"it cannot be checked which axis is that of the {self.samples} samples"
-                    )
-                self._shapes |= {(node, nr): shape for nr, shape in shapes.items()}
-                ends.append(node)
-            elif node is self.graph.root:
+            if not rows and node is self._graph.root:
                 used = kind_of(uses[0].node)
-                return f"used by {used}, above which no tensor has a row for each of {self.samples} samples"
-            else:
-                stack.extend(parent for parent, _ in self.graph.parents[node])
-        key = tuple(sorted(ends, key=self._place.__getitem__))
-        self._ends.setdefault(key, {})[name] = parameter
-        self._inside.setdefault(key, set()).update(inside, seen)
+                return f"used by {used}, above which no tensor has a row for each of {self._samples} samples"
+            ends += rows
+            stack += [] if rows else [parent for parent, _ in self._graph.parents[node]]
+        key = tuple(sorted(ends, key=lambda rows: (self._place[rows[0]], rows[1])))
+        parameters, inside = self._found.setdefault(key, ({}, set()))
+        parameters[name] = parameter
+        inside |= seen.union(*(use.chain for use in uses))
         return None
 
     def uses(self) -> list[SubgraphUse]:
         """Return the tensors at which all parameters that were added meet the batch."""
         found: list[SubgraphUse] = []
-        for ends, parameters in self._ends.items():
-            inside = self._inside[ends]
+        for ends, (parameters, inside) in self._found.items():
             below = {child for node in inside for child, _ in node.next_functions if child is not None}
             beside = tuple(node for node in below - inside if not is_leaf(node))
-            own = set(ends)
-            shapes = {end: shape for end, shape in self._shapes.items() if end[0] in own}
-            subgraph = Subgraph(parameters, tuple(shapes), beside)
-            found += [SubgraphUse(subgraph, *end, shape, self._batch_axis(len(shape))) for end, shape in shapes.items()]
+            subgraph = Subgraph(parameters, tuple((node, nr) for node, nr, _, _ in ends), beside)
+            found += [SubgraphUse(subgraph, *end) for end in ends]
         return found
 
-    def _rows(self, node: Node) -> dict[int, tuple[int, ...]]:
-        """Return the shapes in which a node's outputs have a row per sample; empty if not all have that are used."""
+    def _rows(self, node: Node, batch_axis: BatchAxis) -> list[_Rows]:
+        """Return a node's outputs that are used, if all of them have a row per sample; else nothing."""
         if node in self._without_rows:
-            return {}
+            return []
         made = node._input_metadata
-        used = {parent.next_functions[k][1] for parent, k in self.graph.parents[node]} or {0}  # or the root
-        found: dict[int, tuple[int, ...]] = {}
+        used = {parent.next_functions[k][1] for parent, k in self._graph.parents[node]} or {0}  # or the root
+        found: list[_Rows] = []
         for nr in used:
-            seen = self.graph.shapes(node) if len(made) == 1 else [tuple(made[nr].shape)]
-            fitting = [s for s in seen if len(s) > (k := self._batch_axis(len(s))) and s[k] == self.samples]
+            seen = self._graph.shapes(node) if len(made) == 1 else [tuple(made[nr].shape)]
+            axes = [(s, batch_axis(len(s))) for s in seen]
+            fitting = [(s, axis) for s, axis in axes if len(s) > axis and s[axis] == self._samples]
             if fitting and not made[nr].dtype.is_complex:
-                found[nr] = fitting[0]
-        return found if len(found) == len(used) else {}
+                found.append((node, nr, *fitting[0]))
+        return found if len(found) == len(used) else []
 
-    def _ambiguous(self, node: Node, shape: tuple[int, ...]) -> bool:
-        """Return whether several axes that might be the batch's are as long; features and channels are not."""
-        features = 1 if len(shape) > 3 or kind_of(node) == "Convolution" else len(shape) - 1
-        return self.samples > 1 and (*shape[:features], *shape[features + 1 :]).count(self.samples) > 1
+    def _ambiguous(self, rows: Sequence[_Rows]) -> str | None:
+        """Return as a phrase that several axes may be the batch's where that cannot be checked."""
+        for node, _, shape, _ in rows:
+            # Features and channels are not.
+            features = 1 if len(shape) > 3 or kind_of(node) == "Convolution" else len(shape) - 1
+            axes = (*shape[:features], *shape[features + 1 :])
+            if node in self._normalised and axes.count(self._samples) > 1 < self._samples:
+                return (
+                    f"used in a tensor of shape {shape} below a batch normalisation in training mode, where it cannot "
+                    f"be checked which axis is that of the {self._samples} samples"
+                )
+        return None
 
     def _spreads(self, node: Node, parent: Node) -> bool:
         """Return whether an operation repeats a tensor for every sample."""
+        if kind_of(parent) not in _REPEATING or self._samples == 1:
+            return False
         own: tuple[int, ...] = tuple(node.variable.shape) if is_leaf(node) else shape_of(node)  # type: ignore[attr-defined]
         shape = shape_of(parent)
-        axis = self._batch_axis(len(shape))
-        if kind_of(parent) not in _REPEATING or self.samples == 1 or len(shape) <= axis or prod(shape) <= prod(own):
-            return False
-        place = axis - len(shape) + len(own)  # the batch's axis in the tensor's own shape
         # Windows of images, or heads, may lie along the batch's axis too.
-        spread = shape[axis] > 1 and shape[axis] % self.samples == 0 and (place < 0 or own[place] == 1)
-        return spread and all(a in (1, b) for a, b in zip(own[::-1], shape[::-1], strict=False))
+        rows = shape[:1] != (1,) and prod(shape[:1]) % self._samples == 0 and prod(shape) > prod(own)
+        fits = all(a in (1, b) for a, b in zip(own[::-1], shape[::-1], strict=False))
+        return rows and fits and (len(own) < len(shape) or own[:1] == (1,))
 
 
 def _zeros(made: Any) -> Tensor:

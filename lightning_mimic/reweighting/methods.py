@@ -2,6 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
@@ -100,9 +101,11 @@ class ScoringTask:
 
     def target_nodes(self, forward: Forward, graph: Graph) -> set[Node]:
         """Return where the target parameters meet the batch, of the nodes of a graph."""
-        called = {name for call in forward.calls.calls for name in call.parts.values()}
-        functional = {end.node for n, p in self.targets.items() if n not in called for end in graph.terminals(p)}
-        return functional | {call.node for call in forward.calls.calls if call.node in graph}
+        calls = [call for call in forward.calls.calls if call.node in graph]
+        called = Counter(name for call in calls for name in call.names)
+        ends = {name: graph.terminals(p) for name, p in self.targets.items()}
+        elsewhere = {end.node for name, found in ends.items() if len(found) != called[name] for end in found}
+        return elsewhere | {call.node for call in calls}
 
 
 class MicroBatch(Protocol):
@@ -298,10 +301,11 @@ class ReversePass(ScoringMethod):
         if not self._all_seen:
             # Those that a later batch does not use have been seen to be used as they should.
             zero &= task.optional
+        refused = {name: why for name, why in unseen.items() if name not in zero}
+        if refused:
+            raise MimicError(_unseen(task.targets, refused))
+        if not self._all_seen:
             task.report_unreached([name for name in unseen if name in zero])
-        unseen = {name: why for name, why in unseen.items() if name not in zero}
-        if unseen:
-            raise MimicError(_unseen(task.targets, unseen))
         rows = WholeModelGradients(forward.root, uses, graph, forward.rows, seed)
         _refuse_compiled(rows.compiled())
         hooked = [
@@ -356,13 +360,21 @@ class DoubleBackward(ScoringMethod):
         _refuse_compiled(any(map(is_compiled, forward.graph.order)))
         if task.hooked:
             raise MimicError(HOOKED.format(join_names(task.hooked)))
+        hidden = task.hooks.hidden(forward.calls, forward.graph)
+        zero = [
+            n
+            for n in task.targets
+            if n in task.optional - hidden.keys() and not forward.graph.terminals(task.targets[n])
+        ]
+        reached = {name: p for name, p in task.targets.items() if name not in zero}
         try:
-            LossGradients(forward.root, self._reached(forward)).check(forward.graph)
+            LossGradients(forward.root, reached).check(forward.graph)
         except ValueError as error:
             # The obstacle to the cheaper way is what most users will want to change.
             if refusal is None:
                 raise
             raise MimicError(f"{refusal} Nor from the losses alone: {error}") from refusal
+        task.report_unreached(zero)
 
     def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> None:
         """Differentiate, weigh, and let the weights enter at the losses."""
@@ -372,14 +384,6 @@ class DoubleBackward(ScoringMethod):
             # Every rank holds its own part of each sample's gradient.
             dots = distributed.sum_over_ranks(dots)[forward.own]
         step.gate.before_backward(forward, edge, step.weigh({"dot": dots}), step.scale)
-
-    def _reached(self, forward: Forward) -> dict[str, nn.Parameter]:
-        """Return the targets that the losses must reach."""
-        task = self._task
-        hidden = task.hooks.hidden(forward.calls, forward.graph)
-        zero = [n for n in task.optional if not forward.graph.terminals(task.targets[n]) and n not in hidden]
-        task.report_unreached(zero)
-        return {name: p for name, p in task.targets.items() if name not in zero}
 
 
 class _Cuts:
