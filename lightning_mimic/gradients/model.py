@@ -233,7 +233,7 @@ class WholeModelGradients(DotOnly):
 
         def share(use: Use, gradient: Tensor) -> Tensor:
             if isinstance(use, SubgraphUse):
-                return use.dot(gradient, along[use.subgraph], vectors[use.names[0]].dtype)
+                return use.dot(gradient, along[use.subgraph])
             return use.dot(gradient, vectors)
 
         def take(use: Use, gradient: Tensor | None) -> None:

@@ -66,7 +66,8 @@ class Subgraph:
     def derivatives(self, vectors: Mapping[str, Tensor]) -> dict[End, Tensor]:
         """Return the derivative of each end along v, on paths that come by no other end.
 
-        Of the dtypes of the forward pass; takes a reverse pass over the subgraph and one over what that has done.
+        Computed in the dtypes of the forward pass and returned in float32 or higher; takes a reverse pass over the
+        subgraph and one over what that has done.
 
         Args:
             vectors: V by parameter name.
@@ -92,14 +93,15 @@ class Subgraph:
                 allow_unused=True,
             )
             shares = [
-                (gradient.to(vectors[name].dtype) * vectors[name]).sum()
+                (gradient.to((vector := vectors[name]).dtype) * vector).sum()
                 for name, gradient in zip(self.parameters, sums, strict=True)
                 if gradient is not None and gradient.requires_grad
             ]
             if not shares:
                 return seeds
+            along = torch.stack(shares).sum()
             try:
-                found = torch.autograd.grad(torch.stack(shares).sum(), list(seeds.values()), materialize_grads=True)
+                found = torch.autograd.grad(along, list(seeds.values()), materialize_grads=True)
             except RuntimeError as error:
                 if "is not implemented" not in str(error):
                     raise
@@ -107,7 +109,8 @@ class Subgraph:
                     f"`parameters`: {join_names(list(self.parameters))} cannot be scored, because an operation between "
                     f"them and the batch cannot be differentiated twice ({error}). Leave them out."
                 ) from error
-        return dict(zip(seeds, found, strict=True))
+        dtype = torch.promote_types(along.dtype, torch.float32)
+        return {end: derivative.to(dtype) for end, derivative in zip(seeds, found, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -134,15 +137,15 @@ class SubgraphUse:
         return list(self.subgraph.parameters)
 
     @torch.no_grad()
-    def dot(self, output_gradients: Tensor, derivatives: Mapping[End, Tensor], dtype: torch.dtype) -> Tensor:
+    def dot(self, output_gradients: Tensor, derivatives: Mapping[End, Tensor]) -> Tensor:
         """Return this tensor's term of ``⟨gᵢ, v⟩``, shape ``(B,)``.
 
         Args:
             output_gradients: The tensor's gradient.
             derivatives: From :meth:`Subgraph.derivatives`.
-            dtype: Of the product.
         """
-        product = output_gradients.to(dtype) * derivatives[self.node, self.output_nr].to(dtype)
+        derivative = derivatives[self.node, self.output_nr]
+        product = output_gradients.to(derivative.dtype) * derivative
         rows = product.reshape(self.shape).movedim(self.axis, 0)
         return rows.reshape(len(rows), -1).sum(1)
 
