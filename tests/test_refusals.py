@@ -80,7 +80,7 @@ def test_what_would_be_inexact_is_refused(kind, message):
     [
         (LeavesOutLater, ValueError, r"it left out targets \(ignore_index\)"),
         (BypassesLater, RuntimeError, "no gradient reached the output of the scored layer"),
-        (Penalised, ValueError, "the loss reaches 4 trainable parameters around the tensor that is weighted"),
+        (Penalised, ValueError, "no tensor with a row for each of 4 samples lies between the loss and the parameters"),
     ],
 )
 def test_what_turns_inexact_later_stops_training(kind, error, message):

@@ -34,6 +34,7 @@ SEARCHED = {  # what is computed, and its parts
     "rows by index": (lambda n, x: x + n.p[[1, 0]], lambda: {"p": param(T, D)}),
     "a repeated token": (lambda n, x: n.p.repeat(B, 1, 1) + x, lambda: {"p": param(1, 1, D)}),
     "an exponential": (lambda n, x: x * n.p.exp(), lambda: {"p": param()}),
+    "an exponential added twice": (lambda n, x: x + n.p.exp() + n.p.exp(), lambda: {"p": param(D)}),
     "a difference": (lambda n, x: x - n.p, lambda: {"p": param(D)}),
     "a sum with a factor": (lambda n, x: torch.add(x, n.p, alpha=2), lambda: {"p": param(D)}),
     "a scale of a view in place": (

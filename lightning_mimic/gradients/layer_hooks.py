@@ -116,7 +116,7 @@ class LayerCalls:
 
 
 class CallWatch:
-    """A forward hook on a module whose calls are not recorded, that looks under what conditions it runs.
+    """A hook on a module whose calls are not recorded, that looks under what conditions it runs.
 
     Args:
         module: Has parameters of its own, but no rule.
@@ -128,15 +128,15 @@ class CallWatch:
         self.into: LayerCalls | None = None
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
-        def forward_hook(called: nn.Module, args: tuple[Any, ...]) -> None:
+        def before_forward(called: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if self.into is None or called is not module:
                 return
             if not torch.is_grad_enabled():
                 self.into.without_gradient.update(names)
-            if any(isinstance(each, PackedSequence) for each in args):
+            if any(isinstance(each, PackedSequence) for each in (*args, *kwargs.values())):
                 self.into.packed.update(names)
 
-        self._handle = module.register_forward_pre_hook(forward_hook)
+        self._handle = module.register_forward_pre_hook(before_forward, with_kwargs=True)
 
     def remove(self) -> None:
         """Take the hook off the module."""

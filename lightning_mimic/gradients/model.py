@@ -10,7 +10,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients.functional_use import FunctionalUse, functional_use
-from lightning_mimic.gradients.graph import Graph, is_compiled, normalises_batch
+from lightning_mimic.gradients.graph import Graph, Terminal, is_compiled, normalises_batch
 from lightning_mimic.gradients.layer_hooks import CallWatch, LayerCall, LayerCalls, LayerHooks
 from lightning_mimic.gradients.layers import LayerGradients
 from lightning_mimic.gradients.nodes import BatchAxis, gate_rows, hook_gradient, kind_of
@@ -142,17 +142,18 @@ class ModelHooks:
                 unseen[name] = _RAN_WITHOUT if name in calls.without_gradient else "no path leads from the loss to it"
                 continue
             batch_axis = self._batch_axis.get(name, _first)
-            rules = [functional_use(name, end, graph, samples, batch_axis) for end in ends] if not own else []
-            known_rules = [use for use in rules if use is not None and use.node not in search.spread]
-            # A frozen layer's call is used all the same.
-            once_a_call = len(ends) == len(own) or not parameter.requires_grad
-            in_rows = all(_has_rows(call, samples) and call.node not in search.spread for call in own)
-            if len(known_rules) < len(rules) or (own and not (once_a_call and in_rows)):
-                searched.add(name)
-                problem = search.add(name, parameter, batch_axis)
-                unseen |= {} if problem is None else {name: problem}
-            else:
-                known += known_rules
+            rules = [] if own else _rules(name, ends, graph, samples, batch_axis)
+            if own and _one_row_each(parameter, own, len(ends), search):
+                continue
+            if rules and not any(use.node in search.without_rows for use in rules):
+                known += rules
+                continue
+            problem = search.add(name, parameter, batch_axis)
+            searched.add(name)
+            if problem is not None and rules and not any(use.node in search.spread for use in rules):
+                known += rules  # an operation's weight, or what only looks like one
+            elif problem is not None:
+                unseen[name] = problem
         uses: list[Use] = [call for each in seen if (call := each.without(searched)) is not None]
         return [*uses, *known, *search.uses()], unseen
 
@@ -372,6 +373,22 @@ def _as_long(use: Use, samples: int) -> tuple[bool, ...]:
     return tuple(length == samples for length in use.shape)
 
 
-def _has_rows(call: LayerCall, samples: int) -> bool:
-    """Whether a call's output has one row for each sample."""
-    return call.shape[0] == samples and LayerGradients.batch_first(call.layer, call.shape)
+def _rules(
+    name: str, ends: Sequence[Terminal], graph: Graph, samples: int, batch_axis: BatchAxis
+) -> list[FunctionalUse]:
+    """Return the rules for all uses of a parameter; none, if there is a use without a rule."""
+    found = [functional_use(name, end, graph, samples, batch_axis) for end in ends]
+    rules = [use for use in found if use is not None]
+    return rules if len(rules) == len(ends) else []
+
+
+def _one_row_each(parameter: nn.Parameter, calls: Sequence[LayerCall], uses: int, search: SubgraphSearch) -> bool:
+    """Whether the calls of a parameter's layer are all of its uses, each with an output of one row per sample."""
+    if parameter.requires_grad and uses != len(calls):  # a frozen layer's call is scored all the same
+        return False
+    return all(
+        call.shape[0] == search.samples
+        and LayerGradients.batch_first(call.layer, call.shape)
+        and call.node not in search.spread
+        for call in calls
+    )

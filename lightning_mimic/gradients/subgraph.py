@@ -83,7 +83,7 @@ class Subgraph:
                 # What comes from an end above belongs to that one.
                 outputs = tuple(seeds.get((node, nr)) for nr in range(len(node._input_metadata)))
                 hooks.callback(node.register_prehook(lambda gradients, outputs=outputs: outputs).remove)
-            for node in self.beside:
+            for node in self.beside:  # nothing is computed there
                 hooks.callback(node.register_prehook(lambda gradients: (None,) * len(gradients)).remove)
             sums = torch.autograd.grad(
                 [GradientEdge(*end) for end in seeds],
@@ -163,14 +163,14 @@ class SubgraphSearch:
     """
 
     def __init__(self, graph: Graph, samples: int) -> None:
-        self._graph, self._samples = graph, samples
+        self._graph, self.samples = graph, samples
         self._place = {node: k for k, node in enumerate(graph.order)}
         # Parameters that end at the same tensors, and the nodes on the way.
         self._found: dict[tuple[_Rows, ...], tuple[dict[str, nn.Parameter], set[Node]]] = {}
         #: Nodes whose tensor has no row per sample, whatever its length, because it is spread over rows further up.
         self.spread: set[Node] = set()
-        # Those and all that are an operation's weight.
-        self._without_rows: set[Node] = set()
+        #: Those and all that are an operation's weight.
+        self.without_rows: set[Node] = set()
         self._normalised: set[Node] = set()
         for node in graph.order:
             above = graph.parents[node]
@@ -178,8 +178,8 @@ class SubgraphSearch:
                 self._normalised.add(node)
             if any(parent in self.spread or self._spreads(node, parent) for parent, _ in above):
                 self.spread.add(node)
-            if node in self.spread or any(p in self._without_rows or (kind_of(p), k) in _CONTRACTED for p, k in above):
-                self._without_rows.add(node)
+            if node in self.spread or any(p in self.without_rows or (kind_of(p), k) in _CONTRACTED for p, k in above):
+                self.without_rows.add(node)
 
     def add(self, name: str, parameter: nn.Parameter, batch_axis: BatchAxis) -> str | None:
         """Look for the tensors above a parameter.
@@ -208,7 +208,7 @@ class SubgraphSearch:
                 return problem
             if not rows and node is self._graph.root:
                 used = kind_of(uses[0].node)
-                return f"used by {used}, above which no tensor has a row for each of {self._samples} samples"
+                return f"used by {used}, above which no tensor has a row for each of {self.samples} samples"
             ends += rows
             stack += [] if rows else [parent for parent, _ in self._graph.parents[node]]
         key = tuple(sorted(ends, key=lambda rows: (self._place[rows[0]], rows[1])))
@@ -229,7 +229,7 @@ class SubgraphSearch:
 
     def _rows(self, node: Node, batch_axis: BatchAxis) -> list[_Rows]:
         """Return a node's outputs that are used, if all of them have a row per sample; else nothing."""
-        if node in self._without_rows:
+        if node in self.without_rows:
             return []
         made = node._input_metadata
         used = {parent.next_functions[k][1] for parent, k in self._graph.parents[node]} or {0}  # or the root
@@ -237,7 +237,7 @@ class SubgraphSearch:
         for nr in used:
             seen = self._graph.shapes(node) if len(made) == 1 else [tuple(made[nr].shape)]
             axes = [(s, batch_axis(len(s))) for s in seen]
-            fitting = [(s, axis) for s, axis in axes if len(s) > axis and s[axis] == self._samples]
+            fitting = [(s, axis) for s, axis in axes if len(s) > axis and s[axis] == self.samples]
             if fitting and not made[nr].dtype.is_complex:
                 found.append((node, nr, *fitting[0]))
         return found if len(found) == len(used) else []
@@ -248,21 +248,21 @@ class SubgraphSearch:
             # Features and channels are not.
             features = 1 if len(shape) > 3 or kind_of(node) == "Convolution" else len(shape) - 1
             axes = (*shape[:features], *shape[features + 1 :])
-            if node in self._normalised and axes.count(self._samples) > 1 < self._samples:
+            if node in self._normalised and axes.count(self.samples) > 1 < self.samples:
                 return (
                     f"used in a tensor of shape {shape} below a batch normalisation in training mode, where it cannot "
-                    f"be checked which axis is that of the {self._samples} samples"
+                    f"be checked which axis is that of the {self.samples} samples"
                 )
         return None
 
     def _spreads(self, node: Node, parent: Node) -> bool:
         """Return whether an operation repeats a tensor for every sample."""
-        if kind_of(parent) not in _REPEATING or self._samples == 1:
+        if kind_of(parent) not in _REPEATING or self.samples == 1:
             return False
         own: tuple[int, ...] = tuple(node.variable.shape) if is_leaf(node) else shape_of(node)  # type: ignore[attr-defined]
         shape = shape_of(parent)
         # Windows of images, or heads, may lie along the batch's axis too.
-        rows = shape[:1] != (1,) and prod(shape[:1]) % self._samples == 0 and prod(shape) > prod(own)
+        rows = shape[:1] != (1,) and prod(shape[:1]) % self.samples == 0 and prod(shape) > prod(own)
         fits = all(a in (1, b) for a, b in zip(own[::-1], shape[::-1], strict=False))
         return rows and fits and (len(own) < len(shape) or own[:1] == (1,))
 
