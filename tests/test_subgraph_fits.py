@@ -16,6 +16,7 @@ from oracles import mimic_scores, per_sample_gradients
 from support.oracle_training import trained_by_oracle
 from support.toys import CLASSES, FEATURES, HIDDEN, Toy, loader, losses_of, parameters_of, toy, toy_data, trainer
 
+pytestmark = pytest.mark.slow
 TOKENS = 3
 
 
