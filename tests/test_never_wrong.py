@@ -39,6 +39,8 @@ COINCIDENCES = {
         lambda n, x: F.linear(x, torch.linspace(-1, 1, B * 2).double().view(B, 2) @ n.p),
         lambda: {"p": param(2, D)},
     ),
+    "an exponential weight": (lambda n, x: F.linear(x, n.p.exp()), lambda: {"p": param(B, D)}),
+    "a merged weight": (lambda n, x: F.linear(x, n.p @ n.q), lambda: {"p": param(B, 2), "q": param(2, D)}),
     "time first": (lambda n, x: n.l(x.transpose(0, 1)).transpose(0, 1), lambda: {"l": nn.Linear(D, D)}),
 }
 
@@ -46,8 +48,9 @@ COINCIDENCES = {
 @pytest.mark.parametrize("kind", COINCIDENCES)
 def test_as_many_rows_as_samples_are_not_taken_for_the_samples(kind):
     net = ad(*COINCIDENCES[kind])
-    # With time first and as many steps as samples, nothing but the rows shows which axis is which.
-    assert_exact(net, torch.randn(B, B, D).double(), unseen=["l.*"] if kind == "time first" else [])
+    # Nothing but the rows shows that an axis is not the batch's.
+    unseen = {"time first": ["l.*"], "a low rank weight": ["p"]}
+    assert_exact(net, torch.randn(B, B, D).double(), unseen=unseen.get(kind, []))
 
 
 NEVER_WRONG = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from lightning_mimic.gradients.graph import Graph, Terminal
-from lightning_mimic.gradients.nodes import EXCHANGED, BatchAxis, kind_of, shape_of
+from lightning_mimic.gradients.nodes import EXCHANGED, BatchAxis, kind_of, leaf_below, shape_of
 
 # What the gradient of Add, Expand or Mul is summed over before it reaches the parameter is the batch; Mm and Addmm
 # contract it.
@@ -87,6 +87,9 @@ def functional_use(
     """
     node, kind = terminal.node, kind_of(terminal.node)
     shape = shape_of(node)
+    operands = [child for child, _ in node.next_functions]
+    if len(operands) > 1 and all(leaf_below(child) is not None for child in operands):
+        return None  # of parameters alone
     exchanged = [view for view in terminal.chain if kind_of(view) in EXCHANGED]
     scaled = any(getattr(node, f"_saved_{factor}", 1) != 1 for factor in ("alpha", "beta"))
     if scaled or node._input_metadata[0].dtype.is_complex or not all(map(_swaps_two_axes, exchanged)):

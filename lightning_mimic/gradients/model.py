@@ -145,14 +145,12 @@ class ModelHooks:
             rules = [] if own else _rules(name, ends, graph, samples, batch_axis)
             if own and _one_row_each(parameter, own, len(ends), search):
                 continue
-            if rules and not any(use.node in search.without_rows for use in rules):
+            if rules and not any(use.node in search.spread for use in rules):
                 known += rules
                 continue
-            problem = search.add(name, parameter, batch_axis)
             searched.add(name)
-            if problem is not None and rules and not any(use.node in search.spread for use in rules):
-                known += rules  # an operation's weight, or what only looks like one
-            elif problem is not None:
+            problem = search.add(name, parameter, batch_axis)
+            if problem is not None:
                 unseen[name] = problem
         uses: list[Use] = [call for each in seen if (call := each.without(searched)) is not None]
         return [*uses, *known, *search.uses()], unseen

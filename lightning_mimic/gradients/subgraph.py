@@ -169,8 +169,8 @@ class SubgraphSearch:
         self._found: dict[tuple[_Rows, ...], tuple[dict[str, nn.Parameter], set[Node]]] = {}
         #: Nodes whose tensor has no row per sample, whatever its length, because it is spread over rows further up.
         self.spread: set[Node] = set()
-        #: Those and all that are an operation's weight.
-        self.without_rows: set[Node] = set()
+        # Those and all that are an operation's weight.
+        self._without_rows: set[Node] = set()
         self._normalised: set[Node] = set()
         for node in graph.order:
             above = graph.parents[node]
@@ -178,8 +178,8 @@ class SubgraphSearch:
                 self._normalised.add(node)
             if any(parent in self.spread or self._spreads(node, parent) for parent, _ in above):
                 self.spread.add(node)
-            if node in self.spread or any(p in self.without_rows or (kind_of(p), k) in _CONTRACTED for p, k in above):
-                self.without_rows.add(node)
+            if node in self.spread or any(p in self._without_rows or (kind_of(p), k) in _CONTRACTED for p, k in above):
+                self._without_rows.add(node)
 
     def add(self, name: str, parameter: nn.Parameter, batch_axis: BatchAxis) -> str | None:
         """Look for the tensors above a parameter.
@@ -229,7 +229,7 @@ class SubgraphSearch:
 
     def _rows(self, node: Node, batch_axis: BatchAxis) -> list[_Rows]:
         """Return a node's outputs that are used, if all of them have a row per sample; else nothing."""
-        if node in self.without_rows:
+        if node in self._without_rows:
             return []
         made = node._input_metadata
         used = {parent.next_functions[k][1] for parent, k in self._graph.parents[node]} or {0}  # or the root
