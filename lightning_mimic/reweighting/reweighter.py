@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_mimic import distributed
 from lightning_mimic.batches import sample_count, to_device
 from lightning_mimic.errors import LedgerError, MimicError, join_names
-from lightning_mimic.gradients import ModelHooks
+from lightning_mimic.gradients import ModelHooks, named_parameters
 from lightning_mimic.ledger import Flag, LedgerWriter, note_run, open_run
 from lightning_mimic.reference import Aligned, ReferenceSource
 from lightning_mimic.reweighting.batch import (
@@ -444,7 +444,9 @@ class Reweighter:
         if settings.reweight == "target" and frozen:
             raise MimicError(f"`reweight='target'` weights the gradients of {frozen[0]!r}, but they are frozen.")
         reach: Reach = "targets" if settings.reweight != "all" else "all" if settings.uncovered == "error" else "around"
-        task = ScoringTask(self.model, ModelHooks(self.model, targets), targets, settings.needs, reach)
+        named = set() if settings.parameters is None else named_parameters(self.model, settings.parameters)
+        optional = frozenset(targets.keys() - named)
+        task = ScoringTask(self.model, ModelHooks(self.model, targets), targets, settings.needs, reach, optional)
         self._closing.callback(task.hooks.remove)
         if settings.reweight == "target" and task.hooked:
             raise MimicError(HOOKED.format(join_names(task.hooked)))
