@@ -279,6 +279,21 @@ def test_time_steps_are_not_taken_for_samples(kind, size):
         fit(kind, loader(toy_data(12), batch_size=size))
 
 
+class TimeFirstBelowANorm(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(1, HIDDEN)
+        self.norm = nn.BatchNorm1d(HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm(self.body(x.T[..., None]).mean(0))))
+
+
+def test_time_steps_below_a_norm_over_the_batch_are_not_taken_for_samples():
+    with pytest.raises(MimicError, match=r"output of 'body' has shape \(6, 6, 8\), and its first axis is not that of"):
+        fit(TimeFirstBelowANorm, loader(toy_data(12), batch_size=FEATURES), parameters="all")
+
+
 def test_two_tasks_in_a_batch_of_two_are_not_taken_for_samples():
     def tasks(logits, batch):
         return torch.stack([F.cross_entropy(logits, batch["y"]), F.mse_loss(logits, batch["real"])]).mean()

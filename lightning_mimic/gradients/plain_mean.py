@@ -81,6 +81,14 @@ class DataFlow:
         value = self._values.get(token)
         return isinstance(value, Rows) and value.scored and (value.axis, value.inner) == (0, 1)
 
+    def lies_elsewhere(self, node: Node) -> bool:
+        """Return whether the batch's tensors show that the samples lie on another axis than the first of a tensor."""
+        token, _ = self._trace.nodes.get(node, (-1, 0))
+        value = self._values.get(token)
+        if not isinstance(value, Rows):
+            return False
+        return value.axis != 0 or value.inner * self._trace.samples != shape_of(node)[0]
+
     def _follow_all(self) -> None:
         token, since = self._trace.nodes[self._rows]
         read: str | None = None

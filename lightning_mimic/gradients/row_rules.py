@@ -643,6 +643,8 @@ _VIEWS = frozenset(
         "unbind",
         "split",
         "split_with_sizes",
+        "unsafe_split",
+        "unsafe_split_with_sizes",
         "flatten",
         "unflatten",
     ]
@@ -725,7 +727,8 @@ _RULES: dict[str, Rule] = {
         ],
         _along,
     ),
-    **dict.fromkeys(["select", "slice", "unbind", "split", "split_with_sizes"], _sliced),
+    **dict.fromkeys(["select", "slice", "unbind"], _sliced),
+    **dict.fromkeys(["split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"], _sliced),
     **dict.fromkeys(("flip", "roll"), _reordered),
     **dict.fromkeys(("cat", "stack"), _joined),
     **dict.fromkeys(("gather", "scatter", "scatter_add", "scatter_reduce"), _gathered),
