@@ -356,6 +356,25 @@ def test_a_number_that_was_read_from_the_batch_is_no_constant(read):
             scores_of_one_step(loss, batch_of(4))
 
 
+@for_each(
+    "loss",
+    [
+        lambda p, b: F.mse_loss(p, b["real"]) * torch.full((), b["w"].sum()),
+        lambda p, b: F.mse_loss(p, b["real"] * torch.zeros(()).fill_(b["w"].sum())),
+        lambda p, b: F.mse_loss(p, b["real"] * torch.tensor([*b["w"].sum()[None]])),
+        lambda p, b: F.mse_loss(p[:, b["y"].max()], b["real"][:, 0]),
+        lambda p, b: F.mse_loss(p[:, : int(b["y"].max())].sum(1), b["real"][:, 0]),
+        lambda p, b: F.huber_loss(p, b["real"], delta=float(b["w"].sum())),
+        lambda p, b: F.mse_loss(p, torch.normal(b["w"].mean().expand(5), 1.0).expand_as(p)),
+        lambda p, b: (F.mse_loss(p, b["real"], reduction="none") * b["w"][:, None].data.div_(b["w"].sum())).mean(),
+        lambda p, b: (F.one_hot(b["y"]) * p[:, : F.one_hot(b["y"]).shape[1]]).mean(),
+    ],
+)
+def test_other_ways_for_the_batch_s_numbers_into_the_loss_are_seen(loss):
+    with pytest.raises(MimicError, match="not shown to be a plain mean over samples"):
+        scores_of_one_step(loss, batch_of(4))
+
+
 def test_reading_what_does_not_enter_the_loss_is_no_obstacle():
     def logged(logits, batch):
         loss = F.mse_loss(logits, batch["real"])

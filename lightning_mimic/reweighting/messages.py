@@ -6,8 +6,8 @@ COMPILED = (
 )
 
 ELSEWHERE = (
-    "`parameters`: the output of {0!r} has shape {1}, and its first axis is not that of the {2} samples, although it is "
-    "as long. Use another batch size, or name a later layer."
+    "`parameters`: the output of {0!r} has shape {1}, and its first axis is not that of the {2} samples, although it "
+    "is as long. Use another batch size, or name a later layer."
 )
 
 HOOKED = (

@@ -244,6 +244,7 @@ COUPLED: dict[str, Loss] = {
     "sum over something else": lambda p, b: each(p, b).sum() / (len(p) + 1),
     "sum over a number": lambda p, b: each(p, b).sum() / 1000,
     "sum and a mean": lambda p, b: each(p, b).sum() + F.mse_loss(p, b["real"]),
+    "a mean and a sum": lambda p, b: F.mse_loss(p, b["real"]) + each(p, b).sum(),
     "summed mse": lambda p, b: F.mse_loss(p, b["real"], reduction="sum"),
     "class weights": lambda p, b: F.cross_entropy(p, b["y"], weight=PER_CLASS),
     "class weights, smoothed": lambda p, b: F.cross_entropy(p, b["y"], weight=PER_CLASS, label_smoothing=0.1),
