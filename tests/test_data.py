@@ -129,12 +129,6 @@ def test_a_dataset_without_indices_is_refused_with_the_way_out(dataset):
         WithIds(dataset)
 
 
-@for_each(("result", "name"), [(torch.zeros(2), "Tensor"), ("text", "str"), (None, "NoneType")])
-def test_a_batch_that_cannot_carry_ids_is_refused_with_the_way_out(result, name):
-    with pytest.raises(TypeError, match=f"the batch is a {name}, which cannot carry ids.*`id_from=`"):
-        collate_with_ids([WithIds(PAIRS)[0]], collate_fn=lambda samples: result)
-
-
 def test_a_forgotten_collate_function_is_noticed():
     with pytest.raises(TypeError, match="SampleWithId"):
         next(iter(DataLoader(WithIds(PAIRS), 2)))

@@ -24,12 +24,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FRONT = {"errors", "lazy", "version"}
 BASE = FRONT | {"files", "random_streams"}
 RECORDS = {"ledger", "manifest"}
-PURE = BASE | {"distributed", "gradients", "scorers", "reference"}
+PURE = BASE | {"batches", "distributed", "gradients", "scorers", "reference"}
 OFFLINE = BASE | RECORDS | {"database"}
 #: By room, a module or package directly in ``lightning_mimic``, those that it may import. A room may not exist yet.
 MAY_IMPORT = {
     "version": set(),
     "errors": set(),
+    "batches": set(),
     **{room: {"errors", "version"} for room in ("database", "distributed", "files", "lazy", "random_streams")},
     "gradients": PURE - {"gradients", "scorers", "reference"},
     "scorers": PURE - {"scorers", "reference"},
@@ -48,7 +49,8 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT)
 #: What importing a room, with all its modules, may load of the large packages; a stage may load those before it, too.
 STAGES = {
     "": ["", "version", "errors", "lazy", "files", "random_streams", "database", "ledger", "manifest", "curation"],
-    "torch torchmetrics": ["distributed", "gradients", "scorers", "reference", "reweighting", "metrics", "report"],
+    "torch": ["batches"],
+    "torchmetrics": ["distributed", "gradients", "scorers", "reference", "reweighting", "metrics", "report"],
     "lightning.pytorch": ["trainer_package", "callbacks", "models", "data"],
     "hydra omegaconf": ["cli"],
 }
@@ -70,7 +72,7 @@ OPTIONAL = {
     "PIL": {"data/digit_pairs.py", "data/labelled.py", "data/pairs.py"},
 }
 TRAINERS = {"lightning", "pytorch_lightning"}
-CORE = TRAINERS | {"lightning_utilities", "torch", "torchmetrics", "hydra", "omegaconf", "pyarrow", "lightning_mimic"}
+CORE = TRAINERS | {"torch", "torchmetrics", "hydra", "omegaconf", "pyarrow", "lightning_mimic"}
 #: Names that one file uses, and no other file of the package but those that are listed.
 OWNED = {
     r"torch\.distributed|gather_all_tensors|\bdist\.|all_reduce|all_gather": {"distributed.py"},
@@ -81,11 +83,11 @@ OWNED = {
 NAMED = {
     "gradients": {"torch", "lightning_mimic"},
     "scorers": {"torch", "lightning_mimic"},
-    "reference": CORE - TRAINERS - {"lightning_utilities", "hydra", "omegaconf"},
+    "reference": CORE - TRAINERS - {"hydra", "omegaconf"},
     "reweighting": CORE - TRAINERS - {"hydra", "omegaconf"},
     "ledger": {"pyarrow", "lightning_mimic"},
     "manifest": {"pyarrow", "torch", "lightning_mimic"},
-    "curation": CORE - TRAINERS - {"lightning_utilities", "hydra", "omegaconf"},
+    "curation": CORE - TRAINERS - {"hydra", "omegaconf"},
     "cli": CORE,
 }
 

@@ -199,6 +199,61 @@ def test_nan_that_is_meant_can_be_kept(tmp_path):
     torch.testing.assert_close(*map(parameters_of, modules), rtol=0, atol=0)
 
 
+class MissingTargets(Toy):
+    """Several targets of each sample, NaN where they were not measured, as models of molecules have them."""
+
+    def targets(self, batch: Any) -> torch.Tensor:
+        return batch[0][:, :3]
+
+    def sample_losses(self, batch: Any) -> torch.Tensor:
+        targets = self.targets(batch)
+        known = targets.isfinite()
+        errors = (self(torch.nan_to_num(batch[0], nan=0.5)) - torch.nan_to_num(targets)).square()
+        return (errors * known).sum(1) / known.sum(1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.sample_losses(batch).mean()
+
+
+class MissingOfTheBatch(MissingTargets):
+    sample_losses = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        targets = self.targets(batch)
+        known = targets.isfinite()
+        return (self(torch.nan_to_num(batch[0], nan=0.5)) - targets).square()[known].mean()
+
+
+def with_gaps():
+    data = toy_data(4)
+    data.tensors[0][[1, 2, 3], [0, 2, 0]] = NAN
+    return data
+
+
+@pytest.mark.parametrize("kind", [FillsGaps, MissingTargets])
+def test_nan_that_may_be_meant_asks_for_a_choice(kind, tmp_path):
+    callback = GradMimic(parameters_of(toy(seed=1)), "head", ledger=tmp_path / "s")
+    with pytest.raises(ValueError, match=r"the module looks for NaN itself .* Choose `on_nonfinite='mask_loss'`"):
+        trainer(callback).fit(toy(kind), loader(with_gaps()))
+    trainer(GradMimic(parameters_of(toy(seed=1)), "head")).fit(toy(kind), loader(toy_data(4)))  # no NaN, no question
+
+
+def test_targets_that_are_missing_are_scored_by_those_that_are_there(tmp_path):
+    module, reference, data = toy(MissingTargets), parameters_of(toy(seed=1)), with_gaps()
+    module.lr = 0.0
+    callback = GradMimic(reference, "head", on_nonfinite="mask_loss", ledger=tmp_path / "s")
+    trainer(callback).fit(module, loader(data))
+    gradients = oracles.per_sample_gradients(module, lambda net, batch: net.sample_losses(batch), data[:])
+    head = {name: p for name, p in module.named_parameters() if name.startswith("head")}
+    scores = torch.tensor(Ledger(tmp_path / "s").table()["score"].to_pylist())
+    torch.testing.assert_close(scores, oracles.mimic_scores(gradients, reference, head).float())
+
+
+def test_a_mean_over_the_targets_that_are_there_is_refused():
+    with pytest.raises(ValueError, match="samples are chosen by a mask"):
+        trainer(GradMimic(parameters_of(toy(seed=1)), "head")).fit(toy(MissingOfTheBatch), loader(with_gaps()))
+
+
 def test_infinity_in_a_batch_is_not_touched():
     data = toy_data(4)
     data.tensors[0][2, 0] = INF

@@ -210,19 +210,27 @@ def test_norms_of_such_layers_are_refused_before_training(parameters):
         trainer(GradMimic(scorer=GradNorm(), parameters=parameters)).fit(toy(Rich), loader(toy_data()))
 
 
-def test_a_layer_of_an_unregistered_kind_is_scored_by_the_graph_or_named():
-    module = toy(Scaled)
-    trainer(GradMimic(reference_of(Scaled), "head")).fit(module, loader(toy_data()))
+class Bent(Scale):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.softplus(x * self.factor.square())
 
-    class Bent(Scale):
-        def forward(self, x: Tensor) -> Tensor:
-            return F.softplus(x * self.factor.square())
 
-    class WithBent(Scaled):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = Bent(CLASSES)
+class WithBent(Scaled):
+    """The head is a subclass of a registered class, with a forward of its own that is not linear."""
 
-    register_layer_rule(Scale, SCALE)
-    with pytest.raises(ValueError, match=r"the scores do not see 1 of 1 parameters.*'head.factor' \(used by Pow"):
-        trainer(GradMimic(reference_of(WithBent), "head")).fit(toy(WithBent), loader(toy_data()))
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = Bent(CLASSES)
+
+
+@pytest.mark.parametrize("kind", [Scaled, WithBent])
+def test_a_layer_of_an_unregistered_kind_is_scored_by_the_graph(kind, tmp_path):
+    if kind is WithBent:
+        register_layer_rule(Scale, SCALE)
+    module, data, reference = toy(kind), toy_data(8), reference_of(kind)
+    module.lr = 0.0
+    trainer(GradMimic(reference, "head", ledger=tmp_path / "s")).fit(module, loader(data))
+    gradients = per_sample_gradients(module, toy_losses, data[:])
+    expected = mimic_scores(gradients, reference, {"head.factor": module.head.factor})
+    scores = torch.tensor(Ledger(tmp_path / "s").table().sort_by("id")["score"].to_pylist())
+    torch.testing.assert_close(scores, expected.float(), rtol=1e-6, atol=1e-6)

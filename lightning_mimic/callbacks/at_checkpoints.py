@@ -157,6 +157,11 @@ def _epoch_of(trainer: pl.Trainer) -> Iterator[Any]:
     """Iterate the training batches once, as the trainer's own loop gives them to the module."""
     trainer.fit_loop.setup_data()  # loads them again where the trainer is to do that every few epochs
     combined: Any = trainer.fit_loop._combined_loader
+    if combined._mode == "sequential":
+        raise MimicError(
+            "CombinedLoader(mode='sequential') gives batches of several data sets, whose ids may be the same, and "
+            "`fit` takes no such loader either; give one loader of WithIds(ConcatDataset([...]))."
+        )
     for each in combined.flattened:
         fabric_of(package_of(trainer)).utilities.data._set_sampler_epoch(each, trainer.current_epoch)
     _call_module(trainer, "on_train_epoch_start")

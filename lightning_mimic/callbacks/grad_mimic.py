@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mimic import distributed
-from lightning_mimic.callbacks.trainer_support import backward_scale, check_packages, check_support, loss_of
+from lightning_mimic.callbacks.trainer_support import (
+    backward_scale,
+    check_packages,
+    check_support,
+    keep_ids,
+    loss_of,
+)
 from lightning_mimic.reference import Aligned, ReferenceSource
 from lightning_mimic.reweighting import Reweighter, Step, StepResult
 from lightning_mimic.reweighting.batch import Ids
@@ -54,12 +60,13 @@ class GradMimic(pl.Callback):
         uncovered: Trainable parameters that the loss reaches around the tensor that is weighted: ``"error"`` names
             them in an error, ``"mean"`` lets them have the plain mean.
         ledger: Directory for the scores, one row per sample and scoring; needs ids in the batch (``WithIds``,
-            a key ``"id"``, or ``id_from``). A training_step that returns a dict with class indices ``label`` and
-            ``predicted``, shape ``(B,)``, has them recorded too.
-        id_from: From a batch to its ids.
+            a key or attribute ``id``, or ``id_from``). A training_step that returns a dict with class indices ``label``
+            and ``predicted``, shape ``(B,)``, has them recorded too.
+        id_from: From a batch, as training_step gets it, to its ids.
         on_nonfinite: A sample that holds NaN or whose loss is not finite: ``"mask"`` gives it weight 0 and takes it
             out of the batch that training_step sees, ``"mask_loss"`` goes by the loss alone (where NaN in a batch is
-            meant), ``"raise"`` stops, at one host sync per step.
+            meant), ``"raise"`` stops, at one host sync per step. If left out: ``"mask"``, unless the module looks for
+            NaN itself, so that those in a batch may be meant; then the first such batch stops the run.
         math_attention: Run attention in scored steps by the slower kernel that can be differentiated twice, so that
             parameters below it can be scored from the losses alone.
         loss: A module without ``sample_losses`` is scored only if its loss is shown to be a plain mean over the
@@ -96,7 +103,7 @@ class GradMimic(pl.Callback):
         uncovered: Uncovered = "error",
         ledger: str | Path | None = None,
         id_from: Callable[[Any], Ids] | None = None,
-        on_nonfinite: OnNonfinite = "mask",
+        on_nonfinite: OnNonfinite | None = None,
         math_attention: bool = False,
         loss: AssertedLoss | None = None,
         on_doubtful: OnDoubtful = "warn",
@@ -218,7 +225,7 @@ class GradMimic(pl.Callback):
             reweighter.load_state_dict(self._resumed or {"run": self._left.get("run")})
             failed.pop_all()
         self._resumed = {}
-        return _Fit(reweighter, pl_module)
+        return _Fit(reweighter, trainer, pl_module)
 
     def _detach(self) -> None:
         fit, self._fit = self._fit, None
@@ -236,15 +243,18 @@ class _Fit:
 
     Args:
         reweighter: The engine.
+        trainer: The trainer.
         module: The module that is trained.
     """
 
-    def __init__(self, reweighter: Reweighter, module: pl.LightningModule) -> None:
+    def __init__(self, reweighter: Reweighter, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.reweighter = reweighter
         #: ``None`` between micro-batches, and for those that are not scored.
         self.step: Step | None = None
         self._started = False
-        self._undo = wrap_method(module, "training_step", self._around_training_step)
+        self._undo = ExitStack()
+        self._undo.callback(wrap_method(module, "training_step", self._around_training_step))
+        self._undo.callback(keep_ids(trainer))
 
     def warn_of_repeats(self, trainer: pl.Trainer, batch_idx: int) -> None:
         """Warn, before the first micro-batch, if it comes from within an epoch that the loader begins again."""
@@ -267,7 +277,7 @@ class _Fit:
 
     def close(self) -> None:
         """Write the last scores, and take everything off the module."""
-        self._undo()
+        self._undo.close()
         self.close_step()
         self.reweighter.close()
 

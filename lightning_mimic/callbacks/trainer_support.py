@@ -1,13 +1,15 @@
 """Checks of trainers and modules that the callback can serve."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_mimic.batches import parts_of
 from lightning_mimic.errors import MimicError
 from lightning_mimic.reference import Aligned, ReferenceSource, refuse_module_on_features
+from lightning_mimic.reweighting.hooks import wrap_method
 from lightning_mimic.trainer_package import package_of, pl
 
 
@@ -50,6 +52,33 @@ def check_support(trainer: pl.Trainer, module: pl.LightningModule, reference: Re
         )
     if getattr(module, "takes_features", False):
         refuse_module_on_features(reference)
+
+
+def keep_ids(trainer: pl.Trainer) -> Callable[[], None]:
+    """Keep the ids of batches that ``precision="64-true"`` and ``"bf16-true"`` convert before their transfer.
+
+    Lightning makes a new batch of the converted items there.
+
+    Returns:
+        A function that undoes it.
+    """
+
+    def around(call: Callable[[Any], Any], batch: Any) -> Any:
+        converted = call(batch)
+        _give_ids(batch, converted)
+        return converted
+
+    return wrap_method(trainer.precision_plugin, "convert_input", around)
+
+
+def _give_ids(batch: Any, converted: Any) -> None:
+    if converted is batch or type(converted) is not type(batch):
+        return
+    ids = getattr(batch, "ids", None)
+    if ids is not None and getattr(converted, "ids", None) is None:
+        converted.ids = ids
+    for (_, part), (_, new) in zip(parts_of(batch), parts_of(converted), strict=False):
+        _give_ids(part, new)  # several loaders give a part each
 
 
 def backward_scale(trainer: pl.Trainer, module: pl.LightningModule) -> Tensor | None:

@@ -1,13 +1,16 @@
 """Batches that carry their samples' ids, and are otherwise what they were."""
 
-from collections.abc import Callable, Sequence
+import copy
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from lightning_mimic.errors import MimicError
 from lightning_mimic.trainer_package import pl
@@ -17,56 +20,104 @@ BatchIds = Tensor | list[str]
 
 
 class _CarriesIds:
-    """Keeps ``ids`` through pinning and the transfer to a device; they themselves stay on the host.
+    """Keeps ``ids`` through copies, pinning and the transfer to a device; they themselves stay on the host.
 
-    A DataLoader calls ``pin_memory`` and Lightning calls ``to`` where a batch has them, instead of making a
-    new container of its items, which would lose the ids.
+    First base of a class whose second base is the batch's own, see :func:`_carrying`. A DataLoader calls ``pin_memory``
+    and Lightning calls ``to`` where a batch has them, instead of making a new container of its items, which would lose
+    the ids.
     """
 
     ids: BatchIds
 
-    def pin_memory(self) -> Any:
-        return self._changed(apply_to_collection(self._plain(), Tensor, Tensor.pin_memory))
+    def pin_memory(self, *device: Any) -> Any:
+        own = getattr(super(), "pin_memory", None)
+        return self._given_ids(pin_memory(self._plain()) if own is None else own(*device))
 
-    def to(self, device: torch.device | str, **kwargs: Any) -> Any:
-        return self._changed(pl.utilities.move_data_to_device(self._plain(), device))
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        own = getattr(super(), "to", None)
+        if own is not None:
+            return self._given_ids(own(*args, **kwargs))
+        device = args[0] if args else kwargs["device"]
+        return self._given_ids(pl.utilities.move_data_to_device(self._plain(), device))
 
-    def _plain(self) -> Any:
-        raise AssertionError  # pragma: no cover
+    def __copy__(self) -> Any:
+        return self._given_ids(self._plain())
 
-    def _changed(self, items: Any) -> Any:
-        if not hasattr(self, "ids"):
-            raise MimicError(
-                "the batch's ids were lost where a new container was made of its items, as precision='64-true' and "
-                "'bf16-true' do. Give dict batches with a key 'id', or tell ids with `id_from=`."
-            )
-        changed = type(self)(items)  # type: ignore[call-arg]
-        changed.ids = self.ids
-        return changed
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _with_ids(copy.deepcopy(self._plain(), memo), copy.deepcopy(vars(self).get("ids"), memo))
 
-
-class TupleWithIds(_CarriesIds, tuple[Any, ...]):
-    """A tuple batch with ``ids``."""
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _with_ids, (self._plain(), vars(self).get("ids"))
 
     def _plain(self) -> Any:
-        return tuple(self)
+        plain = type(self).__bases__[1]
+        return _as_class(self, plain, plain)
+
+    def _given_ids(self, batch: Any) -> Any:
+        return batch if batch is self else _with_ids(batch, vars(self).get("ids"))
 
 
-class ListWithIds(_CarriesIds, list[Any]):
-    """A list batch with ``ids``."""
-
-    def _plain(self) -> Any:
-        return list(self)
-
-
-class DictWithIds(_CarriesIds, dict[Any, Any]):
-    """A dict batch with ``ids``."""
-
-    def _plain(self) -> Any:
-        return dict(self)
+@functools.cache
+def _carrying(kind: type) -> type:
+    """Return the class of batches that are a ``kind`` and carry ids."""
+    members: dict[str, Any] = {"__module__": __name__}
+    if kind is Tensor:  # results of operations are plain tensors
+        members["__torch_function__"] = torch._C._disabled_torch_function_impl
+    return type(f"{kind.__name__}WithIds", (_CarriesIds, kind), members)
 
 
-_CONTAINERS: dict[type, type] = {tuple: TupleWithIds, list: ListWithIds, dict: DictWithIds}
+def _as_class(batch: Any, kind: Any, plain: Any) -> Any:
+    """Return a shallow copy of a batch as an instance of another class.
+
+    Args:
+        batch: A tensor or a collection; not changed.
+        kind: The plain class, or the one derived from it that carries ids.
+        plain: The plain class.
+    """
+    if isinstance(batch, Tensor):
+        return batch.as_subclass(kind)
+    copied = batch
+    if isinstance(batch, tuple):
+        made: Any = tuple.__new__(kind, batch)
+    elif isinstance(batch, list | dict):
+        made = kind.__new__(kind)
+    elif hasattr(plain, "__copy__"):  # copies the attribute that holds the items
+        made, copied = kind.__new__(kind), plain.__copy__(batch)
+    else:  # as Lightning's transfer makes it
+        made = copied = kind(dict(batch) if isinstance(batch, Mapping) else list(batch))
+    attributes = getattr(made, "__dict__", {})
+    attributes.update(getattr(copied, "__dict__", {}))
+    attributes.pop("ids", None)
+    if isinstance(batch, defaultdict):
+        made.default_factory = batch.default_factory
+    if isinstance(batch, list):
+        made.extend(batch)
+    elif isinstance(batch, dict):
+        made.update(batch)
+    return made
+
+
+def _with_ids(batch: Any, ids: Any) -> Any:
+    """Return a batch as one of its own type that carries ids.
+
+    Collections and tensors become instances of a derived class, because copies and transfers make new ones of them;
+    any other object (a dataclass, joined graphs) keeps the ids as an attribute.
+
+    Args:
+        batch: Not changed, if it is a collection or a tensor.
+        ids: One per sample; ``None`` if they were lost, because somebody made a new batch of the items.
+
+    Raises:
+        TypeError: The batch takes no attributes, or is a tensor of a class of its own.
+    """
+    kind: Any = type(batch)
+    if not issubclass(kind, _CarriesIds) and isinstance(batch, Tensor | Mapping | Sequence):
+        if isinstance(batch, str | bytes) or (isinstance(batch, Tensor) and kind is not Tensor):
+            raise TypeError(f"a {kind.__name__} cannot carry ids.")
+        batch = _as_class(batch, _carrying(kind), kind)
+    if ids is not None:
+        vars(batch)["ids"] = ids  # not by its __setattr__: it may be frozen, or move its attributes to a device
+    return batch
 
 
 class SampleWithId:
@@ -80,10 +131,10 @@ class SampleWithId:
 
 
 class WithIds(Dataset[SampleWithId]):
-    """A dataset whose samples know who they are; goes with ``collate_fn=collate_with_ids``.
+    """A dataset of samples with their ids; goes with ``collate_fn=collate_with_ids``.
 
     Args:
-        dataset: A map-style dataset of tuples or dicts.
+        dataset: A map-style dataset.
         ids: One int or str per sample; indices into ``dataset``, if left out (a Subset counts its own).
 
     Raises:
@@ -136,29 +187,57 @@ class WithIds(Dataset[SampleWithId]):
 
 
 def collate_with_ids(samples: Sequence[SampleWithId], collate_fn: Callable[[list[Any]], Any] = default_collate) -> Any:
-    """Collates the samples of a :class:`WithIds` dataset into an ordinary batch that also has ``.ids``.
+    """Collate the samples of a :class:`WithIds` dataset into an ordinary batch that also has ``.ids``.
+
+    The batch is still what ``collate_fn`` makes: a tensor; a tuple, a named one, too; a list; a dict, an
+    ``OrderedDict``, a ``BatchEncoding``; a dataclass; a ``Batch`` of PyTorch Geometric. Its ids stay with it, on the
+    host, in workers, pinned memory, copies and transfers. An operation on a tensor gives a plain one.
 
     Args:
-        samples: What the dataset gave.
-        collate_fn: The collation of the samples themselves; for one of your own pass
-            ``functools.partial(collate_with_ids, collate_fn=mine)``.
+        samples: From the dataset.
+        collate_fn: The collation of the samples themselves, which must keep all of them in their order; for one of your
+            own pass ``functools.partial(collate_with_ids, collate_fn=mine)``.
 
     Returns:
-        The tuple, list or dict that ``collate_fn`` returns, unpacked as ever, with ``.ids``: int64 tensor of
-        shape ``(B,)``, or list of str. In torch 2.9 and before, a loader with ``pin_memory=True`` makes a plain list
-        of a tuple and drops its ids; return a list or dict there.
+        What ``collate_fn`` returns, with ``.ids``: int64 tensor of shape ``(B,)``, or list of str. In torch 2.9 and
+        before, a loader with ``pin_memory=True`` drops the ids of a tuple; return a list or dict there.
 
     Raises:
-        TypeError: ``collate_fn`` returns something else, which could not carry ids.
+        TypeError: The samples have no ids, or ``collate_fn`` returns something that cannot carry them.
+        MimicError: The batch has ``ids`` of its own, or ``collate_fn`` sorted or removed samples in place.
+
+    Example:
+        >>> loader = torch.utils.data.DataLoader(WithIds(torch.eye(2)), 2, collate_fn=collate_with_ids)
+        >>> batch = next(iter(loader))
+        >>> batch.sum(), batch.ids
+        (tensor(2.), tensor([0, 1]))
     """
-    batch = collate_fn([s.sample for s in samples])
-    kind = _CONTAINERS.get(type(batch))
-    if kind is None:
-        raise TypeError(
-            f"collate_with_ids: the batch is a {type(batch).__name__}, which cannot carry ids; return a tuple, list or "
-            "dict, or use GradMimic's `id_from=`."
+    for sample in samples:
+        if not isinstance(sample, SampleWithId):
+            raise TypeError(
+                f"collate_with_ids: a sample is a {type(sample).__name__} without an id; give the loader "
+                "WithIds(dataset) in the place of the data set."
+            )
+    given = [s.sample for s in samples]
+    batch = collate_fn(given)
+    places = {id(s.sample): place for place, s in enumerate(samples)}
+    moved = [place for place, sample in enumerate(given) if places.get(id(sample), place) != place]
+    if len(given) != len(samples) or (moved and len(places) == len(samples)):
+        raise MimicError(
+            "collate_with_ids: `collate_fn` sorted or removed samples in the list that it was given, so that their ids "
+            "would be those of others. Put an id into each sample (a key 'id') in the place of WithIds, or keep all "
+            "samples in their order."
         )
-    carrying = kind(batch)
+    if getattr(batch, "ids", None) is not None:
+        raise MimicError(
+            f"collate_with_ids: the batch (a {type(batch).__name__}) has `ids` of its own. If they name its samples, "
+            "leave out WithIds and collate_with_ids; otherwise give the attribute another name."
+        )
     ids = [s.id for s in samples]
-    carrying.ids = ids if isinstance(ids[0], str) else torch.tensor(ids, dtype=torch.int64)
-    return carrying
+    try:
+        return _with_ids(batch, ids if isinstance(ids[0], str) else torch.tensor(ids, dtype=torch.int64))
+    except TypeError as error:
+        raise TypeError(
+            f"collate_with_ids: the batch is a {type(batch).__name__}, which cannot carry ids; return a tensor, tuple, "
+            "list, dict or an object that takes attributes, put a field `id` into it, or use GradMimic's `id_from=`."
+        ) from error

@@ -9,7 +9,7 @@ from lightning_mimic.gradients.layers import LayerGradients
 from lightning_mimic.gradients.losses import LossGradients
 from lightning_mimic.gradients.model import ModelHooks, WholeModelGradients
 from lightning_mimic.gradients.nodes import gate_rows, hook_gradient
-from lightning_mimic.gradients.parameters import owning_layer, select_parameters
+from lightning_mimic.gradients.parameters import named_parameters, owning_layer, select_parameters
 from lightning_mimic.gradients.rule_check import check_layer_rule
 from lightning_mimic.gradients.sample_gradients import SampleGradients
 
@@ -31,6 +31,7 @@ __all__ = [
     "gate_rows",
     "hook_gradient",
     "is_linear",
+    "named_parameters",
     "owning_layer",
     "register_layer_rule",
     "select_parameters",

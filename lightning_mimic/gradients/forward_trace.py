@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,7 +73,8 @@ class Operation:
     """One operation.
 
     Attributes:
-        name: Without namespace, overload and the mark of an in-place operation: ``"add"``.
+        name: Without overload and the mark of an in-place operation: ``"add"``; with its namespace where that is not
+            torch's own: ``"mine::add"``.
         arguments: By name, defaults included; tensors as :class:`Ref`, in lists, too.
         outputs: What it returned.
         written: Tensors that it changed in place.
@@ -188,25 +190,19 @@ class _Operations(TorchDispatchMode):
     """Records every operation below autograd; compiled parts run as they are written while it is on."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        schema, kwargs = func._schema, kwargs or {}
-        given = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-        given |= dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
+        kind, kwargs = _kind(func), kwargs or {}
+        given = kind.defaults | dict(zip(kind.defaults, args, strict=False)) | kwargs
         changed: list[Tensor] = []
-        for argument in schema.arguments:
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                _tensors(given[argument.name], changed.append)
+        for name in kind.written:
+            _tensors(given[name], changed.append)
         arguments = [{name: trace.refs(value) for name, value in given.items()} for trace in _recording]
         outputs = func(*args, **kwargs)
-        name = schema.name.rpartition("::")[2]
-        name = name if name.endswith("__") else name.removesuffix("_")
-        pointwise = name in _POINTWISE or _is_pointwise(func, name)
         for trace, named in zip(_recording, arguments, strict=True):
             found: list[Ref] = []
             _each([trace.refs(outputs)], found.append)
             written = tuple(trace.ref(tensor) for tensor in changed)
-            trace.operations.append(
-                Operation(name, named, tuple(found), written, trace.aliases(changed), pointwise=pointwise)
-            )
+            aliases = trace.aliases(changed)
+            trace.operations.append(Operation(kind.name, named, tuple(found), written, aliases, kind.pointwise))
         return outputs
 
 
@@ -266,11 +262,38 @@ _POINTWISE = frozenset(
 )
 
 
-def _is_pointwise(func: Any, name: str) -> bool:
-    if torch.Tag.pointwise in func.tags:
-        return True
-    overload = getattr(getattr(torch.ops.aten, name, None), func._overloadname, None)
-    return overload is not None and torch.Tag.pointwise in overload.tags
+@dataclass(frozen=True)
+class _Kind:
+    """What is the same in every call of one of torch's operations.
+
+    Attributes:
+        name: See :class:`Operation`.
+        defaults: Of all arguments, in their order; ``None`` where there is none.
+        written: Names of the arguments that it changes.
+        pointwise: See :class:`Operation`.
+    """
+
+    name: str
+    defaults: dict[str, Any]
+    written: tuple[str, ...]
+    pointwise: bool
+
+
+@cache
+def _kind(func: Any) -> _Kind:
+    schema = func._schema
+    # Another library's operation may have the name of one of torch's, and mean something else.
+    name = schema.name.removeprefix("aten::")
+    name = name if name.endswith("__") else name.removesuffix("_")
+    # In place it may not be declared, and for the same overload out of place be.
+    overload = getattr(getattr(torch.ops.aten, name, None), func._overloadname, func)
+    declared = torch.Tag.pointwise in func.tags or torch.Tag.pointwise in overload.tags
+    return _Kind(
+        name=name,
+        defaults={a.name: a.default_value if a.has_default_value() else None for a in schema.arguments},
+        written=tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write),
+        pointwise=name in _POINTWISE or declared,
+    )
 
 
 def _storage(tensor: Tensor) -> int:

@@ -7,14 +7,14 @@ applied to v.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from lightning_mimic.gradients.graph import Graph, Terminal
-from lightning_mimic.gradients.nodes import EXCHANGED, kind_of, shape_of
+from lightning_mimic.gradients.nodes import EXCHANGED, BatchAxis, kind_of, leaf_below, shape_of
 
 # What the gradient of Add, Expand or Mul is summed over before it reaches the parameter is the batch; Mm and Addmm
 # contract it.
@@ -41,6 +41,14 @@ class FunctionalUse:
     axis: int
     factors: tuple[Tensor, ...] = field(repr=False)
 
+    #: As which of the node's outputs the gradient arrives.
+    output_nr: ClassVar[int] = 0
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parameter."""
+        return [self.name]
+
     @property
     def node(self) -> Node:
         """Where the output's gradient arrives."""
@@ -65,37 +73,42 @@ class FunctionalUse:
         return product.reshape(self.shape).movedim(self.axis, 0).flatten(1).sum(1)
 
 
-def functional_use(name: str, terminal: Terminal, graph: Graph, samples: int, axis: int) -> FunctionalUse | str:
-    """Return the rule for a use, or the reason why there is none, as a phrase.
+def functional_use(
+    name: str, terminal: Terminal, graph: Graph, samples: int, batch_axis: BatchAxis
+) -> FunctionalUse | None:
+    """Return the rule for a use, or ``None`` if there is none.
 
     Args:
         name: The parameter's.
         terminal: Where it is used.
         graph: The graph that it was found in.
         samples: B.
-        axis: Where the batch's axis is: 0, or 1 inside ``nn.MultiheadAttention``.
+        batch_axis: Where the batch's axis is, of the number of axes.
     """
     node, kind = terminal.node, kind_of(terminal.node)
     shape = shape_of(node)
-    for view in terminal.chain:
-        if kind_of(view) in EXCHANGED and not _swaps_two_axes(view):
-            return f"used after {kind_of(view)} that does more than swap two axes"
-    if any(getattr(node, f"_saved_{factor}", 1) != 1 for factor in ("alpha", "beta")):
-        return f"used by {kind} with a factor"
+    operands = [child for child, _ in node.next_functions]
+    if len(operands) > 1 and all(leaf_below(child) is not None for child in operands):
+        return None  # of parameters alone
+    exchanged = [view for view in terminal.chain if kind_of(view) in EXCHANGED]
+    scaled = any(getattr(node, f"_saved_{factor}", 1) != 1 for factor in ("alpha", "beta"))
+    if scaled or node._input_metadata[0].dtype.is_complex or not all(map(_swaps_two_axes, exchanged)):
+        return None
     if (kind, terminal.argument) in _MATRIX:
         # Tokens are flattened before a matrix product; a view above it has their axes apart.
         for apart in graph.shapes(node):
+            axis = batch_axis(len(apart))
             if apart[-1] == shape[-1] and len(apart) > axis + 1 and apart[axis] == samples:
                 return FunctionalUse(name, terminal, apart, axis, _factors(terminal))
-        return f"a matrix product of shape {shape} without an axis of {samples} samples"
+        return None
     if (kind, terminal.argument) in _NORM and len(shape) > len(_own_shape(terminal)) and shape[0] == samples:
         return FunctionalUse(name, terminal, shape, 0, _factors(terminal))
     if kind not in _SPREAD:
-        return f"used by {kind}, for which no rule is known"
-    own = _own_shape(terminal)
+        return None
+    own, axis = _own_shape(terminal), batch_axis(len(shape))
     place = axis - len(shape) + len(own)  # the batch's axis in the parameter's own shape
     if len(shape) <= axis or shape[axis] != samples or (place >= 0 and own[place] != 1):
-        return f"used by {kind} with shape {own} in {shape}, not spread over {samples} samples"
+        return None
     return FunctionalUse(name, terminal, shape, axis, _factors(terminal))
 
 

@@ -45,6 +45,7 @@ class Graph:
         root: ``grad_fn`` of a loss or of any tensor above the parameters.
 
     Example:
+        >>> import torch
         >>> weight = nn.Parameter(torch.ones(2, 2))
         >>> losses = (torch.ones(3, 2) @ weight).square().sum(1)
         >>> graph = Graph(losses.grad_fn)
@@ -216,8 +217,9 @@ def used_beyond(root: Node, gate: Node, parameters: Mapping[str, nn.Parameter]) 
     return [name for name, leaf in around.items() if not _regularises(leaf, parents)]
 
 
-# Operations with constants that a regulariser may consist of, and those that look rows up for data.
-_ELEMENTWISE = ("Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Where", "Maximum", "Minimum")
+#: Operations element by element, in which an operand may be repeated.
+ELEMENTWISE = ("Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Where", "Maximum", "Minimum")
+# Operations that look rows up for data.
 _LOOK_UPS = ("Embedding", "EmbeddingBag", "Index", "IndexSelect", "Gather", "Take")
 
 
@@ -244,7 +246,7 @@ def _of_parameters_alone(root: Node) -> bool:
         arguments = [child for child, _ in node.next_functions]
         shapes = [_shape(child) for child in arguments if child is not None]
         own = shape_of(node)
-        if None in arguments and (kind_of(node) not in _ELEMENTWISE or own not in shapes):
+        if None in arguments and (kind_of(node) not in ELEMENTWISE or own not in shapes):
             return False
         if kind_of(node) in _LOOK_UPS or (len(shapes) == 1 and prod(own) > prod(shapes[0])):
             return False

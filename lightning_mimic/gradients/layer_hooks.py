@@ -1,12 +1,13 @@
 """Forward hooks on layers that record their calls and change nothing."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients.layer_rule import map_tensors
@@ -39,6 +40,13 @@ class LayerCall:
 
     #: The batch's axis in ``shape``.
     axis: ClassVar[int] = 0
+    #: As which of the node's outputs the gradient arrives.
+    output_nr: ClassVar[int] = 0
+
+    @property
+    def names(self) -> list[str]:
+        """Of the observed parameters."""
+        return list(self.parts.values())
 
     @property
     def inputs(self) -> Tensor:
@@ -49,6 +57,13 @@ class LayerCall:
         """
         self._check_versions()
         return self._versions[0][0]
+
+    def without(self, names: Collection[str]) -> "LayerCall | None":
+        """Return the call with fewer observed parameters; ``None`` if none is left."""
+        parts = {part: name for part, name in self.parts.items() if name not in names}
+        if len(parts) == len(self.parts):
+            return self
+        return replace(self, parts=parts) if parts else None
 
     def check_rule(self) -> None:
         """Compare a rule that a user registered for the layer with autograd, once for each kind of call.
@@ -92,10 +107,41 @@ class LayerCalls:
     Attributes:
         calls: Calls whose output has a gradient, in their order.
         without_gradient: Parameters whose layer also ran without one, by full name.
+        packed: Parameters whose layer was given a ``PackedSequence``, by full name.
     """
 
     calls: list[LayerCall] = field(default_factory=list)
     without_gradient: set[str] = field(default_factory=set)
+    packed: set[str] = field(default_factory=set)
+
+
+class CallWatch:
+    """A hook on a module whose calls are not recorded, that looks under what conditions it runs.
+
+    Args:
+        module: Has parameters of its own, but no rule.
+        names: Full names of these parameters.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        #: Where what was seen is recorded; nowhere between forward passes.
+        self.into: LayerCalls | None = None
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def before_forward(called: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if self.into is None or called is not module:
+                return
+            if not torch.is_grad_enabled():
+                self.into.without_gradient.update(names)
+            if any(isinstance(each, PackedSequence) for each in (*args, *kwargs.values())):
+                self.into.packed.update(names)
+
+        self._handle = module.register_forward_pre_hook(before_forward, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Take the hook off the module."""
+        self.into = None
+        self._handle.remove()
 
 
 class LayerHooks:

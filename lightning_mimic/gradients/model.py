@@ -10,21 +10,44 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients.functional_use import FunctionalUse, functional_use
-from lightning_mimic.gradients.graph import Graph, is_compiled, normalises_batch
-from lightning_mimic.gradients.layer_hooks import LayerCall, LayerCalls, LayerHooks
+from lightning_mimic.gradients.graph import Graph, Terminal, is_compiled, normalises_batch
+from lightning_mimic.gradients.layer_hooks import CallWatch, LayerCall, LayerCalls, LayerHooks
 from lightning_mimic.gradients.layers import LayerGradients
-from lightning_mimic.gradients.nodes import gate_rows, hook_gradient, kind_of
+from lightning_mimic.gradients.nodes import BatchAxis, gate_rows, hook_gradient, kind_of
 from lightning_mimic.gradients.sample_gradients import DotOnly
+from lightning_mimic.gradients.subgraph import SubgraphSearch, SubgraphUse
 
-#: A place where a parameter and the batch meet: a known layer's call, or an operation in the graph.
-Use = LayerCall | FunctionalUse
+#: A place where a parameter and the batch meet: a known layer's call, a known operation in the graph, or the first
+#: tensor above it that has a row per sample.
+Use = LayerCall | FunctionalUse | SubgraphUse
+
+
+_RAN_WITHOUT = (
+    "its layer ran without gradient: it and all before it are frozen, or it ran under no_grad or reentrant activation "
+    "checkpointing (use_reentrant=False works)"
+)
+
+
+def _first(axes: int) -> int:
+    return 0
+
+
+def _in_attention(axes: int) -> int:
+    """It computes with the time axis first, whatever it is given; with other than three axes heads are apart."""
+    return 1 if axes == 3 else axes
+
+
+def _in_recurrence(axes: int) -> int:
+    """All steps together have the time axis first, one step alone has none."""
+    return int(axes > 2)
 
 
 class ModelHooks:
     """Sees every use of the named parameters in a forward pass.
 
     Layers of a known kind are seen by their calls; what is left (a class token, a projection, the inside of
-    ``nn.MultiheadAttention``) is looked up in the autograd graph.
+    ``nn.MultiheadAttention``) is looked up in the autograd graph: by the operation that combines it with the batch, or
+    else by the first tensors above it that have a row per sample.
 
     Args:
         module: The module that is trained.
@@ -43,22 +66,26 @@ class ModelHooks:
 
     def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = dict(parameters)
-        self._batch_axis: dict[str, int] = {}
+        self._batch_axis: dict[str, BatchAxis] = {}
         self.layers: list[LayerHooks] = []
+        self._hooks: list[LayerHooks | CallWatch] = []
         names = {id(parameter): name for name, parameter in parameters.items()}
         for path, layer in module.named_modules():
             own = {part: names[id(p)] for part, p in layer.named_parameters(recurse=False) if id(p) in names}
             if isinstance(layer, nn.MultiheadAttention):
-                # It computes with the time axis first, whatever it is given, and never calls its out_proj.
-                inside = [*layer.parameters(recurse=False), *layer.out_proj.parameters()]
-                self._batch_axis |= {names[id(p)]: 1 for p in inside if id(p) in names}
+                # Its out_proj is never called. Parametrized weights belong to modules below it.
+                self._batch_axis |= {names[id(p)]: _in_attention for p in layer.parameters() if id(p) in names}
+            elif isinstance(layer, nn.RNNBase):
+                self._batch_axis |= {names[id(p)]: _in_recurrence for p in layer.parameters() if id(p) in names}
             if not own:
                 continue
             try:
                 LayerGradients.check(path, layer)
             except ValueError:
-                continue  # the graph may know more
+                self._hooks.append(CallWatch(layer, list(own.values())))  # the graph may know more
+                continue
             self.layers.append(LayerHooks(path, layer, own))
+        self._hooks += self.layers
 
     def start(self) -> LayerCalls:
         """Begin to record calls.
@@ -67,13 +94,13 @@ class ModelHooks:
             An object that holds the calls from here on, until :meth:`stop`.
         """
         calls = LayerCalls()
-        for hooks in self.layers:
+        for hooks in self._hooks:
             hooks.into = calls
         return calls
 
     def stop(self) -> None:
         """Ignore calls from now on."""
-        for hooks in self.layers:
+        for hooks in self._hooks:
             hooks.into = None
 
     @contextmanager
@@ -86,7 +113,7 @@ class ModelHooks:
 
     def remove(self) -> None:
         """Takes every hook off the module."""
-        for hooks in self.layers:
+        for hooks in self._hooks:
             hooks.remove()
 
     def uses(self, calls: LayerCalls, graph: Graph, samples: int) -> tuple[list[Use], dict[str, str]]:
@@ -100,29 +127,58 @@ class ModelHooks:
         Returns:
             The uses, and for every parameter whose uses are not all known its name and the reason.
         """
-        reentrant = any(kind_of(node).startswith("CheckpointFunction") for node in graph.order)
-        uses: list[Use] = [call for call in calls.calls if call.node in graph]
+        search = SubgraphSearch(graph, samples)
+        seen = [call for call in calls.calls if call.node in graph]
+        hidden = self.hidden(calls, graph)
+        known: list[FunctionalUse] = []
+        searched: set[str] = set()
         unseen: dict[str, str] = {}
         for name, parameter in self._parameters.items():
-            ends = graph.terminals(parameter)
-            own = [use for use in uses if isinstance(use, LayerCall) and name in use.parts.values()]
-            found: list[FunctionalUse | str] = []
-            if own:
-                problems = [problem for call in own if (problem := _problem(call, samples)) is not None]
-                if reentrant and name in calls.without_gradient:
-                    problems.append(_why_unused(name, calls))
-                if parameter.requires_grad and len(ends) != len(own):
-                    problems.append(f"used in {len(ends)} places, {len(own)} of them a call of its layer")
-            elif ends:
-                found = [functional_use(name, end, graph, samples, self._batch_axis.get(name, 0)) for end in ends]
-                problems = [use for use in found if isinstance(use, str)]
-            else:
-                problems = [_why_unused(name, calls)]
-            if problems:
-                unseen[name] = problems[0]
-            else:
-                uses += [use for use in found if isinstance(use, FunctionalUse)]
-        return uses, unseen
+            ends, own = graph.terminals(parameter), [call for call in seen if name in call.names]
+            if name in hidden:
+                unseen[name] = hidden[name]
+                continue
+            if not own and not ends:
+                unseen[name] = _RAN_WITHOUT if name in calls.without_gradient else "no path leads from the loss to it"
+                continue
+            batch_axis = self._batch_axis.get(name, _first)
+            rules = [] if own else _rules(name, ends, graph, samples, batch_axis)
+            if own and _one_row_each(parameter, own, len(ends), search):
+                continue
+            if rules and not any(use.node in search.spread for use in rules):
+                known += rules
+                continue
+            searched.add(name)
+            problem = search.add(name, parameter, batch_axis)
+            if problem is not None:
+                unseen[name] = problem
+        uses: list[Use] = [call for each in seen if (call := each.without(searched)) is not None]
+        return [*uses, *known, *search.uses()], unseen
+
+    def hidden(self, calls: LayerCalls, graph: Graph) -> dict[str, str]:
+        """Return the parameters that may have a gradient of which the graph does not show all.
+
+        Args:
+            calls: Of the forward pass.
+            graph: Below the losses.
+
+        Returns:
+            Name to the reason.
+        """
+        reentrant = any(kind_of(node).startswith("CheckpointFunction") for node in graph.order)
+        found: dict[str, str] = {}
+        for name, parameter in self._parameters.items():
+            unreached = not graph.terminals(parameter)
+            if name in calls.packed:
+                found[name] = "its layer was given a PackedSequence, whose rows are not the samples; pad it instead"
+            elif parameter.requires_grad and name in calls.without_gradient and (unreached or reentrant):
+                found[name] = _RAN_WITHOUT
+            elif parameter.requires_grad and unreached and reentrant:
+                found[name] = (
+                    "no path leads from the loss to it but through reentrant activation checkpointing, which would "
+                    "hide one; use_reentrant=False works"
+                )
+        return found
 
 
 class WholeModelGradients(DotOnly):
@@ -155,7 +211,10 @@ class WholeModelGradients(DotOnly):
         self._at: dict[Node, list[Use]] = {}
         for use in uses:
             self._at.setdefault(use.node, []).append(use)
+        self._subgraphs = {use.subgraph for use in uses if isinstance(use, SubgraphUse)}
         self._deepest = graph.deepest(self._at)
+        #: How each parameter meets the batch: name, rule, operation, and which axes are as long as the batch.
+        self.ways = {(name, type(use), kind_of(use.node), _as_long(use, samples)) for use in uses for name in use.names}
         #: The last :meth:`rows_that_mix_samples` saw both samples at every use.
         self.conclusive = False
 
@@ -169,10 +228,16 @@ class WholeModelGradients(DotOnly):
             Shape ``(B,)``, in the dtype of ``vectors`` or higher.
         """
         shares: list[Tensor] = []
+        along = {subgraph: subgraph.derivatives(vectors) for subgraph in self._subgraphs}
 
-        def take(uses: Sequence[Use], gradient: Tensor | None) -> None:
+        def share(use: Use, gradient: Tensor) -> Tensor:
+            if isinstance(use, SubgraphUse):
+                return use.dot(gradient, along[use.subgraph])
+            return use.dot(gradient, vectors)
+
+        def take(use: Use, gradient: Tensor | None) -> None:
             if gradient is not None:  # autograd's way to say zero
-                shares.extend(use.dot(gradient, vectors) for use in uses)
+                shares.append(share(use, gradient))
 
         self._visit(self._seed, take)
         if not shares:
@@ -192,15 +257,14 @@ class WholeModelGradients(DotOnly):
         found: list[str] = []
         self.conclusive = self._samples > 1
 
-        def look(own: int, uses: Sequence[Use], gradient: Tensor | None) -> None:
-            for use in uses:
-                if edge is not None and use.node is edge.node:
-                    continue  # its rows are the edge's own
-                rows = None if gradient is None else gradient.reshape(use.shape).movedim(use.axis, 0)
-                if rows is not None and (len(rows) != self._samples or not _alone(rows, own)):
-                    found.extend(use.parts.values() if isinstance(use, LayerCall) else [use.name])
-                elif rows is None or not bool((rows[own].abs() > 0).any()):
-                    self.conclusive = False
+        def look(own: int, use: Use, gradient: Tensor | None) -> None:
+            if edge is not None and use.node is edge.node:
+                return  # its rows are the edge's own
+            rows = None if gradient is None else gradient.reshape(use.shape).movedim(use.axis, 0)
+            if rows is not None and (len(rows) != self._samples or not _alone(rows, own)):
+                found.extend(use.names)
+            elif rows is None or not bool((rows[own].abs() > 0).any()):
+                self.conclusive = False
 
         for own in {0, self._samples - 1}:
             with one_sample(self._losses, edge, own, self._samples) as seed:
@@ -225,7 +289,7 @@ class WholeModelGradients(DotOnly):
         if len(uses) != 1 or not isinstance(uses[0], LayerCall):
             raise MimicError(f"the parameters were used {len(uses)} times, not by one call of one layer.")
         found: list[Tensor | None] = []
-        self._visit(self._seed, lambda uses, gradient: found.append(gradient))
+        self._visit(self._seed, lambda use, gradient: found.append(gradient))
         if found[0] is None:
             raise MimicError(f"no gradient reaches the output of {uses[0].name!r}.")
         return uses[0].gradients(found[0])
@@ -235,18 +299,25 @@ class WholeModelGradients(DotOnly):
         leading = self._graph.nodes_reaching(self._at)
         return [n for n in self._graph.order if any(child in leading for child, _ in n.next_functions)]
 
-    def _visit(self, seed: Tensor, visit: Callable[[Sequence[Use], Tensor | None], None]) -> None:
+    def _visit(self, seed: Tensor, visit: Callable[[Use, Tensor | None], None]) -> None:
         """One reverse pass that shows every use the gradient of its output."""
+
+        def visit_all(uses: Sequence[Use], gradients: Sequence[Tensor | None]) -> None:
+            for use in uses:
+                visit(use, gradients[use.output_nr])
+
         hooks = [
-            node.register_prehook(lambda gradients, uses=uses: visit(uses, gradients[0]))
+            node.register_prehook(lambda gradients, uses=uses: visit_all(uses, gradients))
             for node, uses in self._at.items()
             if node not in self._deepest
         ]
         # What lies above the deepest uses is computed on the way to them; weights' gradients are not.
-        edges = [GradientEdge(node, 0) for node in self._deepest]
+        ends = list({(node, use.output_nr): None for node in self._deepest for use in self._at[node]})
         try:
-            for node, gradient in zip(self._deepest, _reverse(self._losses, edges, seed), strict=True):
-                visit(self._at[node], gradient)
+            found = dict(zip(ends, _reverse(self._losses, [GradientEdge(*end) for end in ends], seed), strict=True))
+            for node in self._deepest:
+                for use in self._at[node]:
+                    visit(use, found[node, use.output_nr])
         finally:
             for hook in hooks:
                 hook.remove()
@@ -296,17 +367,26 @@ def _reverse(losses: Tensor, edges: Sequence[GradientEdge], seed: Tensor) -> tup
     return gradients
 
 
-def _why_unused(name: str, calls: LayerCalls) -> str:
-    if name in calls.without_gradient:
-        return (
-            "its layer ran without gradient: it and all before it are frozen, or it ran under no_grad or reentrant "
-            "activation checkpointing (use_reentrant=False works)"
-        )
-    return "no path leads from the loss to it"
+def _as_long(use: Use, samples: int) -> tuple[bool, ...]:
+    return tuple(length == samples for length in use.shape)
 
 
-def _problem(call: LayerCall, samples: int) -> str | None:
-    """Why a call's per-sample gradients cannot be told, as a phrase."""
-    if call.shape[0] != samples or not LayerGradients.batch_first(call.layer, call.shape):
-        return f"its layer's output has shape {call.shape}, not one row for each of {samples} samples"
-    return None
+def _rules(
+    name: str, ends: Sequence[Terminal], graph: Graph, samples: int, batch_axis: BatchAxis
+) -> list[FunctionalUse]:
+    """Return the rules for all uses of a parameter; none, if there is a use without a rule."""
+    found = [functional_use(name, end, graph, samples, batch_axis) for end in ends]
+    rules = [use for use in found if use is not None]
+    return rules if len(rules) == len(ends) else []
+
+
+def _one_row_each(parameter: nn.Parameter, calls: Sequence[LayerCall], uses: int, search: SubgraphSearch) -> bool:
+    """Whether the calls of a parameter's layer are all of its uses, each with an output of one row per sample."""
+    if parameter.requires_grad and uses != len(calls):  # a frozen layer's call is scored all the same
+        return False
+    return all(
+        call.shape[0] == search.samples
+        and LayerGradients.batch_first(call.layer, call.shape)
+        and call.node not in search.spread
+        for call in calls
+    )

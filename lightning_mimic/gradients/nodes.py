@@ -14,6 +14,9 @@ from torch.utils.hooks import RemovableHandle
 _SAME_ORDER = ("View", "UnsafeView", "Reshape", "Unsqueeze", "Squeeze", "Alias", "ToCopy")
 EXCHANGED = ("T", "Transpose", "Permute")
 
+#: Where the batch's axis is in a tensor of so many axes.
+BatchAxis = Callable[[int], int]
+
 
 def grad_fn_of(tensor: Tensor) -> Node:
     """Return the node that made a tensor which has a gradient."""

@@ -52,6 +52,23 @@ def select_parameters(module: nn.Module, patterns: str | Sequence[str]) -> dict[
     return parameters
 
 
+def named_parameters(module: nn.Module, patterns: str | Sequence[str]) -> set[str]:
+    """Return the names of the parameters that patterns select otherwise than by ``"all"``.
+
+    Args:
+        module: The module that is trained.
+        patterns: As :func:`select_parameters` takes them.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> sorted(named_parameters(net, ["all", "2"])), named_parameters(net, "!0")
+        (['2.bias', '2.weight'], set())
+    """
+    given = [patterns] if isinstance(patterns, str) else patterns
+    named = [pattern for pattern in given if pattern != "all" and not pattern.startswith("!")]
+    return set(select_parameters(module, [*named, *(p for p in given if p.startswith("!"))])) if named else set()
+
+
 def _matches(module: nn.Module, named: Mapping[str, nn.Parameter], pattern: str) -> set[str]:
     if pattern == "all":
         trainable = {name for name, parameter in named.items() if parameter.requires_grad}

@@ -1,6 +1,6 @@
 """Proof that a loss is the plain mean of its samples' losses, from the data flow between scored rows and loss."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch.autograd.graph import Node
 from lightning_mimic.gradients.forward_trace import ForwardTrace, Operation, Ref
 from lightning_mimic.gradients.graph import walk
 from lightning_mimic.gradients.nodes import grad_fn_of, kind_of, shape_of
-from lightning_mimic.gradients.row_rules import is_count, outputs_of
+from lightning_mimic.gradients.row_rules import divisor_over, outputs_of
 from lightning_mimic.gradients.sample_rows import Constant, Mixed, Rows, Total, Value, is_scored
 
 _MEAN = 1  # torch's code for a loss's reduction
@@ -69,6 +69,11 @@ class DataFlow:
         if isinstance(found, Mixed) and found.scored:
             return found.reason
         return "it is not made of the scored rows by operations that can be followed"
+
+    def divisors(self, loss: Tensor) -> frozenset[int]:
+        """Return by which numbers sums were divided to become a loss that is a plain mean, over B."""
+        found = self._values[self._trace.ref(loss).token]
+        return found.divisors if isinstance(found, Total) else frozenset()
 
     def has_rows(self, node: Node) -> bool:
         """Return whether the tensor that a node made has a row for each sample on its first axis."""
@@ -170,23 +175,24 @@ def unequal_targets(nodes: Sequence[Node], samples: int) -> Tensor:
     return unequal
 
 
-def fingerprint(nodes: Sequence[Node], samples: int) -> list[tuple[str, float | None]]:
-    """Return the kinds of nodes, and the numbers by which a sum may have been divided to become a mean, over B.
+def fingerprint(nodes: Sequence[Node], samples: int, divisors: Collection[int]) -> list[tuple[str, int | None]]:
+    """Return the kinds of nodes, and the numbers by which a sum was divided to become a mean, over B.
 
     Equal ones belong to losses that are computed in the same way.
 
     Args:
         nodes: On the ways from the loss to the scored rows.
         samples: B.
+        divisors: Over B, from :meth:`DataFlow.divisors`.
     """
-    return [(kind_of(node), _count(node, samples)) for node in nodes]
+    return [(kind_of(node), _divisor(node, samples, divisors)) for node in nodes]
 
 
-def _count(node: Any, samples: int) -> float | None:
+def _divisor(node: Any, samples: int, divisors: Collection[int]) -> int | None:
     kind = kind_of(node)
-    other = getattr(node, "_saved_other", None) if kind in ("Div", "Mul") and shape_of(node) == () else None
+    other = (
+        getattr(node, "_saved_other", None) if kind in ("Div", "Mul") and divisors and shape_of(node) == () else None
+    )
     if isinstance(other, Tensor):
         other = other.item() if other.device.type == "cpu" and other.ndim == 0 and not other.requires_grad else None
-    if not isinstance(other, int | float) or not is_count(other, samples, kind.lower()):
-        return None
-    return round((other if kind == "Div" else 1 / other) / samples, 6)
+    return divisor_over(samples, other, kind.lower(), divisors) if isinstance(other, int | float) else None

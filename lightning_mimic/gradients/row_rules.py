@@ -1,6 +1,6 @@
 """Rules of the data flow: which samples the outputs of an operation depend on, given its inputs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from math import isclose, prod
 from typing import Any
@@ -57,8 +57,30 @@ def _constant(operation: Operation, own: Sequence[Value]) -> Value:
         return Constant(counts=operation.arguments.get("start", 0) == 0 and operation.arguments.get("step", 1) == 1)
     if _makes_constants(operation):
         return Constant(exchangeable=True)
-    kept = operation.pointwise or operation.name in _VIEWS
-    return Constant(exchangeable=kept and all(isinstance(value, Constant) and value.exchangeable for value in own))
+    if operation.name == "index" and len(operation.arguments["self"].shape) == 1:
+        own = own[1:]  # what is looked up in a table at drawn places
+    kept = operation.pointwise or operation.name in _VIEWS or operation.name == "index"
+    exchangeable = kept and all(isinstance(value, Constant) and value.exchangeable for value in own)
+    return Constant(exchangeable, repeated=_repeated(operation, own))
+
+
+def _repeated(operation: Operation, own: Sequence[Value]) -> frozenset[int]:
+    """Return the axes along which all slices of a constant are the same, because it was expanded."""
+    if not operation.outputs or not (operation.pointwise or operation.name == "expand"):
+        return frozenset()
+    shape = operation.outputs[0].shape
+    axes = {axis for axis, size in enumerate(shape) if size > 1}
+    for ref, value in zip(operation.inputs, own, strict=True):
+        shift = len(shape) - len(ref.shape)
+        axes = {axis for axis in axes if not _tells_apart(value, ref, axis - shift)}
+    return frozenset(axes)
+
+
+def _tells_apart(value: Value, ref: Ref, axis: int) -> bool:
+    """Whether a tensor is a constant with a value of its own at every place along an axis, where it has that axis."""
+    if not isinstance(value, Constant) or value.exchangeable or axis < 0:
+        return False
+    return ref.shape[axis] != 1 and axis not in value.repeated
 
 
 def _rule(operation: Operation) -> Rule:
@@ -101,7 +123,11 @@ def _of_total(operation: Operation, values: Mapping[int, Value], samples: int) -
             return Mixed(reason or "a mean or a sum over the batch is combined with the values of samples", scored=True)
         if len({total.mean for total in totals}) > 1:
             return Mixed("a mean over the batch and a sum over it are combined", scored=True)
-        return replace(totals[0], elements=frozenset.intersection(*(total.elements for total in totals)))
+        return replace(
+            totals[0],
+            elements=frozenset.intersection(*(total.elements for total in totals)),
+            divisors=frozenset.union(*(total.divisors for total in totals)),
+        )
     if name in ("sum", "nansum"):
         ref = operation.arguments["self"]
         summed = _products([ref.shape[axis] for axis in _axes(operation.arguments.get("dim"), len(ref.shape))])
@@ -130,18 +156,23 @@ def _scaled(operation: Operation, values: Mapping[int, Value], samples: int) -> 
             reason = factor.reason if isinstance(factor, Mixed) else "a factor differs between samples"
             return Mixed(f"its normaliser or factor depends on the batch ({reason})", scored=True)
         return total
-    if total.mean or not isinstance(other, int | float) or other == 0:
+    if total.mean or not isinstance(other, int | float):
         return total
-    elements = (other if divided else 1 / other) / samples
-    if any(isclose(elements, known, rel_tol=1e-9) for known in total.elements):
-        return Total(mean=True)
-    return total
+    divisor = divisor_over(samples, other, operation.name, total.elements)
+    return total if divisor is None else Total(mean=True, divisors=total.divisors | {divisor})
 
 
-def is_count(number: float, samples: int, operation: str) -> bool:
-    """Whether dividing by a number, or multiplying with it, may be dividing by a multiple of B."""
+def divisor_over(samples: int, number: float, operation: str, expected: Collection[int]) -> int | None:
+    """Return which of the expected multiples of B a number divides by; ``None`` if it is none of them.
+
+    Args:
+        samples: B.
+        number: That is divided by, or multiplied with.
+        operation: ``"div"`` or ``"mul"``.
+        expected: The multiples, over B.
+    """
     count = number if operation == "div" else 1 / number if number else 0.0
-    return count >= samples and isclose(count / samples, round(count / samples), rel_tol=1e-9)
+    return next((each for each in sorted(expected) if isclose(count, each * samples, rel_tol=1e-9)), None)
 
 
 def _reduced(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
@@ -278,8 +309,7 @@ def _pointwise(operation: Operation, values: Mapping[int, Value], samples: int) 
         return Mixed("tensors with the samples on different axes are combined", scored)
     axis, inner = places.pop()
     for ref in operation.inputs:
-        value, own = values[ref.token], axis - len(shape) + len(ref.shape)
-        if isinstance(value, Constant) and not value.exchangeable and own >= 0 and ref.shape[own] != 1:
+        if _tells_apart(values[ref.token], ref, axis - len(shape) + len(ref.shape)):
             return Mixed(_FOREIGN, scored)
     return Rows(axis, inner, scored)
 
@@ -365,7 +395,7 @@ def _joined(operation: Operation, values: Mapping[int, Value], samples: int) -> 
     axis, inner = places.pop()
     if not stacks and dim == axis:
         return Mixed("batches are joined to one", scored)
-    if any(isinstance(v := values[ref.token], Constant) and not v.exchangeable for ref in refs):
+    if any(_tells_apart(values[ref.token], ref, axis) for ref in refs):
         return Mixed(_FOREIGN, scored)
     return Rows(axis + (stacks and dim <= axis), inner, scored)
 
@@ -391,9 +421,7 @@ def _gathered(operation: Operation, values: Mapping[int, Value], samples: int) -
     axis, inner = places.pop()
     if places or axis == arguments["dim"] % ndim:
         return Mixed(f"`{operation.name}` along the batch", scored)
-    if any(
-        isinstance(v := values[ref.token], Constant) and not v.exchangeable and ref.shape[axis] != 1 for ref in refs
-    ):
+    if any(_tells_apart(values[ref.token], ref, axis) for ref in refs):
         return Mixed(_FOREIGN, scored)
     if any(ref.shape[axis] != arguments["self"].shape[axis] for ref in refs):
         return Mixed("only some of the samples are taken", scored)
@@ -416,14 +444,15 @@ def _selected(operation: Operation, values: Mapping[int, Value], samples: int) -
     if isinstance(rows, Constant):
         return replace(chosen, axis=dim) if isinstance(chosen, Rows) else Mixed(_FOREIGN)
     if isinstance(rows, Rows) and isinstance(chosen, Constant):
-        return _chosen(rows, ref, dim, index.shape[0], samples, values)
+        return _chosen(rows, ref, dim, index, samples)
     return _mixed(operation, values, "samples are chosen by values of the batch")
 
 
-def _chosen(rows: Rows, ref: Ref, dim: int, count: int, samples: int, values: Mapping[int, Value]) -> Value:
+def _chosen(rows: Rows, ref: Ref, dim: int, index: Ref, samples: int) -> Value:
     if dim != rows.axis:
         return rows
-    if rows.scored or rows.inner != 1 or ref.shape[dim] != samples or count != samples:
+    order = index.shape == (samples,) and index.dtype != torch.bool
+    if rows.scored or rows.inner != 1 or ref.shape[dim] != samples or not order:
         return Mixed("the samples' rows are put in another order, or only some are taken", rows.scored)
     return rows  # as the targets of mixed samples are
 
@@ -436,8 +465,8 @@ def _indexed(operation: Operation, values: Mapping[int, Value], samples: int) ->
     found = [values[index.token] for index in given]
     scored = any(is_scored(values[each.token]) for each in operation.inputs)
     masks = any(index.dtype in (torch.bool, torch.uint8) for index in given)
-    writes = operation.name == "index_put"
-    if masks:
+    writes = operation.name in ("index_put", "_index_put_impl")
+    if masks and not (len(given) == 1 and isinstance(found[0], Constant) and not writes):
         return _masked_write(operation, values, scored) if writes else Mixed("samples are chosen by a mask", scored)
     if isinstance(table, Constant) and not writes:
         # A table: each index is looked up for itself.
@@ -459,7 +488,7 @@ def _indexed(operation: Operation, values: Mapping[int, Value], samples: int) ->
     dim = next(axis for axis, index in enumerate(indices) if index is not None)
     if len(given[0].shape) != 1:
         return Mixed("samples are chosen by an index with several axes", scored)
-    return _chosen(rows, ref, dim, given[0].shape[0], samples, values)
+    return _chosen(rows, ref, dim, given[0], samples)
 
 
 def _written(operation: Operation, values: Mapping[int, Value]) -> bool:

@@ -1,6 +1,6 @@
 """Which samples a tensor depends on: the values of the data flow that :mod:`~.plain_mean` follows."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 
 
@@ -11,10 +11,12 @@ class Constant:
     Attributes:
         exchangeable: Equal or randomly drawn elements, which may lie along the batch as well as across it.
         counts: Elements 0, 1, 2, ... in this order.
+        repeated: Axes along which it was expanded, so that all of its slices are the same.
     """
 
     exchangeable: bool = False
     counts: bool = False
+    repeated: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,12 @@ class Total:
     Attributes:
         mean: It is the mean.
         elements: Of a sum: how many elements of one sample it may be said to consist of.
+        divisors: Of a mean: by which numbers sums were divided to become it, over B.
     """
 
     mean: bool
-    elements: frozenset[int] = field(default=frozenset({1}))
+    elements: frozenset[int] = frozenset({1})
+    divisors: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ def reshaped(rows: Rows, samples: int, old: tuple[int, ...], new: tuple[int, ...
         Rows(axis=0, inner=3, scored=False)
         >>> reshaped(flat, 4, (12, 5), (2, 2, 3, 5))
     """
+    if prod(old) != prod(new):
+        return None
     step = rows.inner * prod(old[rows.axis + 1 :])  # between a sample and the next, in elements
     for axis, size in enumerate(new):
         within = prod(new[axis + 1 :])

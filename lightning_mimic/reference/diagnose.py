@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_mimic.batches import sample_count, tensors_of, to_device, with_parts
 from lightning_mimic.distributed import is_distributed, rank
 from lightning_mimic.errors import MimicError, ReferenceLoadError
 from lightning_mimic.gradients import Direction, LossGradients, select_parameters
@@ -153,7 +154,7 @@ def exchange_labels(batch: Any) -> tuple[Any, Tensor] | None:
     differs = torch.stack(
         [(a != b).flatten(1).any(1) if a.ndim > 1 else a != b for a, b in zip(batch[1:], labels, strict=True)]
     )
-    return _like(batch, [batch[0], *labels]), differs.any(0)
+    return with_parts(batch, dict(enumerate(labels, 1))), differs.any(0)
 
 
 def sums_of(values: Tensor) -> Tensor:
@@ -248,26 +249,9 @@ def _first(loader: Iterable[Any], samples: int, device: torch.device) -> list[An
     batches, seen = [], 0
     for batch in loader:
         batches.append(to_device(batch, device))
-        part = next(iter(batch.values())) if isinstance(batch, Mapping) else batch
-        seen += len(part[0] if isinstance(part, list | tuple) else part)
+        seen += sample_count(batch) or len(next(tensors_of(batch), ()))
         if seen >= samples:
             break
     if not batches:
         raise MimicError("`loader` gives no batches.")
     return batches
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Return a batch with its tensors on a device; what holds none is returned as it is."""
-    if hasattr(batch, "to"):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {name: to_device(part, device) for name, part in batch.items()}
-    if isinstance(batch, list | tuple):
-        return _like(batch, [to_device(part, device) for part in batch])
-    return batch
-
-
-def _like(batch: Any, parts: list[Any]) -> Any:
-    """The parts in a tuple, or in the batch's own kind of named tuple."""
-    return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)

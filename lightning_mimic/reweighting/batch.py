@@ -1,46 +1,80 @@
-"""The number of samples in a batch, and their ids."""
+"""The ids of a batch's samples, the samples that hold NaN, and what a run notes about its data."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_mimic.errors import MimicError
+from lightning_mimic.batches import parts_of, replace_parts, sample_count, tensors_of
+from lightning_mimic.errors import MimicError, join_names
 
 #: One id per sample, in the batch's order.
 Ids = Tensor | Sequence[int] | Sequence[str]
 
 
 def sample_ids(batch: Any, id_from: Callable[[Any], Ids] | None, *, needed: bool, wanted: bool = False) -> Ids | None:
-    """The ids of a batch's samples.
+    """Return the ids of a batch's samples.
 
     Args:
-        batch: What the loader gave, after its transfer.
-        id_from: The user's own way to them; else ``batch.ids`` and then ``batch["id"]`` are looked for.
-        needed: A ledger waits for them; without one a batch may have none.
-        wanted: They serve something else, too, which says itself if there are none.
+        batch: From the loader, on its device.
+        id_from: The user's function from a batch to its ids. If left out they are ``batch.ids``, ``batch["id"]`` or
+            ``batch.id``, or those of the one part of the batch that has them (where several loaders give a part each).
+        needed: They are to be recorded.
+        wanted: They serve something else, which refuses a batch without them itself.
+
+    Returns:
+        A copy; ``None`` if there are none.
 
     Raises:
-        ValueError: They are needed and not there, or are not one per sample.
+        MimicError: They are needed and not there, are not one per sample, or several parts have them.
     """
-    ids = id_from(batch) if id_from is not None else getattr(batch, "ids", None)
-    if ids is None and (needed or wanted) and isinstance(batch, Mapping):
-        ids = batch.get("id")
-    if ids is None or _one_per_sample(ids):
-        pass
-    elif not needed and id_from is None:
-        return None  # an attribute of the user's own
-    else:
+    # If they serve nothing else, they are looked for where they alone give the number of samples.
+    named = needed or wanted or sample_count(batch) is None
+    ids = _find_ids(batch, named) if id_from is None else id_from(batch)
+    if ids is None:
+        if needed:
+            raise MimicError(
+                f"`ledger`: the batch (a {type(batch).__name__}) carries no ids, and row numbers would name other "
+                "samples after a shuffle. Use DataLoader(WithIds(dataset), collate_fn=collate_with_ids), a key or "
+                "attribute 'id' in the batch, or `id_from=`. (A hook that makes a new batch leaves out its ids.)"
+            )
+        return None
+    ids = _plain(ids)
+    if _one_per_sample(ids):
+        return _copied(ids)
+    if needed or id_from is not None:
         raise MimicError(_ids_expected(ids))
-    if ids is None and needed:
+    return None  # an attribute of the user's own
+
+
+def _find_ids(batch: Any, named: bool) -> Any:
+    """Return the ids that a batch, or one of its parts, carries; ``None`` if there are none.
+
+    Args:
+        batch: From the loader.
+        named: Take what is called ``id``, too, and look into the parts.
+    """
+    ids = _own_ids(batch, named)
+    if ids is not None or not named:
+        return ids
+    parts = {key: _own_ids(part, named) for key, part in parts_of(batch) if not isinstance(part, str)}
+    parts = {key: ids for key, ids in parts.items() if ids is not None and _one_per_sample(_plain(ids))}
+    if len(parts) > 1:
         raise MimicError(
-            f"`ledger`: the batch (a {type(batch).__name__}) carries no ids, and row numbers would name other samples "
-            "after a shuffle. Use DataLoader(WithIds(dataset), collate_fn=collate_with_ids), a key 'id' in the batch, "
-            "or `id_from=`."
+            f"the parts {join_names([str(key) for key in parts])} of the batch have ids each; choose those of the "
+            f"samples that are scored: `id_from=lambda batch: batch[{next(iter(parts))!r}].ids`."
         )
-    return None if ids is None else _copied(ids)
+    return next(iter(parts.values()), None)
+
+
+def _own_ids(batch: Any, named: bool) -> Any:
+    ids = getattr(batch, "ids", None)
+    if ids is not None or not named:
+        return ids
+    if isinstance(batch, Mapping):
+        return batch["id"] if "id" in batch.keys() else None  # noqa: SIM118 -- all that TensorDict has
+    return getattr(batch, "id", None)
 
 
 def check_ids(ids: Any, samples: int | None) -> Ids:
@@ -53,12 +87,17 @@ def check_ids(ids: Any, samples: int | None) -> Ids:
     Raises:
         MimicError: They are not one per sample.
     """
-    ids = ids.tolist() if hasattr(ids, "__array__") and not isinstance(ids, Tensor) else ids
+    ids = _plain(ids)
     if not _one_per_sample(ids):
         raise MimicError(_ids_expected(ids))
     if samples is not None and len(ids) != samples:
         raise MimicError(f"`ids` holds {len(ids)} ids for {samples} samples; expected one for each.")
     return _copied(ids)
+
+
+def _plain(ids: Any) -> Any:
+    """Return an array as a list, and anything else as it is."""
+    return ids.tolist() if hasattr(ids, "__array__") and not isinstance(ids, Tensor) else ids
 
 
 def _one_per_sample(ids: Any) -> bool:
@@ -75,25 +114,19 @@ def _copied(ids: Ids) -> Ids:
     return ids.clone() if isinstance(ids, Tensor) else ids[:]
 
 
-def sample_count(batch: Any) -> int | None:
-    """The number of samples: the leading size that all of the batch's tensors share, ``None`` if they do not."""
-    sizes = {tensor.shape[0] for tensor in tensors_of(batch) if tensor.ndim}
-    return sizes.pop() if len(sizes) == 1 else None
-
-
 def blank_nan_samples(batch: Any, rows: int) -> tuple[Any, Tensor | None]:
-    """A copy of the batch in which samples that hold NaN are zero throughout.
+    """Return a copy of the batch in which samples that hold NaN are zero throughout.
 
     A weight of 0 cannot take such a sample out of the gradient, because 0 · NaN is NaN. Infinity may be meant
     (an attention mask) and is left to the loss to judge.
 
     Args:
-        batch: Tensors in tuples, lists, dicts or dataclasses; left as it is.
+        batch: Tensors in tuples, lists, mappings or dataclasses; not changed.
         rows: Number of samples; floating-point tensors of this leading size are looked at.
 
     Returns:
-        The copy, and which samples were clean, boolean of shape ``(rows,)``; ``None`` where the batch has no
-        such tensor. No host sync.
+        The copy, of the batch's type, and which samples were clean, boolean of shape ``(rows,)``; the batch itself and
+        ``None`` where it has no such tensor, as the joined graphs of PyTorch Geometric have none. No host sync.
     """
     watched = [t for t in tensors_of(batch) if t.ndim and t.shape[0] == rows and t.is_floating_point()]
     if not watched:
@@ -101,13 +134,13 @@ def blank_nan_samples(batch: Any, rows: int) -> tuple[Any, Tensor | None]:
     clean = torch.stack([~torch.isnan(tensor).reshape(rows, -1).any(1) for tensor in watched]).all(0)
 
     def blanked(tensor: Tensor) -> Tensor:
-        if not any(tensor is other for other in watched):
-            return tensor
-        return torch.where(clean.view(-1, *[1] * (tensor.ndim - 1)), tensor, torch.zeros_like(tensor))
+        made = tensor.clone()  # an image or a mask stays one, which the result of an operation on it is not
+        made.masked_fill_(~clean.view(-1, *[1] * (tensor.ndim - 1)), 0.0)
+        return made
 
-    copy = apply_to_collection(batch, Tensor, blanked, allow_frozen=True)
+    copy = replace_parts(batch, lambda part: any(part is tensor for tensor in watched), blanked)
     if hasattr(batch, "ids") and not hasattr(copy, "ids"):
-        copy.ids = batch.ids
+        copy.ids = batch.ids  # a bare tensor
     return copy, clean
 
 
@@ -145,15 +178,3 @@ def class_names_of(*sources: object) -> list[str] | None:
                     return list(names)
             source = getattr(source, "dataset", None)
     return None
-
-
-def tensors_of(batch: Any) -> Iterator[Tensor]:
-    """Yield the batch's tensors."""
-    found: list[Tensor] = []
-
-    def collect(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    apply_to_collection(batch, Tensor, collect, allow_frozen=True)
-    yield from found

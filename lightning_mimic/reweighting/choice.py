@@ -1,16 +1,11 @@
 """The choice of the scoring method, from a micro-batch's graph; checked again every epoch."""
 
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
-from torch.autograd.graph import GradientEdge
-
 from lightning_mimic import distributed
-from lightning_mimic.errors import MimicError, join_names
-from lightning_mimic.gradients import WholeModelGradients
+from lightning_mimic.errors import MimicError
 from lightning_mimic.reweighting.forward import Forward
-from lightning_mimic.reweighting.messages import COMPILED
 from lightning_mimic.reweighting.methods import (
     DoubleBackward,
     InBackward,
@@ -20,6 +15,7 @@ from lightning_mimic.reweighting.methods import (
     ScoringTask,
     only_call,
     refuse_uncovered,
+    samples_are_apart,
 )
 
 #: Whose gradient is scored: a sample's own loss's, its contribution to a total that mixes samples, or none.
@@ -87,7 +83,7 @@ def _choose(task: ScoringTask, forward: Forward, previous: Choice | None) -> Cho
     try:
         rows, mixed = method.observed(forward)
         if not mixed:
-            pending = not _samples_are_apart(task, forward, rows)
+            pending = not samples_are_apart(task, forward, rows)
     except ValueError as error:  # not raised before the other ranks have been asked
         refusal = error
     pending = distributed.any_rank(pending and checks < MAX_CHECKS, forward.loss.device)
@@ -127,28 +123,3 @@ def _double(task: ScoringTask, forward: Forward, refusal: ValueError | None) -> 
     method.check_products()
     method.check(forward, refusal)
     return Choice(method, "own_loss")
-
-
-def _samples_are_apart(task: ScoringTask, forward: Forward, rows: WholeModelGradients) -> bool:
-    """Return whether it could be seen of all target parameters that their rows are the samples.
-
-    Raises:
-        MimicError: They are not.
-    """
-    if rows.compiled():
-        warnings.warn(COMPILED, stacklevel=2)
-        return True
-    edge: GradientEdge | None = None
-    if forward.losses is None:
-        cuts = forward.graph.cuts(task.target_nodes(forward, forward.graph), forward.rows)
-        if not cuts:
-            return rows.conclusive
-        edge = forward.sample_cuts(cuts)[0]
-    mixing = rows.rows_that_mix_samples(edge)
-    if mixing:
-        raise MimicError(
-            f"`parameters`: where {join_names(mixing)} is used, the loss of one sample shows in the rows of others: "
-            "its first axis is not the batch's, or the loss makes the samples depend on each other. Name a later "
-            "layer, or give the module a method `sample_losses(batch)` that returns one loss per sample."
-        )
-    return rows.conclusive

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import ModelHooks
+from lightning_mimic.gradients.functional_use import FunctionalUse
 from lightning_mimic.gradients.layer_hooks import LayerCall
 from lightning_mimic.reweighting.forward import Forward
 
@@ -30,7 +31,7 @@ def target_features(hooks: ModelHooks, targets: Collection[str], forward: Forwar
         if isinstance(use, LayerCall):
             for name in use.parts.values():
                 found[name].append(use.inputs)
-        else:
+        elif isinstance(use, FunctionalUse):
             found[use.name].extend(use.factors)
     for name, features in found.items():
         if len(features) != 1:

@@ -15,7 +15,7 @@ from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import hook_gradient
 
 
-def wrap_method(owner: nn.Module, name: str, around: Callable[..., Any]) -> Callable[[], None]:
+def wrap_method(owner: object, name: str, around: Callable[..., Any]) -> Callable[[], None]:
     """Replace a method of one object by ``around(call, *args, **kwargs)``.
 
     Args:
@@ -31,7 +31,7 @@ def wrap_method(owner: nn.Module, name: str, around: Callable[..., Any]) -> Call
     alive = True
 
     @functools.wraps(function)  # Lightning inspects the signature
-    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def method(self: object, *args: Any, **kwargs: Any) -> Any:
         call = before if before is not None else functools.partial(function, self)
         return around(call, *args, **kwargs) if alive and self is owner else call(*args, **kwargs)
 

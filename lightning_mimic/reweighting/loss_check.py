@@ -6,18 +6,20 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from lightning_mimic.batches import tensors_of
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients.forward_trace import ForwardTrace
 from lightning_mimic.gradients.graph import is_compiled
 from lightning_mimic.gradients.nodes import grad_fn_of, kind_of
 from lightning_mimic.gradients.plain_mean import between, fingerprint, unequal_targets
-from lightning_mimic.reweighting.batch import tensors_of
 from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.loss_problem import LossProblem
 from lightning_mimic.reweighting.messages import NOT_PLAIN, OTHERWISE
 
 #: ``"mean"``: the user asserts that the loss is the plain mean of the samples' own losses.
 AssertedLoss = Literal["mean"]
+
+_LOOK_FOR_NAN = frozenset({"isnan", "isfinite", "nan_to_num", "nansum", "nanmean", "nanmedian", "nanquantile"})
 
 
 class LossCheck:
@@ -29,17 +31,28 @@ class LossCheck:
     Args:
         module: The module that is trained.
         asserted: The user asserts it, so that nothing is checked.
+        captured: The module has ``sample_losses``.
+        ambiguous: Look out for code that looks for NaN, as nobody said what NaN in a batch means.
     """
 
-    def __init__(self, module: nn.Module, asserted: AssertedLoss | None) -> None:
+    def __init__(
+        self, module: nn.Module, asserted: AssertedLoss | None, *, captured: bool = False, ambiguous: bool = False
+    ) -> None:
         self._module = module
         self._asserted = asserted is not None
+        self._captured = captured
+        self._ambiguous = ambiguous
+        #: The module looks for NaN, so that NaN in a batch may be meant.
+        self.looks_for_nan = False
         self._sizes: set[int] = set()
-        self._shown: list[list[tuple[str, float | None]]] = []
+        # Divisors and fingerprints of the losses for which it was shown.
+        self._shown: list[tuple[frozenset[int], list[tuple[str, int | None]]]] = []
 
     @property
     def basis(self) -> str:
         """Why the loss is taken for a plain mean, for the ledger."""
+        if self._captured:
+            return "sample_losses"
         return "asserted" if self._asserted else "shown"
 
     def trace(self, batch: object, samples: int, check: bool) -> ForwardTrace | None:
@@ -50,11 +63,17 @@ class LossCheck:
             samples: B.
             check: It is the first micro-batch of an epoch, or the module has changed.
         """
-        if self._asserted or samples < 2 or not (check or samples not in self._sizes):
+        shows = not (self._asserted or self._captured) and (check or samples not in self._sizes)
+        if samples < 2 or not (shows or (self._ambiguous and check)):
             return None
         trace = ForwardTrace(samples)
         trace.expect(tensors_of(batch), [*self._module.parameters(), *self._module.buffers()])
         return trace
+
+    def look(self, trace: ForwardTrace) -> None:
+        """Take in what a forward pass that was followed says about NaN."""
+        names = {operation.name for operation in trace.operations}
+        self.looks_for_nan |= self._ambiguous and bool(names & _LOOK_FOR_NAN)
 
     def show(self, forward: Forward, edge: GradientEdge) -> None:
         """Show that the loss of a forward pass that was followed is a plain mean.
@@ -69,15 +88,19 @@ class LossCheck:
         if forward.trace is None:
             return
         flow = forward.flow(edge)
-        reason = f"the use of the scored rows ({kind_of(edge.node)}) is not seen" if flow is None else None
-        reason = flow.objection(forward.loss) if flow is not None else reason
+        if flow is None:
+            raise MimicError(NOT_PLAIN.format(f"the use of the scored rows ({kind_of(edge.node)}) is not seen"))
+        reason = flow.objection(forward.loss)
         if reason is not None:
             raise MimicError(NOT_PLAIN.format(reason))
         nodes = between(grad_fn_of(forward.loss), edge.node)
         if bool(unequal_targets(nodes, forward.rows)):
             raise MimicError(LossProblem.UNEQUAL_TARGETS.message)
         self._sizes.add(forward.rows)
-        self._shown.append(fingerprint(nodes, forward.rows))
+        divisors = flow.divisors(forward.loss)
+        shown = divisors, fingerprint(nodes, forward.rows, divisors)
+        if shown not in self._shown:
+            self._shown.append(shown)
 
     def problem(self, forward: Forward, edge: GradientEdge) -> Tensor:
         """Return a :class:`LossProblem` that only the numbers of this batch show, on the device.
@@ -97,6 +120,7 @@ class LossCheck:
         nodes = between(grad_fn_of(forward.loss), edge.node)
         if not nodes:
             return none  # no gradient will arrive, which is refused when the backward pass has ended
-        if not any(map(is_compiled, nodes)) and fingerprint(nodes, forward.rows) not in self._shown:
+        known = any(fingerprint(nodes, forward.rows, divisors) == shown for divisors, shown in self._shown)
+        if not known and not any(map(is_compiled, nodes)):
             raise MimicError(OTHERWISE)
         return none + unequal_targets(nodes, forward.rows) * LossProblem.UNEQUAL_TARGETS

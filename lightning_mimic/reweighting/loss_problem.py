@@ -2,7 +2,7 @@
 
 import enum
 
-from lightning_mimic.reweighting.messages import NOT_THE_MEAN, UNEQUAL_TARGETS
+from lightning_mimic.reweighting.messages import MEANT_NAN, NOT_THE_MEAN, UNEQUAL_TARGETS
 
 
 class LossProblem(enum.IntFlag):
@@ -13,10 +13,12 @@ class LossProblem(enum.IntFlag):
     UNEQUAL_TARGETS = 1
     #: The loss is not the mean of what ``sample_losses`` returned.
     NOT_THE_MEAN = 2
+    #: The batch holds NaN, which the module may mean, and samples that hold it were taken out of the batch.
+    MEANT_NAN = 4
 
     @property
     def message(self) -> str:
         """The problem and its fix."""
         if LossProblem.NOT_THE_MEAN in self:
             return NOT_THE_MEAN
-        return UNEQUAL_TARGETS
+        return MEANT_NAN if LossProblem.MEANT_NAN in self else UNEQUAL_TARGETS

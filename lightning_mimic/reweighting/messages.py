@@ -10,6 +10,12 @@ HOOKED = (
     "the hooks, or leave these parameters out."
 )
 
+MEANT_NAN = (
+    "samples of the batch hold NaN, and the module looks for NaN itself (isnan, isfinite, nan_to_num ...), so that "
+    "they may be meant, as targets that were not measured. Choose `on_nonfinite='mask_loss'`, which leaves the batch "
+    "as it is, or `on_nonfinite='mask'`, which takes these samples out."
+)
+
 NOT_PLAIN = (
     "the loss is not shown to be a plain mean over samples: {}. Give the module a method `sample_losses(batch)` that "
     "returns one loss per sample, and average it in training_step; or, if the loss is the plain mean of losses of "

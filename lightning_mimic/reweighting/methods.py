@@ -1,7 +1,9 @@
 """The four ways in which the products with per-sample gradients are computed and the weights enter."""
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
@@ -23,12 +25,14 @@ from lightning_mimic.gradients.graph import (
 from lightning_mimic.gradients.layer_hooks import LayerCall
 from lightning_mimic.gradients.model import rows_of_samples
 from lightning_mimic.gradients.nodes import grad_fn_of, kind_of
+from lightning_mimic.gradients.subgraph import SubgraphUse
 from lightning_mimic.reweighting.checks import ONE_LAYER_PRODUCTS
 from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.gate import Gate
 from lightning_mimic.reweighting.hooks import GradientHooks
-from lightning_mimic.reweighting.messages import COMPILED_TWICE, HOOKED
+from lightning_mimic.reweighting.messages import COMPILED, COMPILED_TWICE, HOOKED
 from lightning_mimic.reweighting.products import GradientProducts, layer_products
+from lightning_mimic.reweighting.reference_monitor import warn_once_for_all_ranks
 from lightning_mimic.reweighting.weigh import StepResult
 from lightning_mimic.scorers import NEEDS, Need
 
@@ -52,6 +56,7 @@ class ScoringTask:
         targets: The target parameters by name; empty for a scorer that needs no gradient.
         needs: The products that scorer and weighting need.
         reach: What the weights must reach.
+        optional: Names of targets that the loss need not reach; their gradient is zero then.
     """
 
     module: nn.Module
@@ -59,11 +64,23 @@ class ScoringTask:
     targets: dict[str, nn.Parameter]
     needs: frozenset[Need]
     reach: Reach
+    optional: frozenset[str] = frozenset()
     hooked: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
         #: Targets with gradient hooks that somebody else has registered.
         self.hooked = [name for name, p in self.targets.items() if p._backward_hooks]
+        self._reported = False
+
+    def report_unreached(self, names: Collection[str]) -> None:
+        """Warn once that the loss does not reach some of the targets."""
+        if names and not self._reported:
+            self._reported = True
+            warn_once_for_all_ranks(
+                f"`parameters`: no path leads from the loss to {_share(self.targets, names)}: "
+                f"{join_names(list(names))}. Their gradients are zero in this batch, and so is their share of the "
+                "scores."
+            )
 
     @property
     def device(self) -> torch.device:
@@ -84,9 +101,11 @@ class ScoringTask:
 
     def target_nodes(self, forward: Forward, graph: Graph) -> set[Node]:
         """Return where the target parameters meet the batch, of the nodes of a graph."""
-        called = {name for call in forward.calls.calls for name in call.parts.values()}
-        functional = {end.node for n, p in self.targets.items() if n not in called for end in graph.terminals(p)}
-        return functional | {call.node for call in forward.calls.calls if call.node in graph}
+        calls = [call for call in forward.calls.calls if call.node in graph]
+        called = Counter(name for call in calls for name in call.names)
+        ends = {name: graph.terminals(p) for name, p in self.targets.items()}
+        elsewhere = {end.node for name, found in ends.items() if len(found) != called[name] for end in found}
+        return elsewhere | {call.node for call in calls}
 
 
 class MicroBatch(Protocol):
@@ -237,6 +256,8 @@ class ReversePass(ScoringMethod):
         super().__init__(task)
         self._cuts = _Cuts(task)
         self._all_seen = False
+        # How parameters met the batch where it was checked that the rows are the samples.
+        self._checked: set[tuple[object, ...]] = set()
 
     @property
     def products(self) -> frozenset[Need]:
@@ -256,6 +277,7 @@ class ReversePass(ScoringMethod):
         self._cuts.known_shape = None  # the cut is looked for again
         rows = self._rows(forward, self.gate_edge(forward), forward.seed)
         self._all_seen = True
+        self._checked |= _ways(forward, rows)
         return rows, rows.normalised()
 
     def _rows(self, forward: Forward, edge: GradientEdge, seed: Tensor) -> WholeModelGradients:
@@ -272,14 +294,25 @@ class ReversePass(ScoringMethod):
         task, graph, below = self._task, forward.graph, Graph(edge.node)
         uses, unseen = task.hooks.uses(forward.calls, below, forward.rows)
         beyond = used_beyond(graph.root, edge.node, task.targets)
+        hidden = task.hooks.hidden(forward.calls, graph)
+        unseen |= {name: why for name, why in hidden.items() if name in unseen}
         unseen |= dict.fromkeys(beyond, "used again between the loss and the tensor that is weighted")
-        if self._all_seen:
-            # A parameter that a later batch does not use has a gradient of zero.
-            unseen = {n: why for n, why in unseen.items() if below.terminals(task.targets[n])}
-        if unseen:
-            raise MimicError(_unseen(task.targets, unseen))
+        zero = {n for n in unseen if not below.terminals(task.targets[n])} - hidden.keys() - set(beyond)
+        if not self._all_seen:
+            # Those that a later batch does not use have been seen to be used as they should.
+            zero &= task.optional
+        refused = {name: why for name, why in unseen.items() if name not in zero}
+        if refused:
+            raise MimicError(_unseen(task.targets, refused))
+        if not self._all_seen:
+            task.report_unreached([name for name in unseen if name in zero])
         rows = WholeModelGradients(forward.root, uses, graph, forward.rows, seed)
         _refuse_compiled(rows.compiled())
+        hooked = [
+            name for name in task.hooked if any(name in use.names for use in uses if isinstance(use, SubgraphUse))
+        ]
+        if hooked:
+            raise MimicError(HOOKED.format(join_names(hooked)))
         return rows
 
     def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> None:
@@ -287,6 +320,10 @@ class ReversePass(ScoringMethod):
         # As small as in the backward pass: what fits into half precision there must fit here.
         scale = step.scale / forward.rows
         rows = self._rows(forward, edge, forward.seed * scale)
+        ways = _ways(forward, rows)
+        if not ways <= self._checked and not rows.normalised():
+            samples_are_apart(self._task, forward, rows)
+        self._checked |= ways
         if self._task.layer_needs:
             call = forward.only_call(self._task.hooks.layers[0].name)
             own = rows.only_layer().divided(scale)
@@ -323,17 +360,26 @@ class DoubleBackward(ScoringMethod):
         _refuse_compiled(any(map(is_compiled, forward.graph.order)))
         if task.hooked:
             raise MimicError(HOOKED.format(join_names(task.hooked)))
+        hidden = task.hooks.hidden(forward.calls, forward.graph)
+        zero = [
+            n
+            for n in task.targets
+            if n in task.optional - hidden.keys() and not forward.graph.terminals(task.targets[n])
+        ]
+        reached = {name: p for name, p in task.targets.items() if name not in zero}
         try:
-            LossGradients(forward.root, task.targets).check(forward.graph)
+            LossGradients(forward.root, reached).check(forward.graph)
         except ValueError as error:
             # The obstacle to the cheaper way is what most users will want to change.
             if refusal is None:
                 raise
             raise MimicError(f"{refusal} Nor from the losses alone: {error}") from refusal
+        task.report_unreached(zero)
 
     def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> None:
         """Differentiate, weigh, and let the weights enter at the losses."""
-        dots = LossGradients(forward.root, self._task.targets).dot(step.direction)
+        reached = {n: p for n, p in self._task.targets.items() if forward.graph.terminals(p)}
+        dots = LossGradients(forward.root, reached).dot(step.direction)
         if forward.of_all_ranks:
             # Every rank holds its own part of each sample's gradient.
             dots = distributed.sum_over_ranks(dots)[forward.own]
@@ -400,6 +446,31 @@ def only_call(task: ScoringTask, forward: Forward) -> LayerCall | None:
     return None if around else call
 
 
+def samples_are_apart(task: ScoringTask, forward: Forward, rows: WholeModelGradients) -> bool:
+    """Return whether it could be seen of all target parameters that their rows are the samples.
+
+    Raises:
+        MimicError: They are not.
+    """
+    if rows.compiled():
+        warnings.warn(COMPILED, stacklevel=2)
+        return True
+    edge: GradientEdge | None = None
+    if forward.losses is None:
+        cuts = forward.graph.cuts(task.target_nodes(forward, forward.graph), forward.rows)
+        if not cuts:
+            return rows.conclusive
+        edge = forward.sample_cuts(cuts)[0]
+    mixing = rows.rows_that_mix_samples(edge)
+    if mixing:
+        raise MimicError(
+            f"`parameters`: where {join_names(mixing)} is used, the loss of one sample shows in the rows of others: "
+            "its first axis is not the batch's, or the loss makes the samples depend on each other. Name a later "
+            "layer, or give the module a method `sample_losses(batch)` that returns one loss per sample."
+        )
+    return rows.conclusive
+
+
 def refuse_uncovered(task: ScoringTask, forward: Forward, edge: GradientEdge) -> None:
     """Raise ``MimicError`` if the weights must reach all trainable parameters and do not."""
     if task.reach != "all":
@@ -418,12 +489,20 @@ def _refuse_compiled(compiled: bool) -> None:
         raise MimicError(COMPILED_TWICE)
 
 
+def _ways(forward: Forward, rows: WholeModelGradients) -> set[tuple[object, ...]]:
+    """Return how the parameters meet the batch; for what has no rule of its own, in a batch of this size."""
+    return {(*way, forward.rows if way[1] is SubgraphUse else None) for way in rows.ways}
+
+
+def _share(targets: Mapping[str, nn.Parameter], names: Collection[str]) -> str:
+    share = sum(targets[name].numel() for name in names) / sum(p.numel() for p in targets.values())
+    return f"{len(names)} of {len(targets)} parameters, {share:.1%} of their elements"
+
+
 def _unseen(targets: Mapping[str, nn.Parameter], unseen: Mapping[str, str]) -> str:
-    size = sum(p.numel() for p in targets.values())
-    share = sum(targets[name].numel() for name in unseen) / size
     shown = "; ".join([f"{name!r} ({why})" for name, why in unseen.items()][:6]) + "; ..." * (len(unseen) > 6)
     return (
-        f"`parameters`: the scores do not see {len(unseen)} of {len(targets)} parameters, {share:.1%} of "
-        f"their elements: {shown}. Leave them out (`'!{next(iter(unseen))}'`), or give the module a method "
-        "`sample_losses(batch)` that returns one loss per sample, from which any parameter can be scored."
+        f"`parameters`: the scores do not see {_share(targets, unseen)}: {shown}. Leave them out "
+        f"(`'!{next(iter(unseen))}'`), or give the module a method `sample_losses(batch)` that returns one loss per "
+        "sample, from which any parameter can be scored."
     )

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mimic import distributed
+from lightning_mimic.batches import sample_count
 from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.gradients import GradientDirection
 from lightning_mimic.random_streams import torch_generator
 from lightning_mimic.reference.diagnose import isolated_rng
-from lightning_mimic.reweighting.batch import sample_count
 from lightning_mimic.reweighting.messages import HOOKED
 
 

@@ -14,18 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mimic import distributed
+from lightning_mimic.batches import sample_count, to_device
 from lightning_mimic.errors import LedgerError, MimicError, join_names
-from lightning_mimic.gradients import ModelHooks
+from lightning_mimic.gradients import ModelHooks, named_parameters
 from lightning_mimic.ledger import Flag, LedgerWriter, note_run, open_run
 from lightning_mimic.reference import Aligned, ReferenceSource
-from lightning_mimic.reference.diagnose import to_device
 from lightning_mimic.reweighting.batch import (
     Ids,
     check_ids,
     class_columns,
     class_names_of,
     describe,
-    sample_count,
     sample_ids,
 )
 from lightning_mimic.reweighting.choice import Choice, choose_method
@@ -72,7 +71,7 @@ class Reweighter:
         uncovered: What to do about trainable parameters that the weights do not reach.
         ledger: Directory for the scores.
         id_from: From a batch to its ids.
-        on_nonfinite: What to do about samples whose loss is not finite. With ``"mask"``, compute the loss from
+        on_nonfinite: What to do about samples whose loss is not finite. Where they are masked, compute the loss from
             ``step.batch``, in which samples that hold NaN are blanked.
         math_attention: Run attention in scored steps by the kernel that can be differentiated twice.
         loss: ``"mean"`` asserts that the loss is the plain mean of the samples' own losses.
@@ -117,7 +116,7 @@ class Reweighter:
         uncovered: Uncovered = "error",
         ledger: str | Path | None = None,
         id_from: Callable[[Any], Ids] | None = None,
-        on_nonfinite: OnNonfinite = "mask",
+        on_nonfinite: OnNonfinite | None = None,
         math_attention: bool = False,
         loss: AssertedLoss | None = None,
         on_doubtful: OnDoubtful = "warn",
@@ -177,7 +176,6 @@ class Reweighter:
             self._target.monitor(device, settings.diagnosis_samples) if settings.diagnose_reference else None
         )
         self._compatible = False
-        self._loss_check = LossCheck(self.model, settings.loss)
         self._choice: Choice | None = None
         self._checked_epoch = -1
         self._parameters: list[tuple[int, bool]] = []
@@ -252,9 +250,10 @@ class Reweighter:
         Compute the loss within the block and hand it to :meth:`Step.backward`.
 
         Args:
-            batch: What the loss is computed from: tensors in tuples, lists, dicts or dataclasses.
-            ids: One per sample, int or str; found in the batch if left out (``WithIds``, a key ``"id"``, ``id_from``).
-                A ledger needs them.
+            batch: What the loss is computed from: a tensor; tensors in tuples, lists, mappings or dataclasses; joined
+                graphs (``num_graphs``), whose NaN are not blanked.
+            ids: One per sample, int or str; found in the batch if left out (``WithIds``, a key or attribute ``id``,
+                ``id_from``). A ledger needs them.
             epoch: Number of the pass over the data. If it is left out, all is one pass.
 
         Raises:
@@ -284,9 +283,9 @@ class Reweighter:
         if not self.started:
             self.start(position.step)
         settings = self.settings
-        caches = isinstance(settings.reference, Aligned) and settings.reference.cache
         if ids is None:
-            ids = sample_ids(batch, settings.id_from, needed=settings.ledger is not None, wanted=caches)
+            needed = settings.ledger is not None
+            ids = sample_ids(batch, settings.id_from, needed=needed, wanted=settings.uses_ids)
         else:
             ids = check_ids(ids, sample_count(batch))
         # Once per epoch, and whenever parameters were frozen or unfrozen.
@@ -316,7 +315,7 @@ class Reweighter:
         if result is None or self._recorder is None or self._choice is None:
             return None
         if self._checked_epoch < 0:
-            self.note({"score_kind": self._choice.kind, "loss": self._loss_basis})
+            self.note({"score_kind": self._choice.kind, "loss": self._context.loss_check.basis})
         self._checked_epoch = step.position.epoch
         here = step.position
         self._next = Position(here.epoch, here.step + 1, here.batch + 1)
@@ -435,11 +434,6 @@ class Reweighter:
         self._noted = by_rank
 
     @property
-    def _loss_basis(self) -> str:
-        """Why the loss is taken for a plain mean."""
-        return self._loss_check.basis if self._context.capture is None else "sample_losses"
-
-    @property
     def _directory(self) -> Path | None:
         return None if self.settings.ledger is None else Path(self.settings.ledger).expanduser()
 
@@ -450,14 +444,18 @@ class Reweighter:
         if settings.reweight == "target" and frozen:
             raise MimicError(f"`reweight='target'` weights the gradients of {frozen[0]!r}, but they are frozen.")
         reach: Reach = "targets" if settings.reweight != "all" else "all" if settings.uncovered == "error" else "around"
-        task = ScoringTask(self.model, ModelHooks(self.model, targets), targets, settings.needs, reach)
+        named = set() if settings.parameters is None else named_parameters(self.model, settings.parameters)
+        optional = frozenset(targets.keys() - named)
+        task = ScoringTask(self.model, ModelHooks(self.model, targets), targets, settings.needs, reach, optional)
         self._closing.callback(task.hooks.remove)
         if settings.reweight == "target" and task.hooked:
             raise MimicError(HOOKED.format(join_names(task.hooked)))
         capture = LossCapture(self.model) if callable(getattr(self.model, "sample_losses", None)) else None
         if capture is not None:
             self._closing.callback(capture.remove)
-        return StepContext(settings, task, self._target, capture, self._loss_check, self._choose)
+        ambiguous = settings.masks and settings.on_nonfinite is None
+        loss_check = LossCheck(self.model, settings.loss, captured=capture is not None, ambiguous=ambiguous)
+        return StepContext(settings, task, self._target, capture, loss_check, self._choose)
 
     def _refuse_replaced(self) -> None:
         for name, parameter in self.targets.items():
@@ -476,7 +474,7 @@ class Reweighter:
             def chosen() -> Choice:
                 chosen = choose_method(task, forward, choice)
                 if forward.losses is None:
-                    self._loss_check.show(forward, chosen.method.gate_edge(forward))
+                    self._context.loss_check.show(forward, chosen.method.gate_edge(forward))
                 return chosen
 
             choice = self._choice = distributed.on_all_ranks(chosen, "could not score its samples")

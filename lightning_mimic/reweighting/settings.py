@@ -22,7 +22,7 @@ Uncovered = Literal["error", "mean"]
 #: What to do about samples whose loss is not finite.
 OnNonfinite = Literal["mask", "mask_loss", "raise"]
 
-_CHOICES = {"reweight": Reweight, "uncovered": Uncovered, "on_nonfinite": OnNonfinite, "on_doubtful": OnDoubtful}
+_CHOICES = {"reweight": Reweight, "uncovered": Uncovered, "on_doubtful": OnDoubtful}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Settings:
     uncovered: Uncovered
     ledger: str | Path | None
     id_from: Callable[[Any], Ids] | None
-    on_nonfinite: OnNonfinite
+    on_nonfinite: OnNonfinite | None
     math_attention: bool
     loss: AssertedLoss | None
     on_doubtful: OnDoubtful
@@ -54,7 +54,8 @@ class Settings:
     diagnosis_samples: int = SAMPLES
 
     def __post_init__(self) -> None:
-        for name, kind in _CHOICES.items():
+        choices = _CHOICES if self.on_nonfinite is None else _CHOICES | {"on_nonfinite": OnNonfinite}
+        for name, kind in choices.items():
             value = getattr(self, name)
             if value not in get_args(kind):
                 raise MimicError(f"`{name}` is {value!r}; {nearest_names(str(value), get_args(kind))}.")
@@ -71,6 +72,11 @@ class Settings:
         if self.on_doubtful == "align" and not self.diagnose_reference:
             raise MimicError("`on_doubtful='align'` needs the diagnosis that `diagnose_reference=False` leaves out.")
 
+    @property
+    def masks(self) -> bool:
+        """Samples that hold NaN are taken out of the batch."""
+        return self.reweight != "none" and self.on_nonfinite in (None, "mask")
+
     @cached_property
     def make_scores(self) -> Scorer:
         """The scorer; the mimic score, if none is given."""
@@ -85,6 +91,11 @@ class Settings:
     def needs(self) -> frozenset[Need]:
         """The products that scorer and weighting need."""
         return validate_needs(self.make_scores) | validate_needs(self.make_weights, "weighting")
+
+    @property
+    def uses_ids(self) -> bool:
+        """Samples are told apart by their ids: in the ledger, or in a cache of the reference's outputs."""
+        return self.ledger is not None or (isinstance(self.reference, Aligned) and self.reference.cache)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_mimic import distributed
+from lightning_mimic.batches import sample_count
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients.forward_trace import ForwardTrace
 from lightning_mimic.gradients.layer_hooks import LayerCalls
 from lightning_mimic.ledger import Flag
-from lightning_mimic.reweighting.batch import Ids, blank_nan_samples, sample_count
+from lightning_mimic.reweighting.batch import Ids, blank_nan_samples
 from lightning_mimic.reweighting.features import target_features
 from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.gate import ClosedGate, FullGate, Gate, TargetGate
@@ -138,7 +139,7 @@ class Step:
         self.given_batch = self.batch = batch
         if not self._ids_given:
             self._rows = sample_count(batch)
-        if settings.reweight != "none" and settings.on_nonfinite == "mask" and self._rows:
+        if settings.masks and self._rows:
             self.batch, self._not_nan = blank_nan_samples(batch, self._rows)
         if settings.math_attention:  # to the end, because checkpointed blocks run again in reverse passes
             self._closing.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -146,7 +147,7 @@ class Step:
         self._closing.callback(self._stop)
         if self._context.capture is not None:
             self._captured = self._context.capture.start()
-        elif self._rows is not None:
+        if self._rows is not None:
             seen = (batch, self.batch)  # a loop of one's own may use either
             self._trace = self._context.loss_check.trace(seen, self._rows, self._check)
             if self._trace is not None:
@@ -172,6 +173,8 @@ class Step:
             )
         # A recomputation (activation checkpointing) calls layers again; that is not another use of them.
         self._stop()
+        if self._trace is not None:
+            self._context.loss_check.look(self._trace)
         self.has_loss = True
         self.backward_follows = backward_follows
         forward = self._forward(loss)
@@ -346,7 +349,8 @@ class Step:
             )
         rows = self._rows
         if self._context.capture is None:
-            return Forward(loss, None, self._calls, rows, self._trace)
+            shown = self._context.loss_check.basis == "shown"
+            return Forward(loss, None, self._calls, rows, self._trace if shown else None)
         if not self._captured:
             raise MimicError(
                 "the module has a method `sample_losses`, but training_step did not call it; training_step must "
@@ -359,15 +363,18 @@ class Step:
 
     def _watch(self, forward: Forward, edge: GradientEdge) -> None:
         """Have the backward pass show by what the loss is multiplied, and whether it is the mean of the losses."""
+        problem = torch.zeros((), dtype=torch.int8, device=forward.loss.device)
+        if self._context.loss_check.looks_for_nan and self._not_nan is not None:
+            problem = problem + (~self._not_nan).any() * LossProblem.MEANT_NAN
+        self._problem = problem
 
         def remember(gradient: Tensor) -> None:
             self._factor = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32)).reshape(())
 
         self.hooks.on_edge(get_gradient_edge(forward.loss), remember)
         if forward.losses is None:
-            self._problem = self._context.loss_check.problem(forward, edge)
+            self._problem = self._problem + self._context.loss_check.problem(forward, edge)
             return
-        self._problem = torch.zeros((), dtype=torch.int8, device=forward.loss.device)
         rows, check = forward.rows, self._check
 
         def compare(gradients: Tensor) -> None:
@@ -378,7 +385,7 @@ class Step:
             unequal = ~torch.isclose(gradients, expected, rtol=close, atol=0.0).all()
             if check and bool(unequal):
                 raise MimicError(NOT_THE_MEAN)
-            self._problem = unequal * LossProblem.NOT_THE_MEAN
+            self._problem = problem + unequal * LossProblem.NOT_THE_MEAN
 
         if self.backward_follows:
             self.hooks.on_edge(forward.losses.edge, compare)

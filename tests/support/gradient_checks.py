@@ -71,7 +71,7 @@ def traced(
     return losses, WholeModelGradients(losses, uses, graph, len(losses), seed), unseen
 
 
-def unknown(rows: WholeModelGradients, unseen: dict[str, str], oracle: Oracle) -> dict[str, str]:
+def unknown(rows: WholeModelGradients, unseen: dict[str, str], oracle: Oracle = per_sample_gradients) -> dict[str, str]:
     """What is not scored: unseen, or used where the rows are not the samples although the losses are independent."""
     mixing = rows.rows_that_mix_samples() if oracle is per_sample_gradients else []
     return unseen | dict.fromkeys(mixing, "the rows are not the samples")

@@ -185,6 +185,10 @@ PLAIN: dict[str, Loss] = {
     "generalised": lambda p, b: ((1 - p.softmax(1).gather(1, b["y"][:, None]) ** 0.7) / 0.7).mean(),
     "symmetric": lambda p, b: F.cross_entropy(p, b["y"]) - (p.softmax(1) * (one_hot(b) + 1e-4).log()).sum(1).mean(),
     "a hook that counts": lambda p, b: F.cross_entropy(p, b["y"]) + 0 * (p.argmax(1) == b["y"]).double().mean(),
+    "some of the classes": lambda p, b: F.mse_loss(
+        p[:, torch.tensor([True, True, False, True, False])], b["real"][:, [0, 1, 3]]
+    ),
+    "other classes": lambda p, b: F.mse_loss(p[:, torch.tensor([1, 0, 1])], b["real"].index_select(1, torch.arange(3))),
     "checked first": lambda p, b: F.cross_entropy(p, b["y"]) if bool(torch.isfinite(p).all()) else p.sum(),
 }
 
@@ -286,6 +290,11 @@ COUPLED: dict[str, Loss] = {
     "divided by itself": lambda p, b: each(p, b).mean() / each(p, b).mean().detach(),
     "the mean in each": lambda p, b: (each(p, b) - each(p, b).mean()).square().mean(),
     "a matrix product with weights": lambda p, b: each(p, b) @ (b["w"] / b["w"].sum()),
+    "shuffled": lambda p, b: (p * p[torch.arange(len(p)).flip(0)]).mean(),
+    "every other sample": lambda p, b: p[torch.arange(len(p)) % 2 == 0].square().mean(),
+    "targets of every other sample": lambda p, b: (
+        (p[: (len(p) + 1) // 2] - b["real"][torch.arange(len(p)) % 2 == 0]).abs().mean()
+    ),
     "cumulated": lambda p, b: each(p, b).cumsum(0).mean(),
     "written into": lambda p, b: p.clone().index_put_((b["y"] % len(p),), torch.zeros(CLASSES).double()).mean(),
 }

@@ -177,7 +177,7 @@ CASES: dict[str, tuple[type[Toy], Any, type[ScoringMethod]]] = {
     "contrastive": (Mixed, "head", DoubleBackward),
     "contrastive, all": (Mixed, "all", DoubleBackward),
     "contrastive, temperature": (Mixed, "scale", DoubleBackward),
-    "tied by hand": (ByHand, "head", DoubleBackward),
-    "regularised by sample": (Regularised, "head", DoubleBackward),
-    "used beside": (Beside, "head", DoubleBackward),
+    "tied by hand": (ByHand, "head", ReversePass),
+    "regularised by sample": (Regularised, "head", ReversePass),
+    "used beside": (Beside, "head", ReversePass),
 }

@@ -87,7 +87,6 @@ def swin():
     return torchvision.models.SwinTransformer([2, 2], 4, [2], [1], [2, 2], num_classes=3, stochastic_depth_prob=0.0)
 
 
-WINDOWS = ["*.attn.*"]
 NETS = {  # how the net is made, the shape of a sample, and what cannot be seen in it
     "mlp": (mlp, (5,), []),
     "mlp of tokens": (mlp, (2, 5), []),
@@ -105,16 +104,16 @@ NETS = {  # how the net is made, the shape of a sample, and what cannot be seen 
     "CLIP image tower": (clip_image_tower, IMAGES, []),
     "CLIP image tower, layer scale": (lambda: clip_image_tower(ls_init_value=0.1), IMAGES, []),
     "CLIP image tower, average": (lambda: clip_image_tower(pool_type="avg", final_ln_after_pool=True), IMAGES, []),
-    "CLIP text tower": (clip_text_tower, TOKENS, ["positional_embedding"]),
-    "CLIP text tower, qk norm": (lambda: clip_text_tower(qk_norm=True), TOKENS, ["positional_embedding"]),
-    "CLIP text tower, linear projection": (lambda: clip_text_tower(proj_bias=True), TOKENS, ["positional_embedding"]),
-    "CLIP text tower, class token": (lambda: clip_text_tower(embed_cls=True), TOKENS, ["positional_embedding"]),
+    "CLIP text tower": (clip_text_tower, TOKENS, []),
+    "CLIP text tower, qk norm": (lambda: clip_text_tower(qk_norm=True), TOKENS, []),
+    "CLIP text tower, linear projection": (lambda: clip_text_tower(proj_bias=True), TOKENS, []),
+    "CLIP text tower, class token": (lambda: clip_text_tower(embed_cls=True), TOKENS, []),
     "torchvision convnext": (torchvision_convnext, (3, 16, 16), []),
     "timm convnext": (timm_convnext, IMAGES, []),
     "mixer": (mixer, IMAGES, []),
     "torchvision resnet in eval mode": (lambda: torchvision_resnet().eval(), IMAGES, []),
     "timm resnet in eval mode": (lambda: timm_resnet().eval(), IMAGES, []),
-    "torchvision swin": (swin, (3, 8, 8), WINDOWS),
+    "torchvision swin": (swin, (3, 8, 8), []),
 }
 
 

@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.nn.utils.prune
 import torch.utils.checkpoint
 
-from support.toys import FEATURES, HIDDEN, Toy, WithLosses
+from support.toys import Toy, WithLosses
 
 
 class L2(Toy):
@@ -18,16 +17,6 @@ class L2(Toy):
 class InPlace(Toy):
     def forward(self, x):
         return self.head(torch.tanh(self.body(x))).relu_()
-
-
-class TiedByHand(Toy):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = torch.nn.Linear(FEATURES, HIDDEN)
-        self.head = torch.nn.Linear(HIDDEN, HIDDEN)
-
-    def forward(self, x):
-        return self.head(torch.tanh(F.linear(self.body(x), self.head.weight)))
 
 
 class ClassWeighted(Toy):
@@ -47,26 +36,9 @@ class Summed(Toy):
         return F.cross_entropy(self(batch[0]), batch[1], reduction="sum")
 
 
-class SequenceFirst(Toy):
-    def forward(self, x):
-        steps = torch.stack([torch.tanh(self.body(x))] * 5)  # (T, B, D)
-        return self.head(steps).mean(0)
-
-
 class Reentrant(Toy):
     def forward(self, x):
         return torch.utils.checkpoint.checkpoint(super().forward, x.requires_grad_(), use_reentrant=True)
-
-
-class TiedBeyond(Toy):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return F.linear(torch.tanh(self(batch[0])), self.head.weight.t()).square().mean()
-
-
-class WeightNorm(Toy):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.nn.utils.prune.identity(self.head, "weight")
 
 
 class TakesIterator(Toy):
