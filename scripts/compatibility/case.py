@@ -1,5 +1,6 @@
 """A module of another library, how it is tried, and what is found."""
 
+import importlib
 import inspect
 import tempfile
 import textwrap
@@ -39,6 +40,8 @@ class Case:
         note: Further remark.
         options: Of ``module`` and ``fixed``.
         lines: The class with these lines, where ``fixed`` is a function.
+        settings: Of the callback, together with ``fixed``.
+        mixes: A sample's own loss depends on the others of the batch, as in contrastive learning.
         slow: The case whose samples are those that this one makes out of its batch.
     """
 
@@ -53,6 +56,8 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     slow: "Case | None" = None
     lines: type | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    mixes: bool = False
 
 
 @dataclass
@@ -110,7 +115,8 @@ def try_case(case: Case) -> dict[str, Any]:
     slow = SlowScores(case.slow or case, (case.slow or case).module)
     ways = [("loss='mean'", case.module, slow, {"loss": "mean"})] if case.plain else []
     if case.fixed is not None:
-        ways.append(("sample_losses", case.fixed, SlowScores(case, case.fixed), {}))
+        given = "".join(f" and {name}={value!r}" for name, value in case.settings.items())
+        ways.append((f"sample_losses{given}", case.fixed, SlowScores(case, case.fixed), dict(case.settings)))
     for parameters in ("all", case.layer):
         trial = _try(case, case.module, slow, parameters)
         found.trials.append(trial)
@@ -123,7 +129,7 @@ def try_case(case: Case) -> dict[str, Any]:
             else:
                 trial.needs, trial.deviation = needs, again.deviation
                 trial.result = "wrong" if again.result == "wrong" else trial.result
-    if case.fixed is not None and any(trial.needs == "sample_losses" for trial in found.trials):
+    if case.fixed is not None and any(trial.needs.startswith("sample_losses") for trial in found.trials):
         found.lines = textwrap.dedent(inspect.getsource(case.lines or case.fixed))
     return asdict(found)
 
@@ -193,6 +199,8 @@ class SlowScores:
 
     @cached_property
     def _gradients(self) -> list[Mapping[str, Tensor]]:
+        if self._case.mixes:
+            return self._of_rows()
         found = []
         for batch in first(self._case, 1):
             module = made(self._case, self._make, train=False)
@@ -201,6 +209,13 @@ class SlowScores:
             fit(self._case, module, batch, kept)
             found.append(kept.gradients)
         return found
+
+    def _of_rows(self) -> list[Mapping[str, Tensor]]:
+        module = made(self._case, self._make, train=False)
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        losses = module.sample_losses(first(self._case, SAMPLES)[0])
+        rows = [torch.autograd.grad(loss, list(named.values()), retain_graph=True) for loss in losses]
+        return [dict(zip(named, row, strict=True)) for row in rows]
 
     def scores(self, parameters: str) -> Tensor:
         """Return the scores over some parameters, of shape ``(SAMPLES,)``."""
@@ -238,7 +253,7 @@ def fit(case: Case, module: L.LightningModule, batch: Any, *callbacks: L.Callbac
     """Train one step on one batch."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = L.Trainer(
+        trainer = _package_of(module).Trainer(
             accelerator="cpu",
             precision=case.precision,
             max_steps=1,
@@ -270,6 +285,12 @@ class _KeepGradients(L.Callback):
         self.gradients = {
             name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in pl_module.named_parameters()
         }
+
+
+def _package_of(module: L.LightningModule) -> Any:
+    """Return the one of Lightning's two packages that a module comes from."""
+    names = {kind.__module__.partition(".")[0] for kind in type(module).__mro__}
+    return importlib.import_module("pytorch_lightning") if "pytorch_lightning" in names else L
 
 
 def _chosen(name: str, parameters: str) -> bool:

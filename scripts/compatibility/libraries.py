@@ -35,4 +35,8 @@ LIBRARIES = {
     "lightly": Library("lightly", ("lightly",)),
     "chemprop": Library("chemprop", ("chemprop",)),
     "torch_uncertainty": Library("torch-uncertainty", ("torch-uncertainty",)),
+    "scvi": Library("scvi-tools", ("scvi-tools",)),
+    "pytorch_forecasting": Library("pytorch-forecasting", ("scikit-base<1.1.0",), alone=("pytorch-forecasting",)),
+    "anomalib": Library("anomalib", ("anomalib",)),
+    "darts": Library("darts", ("darts",)),
 }

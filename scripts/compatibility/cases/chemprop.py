@@ -3,7 +3,6 @@
 from functools import partial
 
 import numpy as np
-import torch
 from chemprop import data, models, nn
 
 from scripts.compatibility.case import Case
@@ -13,15 +12,11 @@ MOLECULES = ["CCO", "c1ccccc1O", "CC(=O)N", "CCCl"]
 
 class MoleculesOfSamples(models.MPNN):
     def sample_losses(self, batch):
-        bmg, V_d, X_d, targets, weights, lt_mask, gt_mask = batch
-        predictions = self.predictor.train_step(self.fingerprint(bmg, V_d, X_d))
-        rows = zip(predictions, targets, weights, lt_mask, gt_mask, strict=True)
-        return torch.stack([self.loss_of(*(each[None] for each in row)) for row in rows])
-
-    def loss_of(self, predicted, targets, weights, lt_mask, gt_mask):
+        bmg, V_d, X_d, targets, weights, *_ = batch
         mask = targets.isfinite()
-        loss = self.criterion._calc_unreduced_loss(predicted, targets.nan_to_num(), mask, weights, lt_mask, gt_mask)
-        return (loss * weights.view(-1, 1) * self.criterion.task_weights * mask).sum() / mask.sum()
+        predicted = self.predictor.train_step(self.fingerprint(bmg, V_d, X_d))
+        losses = self.criterion._calc_unreduced_loss(predicted, targets.nan_to_num(), mask, weights, None, None)
+        return weights.view(-1) * (losses * mask).sum(1) / mask.sum(1)
 
     def training_step(self, batch, batch_idx):
         return self.sample_losses(batch).mean()
@@ -53,6 +48,7 @@ def case(name: str, predictor: str, plain: bool, tasks: int = 1, missing: bool =
         plain=plain,
         fixed=partial(made, MoleculesOfSamples),
         lines=MoleculesOfSamples,
+        settings={"on_nonfinite": "mask_loss"} if missing else {},
         precision="32-true",
         options={"predictor": predictor, "tasks": tasks},
     )

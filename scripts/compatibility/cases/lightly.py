@@ -2,6 +2,7 @@
 
 import timm
 import torch
+import torch.nn.functional as F
 from lightly import loss as losses
 from lightly.models.modules import SimCLRProjectionHead, SimSiamPredictionHead, SimSiamProjectionHead
 
@@ -24,6 +25,18 @@ class TwoViews(Trained):
         return self.loss(self.head(self.backbone(one)), self.head(self.backbone(two)))
 
 
+class SimCLROfSamples(TwoViews):
+    def sample_losses(self, batch):
+        views = torch.cat(batch[:2])
+        z = F.normalize(self.head(self.backbone(views)), dim=1)
+        similar = (z @ z.T / self.loss.temperature).fill_diagonal_(-torch.inf)
+        other = torch.arange(len(z), device=z.device).roll(len(z) // 2)
+        return F.cross_entropy(similar, other, reduction="none").view(2, -1).mean(0)
+
+    def training_step(self, batch, batch_idx):
+        return self.sample_losses(batch).mean()
+
+
 class SimSiam(Trained):
     def __init__(self) -> None:
         super().__init__()
@@ -35,6 +48,16 @@ class SimSiam(Trained):
     def training_step(self, batch, batch_idx):
         one, two = (self.projection(self.backbone(view)) for view in batch[:2])
         return 0.5 * (self.loss(self.head(one), two.detach()) + self.loss(self.head(two), one.detach()))
+
+
+class SimSiamOfSamples(SimSiam):
+    def sample_losses(self, batch):
+        one, two = (self.projection(self.backbone(view)) for view in batch[:2])
+        forwards = F.cosine_similarity(self.head(one), two.detach())
+        return -0.5 * (forwards + F.cosine_similarity(self.head(two), one.detach()))
+
+    def training_step(self, batch, batch_idx):
+        return self.sample_losses(batch).mean()
 
 
 class Supervised(Trained):
@@ -56,10 +79,15 @@ def views(size: int):
     return batches_of((view(), view(), torch.arange(4) % 3), size)
 
 
+def mixed(loss: str, fixed=None) -> Case:
+    options = {"loss": getattr(losses, loss)()}
+    return Case(f"`{loss}`", TwoViews, views, "head", plain=False, fixed=fixed, options=options, mixes=True)
+
+
 CASES = [
-    Case("SimCLR, `NTXentLoss`", TwoViews, views, "head", plain=False, options={"loss": losses.NTXentLoss()}),
-    Case("`BarlowTwinsLoss`", TwoViews, views, "head", plain=False, options={"loss": losses.BarlowTwinsLoss()}),
-    Case("`VICRegLoss`", TwoViews, views, "head", plain=False, options={"loss": losses.VICRegLoss()}),
-    Case("SimSiam, `NegativeCosineSimilarity`", SimSiam, views, "head"),
+    mixed("NTXentLoss", SimCLROfSamples),
+    mixed("BarlowTwinsLoss"),
+    mixed("VICRegLoss"),
+    Case("SimSiam, `NegativeCosineSimilarity`", SimSiam, views, "head", fixed=SimSiamOfSamples),
     Case("classifier", Supervised, views, "head"),
 ]
