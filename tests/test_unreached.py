@@ -136,7 +136,7 @@ class RecurrentWithoutGradient(Unused):
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             idle = self.idle(torch.tanh(self.body(x)))[0].sum(1, keepdim=True)
-        return self.head(torch.tanh(self.body(x))) * idle
+        return self.head(torch.tanh(self.body(x)) * idle)
 
 
 class Reentrant(Unused):
