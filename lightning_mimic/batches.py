@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -35,6 +36,37 @@ def tensors_of(batch: Any) -> Iterator[Tensor]:
         return
     for _, part in parts_of(batch):
         yield from tensors_of(part)
+
+
+def held_tensors(batch: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a batch and of all that it holds, in attributes of classes of any kind, too.
+
+    Some cannot be counted or replaced, such as those of joined graphs, but the model may read them.
+
+    Args:
+        batch: Anything.
+
+    Example:
+        >>> import torch, types
+        >>> [len(tensor) for tensor in held_tensors(types.SimpleNamespace(x=torch.zeros(3), more=[torch.zeros(2)]))]
+        [3, 2]
+    """
+    waiting, seen = [batch], {}
+    while waiting:
+        part = waiting.pop(0)
+        if id(part) in seen or isinstance(part, type | ModuleType | str | bytes | int | float):
+            continue
+        seen[id(part)] = part  # kept, so that no other object gets its id
+        if isinstance(part, Tensor):
+            yield part
+            continue
+        slots = [name for kind in type(part).__mro__ for name in _names(getattr(kind, "__slots__", ()))]
+        waiting += [held for _, held in parts_of(part)]
+        waiting += [*getattr(part, "__dict__", {}).values(), *(getattr(part, name, None) for name in slots)]
+
+
+def _names(slots: Any) -> Iterable[str]:
+    return (slots,) if isinstance(slots, str) else slots
 
 
 def with_parts(batch: Any, changed: Mapping[Any, Any]) -> Any:

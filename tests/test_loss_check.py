@@ -444,3 +444,34 @@ def test_two_models_may_take_steps_in_any_order():
         engine.close()
     torch.testing.assert_close(results[0], right(loss, batch), **CLOSE)
     assert not torch.equal(*results)
+
+
+class Slots:
+    """Keeps a tensor of the batch in a slot."""
+
+    __slots__ = ("w",)
+
+    def __init__(self, w: Tensor) -> None:
+        self.w = w
+
+
+class Held:
+    """A part of a batch that is of a class of its own."""
+
+    def __init__(self, w: Tensor) -> None:
+        self.below = Slots(w)
+
+
+def test_tensors_in_a_batch_of_any_class_belong_to_the_batch():
+    def plain(logits: Tensor, batch: Any) -> Tensor:
+        return (batch["held"].below.w * F.cross_entropy(logits, batch["y"], reduction="none")).mean()
+
+    def scaled(logits: Tensor, batch: Any) -> Tensor:
+        return batch["held"].below.w.mean() * F.cross_entropy(logits, batch["y"])
+
+    batch = batch_of(4)
+    weighted = right(lambda logits, b: b["w"] * F.cross_entropy(logits, b["y"]), batch)
+    batch = {"x": batch["x"], "y": batch["y"], "held": Held(batch["w"])}
+    torch.testing.assert_close(scores_of_one_step(plain, batch), weighted, **CLOSE)
+    with pytest.raises(MimicError, match=r"its normaliser or factor depends on the batch \(`mean` over the batch\)"):
+        scores_of_one_step(scaled, batch)

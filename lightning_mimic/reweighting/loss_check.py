@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from lightning_mimic.batches import tensors_of
+from lightning_mimic.batches import held_tensors
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients.forward_trace import ForwardTrace
 from lightning_mimic.gradients.graph import is_compiled
@@ -67,7 +67,7 @@ class LossCheck:
         if samples < 2 or not (shows or (self._ambiguous and check)):
             return None
         trace = ForwardTrace(samples)
-        trace.expect(tensors_of(batch), [*self._module.parameters(), *self._module.buffers()])
+        trace.expect(held_tensors(batch), [*self._module.parameters(), *self._module.buffers()])
         return trace
 
     def look(self, trace: ForwardTrace) -> None:
