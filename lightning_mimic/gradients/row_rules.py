@@ -386,8 +386,8 @@ def _joined(operation: Operation, values: Mapping[int, Value], samples: int) -> 
     if len(places) > 1:
         return Mixed("tensors with the samples on different axes are combined", scored)
     axis, inner = places.pop()
-    if not stacks and dim == axis:
-        return Mixed("batches are joined to one", scored)
+    if not stacks and dim == axis and not all(isinstance(values[ref.token], Rows) for ref in refs):
+        return Mixed("something is joined to the batch", scored)
     if any(_tells_apart(values[ref.token], ref, axis) for ref in refs):
         return Mixed(_FOREIGN, scored)
     return Rows(axis + (stacks and dim <= axis), inner, scored)
