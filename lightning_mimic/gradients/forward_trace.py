@@ -73,6 +73,21 @@ class Ref:
 
 
 @dataclass(frozen=True)
+class Alias:
+    """A tensor that shares memory with one that was changed.
+
+    Attributes:
+        token: Of it.
+        same: It shows all elements of the changed tensor in the same places.
+        covered: Axes of it along which the changed tensor reaches everything.
+    """
+
+    token: int
+    same: bool
+    covered: frozenset[int]
+
+
+@dataclass(frozen=True)
 class Operation:
     """One operation.
 
@@ -82,8 +97,7 @@ class Operation:
         arguments: By name, defaults included; tensors as :class:`Ref`, in lists, too.
         outputs: What it returned.
         written: Tensors that it changed in place.
-        aliases: Other tensors that share memory with one that was changed, and whether they show all of its elements
-            in the same places.
+        aliases: Other tensors that share memory with one that was changed.
         pointwise: It works element by element, with broadcasting.
         numbers: Numbers among the arguments may have been made of others: factors, bounds, places.
     """
@@ -92,7 +106,7 @@ class Operation:
     arguments: Mapping[str, Any]
     outputs: tuple[Ref, ...]
     written: tuple[Ref, ...] = ()
-    aliases: tuple[tuple[int, bool], ...] = ()
+    aliases: tuple["Alias", ...] = ()
     pointwise: bool = False
     numbers: bool = False
 
@@ -171,16 +185,15 @@ class ForwardTrace:
             return [self.refs(value) for value in values]
         return values
 
-    def aliases(self, changed: Iterable[Tensor]) -> tuple[tuple[int, bool], ...]:
-        """Return the tensors that share memory with changed ones, and whether all elements are in the same places."""
+    def aliases(self, changed: Iterable[Tensor]) -> tuple[Alias, ...]:
+        """Return the tensors that share memory with changed ones."""
         found = []
         for tensor in changed:
             for known, token in self._sharing(tensor):
                 other = known()
                 if other is None or other is tensor or other.untyped_storage()._cdata != _storage(tensor):
                     continue  # freed, and its memory in use again
-                same = other.shape == tensor.shape and other.stride() == tensor.stride()
-                found.append((token, same and other.storage_offset() == tensor.storage_offset()))
+                found.append(Alias(token, _in_same_places(other, tensor), _covered(other, tensor)))
         return tuple(found)
 
     def _sharing(self, tensor: Tensor) -> list[tuple[TensorWeakRef, int]]:
@@ -229,7 +242,10 @@ class _Calls(TorchFunctionMode):
             by = _READS.get(func, "torch.tensor([...])")
             trace.operations += [Operation("read", {"self": trace.ref(tensor), "by": by}, ()) for tensor in read]
         name = _WHOLE.get(func)
-        if name is None:
+        wrapped: list[Tensor] = []  # within torch.func.vmap and the like, of whose tensors only the parts are known
+        if name is not None:
+            _tensors([*args, *kwargs.values()], wrapped.append)
+        if name is None or any(map(torch._C._functorch.is_functorch_wrapped_tensor, wrapped)):
             outputs = func(*args, **kwargs)
             for trace in _recording:
                 trace.operations.append(Operation("returned", {}, ()))
@@ -331,7 +347,25 @@ def _kind(func: Any) -> _Kind:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:  # sparse, or within a transformation like torch.func.vmap
+        return id(tensor)
+
+
+def _in_same_places(one: Tensor, other: Tensor) -> bool:
+    places = [(tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype) for tensor in (one, other)]
+    return places[0] == places[1]
+
+
+def _covered(tensor: Tensor, part: Tensor) -> frozenset[int]:
+    """Return the axes of a tensor along which a part of its memory reaches everything."""
+    start = part.storage_offset() - tensor.storage_offset()
+    if start < 0 or part.dtype != tensor.dtype or not tensor.is_contiguous():
+        return frozenset()
+    spans = set(zip(part.shape, part.stride(), strict=True))
+    axes = enumerate(zip(tensor.shape, tensor.stride(), strict=True))
+    return frozenset(axis for axis, (size, step) in axes if (size, step) in spans and start // step % size == 0)
 
 
 def _each(values: Iterable[Any], take: Callable[[Ref], None]) -> None:

@@ -304,12 +304,20 @@ def _pointwise(operation: Operation, values: Mapping[int, Value], samples: int) 
     for ref in operation.inputs:
         if _tells_apart(values[ref.token], ref, axis - len(shape) + len(ref.shape)):
             return Mixed(_FOREIGN, scored)
-    return Rows(axis, inner, scored)
+    return Rows(axis, inner, scored, _moved(operation.inputs, values))
+
+
+def _moved(refs: Sequence[Ref], values: Mapping[int, Value]) -> bool:
+    """Whether all rows come in another order; what is mixed with others' rows, as in mixup, belongs to its own."""
+    rows = [value for ref in refs if isinstance(value := values[ref.token], Rows)]
+    return all(value.moved for value in rows)
 
 
 def _copied(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
     """``copy_``: what it held before does not matter."""
-    return _pointwise(replace(operation, arguments={"src": operation.arguments["src"]}), values, samples)
+    source = replace(operation, arguments={"src": operation.arguments["src"]})
+    own = [values[ref.token] for ref in source.inputs]
+    return _constant(source, own) if isinstance(own[0], Constant) else _pointwise(source, values, samples)
 
 
 # Views
@@ -354,6 +362,13 @@ def _along(operation: Operation, values: Mapping[int, Value], samples: int) -> V
     return rows
 
 
+def _renormed(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
+    """Each slice along one axis is scaled by its own norm."""
+    ref = operation.arguments["self"]
+    rows = _rows(values, ref)
+    return rows if rows.axis in _axes(operation.arguments["dim"], len(ref.shape)) else Mixed("`renorm` over the batch")
+
+
 def _sliced(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
     arguments, ref = operation.arguments, operation.arguments["self"]
     rows, dim = _rows(values, ref), arguments.get("dim", 0) % len(ref.shape)
@@ -372,7 +387,7 @@ def _reordered(operation: Operation, values: Mapping[int, Value], samples: int) 
         return rows
     if rows.scored or rows.inner != 1 or ref.shape[rows.axis] != samples:
         return Mixed("the samples' rows are put in another order", rows.scored)
-    return rows
+    return replace(rows, moved=True)
 
 
 def _joined(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
@@ -390,7 +405,7 @@ def _joined(operation: Operation, values: Mapping[int, Value], samples: int) -> 
         return Mixed("batches are joined to one", scored)
     if any(_tells_apart(values[ref.token], ref, axis) for ref in refs):
         return Mixed(_FOREIGN, scored)
-    return Rows(axis + (stacks and dim <= axis), inner, scored)
+    return Rows(axis + (stacks and dim <= axis), inner, scored, _moved(refs, values))
 
 
 def _padded(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
@@ -418,7 +433,7 @@ def _gathered(operation: Operation, values: Mapping[int, Value], samples: int) -
         return Mixed(_FOREIGN, scored)
     if any(ref.shape[axis] != arguments["self"].shape[axis] for ref in refs):
         return Mixed("only some of the samples are taken", scored)
-    return Rows(axis, inner, scored)
+    return Rows(axis, inner, scored, _moved(refs, values))
 
 
 def _one_hot(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
@@ -453,7 +468,7 @@ def _chosen(rows: Rows, ref: Ref, dim: int, index: Ref, samples: int) -> Value:
     order = index.shape == (samples,) and index.dtype != torch.bool
     if rows.scored or rows.inner != 1 or ref.shape[dim] != samples or not order:
         return Mixed("the samples' rows are put in another order, or only some are taken", rows.scored)
-    return rows  # as the targets of mixed samples are
+    return replace(rows, moved=True)  # as the targets of mixed samples are
 
 
 def _indexed(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
@@ -477,9 +492,9 @@ def _indexed(operation: Operation, values: Mapping[int, Value], samples: int) ->
     counting = indices[0] is not None and isinstance(found[0], Constant) and found[0].counts
     if rows.axis == 0 and rows.inner == 1 and counting and indices[0].shape == (samples,) == ref.shape[:1]:
         # tensor[arange(B), classes]: in every row an element of its own.
-        own = all(v == Rows(0, 1, is_scored(v)) or (isinstance(v, Constant) and v.exchangeable) for v in found[1:])
+        own = all(_first(v) or (isinstance(v, Constant) and v.exchangeable) for v in found[1:])
         together = all(index is not None and index.shape in ((samples,), ()) for index in indices)
-        if own and together and not _written(operation, values):
+        if own and together and not _tells_apart(table, ref, 0) and not _written(operation, values):
             return Rows(0, 1, scored)
         return Mixed("samples are chosen by values of the batch", scored)
     if not isinstance(table, Rows) or writes or len(given) != 1 or not isinstance(found[0], Constant):
@@ -490,13 +505,19 @@ def _indexed(operation: Operation, values: Mapping[int, Value], samples: int) ->
     return _chosen(rows, ref, dim, given[0], samples)
 
 
+def _first(value: Value) -> bool:
+    """Whether it has a row for each sample on its first axis."""
+    return isinstance(value, Rows) and (value.axis, value.inner) == (0, 1)
+
+
 def _written(operation: Operation, values: Mapping[int, Value]) -> bool:
     """Whether what is written by ``index_put`` is anything but one number or a row for each sample."""
     ref = operation.arguments.get("values")
     if not isinstance(ref, Ref) or (prod(ref.shape) == 1 and isinstance(values[ref.token], Constant)):
         return False
-    value = values[ref.token]
-    return not (isinstance(value, Rows) and (value.axis, value.inner) == (0, 1))
+    # One axis of the indices, and those that were not indexed: with fewer axes it would be broadcast along the first.
+    ndim = 1 + len(operation.arguments["self"].shape) - len(operation.arguments["indices"])
+    return not (_first(values[ref.token]) and len(ref.shape) == ndim)
 
 
 def _masked_write(operation: Operation, values: Mapping[int, Value], scored: bool) -> Value:
@@ -722,7 +743,6 @@ _RULES: dict[str, Rule] = {
             "argsort",
             "kthvalue",
             "glu",
-            "renorm",
         ],
         _along,
     ),
@@ -752,6 +772,7 @@ _RULES: dict[str, Rule] = {
     "one_hot": _one_hot,
     "kl_div": _kl_div,
     "_ctc_loss": _ctc,
+    "renorm": _renormed,
     "copy": _copied,
     "expand": _expanded,
     "constant_pad_nd": _padded,

@@ -109,6 +109,14 @@ def one_hot(batch: dict[str, Tensor]) -> Tensor:
     return torch.zeros(len(batch["y"]), CLASSES).double().scatter_(1, batch["y"][:, None], 1.0)
 
 
+def with_class_zeroed(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    logits, factors = logits.clone(), torch.ones_like(logits)
+    logits[:, 0] = 0
+    logits[:, 1] = torch.ones(len(logits)).double()
+    factors[:, 3:] = 0.5
+    return F.mse_loss(logits * factors, batch["real"])
+
+
 PER_CLASS = torch.linspace(0.5, 2.0, CLASSES).double()
 
 #: Plain means of the samples' own losses: all of these are to be scored.
@@ -188,6 +196,9 @@ PLAIN: dict[str, Loss] = {
     "some of the classes": lambda p, b: F.mse_loss(
         p[:, torch.tensor([True, True, False, True, False])], b["real"][:, [0, 1, 3]]
     ),
+    "written classes": with_class_zeroed,
+    "of each by vmap": lambda p, b: torch.func.vmap(F.cross_entropy)(p, b["y"]).mean(),
+    "targets of bounded norm": lambda p, b: F.mse_loss(p, b["real"].renorm(2, 0, 0.5)),
     "other classes": lambda p, b: F.mse_loss(p[:, torch.tensor([1, 0, 1])], b["real"].index_select(1, torch.arange(3))),
     "checked first": lambda p, b: F.cross_entropy(p, b["y"]) if bool(torch.isfinite(p).all()) else p.sum(),
 }
@@ -225,6 +236,18 @@ def batch_entropy(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
 def correlation(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
     one, other = logits[:, 0] - logits[:, 0].mean(), batch["real"][:, 0] - batch["real"][:, 0].mean()
     return 1 - (one * other).sum() / (one.norm() * other.norm())
+
+
+def by_halves(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    factors = torch.ones(len(logits)).double()
+    factors[: len(logits) // 2] = 0.1
+    return (each(logits, batch) * factors).mean()
+
+
+def in_a_table(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    factors = torch.linspace(0, 1, logits.numel()).double().reshape(logits.shape)
+    factors[torch.arange(len(logits)), batch["y"]] = 0
+    return (logits * factors).mean()
 
 
 def by_numbers(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -285,6 +308,12 @@ COUPLED: dict[str, Loss] = {
     "the first sample": lambda p, b: p[0].square().mean(),
     "rolled": lambda p, b: (p * p.roll(1, 0)).mean(),
     "flipped": lambda p, b: (p * p.flip(0)).mean(),
+    "halves": by_halves,
+    "written into a table": in_a_table,
+    "normaliser by vmap": lambda p, b: (
+        F.mse_loss(p, b["real"]) / torch.func.vmap(F.cross_entropy)(p.detach(), b["y"]).sum()
+    ),
+    "targets of bounded norm in the batch": lambda p, b: F.mse_loss(p, b["real"].renorm(2, 1, 0.5)),
     "positions": lambda p, b: (each(p, b) * torch.arange(1, len(p) + 1)).mean(),
     "broadcast by mistake": lambda p, b: (p[:, :1] - b["w"]).square().mean(),
     "a product of means": lambda p, b: p.mean() * each(p, b).mean(),
