@@ -16,6 +16,9 @@ from lightning_mimic.gradients.sample_rows import Constant, Mixed, Rows, Total, 
 
 _MEAN = 1  # torch's code for a loss's reduction
 
+#: Numbers that people write, and that no real number that was read is by chance.
+_WRITTEN = frozenset({-1, 1, 2})
+
 
 class DataFlow:
     """Which samples every tensor of a forward pass depends on, given that some tensor has a row for each.
@@ -45,6 +48,7 @@ class DataFlow:
         self._rows = rows
         #: How the batch's own tensors show that the scored rows are not the samples', as a phrase.
         self.misplaced: str | None = None
+        self._hooked: set[int] = set()
         self._values: dict[int, Value] = {ref.token: _of_batch(ref, trace.samples) for ref in trace.batch}
         self._values |= dict.fromkeys(trace.constants, Constant())
         self._follow_all()
@@ -63,6 +67,8 @@ class DataFlow:
             return self.misplaced
         found = self._values.get(self._trace.ref(loss).token)
         if isinstance(found, Total) and found.mean:
+            if any(is_scored(self._values[token]) for token in self._hooked):
+                return "a hook on a tensor (`register_hook`) may change the gradient"
             custom = [kind_of(node) for node in between(grad_fn_of(loss), self._rows) if _is_custom(node)]
             return f"the gradients of `{custom[0]}` are made by code of its own" if custom else None
         if isinstance(found, Total):
@@ -93,6 +99,7 @@ class DataFlow:
     def _follow_all(self) -> None:
         token, since = self._trace.nodes[self._rows]
         read: str | None = None  # by Python, which may use the number anywhere later
+        whole = False  # one of the numbers that were read is an integer
         within: str | None = None  # by torch, for an argument of the call from Python that goes on
         for place, operation in enumerate(self._trace.operations):
             for ref in operation.inputs:
@@ -102,18 +109,24 @@ class DataFlow:
                     self._begin(ref)
             match operation.name:
                 case "read":
-                    read = self._reads(operation, f"by `{operation.arguments['by']}`") or read
+                    found = self._reads(operation, f"by `{operation.arguments['by']}`")
+                    read = found or read
+                    whole |= found is not None and operation.arguments["whole"]
+                case "register_hook":
+                    self._hooked.add(operation.inputs[0].token)
                 case "_local_scalar_dense":
                     within = self._reads(operation, "in place of a number") or within
                 case "returned":
                     within = None
                 case _:
-                    self._follow(operation, within or (read if operation.numbers else None))
+                    entered = operation.numbers if whole else operation.numbers - _WRITTEN
+                    self._follow(operation, within or (read if entered else None))
 
     def _reads(self, operation: Operation, how: str) -> str | None:
         """Return that an operation reads a number from the batch, as a phrase; truth values are not numbers."""
         source = operation.arguments["self"]
-        if isinstance(self._values[source.token], Constant) or source.dtype == torch.bool:
+        truth = source.dtype == torch.bool and not operation.arguments.get("size", False)
+        if isinstance(self._values[source.token], Constant) or truth:
             return None
         return f"a number was read from the batch {how} and may have entered it"
 

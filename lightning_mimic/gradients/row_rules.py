@@ -47,6 +47,8 @@ def outputs_of(operation: Operation, values: Mapping[int, Value], samples: int, 
 def _makes_constants(operation: Operation, values: Mapping[int, Value]) -> bool:
     """Whether the outputs hold nothing of the inputs but their shape."""
     name = operation.name
+    if any(ref.chosen for ref in operation.inputs):
+        return False  # which tells how many there are
     if not (name in _FILLED or name.removesuffix("_like") in _FILLED or name.removeprefix("new_") in _FILLED):
         return False
     filling = [ref for argument, ref in operation.arguments.items() if isinstance(ref, Ref) and argument != "self"]
@@ -277,9 +279,10 @@ def _ctc(operation: Operation, values: Mapping[int, Value], samples: int) -> Val
     arguments = operation.arguments
     logits = values[arguments["log_probs"].token]
     others = [arguments[name] for name in ("targets", "input_lengths", "target_lengths")]
-    refs = [ref for ref in others if isinstance(ref, Ref)]
+    refs = [ref for ref in others if isinstance(ref, Ref) and ref.shape[:1] == (samples,)]
     fits = isinstance(logits, Rows) and (logits.axis, logits.inner) == (1, 1) and len(refs) == len(others)
-    if not fits or any(values[ref.token] != Rows(0) or ref.shape[0] != samples for ref in refs):
+    known = [values[ref.token] for ref in refs]
+    if not fits or any(not _first(v) and not (isinstance(v, Constant) and v.exchangeable) for v in known):
         return _mixed(operation, values, "lengths and targets of `ctc_loss` are not rows of the batch")
     return [Rows(0, 1, is_scored(logits)), Mixed("kept for the reverse pass", is_scored(logits))]
 
@@ -349,6 +352,15 @@ def _expanded(operation: Operation, values: Mapping[int, Value], samples: int) -
     ref = operation.arguments["self"]
     rows = _rows(values, ref)
     return replace(rows, axis=rows.axis + len(operation.outputs[0].shape) - len(ref.shape))
+
+
+def _repeated_rows(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
+    """``repeat``, along other axes than the samples'."""
+    ref, repeats = operation.arguments["self"], operation.arguments["repeats"]
+    rows, added = _rows(values, ref), len(repeats) - len(ref.shape)
+    if repeats[rows.axis + added] != 1:
+        return Mixed("the samples are repeated", rows.scored)
+    return replace(rows, axis=rows.axis + added)
 
 
 def _along(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
@@ -775,6 +787,7 @@ _RULES: dict[str, Rule] = {
     "renorm": _renormed,
     "copy": _copied,
     "expand": _expanded,
+    "repeat": _repeated_rows,
     "constant_pad_nd": _padded,
     "embedding": _embedded,
     "index_select": _selected,
