@@ -335,6 +335,21 @@ def test_a_row_is_not_taken_for_a_column_when_a_batch_is_as_long():
         scores_of_one_step(written, batch_of(CLASSES_OF_LOSSES))
 
 
+class ByFrequency(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Embedding(CLASSES, HIDDEN, scale_grad_by_freq=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        words = (batch[0].abs() * 10).long() % CLASSES
+        return F.cross_entropy(self.head(torch.tanh(self.body(words).mean(1))), batch[1])
+
+
+def test_an_embedding_whose_gradient_depends_on_the_whole_batch_is_refused():
+    with pytest.raises(MimicError, match="scale_grad_by_freq"):
+        fit(ByFrequency, loader(toy_data(8)), parameters="body")
+
+
 def test_two_tasks_in_a_batch_of_two_are_not_taken_for_samples():
     def tasks(logits, batch):
         return torch.stack([F.cross_entropy(logits, batch["y"]), F.mse_loss(logits, batch["real"])]).mean()
