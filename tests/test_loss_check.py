@@ -294,6 +294,62 @@ def test_time_steps_below_a_norm_over_the_batch_are_not_taken_for_samples():
         fit(TimeFirstBelowANorm, loader(toy_data(12), batch_size=FEATURES), parameters="all")
 
 
+class Shuffled(Toy):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        order = torch.randperm(len(batch[0]))
+        return F.cross_entropy(self(batch[0][order]), batch[1][order])
+
+
+class Flipped(Toy):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch[0].flip(0)), batch[1].flip(0))
+
+
+@pytest.mark.parametrize("parameters", ["head", "all"])
+@pytest.mark.parametrize("kind", [Shuffled, Flipped])
+def test_samples_in_another_order_are_not_taken_for_those_of_the_batch(kind, parameters):
+    with pytest.raises(MimicError, match="the scored rows are in another order than the samples of the batch"):
+        fit(kind, loader(toy_data(8)), parameters=parameters)
+
+
+class Mixup(Toy):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        order, (x, y) = torch.randperm(len(batch[0])), (batch[0].clone(), batch[1])
+        mixed = 0.3 * x + 0.7 * x[order]
+        x[:, 2:] = x[order, 2:]
+        logits = self(0.5 * (x + mixed))
+        return 0.3 * F.cross_entropy(logits, y) + 0.7 * F.cross_entropy(logits, y[order])
+
+
+def test_what_is_mixed_with_others_is_still_its_own():
+    fit(Mixup, loader(toy_data(8)))
+
+
+def test_a_row_is_not_taken_for_a_column_when_a_batch_is_as_long():
+    def written(p: Tensor, b: dict[str, Tensor]) -> Tensor:
+        factors = torch.zeros(len(p), CLASSES_OF_LOSSES).double()
+        factors[torch.arange(len(p))] = b["w"]
+        return (p * factors).mean()
+
+    with pytest.raises(MimicError, match="not shown to be a plain mean over samples"):
+        scores_of_one_step(written, batch_of(CLASSES_OF_LOSSES))
+
+
+class ByFrequency(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Embedding(CLASSES, HIDDEN, scale_grad_by_freq=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        words = (batch[0].abs() * 10).long() % CLASSES
+        return F.cross_entropy(self.head(torch.tanh(self.body(words).mean(1))), batch[1])
+
+
+def test_an_embedding_whose_gradient_depends_on_the_whole_batch_is_refused():
+    with pytest.raises(MimicError, match="scale_grad_by_freq"):
+        fit(ByFrequency, loader(toy_data(8)), parameters="body")
+
+
 def test_two_tasks_in_a_batch_of_two_are_not_taken_for_samples():
     def tasks(logits, batch):
         return torch.stack([F.cross_entropy(logits, batch["y"]), F.mse_loss(logits, batch["real"])]).mean()

@@ -25,10 +25,23 @@ _READS = {
     Tensor.__index__: "int()",
     Tensor.__complex__: "complex()",
     Tensor.__dlpack__: "__dlpack__()",
+    Tensor.__format__: "format()",
+    Tensor.__repr__: "repr()",
+}
+
+#: What tells how many elements were chosen by their values.
+_SIZES = {
+    Tensor.shape.__get__: "shape",  # type: ignore[attr-defined]
+    Tensor.size: "size()",
+    Tensor.numel: "numel()",
+    Tensor.nelement: "nelement()",
+    Tensor.__len__: "len()",
 }
 
 #: Ways into torch's sight, for numbers in lists.
 _FROM_LISTS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 #: Functions that are one operation here, whatever they consist of.
 _WHOLE = {F.cross_entropy: "cross_entropy", F.kl_div: "kl_div", F.one_hot: "one_hot"}
@@ -65,11 +78,28 @@ class Ref:
         token: The same for one tensor object throughout the forward pass.
         shape: At the time.
         dtype: Of its elements.
+        chosen: Its size depends on values, as that of a selection.
     """
 
     token: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A tensor that shares memory with one that was changed.
+
+    Attributes:
+        token: Of it.
+        same: It shows all elements of the changed tensor in the same places.
+        covered: Axes of it along which the changed tensor reaches everything.
+    """
+
+    token: int
+    same: bool
+    covered: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -82,19 +112,18 @@ class Operation:
         arguments: By name, defaults included; tensors as :class:`Ref`, in lists, too.
         outputs: What it returned.
         written: Tensors that it changed in place.
-        aliases: Other tensors that share memory with one that was changed, and whether they show all of its elements
-            in the same places.
+        aliases: Other tensors that share memory with one that was changed.
         pointwise: It works element by element, with broadcasting.
-        numbers: Numbers among the arguments may have been made of others: factors, bounds, places.
+        numbers: Those among the arguments that may have been made of others: factors, bounds, places.
     """
 
     name: str
     arguments: Mapping[str, Any]
     outputs: tuple[Ref, ...]
     written: tuple[Ref, ...] = ()
-    aliases: tuple[tuple[int, bool], ...] = ()
+    aliases: tuple["Alias", ...] = ()
     pointwise: bool = False
-    numbers: bool = False
+    numbers: frozenset[float] = frozenset()
 
     @property
     def inputs(self) -> list[Ref]:
@@ -123,6 +152,7 @@ class ForwardTrace:
     operations: list[Operation] = field(default_factory=list)
     nodes: dict[Node, tuple[int, int]] = field(default_factory=dict)
     _tokens: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, repr=False)
+    _chosen: set[int] = field(default_factory=set, repr=False)
     _storages: dict[int, list[tuple[TensorWeakRef, int]]] = field(default_factory=dict, repr=False)
     _count: int = 0
 
@@ -151,36 +181,54 @@ class ForwardTrace:
             if not _recording:
                 _modes.close()
 
-    def ref(self, tensor: Tensor) -> Ref:
-        """Return how a tensor is known."""
+    def ref(self, tensor: Tensor, made: bool = True) -> Ref:
+        """Return how a tensor is known.
+
+        Args:
+            tensor: Any.
+            made: It is an input or a recorded operation has made it. Another one may be a known one in disguise, such
+                as ``nn.Parameter(tensor)``.
+        """
         token = self._tokens.get(tensor)
         if token is None:
             token = self._count
             self._count += 1
             self._tokens[tensor] = token
+            others = [] if made else self.aliases([tensor])
             self._sharing(tensor).append((TensorWeakRef(tensor), token))
+            if others:
+                other = next((alias for alias in others if alias.same), others[0])
+                known, name = Ref(other.token, tuple(tensor.shape), tensor.dtype), "alias" if other.same else "of_part"
+                self.operations.append(Operation(name, {"self": known}, (self.ref(tensor),), pointwise=other.same))
         if tensor.grad_fn is not None:
             self.nodes.setdefault(tensor.grad_fn, (token, len(self.operations)))
-        return Ref(token, tuple(tensor.shape), tensor.dtype)
+        return Ref(token, tuple(tensor.shape), tensor.dtype, token in self._chosen)
 
-    def refs(self, values: Any) -> Any:
-        """Return arguments or outputs with their tensors replaced."""
+    def refs(self, values: Any, made: bool = False) -> Any:
+        """Return arguments or outputs with their tensors replaced; outputs are ``made``."""
         if isinstance(values, Tensor):
-            return self.ref(values)
+            return self.ref(values, made)
         if isinstance(values, list | tuple):
-            return [self.refs(value) for value in values]
+            return [self.refs(value, made) for value in values]
         return values
 
-    def aliases(self, changed: Iterable[Tensor]) -> tuple[tuple[int, bool], ...]:
-        """Return the tensors that share memory with changed ones, and whether all elements are in the same places."""
+    def choose(self, outputs: Any) -> None:
+        """Note that the sizes of tensors depend on values."""
+        _tensors(outputs, lambda tensor: self._chosen.add(self.ref(tensor).token) if tensor.ndim else None)
+
+    def is_chosen(self, tensor: Tensor) -> bool:
+        """Return whether the size of a tensor depends on values."""
+        return self._tokens.get(tensor) in self._chosen
+
+    def aliases(self, changed: Iterable[Tensor]) -> tuple[Alias, ...]:
+        """Return the tensors that share memory with changed ones."""
         found = []
         for tensor in changed:
             for known, token in self._sharing(tensor):
                 other = known()
                 if other is None or other is tensor or other.untyped_storage()._cdata != _storage(tensor):
                     continue  # freed, and its memory in use again
-                same = other.shape == tensor.shape and other.stride() == tensor.stride()
-                found.append((token, same and other.storage_offset() == tensor.storage_offset()))
+                found.append(Alias(token, _in_same_places(other, tensor), _covered(other, tensor)))
         return tuple(found)
 
     def _sharing(self, tensor: Tensor) -> list[tuple[TensorWeakRef, int]]:
@@ -205,7 +253,9 @@ class _Operations(TorchDispatchMode):
         outputs = func(*args, **kwargs)
         for trace, named in zip(_recording, arguments, strict=True):
             found: list[Ref] = []
-            _each([trace.refs(outputs)], found.append)
+            if kind.chooses(given) or any(ref.chosen for ref in Operation(kind.name, named, ()).inputs):
+                trace.choose(outputs)
+            _each([trace.refs(outputs, made=True)], found.append)
             written = tuple(trace.ref(tensor) for tensor in changed)
             aliases = trace.aliases(changed)
             numbers = kind.numbers(given)
@@ -220,18 +270,22 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        read: list[Tensor] = []
-        if func in _READS:
-            _tensors(args[:1], read.append)
-        elif func in _FROM_LISTS:
-            _tensors([each for each in args if isinstance(each, list | tuple)], read.append)
-        for trace in _recording:
-            by = _READS.get(func, "torch.tensor([...])")
-            trace.operations += [Operation("read", {"self": trace.ref(tensor), "by": by}, ()) for tensor in read]
+        self._note_reads(func, args)
         name = _WHOLE.get(func)
-        if name is None:
+        wrapped: list[Tensor] = []  # within torch.func.vmap and the like, of whose tensors only the parts are known
+        if name is not None:
+            _tensors([*args, *kwargs.values()], wrapped.append)
+        if name is None or any(map(torch._C._functorch.is_functorch_wrapped_tensor, wrapped)):
+            before = [len(trace.operations) for trace in _recording]
             outputs = func(*args, **kwargs)
-            for trace in _recording:
+            for trace, length in zip(_recording, before, strict=True):
+                if func is Tensor.__deepcopy__:  # by its bytes
+                    copied, made = trace.ref(args[0], made=False), (trace.ref(outputs),)
+                    trace.operations[length:] = [Operation("clone", {"self": copied}, made, pointwise=True)]
+                elif func == _SET_DATA:
+                    held, source = (trace.ref(tensor, made=False) for tensor in args)
+                    named = {"self": held, "src": source}
+                    trace.operations.append(Operation("copy", named, (), written=(held,), pointwise=True))
                 trace.operations.append(Operation("returned", {}, ()))
             return outputs
         given = _WHOLE_ARGUMENTS[name] | dict(zip(_WHOLE_ARGUMENTS[name], args, strict=False)) | kwargs
@@ -240,8 +294,28 @@ class _Calls(TorchFunctionMode):
         output = func(*args, **kwargs)
         for trace, length, named in zip(_recording, before, arguments, strict=True):
             trace.nodes = {node: at for node, at in trace.nodes.items() if at[1] <= length}
-            trace.operations[length:] = [Operation(name, named, (trace.ref(output),))]
+            smoothing = frozenset({given.get("label_smoothing", 0)}) - {0}
+            trace.operations[length:] = [Operation(name, named, (trace.ref(output),), numbers=smoothing)]
         return output
+
+    @staticmethod
+    def _note_reads(func: Callable[..., Any], args: Any) -> None:
+        read: list[Tensor] = []
+        if func in _READS or func in _SIZES:
+            _tensors(args[:1], read.append)
+        elif func in _FROM_LISTS:
+            _tensors([each for each in args if isinstance(each, list | tuple)], read.append)
+        elif func is Tensor.register_hook:
+            for trace in _recording:
+                trace.operations.append(Operation("register_hook", {"self": trace.ref(args[0], made=False)}, ()))
+        by = _READS.get(func) or _SIZES.get(func, "torch.tensor([...])")
+        for trace in _recording:
+            for tensor in read:
+                whole = func in _SIZES or not tensor.is_floating_point() or _is_whole(tensor)
+                if func not in _SIZES or trace.is_chosen(tensor):
+                    known = trace.ref(tensor, made=False)
+                    named = {"self": known, "by": by, "size": func in _SIZES, "whole": whole}
+                    trace.operations.append(Operation("read", named, ()))
 
 
 #: Operations that work element by element and that not all versions of torch declare to do so.
@@ -288,29 +362,37 @@ class _Kind:
         defaults: Of all arguments, in their order; ``None`` where there is none.
         written: Names of the arguments that it changes.
         pointwise: See :class:`Operation`.
+        counts: The size of what it returns depends on values.
     """
 
     name: str
     defaults: dict[str, Any]
     written: tuple[str, ...]
     pointwise: bool
+    counts: bool
 
-    def numbers(self, given: Mapping[str, Any]) -> bool:
-        """Whether numbers among these arguments, other than the defaults, may mean something."""
-        names = self.defaults if self.pointwise or self.name in _FILLING else _MEANINGFUL & self.defaults.keys()
-        for name in names:
-            value = given[name]
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if number and name not in _SETTINGS and value != self.defaults[name] and value not in _TRIVIAL:
-                return True
-        return False
+    def numbers(self, given: Mapping[str, Any]) -> frozenset[float]:
+        """Return the numbers among these arguments, other than the defaults, that may mean something."""
+        names = self.defaults.keys() if self.pointwise or self.name in _FILLING else _MEANINGFUL & self.defaults.keys()
+        found: set[float] = set()
+        for name in names - _SETTINGS:
+            values = given[name] if isinstance(given[name], list | tuple) else [given[name]]
+            numbers = {v for v in values if isinstance(v, int | float) and not isinstance(v, bool)}
+            found |= numbers if given[name] != self.defaults[name] else set()
+        return frozenset(found - _TRIVIAL)
+
+    def chooses(self, given: Mapping[str, Any]) -> bool:
+        """Whether values among these arguments decide how many elements are returned."""
+        if self.name != "index":
+            return self.counts
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in given["indices"])
 
 
 # Arguments that are numbers; those of the first kind may be factors and places, those of the second never are.
-_MEANINGFUL = frozenset({"value", "alpha", "beta", "delta", "margin", "index", "start", "end"})
-_SETTINGS = frozenset({"dim", "dtype", "exponent", "layout", "memory_format", "size"})
+_MEANINGFUL = frozenset({"value", "alpha", "beta", "delta", "margin", "index", "start", "end", "k", "pad"})
+_SETTINGS = frozenset({"dim", "dtype", "layout", "memory_format", "size"})
 _FILLING = frozenset({"full", "full_like", "new_full", "fill", "scalar_tensor", "arange"})
-_TRIVIAL = (0, 1, -1, 2, 2**63 - 1)
+_TRIVIAL = frozenset({0, 2**63 - 1})
 
 
 @cache
@@ -327,11 +409,35 @@ def _kind(func: Any) -> _Kind:
         defaults={a.name: a.default_value if a.has_default_value() else None for a in schema.arguments},
         written=tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write),
         pointwise=name in _POINTWISE or declared,
+        counts=torch.Tag.dynamic_output_shape in func.tags,
     )
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:  # sparse, or within a transformation like torch.func.vmap
+        return id(tensor)
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a number is an integer, before it is read anyway."""
+    return tensor.numel() == 1 and float(tensor.item()).is_integer()
+
+
+def _in_same_places(one: Tensor, other: Tensor) -> bool:
+    places = [(tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype) for tensor in (one, other)]
+    return places[0] == places[1]
+
+
+def _covered(tensor: Tensor, part: Tensor) -> frozenset[int]:
+    """Return the axes of a tensor along which a part of its memory reaches everything."""
+    start = part.storage_offset() - tensor.storage_offset()
+    if start < 0 or part.dtype != tensor.dtype or not tensor.is_contiguous():
+        return frozenset()
+    spans = set(zip(part.shape, part.stride(), strict=True))
+    axes = enumerate(zip(tensor.shape, tensor.stride(), strict=True))
+    return frozenset(axis for axis, (size, step) in axes if (size, step) in spans and start // step % size == 0)
 
 
 def _each(values: Iterable[Any], take: Callable[[Ref], None]) -> None:

@@ -1,6 +1,7 @@
 """Proof that a loss is the plain mean of its samples' losses, from the data flow between scored rows and loss."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from lightning_mimic.gradients.row_rules import divisor_over, outputs_of
 from lightning_mimic.gradients.sample_rows import Constant, Mixed, Rows, Total, Value, is_scored
 
 _MEAN = 1  # torch's code for a loss's reduction
+
+#: Numbers that people write, and that no real number that was read is by chance.
+_WRITTEN = frozenset({-1, 1, 2})
 
 
 class DataFlow:
@@ -42,8 +46,9 @@ class DataFlow:
     def __init__(self, trace: ForwardTrace, rows: Node) -> None:
         self._trace = trace
         self._rows = rows
-        #: The batch's own tensors show that the samples lie on another axis of the scored rows.
-        self.misplaced = False
+        #: How the batch's own tensors show that the scored rows are not the samples', as a phrase.
+        self.misplaced: str | None = None
+        self._hooked: set[int] = set()
         self._values: dict[int, Value] = {ref.token: _of_batch(ref, trace.samples) for ref in trace.batch}
         self._values |= dict.fromkeys(trace.constants, Constant())
         self._follow_all()
@@ -58,10 +63,12 @@ class DataFlow:
         Args:
             loss: Of the traced forward pass.
         """
-        if self.misplaced:
-            return "the samples do not lie on the first axis of the scored rows"
+        if self.misplaced is not None:
+            return self.misplaced
         found = self._values.get(self._trace.ref(loss).token)
         if isinstance(found, Total) and found.mean:
+            if any(is_scored(self._values[token]) for token in self._hooked):
+                return "a hook on a tensor (`register_hook`) may change the gradient"
             custom = [kind_of(node) for node in between(grad_fn_of(loss), self._rows) if _is_custom(node)]
             return f"the gradients of `{custom[0]}` are made by code of its own" if custom else None
         if isinstance(found, Total):
@@ -92,6 +99,7 @@ class DataFlow:
     def _follow_all(self) -> None:
         token, since = self._trace.nodes[self._rows]
         read: str | None = None  # by Python, which may use the number anywhere later
+        whole = False  # one of the numbers that were read is an integer
         within: str | None = None  # by torch, for an argument of the call from Python that goes on
         for place, operation in enumerate(self._trace.operations):
             for ref in operation.inputs:
@@ -101,18 +109,24 @@ class DataFlow:
                     self._begin(ref)
             match operation.name:
                 case "read":
-                    read = self._reads(operation, f"by `{operation.arguments['by']}`") or read
+                    found = self._reads(operation, f"by `{operation.arguments['by']}`")
+                    read = found or read
+                    whole |= found is not None and operation.arguments["whole"]
+                case "register_hook":
+                    self._hooked.add(operation.inputs[0].token)
                 case "_local_scalar_dense":
                     within = self._reads(operation, "in place of a number") or within
                 case "returned":
                     within = None
                 case _:
-                    self._follow(operation, within or (read if operation.numbers else None))
+                    entered = operation.numbers if whole else operation.numbers - _WRITTEN
+                    self._follow(operation, within or (read if entered else None))
 
     def _reads(self, operation: Operation, how: str) -> str | None:
         """Return that an operation reads a number from the batch, as a phrase; truth values are not numbers."""
         source = operation.arguments["self"]
-        if isinstance(self._values[source.token], Constant) or source.dtype == torch.bool:
+        truth = source.dtype == torch.bool and not operation.arguments.get("size", False)
+        if isinstance(self._values[source.token], Constant) or truth:
             return None
         return f"a number was read from the batch {how} and may have entered it"
 
@@ -120,7 +134,9 @@ class DataFlow:
         """Take a tensor for the scored rows."""
         rows, known = Rows(0, inner=max(ref.shape[0] // self._trace.samples, 1), scored=True), self._values[ref.token]
         if isinstance(known, Rows) and (known.axis, known.inner) != (rows.axis, rows.inner):
-            self.misplaced = True
+            self.misplaced = "the samples do not lie on the first axis of the scored rows"
+        elif isinstance(known, Rows) and known.moved:
+            self.misplaced = "the scored rows are in another order than the samples of the batch"
         self._values[ref.token] = rows
 
     def _follow(self, operation: Operation, read: str | None) -> None:
@@ -131,17 +147,36 @@ class DataFlow:
         for ref, value in zip((*operation.outputs, *operation.written), outputs, strict=True):
             values[ref.token] = value
         after = [values[ref.token] for ref in operation.written]
-        if not after or (before == after and not isinstance(after[0], Mixed)):
+        if not after or (before == after and isinstance(after[0], Rows)):
             return
-        for token, same in operation.aliases:
-            scored = is_scored(after[0]) or is_scored(values.get(token, Constant()))
-            values[token] = after[0] if same else Mixed(f"`{operation.name}` changed a part of it in place", scored)
+        for alias in operation.aliases:
+            known = values.get(alias.token, Constant())
+            values[alias.token] = after[0] if alias.same else _changed(known, after[0], alias.covered, operation.name)
 
 
 def _of_batch(ref: Ref, samples: int) -> Value:
     if ref.shape[:1] == (samples,):
         return Rows(0)
     return Mixed(f"the batch holds a tensor of shape {ref.shape}, not a row for each of {samples} samples")
+
+
+def _changed(known: Value, part: Value, covered: frozenset[int], name: str) -> Value:
+    """Return the value of a tensor of which a part was changed in place, and what that part is now.
+
+    Args:
+        known: Its value before.
+        part: The value of what was changed.
+        covered: Its axes along which the part reaches everything.
+        name: Of the operation.
+    """
+    if isinstance(known, Rows) and isinstance(part, Rows) and replace(part, moved=known.moved) == known:
+        return known  # cut and mixed with others' rows
+    if isinstance(known, Rows) and isinstance(part, Constant) and part.exchangeable and known.axis in covered:
+        return known
+    if isinstance(known, Constant) and isinstance(part, Constant):
+        kept = covered if known.exchangeable else covered & known.repeated
+        return Constant(repeated=kept if part.exchangeable else frozenset())
+    return Mixed(f"`{name}` changed a part of it in place", is_scored(known) or is_scored(part))
 
 
 def between(root: Node, rows: Node) -> list[Node]:

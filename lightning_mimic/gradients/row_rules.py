@@ -47,6 +47,8 @@ def outputs_of(operation: Operation, values: Mapping[int, Value], samples: int, 
 def _makes_constants(operation: Operation, values: Mapping[int, Value]) -> bool:
     """Whether the outputs hold nothing of the inputs but their shape."""
     name = operation.name
+    if any(ref.chosen for ref in operation.inputs):
+        return False  # which tells how many there are
     if not (name in _FILLED or name.removesuffix("_like") in _FILLED or name.removeprefix("new_") in _FILLED):
         return False
     filling = [ref for argument, ref in operation.arguments.items() if isinstance(ref, Ref) and argument != "self"]
@@ -277,9 +279,10 @@ def _ctc(operation: Operation, values: Mapping[int, Value], samples: int) -> Val
     arguments = operation.arguments
     logits = values[arguments["log_probs"].token]
     others = [arguments[name] for name in ("targets", "input_lengths", "target_lengths")]
-    refs = [ref for ref in others if isinstance(ref, Ref)]
+    refs = [ref for ref in others if isinstance(ref, Ref) and ref.shape[:1] == (samples,)]
     fits = isinstance(logits, Rows) and (logits.axis, logits.inner) == (1, 1) and len(refs) == len(others)
-    if not fits or any(values[ref.token] != Rows(0) or ref.shape[0] != samples for ref in refs):
+    known = [values[ref.token] for ref in refs]
+    if not fits or any(not _first(v) and not (isinstance(v, Constant) and v.exchangeable) for v in known):
         return _mixed(operation, values, "lengths and targets of `ctc_loss` are not rows of the batch")
     return [Rows(0, 1, is_scored(logits)), Mixed("kept for the reverse pass", is_scored(logits))]
 
@@ -304,12 +307,20 @@ def _pointwise(operation: Operation, values: Mapping[int, Value], samples: int) 
     for ref in operation.inputs:
         if _tells_apart(values[ref.token], ref, axis - len(shape) + len(ref.shape)):
             return Mixed(_FOREIGN, scored)
-    return Rows(axis, inner, scored)
+    return Rows(axis, inner, scored, _moved(operation.inputs, values))
+
+
+def _moved(refs: Sequence[Ref], values: Mapping[int, Value]) -> bool:
+    """Whether all rows come in another order; what is mixed with others' rows, as in mixup, belongs to its own."""
+    rows = [value for ref in refs if isinstance(value := values[ref.token], Rows)]
+    return all(value.moved for value in rows)
 
 
 def _copied(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
     """``copy_``: what it held before does not matter."""
-    return _pointwise(replace(operation, arguments={"src": operation.arguments["src"]}), values, samples)
+    source = replace(operation, arguments={"src": operation.arguments["src"]})
+    own = [values[ref.token] for ref in source.inputs]
+    return _constant(source, own) if isinstance(own[0], Constant) else _pointwise(source, values, samples)
 
 
 # Views
@@ -343,6 +354,15 @@ def _expanded(operation: Operation, values: Mapping[int, Value], samples: int) -
     return replace(rows, axis=rows.axis + len(operation.outputs[0].shape) - len(ref.shape))
 
 
+def _repeated_rows(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
+    """``repeat``, along other axes than the samples'."""
+    ref, repeats = operation.arguments["self"], operation.arguments["repeats"]
+    rows, added = _rows(values, ref), len(repeats) - len(ref.shape)
+    if repeats[rows.axis + added] != 1:
+        return Mixed("the samples are repeated", rows.scored)
+    return replace(rows, axis=rows.axis + added)
+
+
 def _along(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
     """What works along one axis, and keeps it."""
     ref = operation.arguments.get("self", operation.arguments.get("input"))
@@ -352,6 +372,13 @@ def _along(operation: Operation, values: Mapping[int, Value], samples: int) -> V
     ):
         return Mixed(f"`{operation.name}` along the batch", rows.scored)
     return rows
+
+
+def _renormed(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
+    """Each slice along one axis is scaled by its own norm."""
+    ref = operation.arguments["self"]
+    rows = _rows(values, ref)
+    return rows if rows.axis in _axes(operation.arguments["dim"], len(ref.shape)) else Mixed("`renorm` over the batch")
 
 
 def _sliced(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
@@ -372,7 +399,7 @@ def _reordered(operation: Operation, values: Mapping[int, Value], samples: int) 
         return rows
     if rows.scored or rows.inner != 1 or ref.shape[rows.axis] != samples:
         return Mixed("the samples' rows are put in another order", rows.scored)
-    return rows
+    return replace(rows, moved=True)
 
 
 def _joined(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
@@ -390,7 +417,7 @@ def _joined(operation: Operation, values: Mapping[int, Value], samples: int) -> 
         return Mixed("something is joined to the batch", scored)
     if any(_tells_apart(values[ref.token], ref, axis) for ref in refs):
         return Mixed(_FOREIGN, scored)
-    return Rows(axis + (stacks and dim <= axis), inner, scored)
+    return Rows(axis + (stacks and dim <= axis), inner, scored, _moved(refs, values))
 
 
 def _padded(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
@@ -418,7 +445,7 @@ def _gathered(operation: Operation, values: Mapping[int, Value], samples: int) -
         return Mixed(_FOREIGN, scored)
     if any(ref.shape[axis] != arguments["self"].shape[axis] for ref in refs):
         return Mixed("only some of the samples are taken", scored)
-    return Rows(axis, inner, scored)
+    return Rows(axis, inner, scored, _moved(refs, values))
 
 
 def _one_hot(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
@@ -453,7 +480,7 @@ def _chosen(rows: Rows, ref: Ref, dim: int, index: Ref, samples: int) -> Value:
     order = index.shape == (samples,) and index.dtype != torch.bool
     if rows.scored or rows.inner != 1 or ref.shape[dim] != samples or not order:
         return Mixed("the samples' rows are put in another order, or only some are taken", rows.scored)
-    return rows  # as the targets of mixed samples are
+    return replace(rows, moved=True)  # as the targets of mixed samples are
 
 
 def _indexed(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
@@ -477,9 +504,9 @@ def _indexed(operation: Operation, values: Mapping[int, Value], samples: int) ->
     counting = indices[0] is not None and isinstance(found[0], Constant) and found[0].counts
     if rows.axis == 0 and rows.inner == 1 and counting and indices[0].shape == (samples,) == ref.shape[:1]:
         # tensor[arange(B), classes]: in every row an element of its own.
-        own = all(v == Rows(0, 1, is_scored(v)) or (isinstance(v, Constant) and v.exchangeable) for v in found[1:])
+        own = all(_first(v) or (isinstance(v, Constant) and v.exchangeable) for v in found[1:])
         together = all(index is not None and index.shape in ((samples,), ()) for index in indices)
-        if own and together and not _written(operation, values):
+        if own and together and not _tells_apart(table, ref, 0) and not _written(operation, values):
             return Rows(0, 1, scored)
         return Mixed("samples are chosen by values of the batch", scored)
     if not isinstance(table, Rows) or writes or len(given) != 1 or not isinstance(found[0], Constant):
@@ -490,13 +517,19 @@ def _indexed(operation: Operation, values: Mapping[int, Value], samples: int) ->
     return _chosen(rows, ref, dim, given[0], samples)
 
 
+def _first(value: Value) -> bool:
+    """Whether it has a row for each sample on its first axis."""
+    return isinstance(value, Rows) and (value.axis, value.inner) == (0, 1)
+
+
 def _written(operation: Operation, values: Mapping[int, Value]) -> bool:
     """Whether what is written by ``index_put`` is anything but one number or a row for each sample."""
     ref = operation.arguments.get("values")
     if not isinstance(ref, Ref) or (prod(ref.shape) == 1 and isinstance(values[ref.token], Constant)):
         return False
-    value = values[ref.token]
-    return not (isinstance(value, Rows) and (value.axis, value.inner) == (0, 1))
+    # One axis of the indices, and those that were not indexed: with fewer axes it would be broadcast along the first.
+    ndim = 1 + len(operation.arguments["self"].shape) - len(operation.arguments["indices"])
+    return not (_first(values[ref.token]) and len(ref.shape) == ndim)
 
 
 def _masked_write(operation: Operation, values: Mapping[int, Value], scored: bool) -> Value:
@@ -722,7 +755,6 @@ _RULES: dict[str, Rule] = {
             "argsort",
             "kthvalue",
             "glu",
-            "renorm",
         ],
         _along,
     ),
@@ -752,8 +784,10 @@ _RULES: dict[str, Rule] = {
     "one_hot": _one_hot,
     "kl_div": _kl_div,
     "_ctc_loss": _ctc,
+    "renorm": _renormed,
     "copy": _copied,
     "expand": _expanded,
+    "repeat": _repeated_rows,
     "constant_pad_nd": _padded,
     "embedding": _embedded,
     "index_select": _selected,

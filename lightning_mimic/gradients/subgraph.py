@@ -276,6 +276,8 @@ def _not_twice(node: Any) -> str | None:
     kind = kind_of(node)
     if normalises_batch(node):
         return "used below a batch normalisation in training mode, under which it has no row per sample"
+    if getattr(node, "_saved_scale_grad_by_freq", False):
+        return "looked up with `scale_grad_by_freq`, which divides its gradient by how often the batch has each row"
     for once, fix in _ONCE.items():
         if kind.startswith(once):
             return f"used below {kind}, which cannot be differentiated twice; {fix}"

@@ -108,7 +108,7 @@ class Forward:
             if objection is None:
                 return [cut for cut in cuts if flow.has_rows(cut.node)]
             reason = objection
-            if not flow.misplaced:
+            if flow.misplaced is None:
                 break  # a cut above it would hide what was found here
         raise MimicError(NOT_PLAIN.format(reason))
 

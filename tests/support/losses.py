@@ -1,5 +1,6 @@
 """Losses as people write them: of scores over classes and a batch, to a scalar."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -109,6 +110,19 @@ def one_hot(batch: dict[str, Tensor]) -> Tensor:
     return torch.zeros(len(batch["y"]), CLASSES).double().scatter_(1, batch["y"][:, None], 1.0)
 
 
+def ctc(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    steps, lengths = logits.log_softmax(1).expand(6, -1, -1), torch.full((len(logits),), 6)
+    return F.ctc_loss(steps, batch["y"][:, None].clamp(min=1), lengths, torch.ones_like(lengths))
+
+
+def with_class_zeroed(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    logits, factors = logits.clone(), torch.ones_like(logits)
+    logits[:, 0] = 0
+    logits[:, 1] = torch.ones(len(logits)).double()
+    factors[:, 3:] = 0.5
+    return F.mse_loss(logits * factors, batch["real"])
+
+
 PER_CLASS = torch.linspace(0.5, 2.0, CLASSES).double()
 
 #: Plain means of the samples' own losses: all of these are to be scored.
@@ -188,6 +202,12 @@ PLAIN: dict[str, Loss] = {
     "some of the classes": lambda p, b: F.mse_loss(
         p[:, torch.tensor([True, True, False, True, False])], b["real"][:, [0, 1, 3]]
     ),
+    "ctc": ctc,
+    "repeated classes": lambda p, b: F.mse_loss(p.repeat(3, 1, 2), b["real"].repeat(1, 2).expand(3, -1, -1)),
+    "a copy": lambda p, b: F.mse_loss(p, copy.deepcopy(b["real"])) + F.mse_loss(p, b["real"]),
+    "written classes": with_class_zeroed,
+    "of each by vmap": lambda p, b: torch.func.vmap(F.cross_entropy)(p, b["y"]).mean(),
+    "targets of bounded norm": lambda p, b: F.mse_loss(p, b["real"].renorm(2, 0, 0.5)),
     "other classes": lambda p, b: F.mse_loss(p[:, torch.tensor([1, 0, 1])], b["real"].index_select(1, torch.arange(3))),
     "two views in one batch": lambda p, b: F.cross_entropy(
         torch.cat([p, 2 * p]), torch.cat([b["y"], b["z"]]), label_smoothing=0.1
@@ -230,6 +250,30 @@ def correlation(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return 1 - (one * other).sum() / (one.norm() * other.norm())
 
 
+def by_halves(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    factors = torch.ones(len(logits)).double()
+    factors[: len(logits) // 2] = 0.1
+    return (each(logits, batch) * factors).mean()
+
+
+def in_a_table(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    factors = torch.linspace(0, 1, logits.numel()).double().reshape(logits.shape)
+    factors[torch.arange(len(logits)), batch["y"]] = 0
+    return (logits * factors).mean()
+
+
+def replaced(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    factors = torch.ones_like(batch["w"])
+    factors.data = batch["w"] / batch["w"].sum()
+    return (each(logits, batch) * factors).mean()
+
+
+def hooked(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    logits = logits * 1.0
+    logits.register_hook(lambda gradient: gradient / gradient.norm())
+    return F.cross_entropy(logits, batch["y"])
+
+
 def by_numbers(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
     import numpy as np
 
@@ -255,6 +299,21 @@ COUPLED: dict[str, Loss] = {
     "weighted mean": lambda p, b: (each(p, b) * b["w"]).sum() / b["w"].sum(),
     "weights that sum to B": lambda p, b: (each(p, b) * (b["w"] / b["w"].mean())).mean(),
     "a normaliser that was read": lambda p, b: (each(p, b) * b["w"]).sum() / b["w"].sum().item(),
+    "a number of samples that was read": lambda p, b: each(p, b).mean() / int((b["y"] == b["y"]).sum()),
+    "an integer that people write, too": lambda p, b: each(p, b).mean() / min(2, int((b["y"] == b["y"]).sum())),
+    "a number of classes that was read": lambda p, b: p.topk(int(b["y"].max()) + 1)[0].mean(),
+    "padded as far as was read": lambda p, b: F.pad(p, (0, int(b["y"].max()) + 1)).mean(),
+    "smoothing that was read": lambda p, b: F.cross_entropy(p, b["y"], label_smoothing=b["w"].mean().item() / 3),
+    "a power that was read": lambda p, b: (focal(p, b) ** b["w"].mean().item() * each(p, b)).mean(),
+    "a normaliser read as a text": lambda p, b: each(p, b).mean() / float(f"{b['w'].sum():.4f}"),
+    "a length of a selection": lambda p, b: each(p, b).mean() / (len(b["y"][b["w"] > 0.3]) + 0.5),
+    "a shape of a selection": lambda p, b: each(p, b).mean() / ((b["w"] > 0.3).nonzero().shape[0] + 0.5),
+    "a number of values": lambda p, b: each(p, b).mean() / b["y"].unique().numel(),
+    "ones for a selection": lambda p, b: each(p, b).mean() / (torch.ones_like(b["w"][b["w"] > 0.3]).sum() + 0.5),
+    "a parameter that was a tensor": lambda p, b: each(p, b).mean() / nn.Parameter(b["w"]).detach().sum(),
+    "a copy's sum": lambda p, b: each(p, b).mean() / copy.deepcopy(b["w"]).sum(),
+    "data that was replaced": replaced,
+    "a hook": hooked,
     "a normaliser by numpy": by_numbers,
     "a normaliser read as a list": lambda p, b: each(p, b).mean() / sum(b["w"].tolist()),
     "masked mean": lambda p, b: ((p - b["real"]).square() * b["mask"]).sum() / b["mask"].sum(),
@@ -288,6 +347,12 @@ COUPLED: dict[str, Loss] = {
     "the first sample": lambda p, b: p[0].square().mean(),
     "rolled": lambda p, b: (p * p.roll(1, 0)).mean(),
     "flipped": lambda p, b: (p * p.flip(0)).mean(),
+    "halves": by_halves,
+    "written into a table": in_a_table,
+    "normaliser by vmap": lambda p, b: (
+        F.mse_loss(p, b["real"]) / torch.func.vmap(F.cross_entropy)(p.detach(), b["y"]).sum()
+    ),
+    "targets of bounded norm in the batch": lambda p, b: F.mse_loss(p, b["real"].renorm(2, 1, 0.5)),
     "positions": lambda p, b: (each(p, b) * torch.arange(1, len(p) + 1)).mean(),
     "broadcast by mistake": lambda p, b: (p[:, :1] - b["w"]).square().mean(),
     "a product of means": lambda p, b: p.mean() * each(p, b).mean(),
