@@ -45,7 +45,7 @@ class ModelHooks:
         self._parameters = dict(parameters)
         self._batch_axis: dict[str, int] = {}
         self.layers: list[LayerHooks] = []
-        names = {id(parameter): name for name, parameter in parameters.items()}
+        names = {id(module.get_parameter(name)): name for name in parameters}
         for path, layer in module.named_modules():
             own = {part: names[id(p)] for part, p in layer.named_parameters(recurse=False) if id(p) in names}
             if isinstance(layer, nn.MultiheadAttention):
@@ -202,7 +202,8 @@ class WholeModelGradients(DotOnly):
                 elif rows is None or not bool((rows[own].abs() > 0).any()):
                     self.conclusive = False
 
-        for own in {0, self._samples - 1}:
+        # Two passes of one sample, too: those of a sharded model gather its weights, on all ranks as often.
+        for own in (0, self._samples - 1):
             with one_sample(self._losses, edge, own, self._samples) as seed:
                 self._visit(seed, partial(look, own))
         return list(dict.fromkeys(found))

@@ -10,7 +10,7 @@ from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.gradients import WholeModelGradients
 from lightning_mimic.reweighting.forward import Forward
-from lightning_mimic.reweighting.messages import COMPILED
+from lightning_mimic.reweighting.messages import COMPILED, SHARDED
 from lightning_mimic.reweighting.methods import (
     DoubleBackward,
     InBackward,
@@ -79,6 +79,11 @@ def _choose(task: ScoringTask, forward: Forward, previous: Choice | None) -> Cho
     method: InBackward | ReversePass
     if only_call(task, forward) is not None:
         method = InBackward(task)
+    elif task.whole:
+        refusal = MimicError(SHARDED)
+        if forward.losses is None:
+            raise refusal
+        return _double(task, forward, refusal)
     else:
         # The same object as before knows that it has seen all parameters once.
         known = None if previous is None else previous.method

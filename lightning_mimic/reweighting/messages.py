@@ -47,3 +47,10 @@ COMPILED_TWICE = (
     "`parameters`: scoring these takes a second reverse pass, which torch.compile leaves no room for. Name the last "
     "layer alone, or do not compile the module."
 )
+
+SHARDED = (
+    "`parameters`: the model is sharded (`fully_shard`), and these are not the one last layer that is scored within "
+    "the backward pass: several layers, a layer that is called several times, or one that the loss reaches other "
+    "parameters around. Name the last layer alone, or give the module a method `sample_losses(batch)` that returns one "
+    "loss per sample, from which any parameter can be scored."
+)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -31,6 +32,7 @@ from lightning_mimic.reweighting.messages import COMPILED_TWICE, HOOKED
 from lightning_mimic.reweighting.products import GradientProducts, layer_products
 from lightning_mimic.reweighting.weigh import StepResult
 from lightning_mimic.scorers import NEEDS, Need
+from lightning_mimic.sharding import unshard
 
 #: What the weights must reach: all trainable parameters, all that some tensor with a row per sample leads to, or the
 #: target parameters only.
@@ -49,7 +51,8 @@ class ScoringTask:
     Attributes:
         module: The module that is trained.
         hooks: On the layers that own target parameters.
-        targets: The target parameters by name; empty for a scorer that needs no gradient.
+        targets: The target parameters by name, as the graph knows them; empty for a scorer that needs no gradient.
+        whole: Of a sharded module the parameters as the graph knows them, by name.
         needs: The products that scorer and weighting need.
         reach: What the weights must reach.
     """
@@ -57,6 +60,7 @@ class ScoringTask:
     module: nn.Module
     hooks: ModelHooks
     targets: dict[str, nn.Parameter]
+    whole: dict[str, nn.Parameter]
     needs: frozenset[Need]
     reach: Reach
     hooked: list[str] = field(init=False)
@@ -333,7 +337,8 @@ class DoubleBackward(ScoringMethod):
 
     def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> None:
         """Differentiate, weigh, and let the weights enter at the losses."""
-        dots = LossGradients(forward.root, self._task.targets).dot(step.direction)
+        again = partial(unshard, self._task.module)
+        dots = LossGradients(forward.root, self._task.targets, between=again).dot(step.direction)
         if forward.of_all_ranks:
             # Every rank holds its own part of each sample's gradient.
             dots = distributed.sum_over_ranks(dots)[forward.own]
@@ -404,7 +409,8 @@ def refuse_uncovered(task: ScoringTask, forward: Forward, edge: GradientEdge) ->
     """Raise ``MimicError`` if the weights must reach all trainable parameters and do not."""
     if task.reach != "all":
         return
-    names = uncovered_parameters(grad_fn_of(forward.loss), edge.node, dict(task.module.named_parameters()))
+    parameters = dict(task.module.named_parameters()) | task.whole
+    names = uncovered_parameters(grad_fn_of(forward.loss), edge.node, parameters)
     if names:
         raise MimicError(
             f"the loss reaches {len(names)} trainable parameters around the tensor that is weighted (the output of "
