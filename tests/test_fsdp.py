@@ -11,7 +11,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from lightning_mimic import Aligned, GradMimic, Ledger, Reweighter, WithIds, collate_with_ids
-from lightning_mimic.scorers import GradNorm, Influence, RhoLoss
+from lightning_mimic.gradients import select_parameters
+from lightning_mimic.reference import diagnose, weight_similarity
+from lightning_mimic.scorers import GradNorm, Influence, RhoLoss, Uniform
 from support.ranks import WORLD, on_two_ranks, two
 from support.toys import FEATURES, HIDDEN, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
@@ -61,6 +63,13 @@ CASES: dict[str, tuple[type[Toy], tuple[int, int], str, dict[str, Any], int]] = 
     "all, accumulated": (Deep, EVEN, "resharded", {"parameters": "all"}, 3),
     "all, mixed": (PairwiseCentred, EVEN, "layers", {"parameters": "all"}, 1),
     "last layer, mixed": (PairwiseCentred, EVEN, "resharded", {}, 1),
+    "no gradient": (
+        WithLosses,
+        UNEVEN,
+        "layers",
+        {"reference": toy(WithLosses, seed=1), "parameters": None, "scorer": RhoLoss()},
+        1,
+    ),
 }
 
 
@@ -81,6 +90,7 @@ FITS: dict[str, tuple[type[Toy], dict[str, Any], dict[str, Any]]] = {
     "all": (ShardedDeep, {"parameters": "all"}, {}),
     "accumulated": (Sharded, {}, {"accumulate_grad_batches": 2}),
     "clipped": (Sharded, {"reweight": "none"}, {"gradient_clip_val": 0.1}),
+    "resumed": (ShardedDeep, {}, {}),
 }
 PLAIN = {Sharded: Toy, ShardedDeep: Deep}
 
@@ -138,12 +148,11 @@ def mine(rank: int, rows: tuple[int, int]) -> list[list[int]]:
 
 def refused(rank: int, folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     reference = parameters_of(toy(seed=REFERENCE))
     mesh = init_device_mesh("cpu", (WORLD,))
-    deep = parameters_of(toy(Deep, seed=REFERENCE))
     across = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("replicate", "shard"))
     columns = parallelize_module(toy(), mesh, {"head": ColwiseParallel()})
 
@@ -164,6 +173,8 @@ def refused(rank: int, folder: Path) -> None:
         "two meshes": lambda: Reweighter(fully_shard(toy(), mesh=across), reference, "head"),
         "tensor parallel": lambda: Reweighter(columns, reference, "head"),
         "several layers": lambda: step(shard(toy(), "root"), reference, "all"),
+        "no gradient": lambda: Reweighter(shard(toy(), "root"), scorer=Uniform()),
+        "diagnose": lambda: diagnose(shard(toy(WithLosses), "root"), reference, []),
         "one rank's reference": lambda: Reweighter(shard(toy(), "root"), {} if rank else reference, "head"),
     }
     for name, attempt in attempts.items():
@@ -188,13 +199,26 @@ def on_rank(rank: int, folder: Path) -> None:
         batches = torch.utils.data.DataLoader(
             WithIds(data), batch_sampler=mine(rank, EVEN), collate_fn=collate_with_ids
         )
-        strategy = ModelParallelStrategy(
-            data_parallel_size=WORLD, tensor_parallel_size=1, process_group_backend="gloo"
-        )
+        path = folder / "checkpoint" if case == "resumed" else None
+        if path is not None:
+            first = trainer(callback_of(kind, options, folder / "two" / case), **on_two())
+            first.fit(toy(kind), batches)
+            first.save_checkpoint(path)
         callback = callback_of(kind, options, folder / "two" / case)
-        trainer(callback, epochs=2, strategy=strategy, **two(), **of_trainer).fit(module, batches)
+        trainer(callback, epochs=2, **on_two(), **of_trainer).fit(module, batches, ckpt_path=path)
         torch.save(whole(module), folder / f"fit-{case}-{rank}.pt")
     refused(rank, folder)
+    torch.save(similarity(shard(toy(Deep), "layers")), folder / f"similarity-{rank}.pt")
+
+
+def similarity(module: nn.Module) -> dict[str, Any]:
+    reference = parameters_of(toy(Deep, seed=REFERENCE))
+    return weight_similarity(module, reference, select_parameters(module, "head"), reference)
+
+
+def on_two() -> dict[str, Any]:
+    strategy = ModelParallelStrategy(data_parallel_size=WORLD, tensor_parallel_size=1, process_group_backend="gloo")
+    return {"strategy": strategy, **two()}
 
 
 def callback_of(kind: type[Toy], options: dict[str, Any], ledger: Path) -> GradMimic:
@@ -238,6 +262,12 @@ def test_a_fit_under_model_parallel_strategy_equals_one_of_the_whole_model(case,
         torch.testing.assert_close(*pair, rtol=1e-6, atol=1e-6)
 
 
+def test_the_weights_of_a_sharded_model_are_compared_as_a_whole(folder):
+    for rank in range(WORLD):
+        found = torch.load(folder / f"similarity-{rank}.pt")
+        torch.testing.assert_close(found, similarity(toy(Deep)), rtol=1e-9, atol=1e-9)
+
+
 REFUSALS = {
     "target": r"sharded \(`fully_shard`\). `reweight='target'` adds .* 'all' or 'none', or train under Distributed",
     "aligned": "An aligned reference is fitted from whole layers; give one",
@@ -248,6 +278,8 @@ REFUSALS = {
     "two meshes": r"sharded by fully_shard over a mesh of shape \(1, 2\); .*one dimension over all ranks",
     "tensor parallel": r"'head.weight' is sharded by tensor parallelism over a mesh of shape \(2,\)",
     "several layers": r"not the one last layer .* or give the module a method `sample_losses\(batch\)`",
+    "no gradient": "Uniform needs no layer, so give the module a method `sample_losses",
+    "diagnose": "FSDPWithLosses is sharded .* diagnose before it is sharded",
     "one rank's reference": "no named tensors",
 }
 

@@ -32,7 +32,7 @@ class LossGradients(DotOnly):
     """
 
     def __init__(
-        self, losses: Tensor, parameters: Mapping[str, nn.Parameter], *, between: Callable[[], object] = bool
+        self, losses: Tensor, parameters: Mapping[str, nn.Parameter], *, between: Callable[[], object] = lambda: None
     ) -> None:
         self._losses = losses
         self._parameters = dict(parameters)

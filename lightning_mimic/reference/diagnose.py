@@ -19,7 +19,7 @@ from lightning_mimic.reference.diagnosis import Diagnosis, Estimate
 from lightning_mimic.reference.match import aliases_of, match_reference
 from lightning_mimic.reference.model import reference_model
 from lightning_mimic.reference.read import ReferenceSource, read_reference
-from lightning_mimic.sharding import full_tensor
+from lightning_mimic.sharding import full_tensor, sharded_modules
 
 #: Enough for a verdict where six labels in ten are wrong.
 SAMPLES = 512
@@ -69,6 +69,11 @@ def diagnose(
         raise MimicError(
             f"diagnose() needs the loss of every sample: give {type(module).__name__} a method `sample_losses(batch)` "
             "that returns one loss per sample. GradMimic looks at a reference without it, too, in the first steps."
+        )
+    if sharded_modules(module):
+        raise MimicError(
+            f"diagnose() works on a copy of the module, and {type(module).__name__} is sharded (`fully_shard`); diagnose "
+            "before it is sharded."
         )
     targets = select_parameters(module, parameters)
     tensors = read_reference(reference)

@@ -75,18 +75,34 @@ def check_needs(scorer: Scorer, needs: frozenset[Need], module: nn.Module, targe
 
 
 def check_sharded(
-    scorer: Scorer, reference: ReferenceSource | Aligned | None, reweight: Reweight, on_doubtful: OnDoubtful
+    module: nn.Module,
+    scorer: Scorer,
+    needs: frozenset[Need],
+    reference: ReferenceSource | Aligned | None,
+    reweight: Reweight,
+    on_doubtful: OnDoubtful,
 ) -> None:
     """Check that a run does nothing that is not exact for a model sharded by ``fully_shard``.
+
+    Args:
+        module: The module that is trained.
+        scorer: The scorer.
+        needs: The products that scorer and weighting need.
+        reference: As the user gave it.
+        reweight: What the weights reach.
+        on_doubtful: What to do about a reference that is not found compatible.
 
     Raises:
         MimicError: It would.
     """
+    name = type(scorer).__name__
+    unseen = not needs & {"dot", "norms", "gram"} and not callable(getattr(module, "sample_losses", None))
     for given, instead in (
         (isinstance(reference, Aligned), "An aligned reference is fitted from whole layers; give one of the model's own"),
         (on_doubtful == "align", "`on_doubtful='align'` fits whole layers; take 'warn' or 'raise'"),
         (reweight == "target", "`reweight='target'` adds to gradients that are sharded; take 'all' or 'none'"),
-        (isinstance(scorer, UsesLoader), f"{type(scorer).__name__} runs the model on batches of its own; take MimicScore"),
+        (isinstance(scorer, UsesLoader), f"{name} runs the model on batches of its own; take MimicScore"),
+        (unseen, f"{name} needs no layer, so give the module a method `sample_losses(batch)` that shows its samples"),
     ):
         if given:
             raise MimicError(f"the model is sharded (`fully_shard`). {instead}, or train under DistributedDataParallel.")

@@ -174,8 +174,9 @@ class NoGradient(ScoringMethod):
         self._cuts = _Cuts(task)
 
     def gate_edge(self, forward: Forward) -> GradientEdge:
-        """Return the lowest cut above all parameters."""
-        return forward.losses_edge if forward.losses_edge and forward.of_all_ranks else self._cuts.lowest(forward)
+        """Return the lowest cut above all parameters; the losses, where that would have to be looked for by all ranks."""
+        at_losses = forward.of_all_ranks or bool(self._task.whole)
+        return forward.losses_edge if forward.losses_edge and at_losses else self._cuts.lowest(forward)
 
     def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> None:
         """Weigh by the losses."""

@@ -167,7 +167,14 @@ class Reweighter:
         #: Of a sharded model the parameters as the graph knows them.
         self._whole = whole_parameters(self.model)
         if self._whole:
-            check_sharded(settings.make_scores, settings.reference, settings.reweight, settings.on_doubtful)
+            check_sharded(
+                self.model,
+                settings.make_scores,
+                settings.needs,
+                settings.reference,
+                settings.reweight,
+                settings.on_doubtful,
+            )
         self._scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._target = Target(
             self.model,
