@@ -1,6 +1,6 @@
 """Per-sample gradients of many parameters at once, from one reverse pass over their uses."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -13,7 +13,7 @@ from lightning_mimic.gradients.functional_use import FunctionalUse, functional_u
 from lightning_mimic.gradients.graph import Graph, is_compiled, normalises_batch
 from lightning_mimic.gradients.layer_hooks import LayerCall, LayerCalls, LayerHooks
 from lightning_mimic.gradients.layers import LayerGradients
-from lightning_mimic.gradients.nodes import gate_rows, hook_gradient, kind_of
+from lightning_mimic.gradients.nodes import gate_rows, hook_gradient, kind_of, leaf_below
 from lightning_mimic.gradients.sample_gradients import DotOnly
 
 #: A place where a parameter and the batch meet: a known layer's call, or an operation in the graph.
@@ -212,9 +212,13 @@ class WholeModelGradients(DotOnly):
         """Whether a batch normalisation in training mode lies above a use, so that rows are contributions."""
         return any(normalises_batch(node) for node in self._above())
 
-    def compiled(self) -> bool:
-        """Whether torch.compile made a part of what lies above a use, which can then be gone through only once."""
-        return any(is_compiled(node) for node in self._above())
+    def compiled(self, parameters: Collection[int] = ()) -> bool:
+        """Whether torch.compile made a part of what lies above a use, which can then be gone through only once.
+
+        Args:
+            parameters: Ids of parameters of compiled parts, by which these are known while they run as written.
+        """
+        return any(is_compiled(node) or _uses(node, parameters) for node in self._above())
 
     def only_layer(self) -> LayerGradients:
         """The same rows with all of a layer's products, where the parameters belong to one call of one layer.
@@ -283,6 +287,11 @@ def rows_of_samples(losses: Tensor, edges: Sequence[GradientEdge], samples: int)
         alone = [g is None or _alone(g, own) for g in gradients[1:]]
         deep = min(deep, 1 + (alone.index(False) if False in alone else len(alone)))
     return deep
+
+
+def _uses(node: Node, parameters: Collection[int]) -> bool:
+    leaves = [leaf_below(child) for child, _ in node.next_functions]
+    return any(leaf is not None and id(leaf.variable) in parameters for leaf in leaves)  # type: ignore[attr-defined]
 
 
 def _alone(rows: Tensor, own: int) -> bool:

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, Node
 from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.gradients import Graph, LayerGradients, LossGradients, ModelHooks, WholeModelGradients
+from lightning_mimic.gradients.compiled import compiled_parameters
 from lightning_mimic.gradients.graph import (
     is_compiled,
     mixes_samples,
@@ -242,6 +243,8 @@ class ReversePass(ScoringMethod):
         super().__init__(task)
         self._cuts = _Cuts(task)
         self._all_seen = False
+        # Found by the module, because its code runs as it is written in the steps that are looked at.
+        self._compiled: set[int] = set()
 
     @property
     def products(self) -> frozenset[Need]:
@@ -259,6 +262,7 @@ class ReversePass(ScoringMethod):
             MimicError: Some parameters' gradients would not be seen.
         """
         self._cuts.known_shape = None  # the cut is looked for again
+        self._compiled = compiled_parameters(self._task.module)
         rows = self._rows(forward, self.gate_edge(forward), forward.seed)
         self._all_seen = True
         return rows, rows.normalised()
@@ -284,7 +288,7 @@ class ReversePass(ScoringMethod):
         if unseen:
             raise MimicError(_unseen(task.targets, unseen))
         rows = WholeModelGradients(forward.root, uses, graph, forward.rows, seed)
-        _refuse_compiled(rows.compiled())
+        _refuse_compiled(rows.compiled(self._compiled))
         return rows
 
     def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> None:
@@ -325,7 +329,9 @@ class DoubleBackward(ScoringMethod):
             refusal: Why the samples cannot be scored in a cheaper way.
         """
         task = self._task
-        _refuse_compiled(any(map(is_compiled, forward.graph.order)))
+        parts = compiled_parameters(task.module)
+        leaves = {id(leaf.variable) for leaf in forward.graph.leaves}  # type: ignore[attr-defined]
+        _refuse_compiled(not parts.isdisjoint(leaves) or any(map(is_compiled, forward.graph.order)))
         if task.hooked:
             raise MimicError(HOOKED.format(join_names(task.hooked)))
         try:

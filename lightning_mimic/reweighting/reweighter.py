@@ -61,7 +61,8 @@ class Reweighter:
     :meth:`close`.
 
     Args:
-        model: The model that is trained, as a module; a ``DistributedDataParallel`` is unwrapped. If it has a method
+        model: The model that is trained, as a module; a ``DistributedDataParallel`` or a compiled
+            module is unwrapped. If it has a method
             ``sample_losses(batch)`` that returns one loss per sample, the loss must be the mean of what it returns.
         reference: See :class:`~lightning_mimic.GradMimic`, as for all arguments down to ``diagnose_reference``.
         parameters: Parameters over which scores are computed.
@@ -162,6 +163,7 @@ class Reweighter:
         prepare: Callable[[Any], Any] | None,
     ) -> None:
         self.settings = settings
+        model = getattr(model, "_orig_mod", model)  # of torch.compile(model), which may wrap the DDP
         self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         device = next(self.model.parameters()).device
         #: Of a sharded model the parameters as the graph knows them.
