@@ -1,5 +1,6 @@
 """Models sharded by `fully_shard` on two gloo processes, against one process with the whole model and all samples."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lightning_mimic.gradients import select_parameters
 from lightning_mimic.reference import diagnose, weight_similarity
 from lightning_mimic.scorers import GradNorm, Influence, RhoLoss, Uniform
 from support.ranks import WORLD, on_two_ranks, two
-from support.toys import FEATURES, HIDDEN, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
+from support.toys import HIDDEN, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
 pytestmark = pytest.mark.slow
 
@@ -223,7 +224,9 @@ def on_two() -> dict[str, Any]:
 
 def callback_of(kind: type[Toy], options: dict[str, Any], ledger: Path) -> GradMimic:
     reference = parameters_of(toy(PLAIN[kind], seed=REFERENCE))
-    return GradMimic(reference, **{"parameters": "head", "temperature": 0.7, "min_ess": 0.0, "ledger": ledger} | options)
+    return GradMimic(
+        reference, **{"parameters": "head", "temperature": 0.7, "min_ess": 0.0, "ledger": ledger} | options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +272,7 @@ def test_the_weights_of_a_sharded_model_are_compared_as_a_whole(folder):
 
 
 REFUSALS = {
-    "target": r"sharded \(`fully_shard`\). `reweight='target'` adds .* 'all' or 'none', or train under Distributed",
+    "target": r"sharded \(`fully_shard`\). `reweight='target'` adds .* 'all' or 'none', or train it under DDP",
     "aligned": "An aligned reference is fitted from whole layers; give one",
     "align": "`on_doubtful='align'` fits whole layers; take 'warn' or 'raise'",
     "loader": "Influence runs the model on batches of its own; take MimicScore",
@@ -286,7 +289,5 @@ REFUSALS = {
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_what_is_not_exact_is_refused_on_all_ranks(case, folder):
-    import re
-
     for rank in range(WORLD):
         assert re.search(REFUSALS[case], (folder / f"refused-{case}-{rank}").read_text())

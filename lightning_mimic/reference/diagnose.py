@@ -72,8 +72,8 @@ def diagnose(
         )
     if sharded_modules(module):
         raise MimicError(
-            f"diagnose() works on a copy of the module, and {type(module).__name__} is sharded (`fully_shard`); diagnose "
-            "before it is sharded."
+            f"diagnose() works on a copy of the module, and {type(module).__name__} is sharded (`fully_shard`); "
+            "diagnose before it is sharded."
         )
     targets = select_parameters(module, parameters)
     tensors = read_reference(reference)

@@ -150,9 +150,8 @@ def _checked(name: str, tensor: Tensor, parameter: Tensor, argument: str) -> Ten
         )
     if is_sharded(tensor):
         raise ReferenceLoadError(
-            f"`{argument}`: {name!r} is a DTensor, of which this process may hold a part only; expected whole tensors, as "
-            "`get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))` of "
-            "torch.distributed.checkpoint.state_dict gives them."
+            f"`{argument}`: {name!r} is a DTensor, of which this process may hold a part only; expected whole "
+            "tensors, as `get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))` gives them."
         )
     if tensor.is_meta or tensor.is_quantized or not tensor.is_floating_point():
         kind = "on the meta device, without data" if tensor.is_meta else f"of dtype {tensor.dtype}"

@@ -98,11 +98,11 @@ def check_sharded(
     name = type(scorer).__name__
     unseen = not needs & {"dot", "norms", "gram"} and not callable(getattr(module, "sample_losses", None))
     for given, instead in (
-        (isinstance(reference, Aligned), "An aligned reference is fitted from whole layers; give one of the model's own"),
+        (isinstance(reference, Aligned), "An aligned reference is fitted from whole layers; give one as it is"),
         (on_doubtful == "align", "`on_doubtful='align'` fits whole layers; take 'warn' or 'raise'"),
         (reweight == "target", "`reweight='target'` adds to gradients that are sharded; take 'all' or 'none'"),
         (isinstance(scorer, UsesLoader), f"{name} runs the model on batches of its own; take MimicScore"),
         (unseen, f"{name} needs no layer, so give the module a method `sample_losses(batch)` that shows its samples"),
     ):
         if given:
-            raise MimicError(f"the model is sharded (`fully_shard`). {instead}, or train under DistributedDataParallel.")
+            raise MimicError(f"the model is sharded (`fully_shard`). {instead}, or train it under DDP.")

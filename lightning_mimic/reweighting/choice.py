@@ -1,6 +1,5 @@
 """The choice of the scoring method, from a micro-batch's graph; checked again every epoch."""
 
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +9,7 @@ from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.gradients import WholeModelGradients
 from lightning_mimic.reweighting.forward import Forward
-from lightning_mimic.reweighting.messages import COMPILED, SHARDED
+from lightning_mimic.reweighting.messages import SHARDED
 from lightning_mimic.reweighting.methods import (
     DoubleBackward,
     InBackward,
@@ -140,9 +139,6 @@ def _samples_are_apart(task: ScoringTask, forward: Forward, rows: WholeModelGrad
     Raises:
         MimicError: They are not.
     """
-    if rows.compiled():
-        warnings.warn(COMPILED, stacklevel=2)
-        return True
     edge: GradientEdge | None = None
     if forward.losses is None:
         cuts = forward.graph.cuts(task.target_nodes(forward, forward.graph), forward.rows)

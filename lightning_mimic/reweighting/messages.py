@@ -1,10 +1,5 @@
 """Messages that several checks share."""
 
-COMPILED = (
-    "a part of the module is compiled, so it cannot be seen whether the samples' losses depend on each other; they are "
-    "taken for independent."
-)
-
 HOOKED = (
     "`parameters`: {} carry gradient hooks of their own, which would change the scores or undo the weights. Remove "
     "the hooks, or leave these parameters out."

@@ -175,7 +175,7 @@ class NoGradient(ScoringMethod):
         self._cuts = _Cuts(task)
 
     def gate_edge(self, forward: Forward) -> GradientEdge:
-        """Return the lowest cut above all parameters; the losses, where that would have to be looked for by all ranks."""
+        """Return the lowest cut above all parameters; the losses, where all ranks would have to look for it."""
         at_losses = forward.of_all_ranks or bool(self._task.whole)
         return forward.losses_edge if forward.losses_edge and at_losses else self._cuts.lowest(forward)
 
@@ -362,8 +362,8 @@ class _Cuts:
     def __init__(self, task: ScoringTask) -> None:
         self._task = task
         self._place = 0
-        #: Rows and number of cuts for which the place of the lowest is known.
-        self.known_shape: tuple[int, int] | None = None
+        #: Rows, number of cuts and whether code is compiled, for which the place of the lowest is known.
+        self.known_shape: tuple[int, int, bool] | None = None
 
     def lowest(self, forward: Forward) -> GradientEdge:
         """Return the lowest one whose first axis is the batch's, where values that are not finite are masked best.
@@ -384,12 +384,12 @@ class _Cuts:
                 "Give the module a method `sample_losses(batch)` that returns one loss per sample, and return its mean."
             )
         # Looked for again (a host sync) when another size might make other axes look like the batch's.
-        if self.known_shape != (forward.rows, len(cuts)):
+        compiled = any(map(is_compiled, graph.order))
+        if self.known_shape != (forward.rows, len(cuts), compiled):
             known = forward.sample_cuts(cuts)
-            compiled = any(map(is_compiled, graph.order))
             deep = 1 if compiled else rows_of_samples(forward.root, known, forward.rows)
             self._place = cuts.index(known[:deep][-1])
-            self.known_shape = (forward.rows, len(cuts))
+            self.known_shape = (forward.rows, len(cuts), compiled)
         return cuts[self._place]
 
 

@@ -465,9 +465,7 @@ class Reweighter:
         if settings.reweight == "target" and frozen:
             raise MimicError(f"`reweight='target'` weights the gradients of {frozen[0]!r}, but they are frozen.")
         reach: Reach = "targets" if settings.reweight != "all" else "all" if settings.uncovered == "error" else "around"
-        task = ScoringTask(
-            self.model, ModelHooks(self.model, targets), targets, self._whole, settings.needs, reach
-        )
+        task = ScoringTask(self.model, ModelHooks(self.model, targets), targets, self._whole, settings.needs, reach)
         self._closing.callback(task.hooks.remove)
         if settings.reweight == "target" and task.hooked:
             raise MimicError(HOOKED.format(join_names(task.hooked)))

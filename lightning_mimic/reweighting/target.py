@@ -242,6 +242,7 @@ class Target:
 
     def _set_direction(self, source: ReferenceSource, module: nn.Module) -> dict[str, Any]:
         """Take the direction to given weights, and return how similar to the model's they are."""
+
         def matched() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             tensors = read_reference(source)
             return tensors, match_reference(tensors, self.parameters, aliases_of(module))
