@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
-from lightning_mimic import distributed
+from lightning_mimic.distributed import world_size
 from lightning_mimic.errors import MimicError
 
 
@@ -88,7 +88,7 @@ def _check(module: nn.Module, parameters: dict[str, nn.Parameter], *, sharded: b
     for name, parameter in parameters.items():
         if not is_sharded(parameter):
             continue
-        mesh, world = parameter.device_mesh, distributed.world_size()
+        mesh, world = parameter.device_mesh, world_size()
         if not sharded or mesh.ndim != 1 or mesh.size() != world:
             by = "fully_shard" if sharded else "tensor parallelism"
             raise MimicError(
