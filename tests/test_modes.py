@@ -30,6 +30,9 @@ def compiled(module: Toy, part: str) -> Any:
     if part == "call":
         module.compile(backend="aot_eager")
         return module
+    if part == "losses":
+        module.sample_losses = torch.compile(module.sample_losses, backend="aot_eager")
+        return module
     if part == "method":
         module.forward = torch.compile(module.forward, backend="aot_eager")
         return module
@@ -94,8 +97,9 @@ class UsedTwice(WithLosses):
 @dynamo
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("kind", [MixingLosses, UsedTwice])
-def test_a_compiled_module_hides_nothing_from_the_first_step(kind):
-    module = compiled(toy(kind), "call")
+@pytest.mark.parametrize("part", ["call", "losses"])
+def test_a_compiled_module_hides_nothing_from_the_first_step(kind, part):
+    module = compiled(toy(kind), part)
     with pytest.raises(ValueError, match=r"takes a second reverse pass, which torch.compile leaves no room for"):
         trainer(GradMimic(parameters_of(toy(seed=1)), "head")).fit(module, loader(toy_data(8)))
 
