@@ -24,7 +24,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FRONT = {"errors", "lazy", "version"}
 BASE = FRONT | {"files", "random_streams"}
 RECORDS = {"ledger", "manifest"}
-PURE = BASE | {"batches", "distributed", "gradients", "scorers", "reference"}
+PURE = BASE | {"batches", "distributed", "sharding", "gradients", "scorers", "reference"}
 OFFLINE = BASE | RECORDS | {"database"}
 #: By room, a module or package directly in ``lightning_mimic``, those that it may import. A room may not exist yet.
 MAY_IMPORT = {
@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "errors": set(),
     "batches": set(),
     **{room: {"errors", "version"} for room in ("database", "distributed", "files", "lazy", "random_streams")},
+    "sharding": {"errors", "distributed"},
     "gradients": PURE - {"gradients", "scorers", "reference"},
     "scorers": PURE - {"scorers", "reference"},
     "reference": PURE - {"reference"},
@@ -49,7 +50,7 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT)
 #: What importing a room, with all its modules, may load of the large packages; a stage may load those before it, too.
 STAGES = {
     "": ["", "version", "errors", "lazy", "files", "random_streams", "database", "ledger", "manifest", "curation"],
-    "torch": ["batches"],
+    "torch": ["batches", "sharding"],
     "torchmetrics": ["distributed", "gradients", "scorers", "reference", "reweighting", "metrics", "report"],
     "lightning.pytorch": ["trainer_package", "callbacks", "models", "data"],
     "hydra omegaconf": ["cli"],
@@ -75,7 +76,7 @@ TRAINERS = {"lightning", "pytorch_lightning"}
 CORE = TRAINERS | {"torch", "torchmetrics", "hydra", "omegaconf", "pyarrow", "lightning_mimic"}
 #: Names that one file uses, and no other file of the package but those that are listed.
 OWNED = {
-    r"torch\.distributed|gather_all_tensors|\bdist\.|all_reduce|all_gather": {"distributed.py"},
+    r"torch\.distributed|gather_all_tensors|\bdist\.|all_reduce|all_gather": {"distributed.py", "sharding.py"},
     r"\bmanual_seed|random\.seed\(|(default_rng|RandomState)\((?!stream_seed)": {"random_streams.py"},
     r"\bos\.(replace|rename|link|fsync)\b|\bfsync\b|shutil\.move|NamedTemporaryFile|\.tmp\b": {"files.py"},
 }

@@ -11,8 +11,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
 import oracles
-from lightning_mimic import GradMimic, Ledger
-from lightning_mimic.gradients.graph import is_compiled, walk
+from lightning_mimic import GradMimic, Ledger, Reweighter
 from support.oracle_training import trained_by_oracle
 from support.toys import FEATURES, HIDDEN, Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
 
@@ -20,6 +19,7 @@ from support.toys import FEATURES, HIDDEN, Toy, WithLosses, loader, losses_of, p
 @pytest.fixture
 def fresh_compiler():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -27,9 +27,27 @@ def fresh_compiler():
 def compiled(module: Toy, part: str) -> Any:
     if part == "whole":
         return torch.compile(module, backend="aot_eager")
-    module.body = torch.compile(module.body, backend="aot_eager")
+    if part == "call":
+        module.compile(backend="aot_eager")
+        return module
+    if part == "losses":
+        module.sample_losses = torch.compile(module.sample_losses, backend="aot_eager")
+        return module
+    if part == "method":
+        module.forward = torch.compile(module.forward, backend="aot_eager")
+        return module
+    if part == "layers":
+        module.body = torch.compile(module.body, backend="aot_eager")
     module.head = torch.compile(module.head, backend="aot_eager")
     return module
+
+
+class MixingLosses(WithLosses):
+    """Losses that depend on other samples, so that they are differentiated twice."""
+
+    def sample_losses(self, batch: Any) -> Tensor:
+        logits = self(batch[0])
+        return F.cross_entropy(logits - logits.mean(0), batch[1], reduction="none")
 
 
 # Dynamo looks at what it was not meant to look at.
@@ -39,9 +57,8 @@ dynamo = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that
 @pytest.mark.slow
 @dynamo
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("part", ["whole", "layers"])
+@pytest.mark.parametrize("part", ["whole", "layers", "call", "method"])
 @pytest.mark.parametrize("kind", [Toy, WithLosses])
-@pytest.mark.filterwarnings("ignore:.*cannot be seen whether the samples' losses depend")
 def test_a_compiled_module_is_scored_as_the_module(kind, part, tmp_path):
     reference, data, eager, ours = parameters_of(toy(seed=1)), loader(toy_data(14)), toy(kind), toy(kind)
     settings = {"temperature": 0.7, "min_ess": 0}
@@ -57,15 +74,62 @@ def test_a_compiled_module_is_scored_as_the_module(kind, part, tmp_path):
 @pytest.mark.slow
 @dynamo
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("part", ["whole", "layers"])
-def test_a_second_pass_over_a_compiled_module_is_refused(part):
-    module = compiled(toy(), part)
-    for layer in [each for each in module.modules() if isinstance(each, nn.Linear)]:
-        layer.register_forward_hook(torch.compiler.disable(lambda *_: None))
-    if not any(is_compiled(node) for node in walk(module(toy_data(8)[:][0]).sum().grad_fn)):
-        pytest.skip("this torch does not compile a single layer that has hooks")
+@pytest.mark.parametrize("part", ["whole", "layers", "call", "method", "head"])
+@pytest.mark.parametrize("kind", [Toy, WithLosses, MixingLosses])
+def test_a_second_pass_over_a_compiled_module_is_refused_before_it_is_trained(kind, part):
+    before = parameters_of(toy(kind))
+    module = compiled(toy(kind), part)
     with pytest.raises(ValueError, match=r"takes a second reverse pass, which torch.compile leaves no room for"):
         trainer(GradMimic(parameters_of(toy(seed=1)), "all")).fit(module, loader(toy_data(8)))
+    trained = {name.replace("_orig_mod.", ""): p.detach() for name, p in module.named_parameters()}
+    torch.testing.assert_close(trained, before, rtol=0, atol=0)
+
+
+class UsedTwice(WithLosses):
+    """The head's weight is used outside of its call, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(x))
+        return self.head(hidden + F.linear(hidden, self.head.weight) @ self.head.weight)
+
+
+@pytest.mark.slow
+@dynamo
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("kind", [MixingLosses, UsedTwice])
+@pytest.mark.parametrize("part", ["call", "losses"])
+def test_a_compiled_module_hides_nothing_from_the_first_step(kind, part):
+    module = compiled(toy(kind), part)
+    with pytest.raises(ValueError, match=r"takes a second reverse pass, which torch.compile leaves no room for"):
+        trainer(GradMimic(parameters_of(toy(seed=1)), "head")).fit(module, loader(toy_data(8)))
+
+
+@pytest.mark.slow
+@dynamo
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    ("kind", "part"), [(Toy, "whole"), (Toy, "layers"), (WithLosses, "call"), (WithLosses, "method")]
+)
+def test_a_compiled_module_with_batches_of_any_size_is_not_compiled_again_and_again(kind, part):
+    batches = list(zip(*[part.split([4, 7, 5, 3, 4]) for part in toy_data(23)[:]], strict=True))
+    found, graphs = {}, []
+    for name in ("eager", "compiled"):
+        module = toy(kind)
+        model = module if name == "eager" else compiled(module, part)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+        scores = []
+        with Reweighter(model, parameters_of(toy(seed=1)), "head", diagnose_reference=False) as reweighter:
+            for epoch in range(4):
+                for x, y in batches:
+                    with reweighter.step((x, y), epoch=epoch) as step:
+                        loss = F.cross_entropy(model(x), y) if kind is Toy else model.sample_losses((x, y)).mean()
+                        scores.append(step.backward(loss).scores)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        found[name] = torch.cat(scores)
+    torch.testing.assert_close(found["compiled"], found["eager"], rtol=1e-9, atol=1e-9)
+    assert 0 < graphs[-2] == graphs[-1]
 
 
 class Attentive(WithLosses):

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
-from lightning_mimic import GradMimic, LedgerError, ReferenceLoadError
+from lightning_mimic import AtCheckpoints, GradMimic, LedgerError, ReferenceLoadError, Reweighter
 from support.refused_modules import (
     L2,
     ByHand,
@@ -172,6 +172,22 @@ def test_fsdp_is_refused():
     fit.strategy._lightning_module = module
     with pytest.raises(ValueError, match="FSDPStrategy splits or replaces parameters"):
         callback.on_fit_start(fit, module)
+
+
+def test_fsdp1_is_refused_in_a_loop_of_ones_own():
+    wrapped = type("FullyShardedDataParallel", (torch.nn.Sequential,), {})(toy())
+    with pytest.raises(ValueError, match=r"is a FullyShardedDataParallel, .* Shard it with `torch.distributed.fsdp"):
+        Reweighter(wrapped, {}, "0.head")
+
+
+def test_checkpoints_are_not_scored_under_model_parallel_strategy(tmp_path):
+    module = toy()
+    torch.save({"state_dict": module.state_dict()}, tmp_path / "a.ckpt")
+    scoring = AtCheckpoints(tmp_path)
+    fit = trainer(GradMimic(parameters_of(toy(seed=1)), "head"), scoring)
+    fit.strategy.__class__ = ModelParallelStrategy
+    with pytest.raises(ValueError, match=r"ModelParallelStrategy shards the model. Score on a single device"):
+        scoring.setup(fit, module, "fit")
 
 
 def test_an_unreadable_reference_leaves_no_ledger(tmp_path):

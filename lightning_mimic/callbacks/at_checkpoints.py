@@ -127,6 +127,11 @@ class AtCheckpoints(pl.Callback):
                 f"{count} checkpoints need max_epochs={count} and no max_steps, and the trainer "
                 f"has max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}."
             )
+        if isinstance(trainer.strategy, package_of(trainer).strategies.ModelParallelStrategy):
+            raise MimicError(
+                "AtCheckpoints loads whole checkpoints, and ModelParallelStrategy shards the model. Score on a single "
+                "device or with strategy='ddp'."
+            )
         if isinstance(mimic.settings.reference, Aligned) and len(set(self.checkpoints)) > 1:
             raise MimicError(
                 "an aligned reference is fitted to one state of the model; score one checkpoint at a time, each into a "

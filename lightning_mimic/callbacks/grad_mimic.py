@@ -201,6 +201,9 @@ class GradMimic(pl.Callback):
         return self._left if self._fit is None else self._fit.reweighter.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._fit is not None:  # a ModelParallelStrategy restores after on_fit_start
+            self._fit.reweighter.load_state_dict(state_dict)
+            return
         self._resumed = dict(state_dict)
 
     # What they delegate to

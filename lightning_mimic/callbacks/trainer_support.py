@@ -29,11 +29,12 @@ def check_support(trainer: pl.Trainer, module: pl.LightningModule, reference: Re
     """Raise ``MimicError`` for trainers, modules and references with which weights or scores would be wrong."""
     strategy, package = trainer.strategy, package_of(trainer)
     kinds = package.strategies
-    known = isinstance(strategy, kinds.SingleDeviceStrategy | kinds.DDPStrategy)
+    known = isinstance(strategy, kinds.SingleDeviceStrategy | kinds.DDPStrategy | kinds.ModelParallelStrategy)
     if not known or isinstance(strategy, kinds.DeepSpeedStrategy):
         raise MimicError(
-            f"GradMimic runs on a single device and under DDP; {type(strategy).__name__} splits or replaces "
-            "parameters and gradients in ways that are not tested with it. Use strategy='ddp'."
+            f"GradMimic runs on a single device, under DDP and under ModelParallelStrategy with `fully_shard`; "
+            f"{type(strategy).__name__} splits or replaces parameters and gradients in ways that are not tested with "
+            "it. Use strategy='ddp'."
         )
     elsewhere = "lightning_mimic.Reweighter serves training loops of your own."
     if not module.automatic_optimization:

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_mimic.sharding import full_tensor
+
 #: Below this length, relative to the reference's own, a direction is rounding error and not a direction.
 RELATIVE_ZERO = 1e-6
 
@@ -45,7 +47,7 @@ class Direction(Mapping[str, Tensor]):
     @torch.no_grad()
     def __getitem__(self, name: str) -> Tensor:
         reference = self._reference[name]
-        return reference - self._parameters[name].detach().to(reference.dtype)
+        return reference - full_tensor(self._parameters[name].detach()).to(reference.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._reference)

@@ -1,6 +1,6 @@
 """Per-sample gradients of any parameters, from the unreduced losses alone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ class LossGradients(DotOnly):
     Args:
         losses: Shape ``(B,)``, with their graph.
         parameters: Name to parameter.
+        between: Called between the two reverse passes, of which the first frees what is whole of a sharded model.
 
     Example:
         >>> weight = nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -30,9 +31,12 @@ class LossGradients(DotOnly):
         tensor([5., 3.])
     """
 
-    def __init__(self, losses: Tensor, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self, losses: Tensor, parameters: Mapping[str, nn.Parameter], *, between: Callable[[], object] = lambda: None
+    ) -> None:
         self._losses = losses
         self._parameters = dict(parameters)
+        self._between = between
 
     def check(self, graph: Graph) -> None:
         """Raises ``MimicError`` where the losses cannot be differentiated twice by every parameter.
@@ -76,5 +80,6 @@ class LossGradients(DotOnly):
                 vector = vectors[name]
                 shares.append((gradient.to(vector.dtype) * vector).sum())
             along = torch.stack(shares).sum()
+            self._between()
             (dots,) = torch.autograd.grad(along, u)
         return dots.to(along.dtype)

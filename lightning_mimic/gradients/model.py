@@ -1,6 +1,6 @@
 """Per-sample gradients of many parameters at once, from one reverse pass over their uses."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -13,7 +13,7 @@ from lightning_mimic.gradients.functional_use import FunctionalUse, functional_u
 from lightning_mimic.gradients.graph import Graph, Terminal, is_compiled, normalises_batch
 from lightning_mimic.gradients.layer_hooks import CallWatch, LayerCall, LayerCalls, LayerHooks
 from lightning_mimic.gradients.layers import LayerGradients
-from lightning_mimic.gradients.nodes import BatchAxis, gate_rows, hook_gradient, kind_of
+from lightning_mimic.gradients.nodes import BatchAxis, gate_rows, hook_gradient, kind_of, leaf_below
 from lightning_mimic.gradients.sample_gradients import DotOnly
 from lightning_mimic.gradients.subgraph import SubgraphSearch, SubgraphUse
 
@@ -69,7 +69,7 @@ class ModelHooks:
         self._batch_axis: dict[str, BatchAxis] = {}
         self.layers: list[LayerHooks] = []
         self._hooks: list[LayerHooks | CallWatch] = []
-        names = {id(parameter): name for name, parameter in parameters.items()}
+        names = {id(module.get_parameter(name)): name for name in parameters}
         for path, layer in module.named_modules():
             own = {part: names[id(p)] for part, p in layer.named_parameters(recurse=False) if id(p) in names}
             if isinstance(layer, nn.MultiheadAttention):
@@ -266,7 +266,8 @@ class WholeModelGradients(DotOnly):
             elif rows is None or not bool((rows[own].abs() > 0).any()):
                 self.conclusive = False
 
-        for own in {0, self._samples - 1}:
+        # Two passes of one sample, too: those of a sharded model gather its weights, on all ranks as often.
+        for own in (0, self._samples - 1):
             with one_sample(self._losses, edge, own, self._samples) as seed:
                 self._visit(seed, partial(look, own))
         return list(dict.fromkeys(found))
@@ -275,9 +276,13 @@ class WholeModelGradients(DotOnly):
         """Whether a batch normalisation in training mode lies above a use, so that rows are contributions."""
         return any(normalises_batch(node) for node in self._above())
 
-    def compiled(self) -> bool:
-        """Whether torch.compile made a part of what lies above a use, which can then be gone through only once."""
-        return any(is_compiled(node) for node in self._above())
+    def compiled(self, parameters: Collection[int] = ()) -> bool:
+        """Whether torch.compile made a part of what lies above a use, which can then be gone through only once.
+
+        Args:
+            parameters: Ids of parameters of compiled parts, by which these are known while they run as written.
+        """
+        return any(is_compiled(node) or _uses(node, parameters) for node in self._above())
 
     def only_layer(self) -> LayerGradients:
         """The same rows with all of a layer's products, where the parameters belong to one call of one layer.
@@ -353,6 +358,11 @@ def rows_of_samples(losses: Tensor, edges: Sequence[GradientEdge], samples: int)
         alone = [g is None or _alone(g, own) for g in gradients[1:]]
         deep = min(deep, 1 + (alone.index(False) if False in alone else len(alone)))
     return deep
+
+
+def _uses(node: Node, parameters: Collection[int]) -> bool:
+    leaves = [leaf_below(child) for child, _ in node.next_functions]
+    return any(leaf is not None and id(leaf.variable) in parameters for leaf in leaves)  # type: ignore[attr-defined]
 
 
 def _alone(rows: Tensor, own: int) -> bool:

@@ -19,6 +19,7 @@ from lightning_mimic.reference.diagnosis import Diagnosis, Estimate
 from lightning_mimic.reference.match import aliases_of, match_reference
 from lightning_mimic.reference.model import reference_model
 from lightning_mimic.reference.read import ReferenceSource, read_reference
+from lightning_mimic.sharding import full_tensor, sharded_modules
 
 #: Enough for a verdict where six labels in ten are wrong.
 SAMPLES = 512
@@ -69,6 +70,11 @@ def diagnose(
             f"diagnose() needs the loss of every sample: give {type(module).__name__} a method `sample_losses(batch)` "
             "that returns one loss per sample. GradMimic looks at a reference without it, too, in the first steps."
         )
+    if sharded_modules(module):
+        raise MimicError(
+            f"diagnose() works on a copy of the module, and {type(module).__name__} is sharded (`fully_shard`); "
+            "diagnose before it is sharded."
+        )
     targets = select_parameters(module, parameters)
     tensors = read_reference(reference)
     try:
@@ -115,19 +121,20 @@ def weight_similarity(
         targets: The model's target parameters.
         held: The reference's of the same names.
     """
-    pairs = {name: (p.detach().to(held[name]), held[name]) for name, p in targets.items()}
+    pairs = {name: (full_tensor(p.detach()).to(held[name]), held[name]) for name, p in targets.items()}
     # Vectors (biases, scales) begin alike in every network; only matrices tell related networks from unrelated ones.
     matrices = {n: p for n, p in module.named_parameters() if p.ndim > 1 and n not in targets}
     try:
         others = match_reference(tensors, matrices, aliases_of(module)) if matrices else {}
     except ReferenceLoadError:  # it holds only a part of the model
         others = {}
-    compared = [(matrices[name].detach().to(tensor), tensor) for name, tensor in others.items()]
-    compared = compared if matrices else [pair for pair in pairs.values() if pair[0].ndim > 1]
+    # One at a time: whole matrices of a sharded model are copies.
+    compared = ((full_tensor(matrices[name].detach()).to(tensor), tensor) for name, tensor in others.items())
+    own = (pair for pair in pairs.values() if pair[0].ndim > 1)
     return {
         "cosines": {name: _cosine([pair]) for name, pair in pairs.items()},
         "distances": {name: float((theirs - own).norm() / own.norm()) for name, (own, theirs) in pairs.items()},
-        "weight_cosine": _cosine(compared) if compared else None,
+        "weight_cosine": _cosine(compared if matrices else own),
     }
 
 
@@ -222,9 +229,11 @@ def _scores(model: nn.Module, batch: Any, targets: Mapping[str, nn.Parameter], d
         return (-rows.dot(direction) / direction.norm()).detach()
 
 
-def _cosine(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Between the concatenations of the first and the second of the pairs."""
+def _cosine(pairs: Iterable[tuple[Tensor, Tensor]]) -> float | None:
+    """Between the concatenations of the first and the second of the pairs; ``None`` if there are none."""
     products = [torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()]).double().cpu() for a, b in pairs]
+    if not products:
+        return None
     both, first, second = torch.stack(products).sum(0).tolist()
     return float(both / max((first * second) ** 0.5, 1e-300))
 

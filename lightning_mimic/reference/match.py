@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mimic.errors import ReferenceLoadError, nearest_names
+from lightning_mimic.sharding import is_sharded
 
 # Wrappers that put a segment of their own into names, anywhere.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -146,6 +147,11 @@ def _checked(name: str, tensor: Tensor, parameter: Tensor, argument: str) -> Ten
         raise ReferenceLoadError(
             f"`{argument}`: {name!r} has shape {tuple(tensor.shape)}, the model's has {tuple(parameter.shape)}. Both "
             "must come from the same architecture and number of classes."
+        )
+    if is_sharded(tensor):
+        raise ReferenceLoadError(
+            f"`{argument}`: {name!r} is a DTensor, of which this process may hold a part only; expected whole "
+            "tensors, as `get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))` gives them."
         )
     if tensor.is_meta or tensor.is_quantized or not tensor.is_floating_point():
         kind = "on the meta device, without data" if tensor.is_meta else f"of dtype {tensor.dtype}"

@@ -5,11 +5,12 @@ from typing import Any
 
 from torch import nn
 
-from lightning_mimic.errors import MimicError
+from lightning_mimic.errors import MimicError, ReferenceLoadError
 from lightning_mimic.reference.aligned import Aligned
 from lightning_mimic.reference.match import aliases_of, match_reference
 from lightning_mimic.reference.open_clip_hub import open_clip_model
 from lightning_mimic.reference.read import PUBLISHED, ReferenceSource, read_reference
+from lightning_mimic.sharding import sharded_modules
 
 
 def reference_model(
@@ -40,6 +41,11 @@ def reference_model(
     if isinstance(source, nn.Module) and callable(getattr(source, method, None)):
         model = copy.deepcopy(source).to(next(module.parameters()).device)
     else:
+        if sharded_modules(module):
+            raise ReferenceLoadError(
+                f"`{argument}` is weights for a model that is sharded (`fully_shard`), of which no second one can be "
+                f"made to compute with them; give the reference as a module that has `{method}`, which is not sharded."
+            )
         model = copy.deepcopy(module)
         stored = set(module.state_dict())
         named = [*module.named_parameters(), *module.named_buffers()]

@@ -6,6 +6,9 @@ from torch import nn
 
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import LayerGradients, owning_layer
+from lightning_mimic.reference import Aligned, ReferenceSource
+from lightning_mimic.reweighting.gate import Reweight
+from lightning_mimic.reweighting.reference_monitor import OnDoubtful
 from lightning_mimic.scorers import Need, Scorer, UsesLoader
 
 #: Products that only one layer's gradients offer, in words.
@@ -69,3 +72,37 @@ def check_needs(scorer: Scorer, needs: frozenset[Need], module: nn.Module, targe
                 f"{name} needs {ONE_LAYER_PRODUCTS[need]}, which are known for nn.Linear; {path!r} is a "
                 f"{type(layer).__name__}."
             )
+
+
+def check_sharded(
+    module: nn.Module,
+    scorer: Scorer,
+    needs: frozenset[Need],
+    reference: ReferenceSource | Aligned | None,
+    reweight: Reweight,
+    on_doubtful: OnDoubtful,
+) -> None:
+    """Check that a run does nothing that is not exact for a model sharded by ``fully_shard``.
+
+    Args:
+        module: The module that is trained.
+        scorer: The scorer.
+        needs: The products that scorer and weighting need.
+        reference: As the user gave it.
+        reweight: What the weights reach.
+        on_doubtful: What to do about a reference that is not found compatible.
+
+    Raises:
+        MimicError: It would.
+    """
+    name = type(scorer).__name__
+    unseen = not needs & {"dot", "norms", "gram"} and not callable(getattr(module, "sample_losses", None))
+    for given, instead in (
+        (isinstance(reference, Aligned), "An aligned reference is fitted from whole layers; give one as it is"),
+        (on_doubtful == "align", "`on_doubtful='align'` fits whole layers; take 'warn' or 'raise'"),
+        (reweight == "target", "`reweight='target'` adds to gradients that are sharded; take 'all' or 'none'"),
+        (isinstance(scorer, UsesLoader), f"{name} runs the model on batches of its own; take MimicScore"),
+        (unseen, f"{name} needs no layer, so give the module a method `sample_losses(batch)` that shows its samples"),
+    ):
+        if given:
+            raise MimicError(f"the model is sharded (`fully_shard`). {instead}, or train it under DDP.")

@@ -6,6 +6,7 @@ from typing import Literal
 from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError
 from lightning_mimic.reweighting.forward import Forward
+from lightning_mimic.reweighting.messages import SHARDED
 from lightning_mimic.reweighting.methods import (
     DoubleBackward,
     InBackward,
@@ -75,6 +76,11 @@ def _choose(task: ScoringTask, forward: Forward, previous: Choice | None) -> Cho
     method: InBackward | ReversePass
     if only_call(task, forward) is not None:
         method = InBackward(task)
+    elif task.whole:
+        refusal = MimicError(SHARDED)
+        if forward.losses is None:
+            raise refusal
+        return _double(task, forward, refusal)
     else:
         # The same object as before knows that it has seen all parameters once.
         known = None if previous is None else previous.method

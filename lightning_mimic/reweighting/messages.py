@@ -1,10 +1,5 @@
 """Messages that several checks share."""
 
-COMPILED = (
-    "a part of the module is compiled, so it cannot be seen whether the samples' losses depend on each other; they are "
-    "taken for independent."
-)
-
 ELSEWHERE = (
     "`parameters`: the output of {0!r} has shape {1}, and its first axis is not that of the {2} samples, although it "
     "is as long. Use another batch size, or name a later layer."
@@ -57,4 +52,11 @@ SEVERAL_PASSES = (
 COMPILED_TWICE = (
     "`parameters`: scoring these takes a second reverse pass, which torch.compile leaves no room for. Name the last "
     "layer alone, or do not compile the module."
+)
+
+SHARDED = (
+    "`parameters`: the model is sharded (`fully_shard`), and these are not the one last layer that is scored within "
+    "the backward pass: several layers, a layer that is called several times, or one that the loss reaches other "
+    "parameters around. Name the last layer alone, or give the module a method `sample_losses(batch)` that returns one "
+    "loss per sample, from which any parameter can be scored."
 )

@@ -1,10 +1,10 @@
 """The four ways in which the products with per-sample gradients are computed and the weights enter."""
 
-import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, Node
 from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.gradients import Graph, LayerGradients, LossGradients, ModelHooks, WholeModelGradients
+from lightning_mimic.gradients.compiled import compiled_parameters
 from lightning_mimic.gradients.graph import (
     is_compiled,
     mixes_samples,
@@ -30,11 +31,12 @@ from lightning_mimic.reweighting.checks import ONE_LAYER_PRODUCTS
 from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.gate import Gate
 from lightning_mimic.reweighting.hooks import GradientHooks
-from lightning_mimic.reweighting.messages import COMPILED, COMPILED_TWICE, HOOKED
+from lightning_mimic.reweighting.messages import COMPILED_TWICE, HOOKED
 from lightning_mimic.reweighting.products import GradientProducts, layer_products
 from lightning_mimic.reweighting.reference_monitor import warn_once_for_all_ranks
 from lightning_mimic.reweighting.weigh import StepResult
 from lightning_mimic.scorers import NEEDS, Need
+from lightning_mimic.sharding import unshard
 
 #: What the weights must reach: all trainable parameters, all that some tensor with a row per sample leads to, or the
 #: target parameters only.
@@ -53,7 +55,8 @@ class ScoringTask:
     Attributes:
         module: The module that is trained.
         hooks: On the layers that own target parameters.
-        targets: The target parameters by name; empty for a scorer that needs no gradient.
+        targets: The target parameters by name, as the graph knows them; empty for a scorer that needs no gradient.
+        whole: Of a sharded module the parameters as the graph knows them, by name.
         needs: The products that scorer and weighting need.
         reach: What the weights must reach.
         optional: Names of targets that the loss need not reach; their gradient is zero then.
@@ -62,6 +65,7 @@ class ScoringTask:
     module: nn.Module
     hooks: ModelHooks
     targets: dict[str, nn.Parameter]
+    whole: dict[str, nn.Parameter]
     needs: frozenset[Need]
     reach: Reach
     optional: frozenset[str] = frozenset()
@@ -189,8 +193,9 @@ class NoGradient(ScoringMethod):
         self._cuts = _Cuts(task)
 
     def gate_edge(self, forward: Forward) -> GradientEdge:
-        """Return the lowest cut above all parameters."""
-        return forward.losses_edge if forward.losses_edge and forward.of_all_ranks else self._cuts.lowest(forward)
+        """Return the lowest cut above all parameters; the losses, where all ranks would have to look for it."""
+        at_losses = forward.of_all_ranks or bool(self._task.whole)
+        return forward.losses_edge if forward.losses_edge and at_losses else self._cuts.lowest(forward)
 
     def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> None:
         """Weigh by the losses."""
@@ -258,6 +263,8 @@ class ReversePass(ScoringMethod):
         self._all_seen = False
         # How parameters met the batch where it was checked that the rows are the samples.
         self._checked: set[tuple[object, ...]] = set()
+        # Found by the module, because its code runs as it is written in the steps that are looked at.
+        self._compiled: set[int] = set()
 
     @property
     def products(self) -> frozenset[Need]:
@@ -275,6 +282,7 @@ class ReversePass(ScoringMethod):
             MimicError: Some parameters' gradients would not be seen.
         """
         self._cuts.known_shape = None  # the cut is looked for again
+        self._compiled = compiled_parameters(self._task.module)
         rows = self._rows(forward, self.gate_edge(forward), forward.seed)
         self._all_seen = True
         self._checked |= _ways(forward, rows)
@@ -307,7 +315,7 @@ class ReversePass(ScoringMethod):
         if not self._all_seen:
             task.report_unreached([name for name in unseen if name in zero])
         rows = WholeModelGradients(forward.root, uses, graph, forward.rows, seed)
-        _refuse_compiled(rows.compiled())
+        _refuse_compiled(rows.compiled(self._compiled))
         hooked = [
             name for name in task.hooked if any(name in use.names for use in uses if isinstance(use, SubgraphUse))
         ]
@@ -357,7 +365,9 @@ class DoubleBackward(ScoringMethod):
             refusal: Why the samples cannot be scored in a cheaper way.
         """
         task = self._task
-        _refuse_compiled(any(map(is_compiled, forward.graph.order)))
+        parts = compiled_parameters(task.module)
+        leaves = {id(leaf.variable) for leaf in forward.graph.leaves}  # type: ignore[attr-defined]
+        _refuse_compiled(not parts.isdisjoint(leaves) or any(map(is_compiled, forward.graph.order)))
         if task.hooked:
             raise MimicError(HOOKED.format(join_names(task.hooked)))
         hidden = task.hooks.hidden(forward.calls, forward.graph)
@@ -379,7 +389,8 @@ class DoubleBackward(ScoringMethod):
     def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> None:
         """Differentiate, weigh, and let the weights enter at the losses."""
         reached = {n: p for n, p in self._task.targets.items() if forward.graph.terminals(p)}
-        dots = LossGradients(forward.root, reached).dot(step.direction)
+        again = partial(unshard, self._task.module)
+        dots = LossGradients(forward.root, reached, between=again).dot(step.direction)
         if forward.of_all_ranks:
             # Every rank holds its own part of each sample's gradient.
             dots = distributed.sum_over_ranks(dots)[forward.own]
@@ -396,8 +407,8 @@ class _Cuts:
     def __init__(self, task: ScoringTask) -> None:
         self._task = task
         self._place = 0
-        #: Rows and number of cuts for which the place of the lowest is known.
-        self.known_shape: tuple[int, int] | None = None
+        #: Rows, number of cuts and whether code is compiled, for which the place of the lowest is known.
+        self.known_shape: tuple[int, int, bool] | None = None
 
     def lowest(self, forward: Forward) -> GradientEdge:
         """Return the lowest one whose first axis is the batch's, where values that are not finite are masked best.
@@ -418,12 +429,12 @@ class _Cuts:
                 "Give the module a method `sample_losses(batch)` that returns one loss per sample, and return its mean."
             )
         # Looked for again (a host sync) when another size might make other axes look like the batch's.
-        if self.known_shape != (forward.rows, len(cuts)):
+        compiled = any(map(is_compiled, graph.order))
+        if self.known_shape != (forward.rows, len(cuts), compiled):
             known = forward.sample_cuts(cuts)
-            compiled = any(map(is_compiled, graph.order))
             deep = 1 if compiled else rows_of_samples(forward.root, known, forward.rows)
             self._place = cuts.index(known[:deep][-1])
-            self.known_shape = (forward.rows, len(cuts))
+            self.known_shape = (forward.rows, len(cuts), compiled)
         return cuts[self._place]
 
 
@@ -452,9 +463,6 @@ def samples_are_apart(task: ScoringTask, forward: Forward, rows: WholeModelGradi
     Raises:
         MimicError: They are not.
     """
-    if rows.compiled():
-        warnings.warn(COMPILED, stacklevel=2)
-        return True
     edge: GradientEdge | None = None
     if forward.losses is None:
         cuts = forward.graph.cuts(task.target_nodes(forward, forward.graph), forward.rows)
@@ -475,7 +483,8 @@ def refuse_uncovered(task: ScoringTask, forward: Forward, edge: GradientEdge) ->
     """Raise ``MimicError`` if the weights must reach all trainable parameters and do not."""
     if task.reach != "all":
         return
-    names = uncovered_parameters(grad_fn_of(forward.loss), edge.node, dict(task.module.named_parameters()))
+    parameters = dict(task.module.named_parameters()) | task.whole
+    names = uncovered_parameters(grad_fn_of(forward.loss), edge.node, parameters)
     if names:
         raise MimicError(
             f"the loss reaches {len(names)} trainable parameters around the tensor that is weighted (the output of "

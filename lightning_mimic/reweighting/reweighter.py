@@ -27,6 +27,7 @@ from lightning_mimic.reweighting.batch import (
     describe,
     sample_ids,
 )
+from lightning_mimic.reweighting.checks import check_sharded
 from lightning_mimic.reweighting.choice import Choice, choose_method
 from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.gate import Reweight
@@ -41,6 +42,7 @@ from lightning_mimic.reweighting.step import Step, StepContext
 from lightning_mimic.reweighting.target import Target
 from lightning_mimic.reweighting.weigh import StepResult
 from lightning_mimic.scorers import Scorer, Weighting
+from lightning_mimic.sharding import whole_parameters
 from lightning_mimic.version import __version__
 
 _log = logging.getLogger("lightning_mimic")
@@ -59,7 +61,8 @@ class Reweighter:
     :meth:`close`.
 
     Args:
-        model: The model that is trained, as a module; a ``DistributedDataParallel`` is unwrapped. If it has a method
+        model: The model that is trained, as a module; a ``DistributedDataParallel`` or a compiled
+            module is unwrapped. If it has a method
             ``sample_losses(batch)`` that returns one loss per sample, the loss must be the mean of what it returns.
         reference: See :class:`~lightning_mimic.GradMimic`, as for all arguments down to ``diagnose_reference``.
         parameters: Parameters over which scores are computed.
@@ -160,8 +163,20 @@ class Reweighter:
         prepare: Callable[[Any], Any] | None,
     ) -> None:
         self.settings = settings
+        model = getattr(model, "_orig_mod", model)  # of torch.compile(model), which may wrap the DDP
         self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         device = next(self.model.parameters()).device
+        #: Of a sharded model the parameters as the graph knows them.
+        self._whole = whole_parameters(self.model)
+        if self._whole:
+            check_sharded(
+                self.model,
+                settings.make_scores,
+                settings.needs,
+                settings.reference,
+                settings.reweight,
+                settings.on_doubtful,
+            )
         self._scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._target = Target(
             self.model,
@@ -439,14 +454,16 @@ class Reweighter:
 
     def _attach(self) -> StepContext:
         """Put hooks on the model, all of which :meth:`close` removes."""
-        settings, targets = self.settings, self._target.parameters
+        settings, targets = self.settings, {n: self._whole.get(n, p) for n, p in self.targets.items()}
         frozen = [n for n, p in targets.items() if not p.requires_grad]
         if settings.reweight == "target" and frozen:
             raise MimicError(f"`reweight='target'` weights the gradients of {frozen[0]!r}, but they are frozen.")
         reach: Reach = "targets" if settings.reweight != "all" else "all" if settings.uncovered == "error" else "around"
         named = set() if settings.parameters is None else named_parameters(self.model, settings.parameters)
         optional = frozenset(targets.keys() - named)
-        task = ScoringTask(self.model, ModelHooks(self.model, targets), targets, settings.needs, reach, optional)
+        task = ScoringTask(
+            self.model, ModelHooks(self.model, targets), targets, self._whole, settings.needs, reach, optional
+        )
         self._closing.callback(task.hooks.remove)
         if settings.reweight == "target" and task.hooked:
             raise MimicError(HOOKED.format(join_names(task.hooked)))
@@ -459,7 +476,7 @@ class Reweighter:
 
     def _refuse_replaced(self) -> None:
         for name, parameter in self.targets.items():
-            if self.model.get_parameter(name) is not parameter:
+            if all(self.model.get_parameter(name) is not known for known in (parameter, self._whole.get(name))):
                 raise MimicError(
                     f"`parameters`: {name!r} is another tensor than when the run began "
                     "(`load_state_dict(assign=True)`, a new layer); make a new Reweighter for the changed model."

@@ -1,5 +1,6 @@
 """One micro-batch: from the forward pass to weighted gradients."""
 
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -143,6 +144,9 @@ class Step:
             self.batch, self._not_nan = blank_nan_samples(batch, self._rows)
         if settings.math_attention:  # to the end, because checkpointed blocks run again in reverse passes
             self._closing.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if self._check and "torch._dynamo" in sys.modules:
+            # Compiled code shows neither what it does nor whether it mixes the samples; it runs as it is written.
+            self._recording.enter_context(torch.compiler.set_stance("force_eager"))
         self._calls = self._context.task.hooks.start()
         self._closing.callback(self._stop)
         if self._context.capture is not None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mimic.distributed import on_all_ranks
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import Direction, GradientDirection, select_parameters
 from lightning_mimic.reference import (
@@ -29,6 +30,7 @@ from lightning_mimic.reweighting.checks import check_needs
 from lightning_mimic.reweighting.reference_batches import ReferenceBatches
 from lightning_mimic.reweighting.reference_monitor import ReferenceMonitor, warn_once_for_all_ranks
 from lightning_mimic.scorers import Need, Scorer, UsesLoader
+from lightning_mimic.sharding import sharded_modules
 
 
 class Target:
@@ -240,9 +242,15 @@ class Target:
 
     def _set_direction(self, source: ReferenceSource, module: nn.Module) -> dict[str, Any]:
         """Take the direction to given weights, and return how similar to the model's they are."""
-        tensors = read_reference(source)
+
+        def matched() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            tensors = read_reference(source)
+            return tensors, match_reference(tensors, self.parameters, aliases_of(module))
+
         try:
-            held = match_reference(tensors, self.parameters, aliases_of(module))
+            # What comes next gathers a sharded model's weights, on all ranks or on none.
+            sharded = bool(sharded_modules(module))
+            tensors, held = on_all_ranks(matched, "could not use its reference") if sharded else matched()
         except ReferenceLoadError as error:
             if not isinstance(source, nn.Module):
                 raise
