@@ -350,6 +350,15 @@ def test_an_embedding_whose_gradient_depends_on_the_whole_batch_is_refused():
         fit(ByFrequency, loader(toy_data(8)), parameters="body")
 
 
+def test_a_hook_that_may_change_the_gradient_is_refused():
+    def hooked(p: Tensor, b: dict[str, Tensor]) -> Tensor:
+        p.register_hook(lambda gradient: gradient / gradient.norm())
+        return F.cross_entropy(p, b["y"])
+
+    with pytest.raises(MimicError, match="a hook on a tensor"):
+        scores_of_one_step(hooked, batch_of(4))
+
+
 def test_two_tasks_in_a_batch_of_two_are_not_taken_for_samples():
     def tasks(logits, batch):
         return torch.stack([F.cross_entropy(logits, batch["y"]), F.mse_loss(logits, batch["real"])]).mean()

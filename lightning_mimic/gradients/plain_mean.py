@@ -125,8 +125,12 @@ class DataFlow:
     def _reads(self, operation: Operation, how: str) -> str | None:
         """Return that an operation reads a number from the batch, as a phrase; truth values are not numbers."""
         source = operation.arguments["self"]
-        truth = source.dtype == torch.bool and not operation.arguments.get("size", False)
-        if isinstance(self._values[source.token], Constant) or truth:
+        value = self._values[source.token]
+        if operation.arguments.get("size", False):
+            unread = isinstance(value, Constant | Rows)  # chosen by constants
+        else:
+            unread = isinstance(value, Constant) or source.dtype == torch.bool
+        if unread:
             return None
         return f"a number was read from the batch {how} and may have entered it"
 

@@ -208,6 +208,9 @@ PLAIN: dict[str, Loss] = {
     "written classes": with_class_zeroed,
     "of each by vmap": lambda p, b: torch.func.vmap(F.cross_entropy)(p, b["y"]).mean(),
     "targets of bounded norm": lambda p, b: F.mse_loss(p, b["real"].renorm(2, 0, 0.5)),
+    "a number of classes that are chosen": lambda p, b: (
+        p[:, PER_CLASS > 1].square().sum() / p[:, PER_CLASS > 1].numel() * 0.5
+    ),
     "other classes": lambda p, b: F.mse_loss(p[:, torch.tensor([1, 0, 1])], b["real"].index_select(1, torch.arange(3))),
     "two views in one batch": lambda p, b: F.cross_entropy(
         torch.cat([p, 2 * p]), torch.cat([b["y"], b["z"]]), label_smoothing=0.1
@@ -268,12 +271,6 @@ def replaced(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return (each(logits, batch) * factors).mean()
 
 
-def hooked(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    logits = logits * 1.0
-    logits.register_hook(lambda gradient: gradient / gradient.norm())
-    return F.cross_entropy(logits, batch["y"])
-
-
 def by_numbers(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
     import numpy as np
 
@@ -313,7 +310,6 @@ COUPLED: dict[str, Loss] = {
     "a parameter that was a tensor": lambda p, b: each(p, b).mean() / nn.Parameter(b["w"]).detach().sum(),
     "a copy's sum": lambda p, b: each(p, b).mean() / copy.deepcopy(b["w"]).sum(),
     "data that was replaced": replaced,
-    "a hook": hooked,
     "a normaliser by numpy": by_numbers,
     "a normaliser read as a list": lambda p, b: each(p, b).mean() / sum(b["w"].tolist()),
     "masked mean": lambda p, b: ((p - b["real"]).square() * b["mask"]).sum() / b["mask"].sum(),
