@@ -210,6 +210,20 @@ def test_unequal_numbers_of_targets_are_refused_with_the_lines_that_make_it_exac
         fit(PaddedLanguage, loader(toy_data(4)))
 
 
+@pytest.mark.parametrize("joined", [True, False])
+def test_targets_are_counted_for_each_sample_in_whatever_order_they_lie(joined):
+    def loss(logits, batch):
+        logits, targets = torch.stack([logits] * 3, joined), torch.stack([batch["y"], batch["z"], batch["y"]], joined)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=0)
+
+    batch = batch_of(4)
+    batch["y"], batch["z"] = torch.tensor([0, 0, 0, 0]), torch.tensor([1, 2, 3, 4])
+    torch.testing.assert_close(scores_of_one_step(loss, batch), right(loss, batch), **CLOSE)
+    batch["y"] = torch.tensor([1, 0, 0, 0])
+    with pytest.raises(MimicError, match="samples have different numbers of them"):
+        scores_of_one_step(loss, batch)
+
+
 @for_each(("ignored", "unequal"), [(-100, False), (3, True), (1, True)])
 def test_targets_that_do_not_count_are_counted_for_each_sample(ignored, unequal):
     layer, targets = nn.Linear(4, 4), torch.tensor([1, 3, 1])
@@ -277,6 +291,16 @@ class TimeFirstRecurrent(TimeFirst):
 def test_time_steps_are_not_taken_for_samples(kind, size):
     with pytest.raises(MimicError, match=r"one row for each of 4 samples|samples"):
         fit(kind, loader(toy_data(12), batch_size=size))
+
+
+class TimeFirstAlone(TimeFirst):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.head(torch.tanh(self.body(batch[0].T[..., None]))).square().mean()
+
+
+def test_without_targets_the_inputs_show_where_the_samples_lie():
+    with pytest.raises(MimicError, match="the samples do not lie on the first axis of the scored rows"):
+        fit(TimeFirstAlone, loader(toy_data(12), batch_size=FEATURES))
 
 
 class TimeFirstBelowANorm(Toy):

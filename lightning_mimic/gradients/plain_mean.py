@@ -67,6 +67,8 @@ class DataFlow:
             return self.misplaced
         found = self._values.get(self._trace.ref(loss).token)
         if isinstance(found, Total) and found.mean:
+            if len(found.orders) > 1 or "in between" in found.orders:
+                return "the targets of several losses lie in different orders, or neither together nor apart"
             if any(is_scored(self._values[token]) for token in self._hooked):
                 return "a hook on a tensor (`register_hook`) may change the gradient"
             custom = [kind_of(node) for node in between(grad_fn_of(loss), self._rows) if _is_custom(node)]
@@ -77,10 +79,11 @@ class DataFlow:
             return found.reason
         return "it is not made of the scored rows by operations that can be followed"
 
-    def divisors(self, loss: Tensor) -> frozenset[int]:
-        """Return by which numbers sums were divided to become a loss that is a plain mean, over B."""
+    def mean(self, loss: Tensor) -> Total:
+        """Return what is known of a loss that is a plain mean."""
         found = self._values[self._trace.ref(loss).token]
-        return found.divisors if isinstance(found, Total) else frozenset()
+        assert isinstance(found, Total)
+        return found
 
     def has_rows(self, node: Node) -> bool:
         """Return whether the tensor that a node made has a row for each sample on its first axis."""
@@ -209,7 +212,7 @@ def _is_custom(node: Any) -> bool:
     return function is not None and not function.__module__.startswith("torch.")
 
 
-def unequal_targets(nodes: Sequence[Node], samples: int) -> Tensor:
+def unequal_targets(nodes: Sequence[Node], samples: int, *, apart: bool = False) -> Tensor:
     """Return whether some averaging cross-entropy did not count as many targets of each sample, a scalar.
 
     It stays on the device, so that it can be asked at every step and looked at later.
@@ -217,6 +220,7 @@ def unequal_targets(nodes: Sequence[Node], samples: int) -> Tensor:
     Args:
         nodes: On the ways from the loss to the scored rows.
         samples: B.
+        apart: The targets of a sample do not lie together, but B places apart.
     """
     unequal = torch.zeros((), dtype=torch.bool)
     for node in nodes:
@@ -228,7 +232,7 @@ def unequal_targets(nodes: Sequence[Node], samples: int) -> Tensor:
         kept = node._saved_target != ignored  # type: ignore[attr-defined]
         if kept.numel() % samples:
             return torch.ones_like(unequal)
-        counts = kept.reshape(samples, -1).sum(1)
+        counts = kept.reshape(-1, samples).sum(0) if apart else kept.reshape(samples, -1).sum(1)
         unequal = unequal | (counts != counts[0]).any()
     return unequal
 
@@ -241,7 +245,7 @@ def fingerprint(nodes: Sequence[Node], samples: int, divisors: Collection[int]) 
     Args:
         nodes: On the ways from the loss to the scored rows.
         samples: B.
-        divisors: Over B, from :meth:`DataFlow.divisors`.
+        divisors: Over B, from :meth:`DataFlow.mean`.
     """
     return [(kind_of(node), _divisor(node, samples, divisors)) for node in nodes]
 

@@ -122,6 +122,7 @@ def _of_total(operation: Operation, values: Mapping[int, Value], samples: int) -
             totals[0],
             elements=frozenset.intersection(*(total.elements for total in totals)),
             divisors=frozenset.union(*(total.divisors for total in totals)),
+            orders=frozenset.union(*(total.orders for total in totals)),
         )
     if name in ("sum", "nansum"):
         ref = operation.arguments["self"]
@@ -154,7 +155,7 @@ def _scaled(operation: Operation, values: Mapping[int, Value], samples: int) -> 
     if total.mean or not isinstance(other, int | float):
         return total
     divisor = divisor_over(samples, other, operation.name, total.elements)
-    return total if divisor is None else Total(mean=True, divisors=total.divisors | {divisor})
+    return total if divisor is None else replace(total, mean=True, divisors=total.divisors | {divisor})
 
 
 def divisor_over(samples: int, number: float, operation: str, expected: Collection[int]) -> int | None:
@@ -232,7 +233,7 @@ def _class_loss(operation: Operation, values: Mapping[int, Value], samples: int)
     target, weight = operation.arguments["target"], operation.arguments.get("weight")
     rows, aim = values[scores.token], values[target.token]
     classes = 1 if len(scores.shape) > 1 else 0
-    if not isinstance(rows, Rows) or (isinstance(aim, Rows) and not isinstance(rows, Rows)):
+    if not isinstance(rows, Rows):
         return _mixed(operation, values, f"the targets of `{operation.name}` are the samples' and its scores are not")
     if rows.axis == classes:
         return _mixed(operation, values, f"`{operation.name}` takes the samples for classes")
@@ -253,7 +254,15 @@ def _class_loss(operation: Operation, values: Mapping[int, Value], samples: int)
     shape = target.shape if not per_class else (*scores.shape[:1], *scores.shape[2:])
     if per_class and operation.name == "cross_entropy":
         own = replace(own, axis=own.axis - (own.axis > classes))
-    return _reduction(operation, own, shape, samples)
+    total = _reduction(operation, own, shape, samples)
+    if not isinstance(total, Total) or not total.mean or per_class or operation.name not in _WEIGHTED_MEANS:
+        return total
+    return replace(total, orders=frozenset({_order(own, shape, samples)}))
+
+
+def _order(rows: Rows, shape: tuple[int, ...], samples: int) -> str:
+    step = rows.inner * prod(shape[rows.axis + 1 :])  # between a sample and the next, in elements
+    return "together" if step * samples == prod(shape) else "apart" if step == 1 else "in between"
 
 
 def _cross_entropy(operation: Operation, values: Mapping[int, Value], samples: int) -> Value | list[Value]:

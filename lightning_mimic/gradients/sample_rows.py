@@ -44,11 +44,14 @@ class Total:
         mean: It is the mean.
         elements: Of a sum: how many elements of one sample it may be said to consist of.
         divisors: Of a mean: by which numbers sums were divided to become it, over B.
+        orders: Of a mean over targets, some of which may not count: all targets of a sample lie together
+            (``"together"``), or the first of all samples, then the second (``"apart"``).
     """
 
     mean: bool
     elements: frozenset[int] = frozenset({1})
     divisors: frozenset[int] = frozenset()
+    orders: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

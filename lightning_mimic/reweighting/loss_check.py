@@ -12,6 +12,7 @@ from lightning_mimic.gradients.forward_trace import ForwardTrace
 from lightning_mimic.gradients.graph import is_compiled
 from lightning_mimic.gradients.nodes import grad_fn_of, kind_of
 from lightning_mimic.gradients.plain_mean import between, fingerprint, unequal_targets
+from lightning_mimic.gradients.sample_rows import Total
 from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.loss_problem import LossProblem
 from lightning_mimic.reweighting.messages import ELSEWHERE, NOT_PLAIN, OTHERWISE
@@ -45,8 +46,8 @@ class LossCheck:
         #: The module looks for NaN, so that NaN in a batch may be meant.
         self.looks_for_nan = False
         self._sizes: set[int] = set()
-        # Divisors and fingerprints of the losses for which it was shown.
-        self._shown: list[tuple[frozenset[int], list[tuple[str, int | None]]]] = []
+        # The means that were shown, and the fingerprints of their graphs.
+        self._shown: list[tuple[Total, list[tuple[str, int | None]]]] = []
 
     @property
     def basis(self) -> str:
@@ -96,12 +97,11 @@ class LossCheck:
         for call in forward.calls.calls:
             if call.shape[0] == forward.rows and flow.lies_elsewhere(call.node):
                 raise MimicError(ELSEWHERE.format(call.name, call.shape, forward.rows))
-        nodes = between(grad_fn_of(forward.loss), edge.node)
-        if bool(unequal_targets(nodes, forward.rows)):
+        nodes, mean = between(grad_fn_of(forward.loss), edge.node), flow.mean(forward.loss)
+        if bool(unequal_targets(nodes, forward.rows, apart="apart" in mean.orders)):
             raise MimicError(LossProblem.UNEQUAL_TARGETS.message)
         self._sizes.add(forward.rows)
-        divisors = flow.divisors(forward.loss)
-        shown = divisors, fingerprint(nodes, forward.rows, divisors)
+        shown = mean, fingerprint(nodes, forward.rows, mean.divisors)
         if shown not in self._shown:
             self._shown.append(shown)
 
@@ -123,7 +123,8 @@ class LossCheck:
         nodes = between(grad_fn_of(forward.loss), edge.node)
         if not nodes:
             return none  # no gradient will arrive, which is refused when the backward pass has ended
-        known = any(fingerprint(nodes, forward.rows, divisors) == shown for divisors, shown in self._shown)
+        known = [mean for mean, shown in self._shown if fingerprint(nodes, forward.rows, mean.divisors) == shown]
         if not known and not any(map(is_compiled, nodes)):
             raise MimicError(OTHERWISE)
-        return none + unequal_targets(nodes, forward.rows) * LossProblem.UNEQUAL_TARGETS
+        apart = any("apart" in mean.orders for mean in known)
+        return none + unequal_targets(nodes, forward.rows, apart=apart) * LossProblem.UNEQUAL_TARGETS

@@ -212,6 +212,15 @@ PLAIN: dict[str, Loss] = {
         p[:, PER_CLASS > 1].square().sum() / p[:, PER_CLASS > 1].numel() * 0.5
     ),
     "other classes": lambda p, b: F.mse_loss(p[:, torch.tensor([1, 0, 1])], b["real"].index_select(1, torch.arange(3))),
+    "time-first targets": lambda p, b: F.cross_entropy(
+        torch.stack([p, 2 * p, -p]).flatten(0, 1), torch.stack([b["y"], b["z"], b["y"]]).flatten()
+    ),
+    "targets sample after sample": lambda p, b: F.cross_entropy(
+        torch.stack([p, 2 * p, -p], 1).flatten(0, 1), torch.stack([b["y"], b["z"], b["y"]], 1).flatten()
+    ),
+    "images of classes": lambda p, b: F.cross_entropy(
+        p[..., None, None] * b["soft"][:, None, :, None], b["z"][:, None, None].expand(-1, CLASSES, 1)
+    ),
     "two views in one batch": lambda p, b: F.cross_entropy(
         torch.cat([p, 2 * p]), torch.cat([b["y"], b["z"]]), label_smoothing=0.1
     ),
