@@ -279,6 +279,21 @@ def test_time_steps_are_not_taken_for_samples(kind, size):
         fit(kind, loader(toy_data(12), batch_size=size))
 
 
+class TimeFirstBelowANorm(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(1, HIDDEN)
+        self.norm = nn.BatchNorm1d(HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm(self.body(x.T[..., None]).mean(0))))
+
+
+def test_time_steps_below_a_norm_over_the_batch_are_not_taken_for_samples():
+    with pytest.raises(MimicError, match=r"output of 'body' has shape \(6, 6, 8\), and its first axis is not that of"):
+        fit(TimeFirstBelowANorm, loader(toy_data(12), batch_size=FEATURES), parameters="all")
+
+
 def test_two_tasks_in_a_batch_of_two_are_not_taken_for_samples():
     def tasks(logits, batch):
         return torch.stack([F.cross_entropy(logits, batch["y"]), F.mse_loss(logits, batch["real"])]).mean()
@@ -339,6 +354,25 @@ def test_a_number_that_was_read_from_the_batch_is_no_constant(read):
     ):
         with pytest.raises(MimicError, match="a number was read from the batch by"):
             scores_of_one_step(loss, batch_of(4))
+
+
+@for_each(
+    "loss",
+    [
+        lambda p, b: F.mse_loss(p, b["real"]) * torch.full((), b["w"].sum()),
+        lambda p, b: F.mse_loss(p, b["real"] * torch.zeros(()).fill_(b["w"].sum())),
+        lambda p, b: F.mse_loss(p, b["real"] * torch.tensor([*b["w"].sum()[None]])),
+        lambda p, b: F.mse_loss(p[:, b["y"].max()], b["real"][:, 0]),
+        lambda p, b: F.mse_loss(p[:, : int(b["y"].max())].sum(1), b["real"][:, 0]),
+        lambda p, b: F.huber_loss(p, b["real"], delta=float(b["w"].sum())),
+        lambda p, b: F.mse_loss(p, torch.normal(b["w"].mean().expand(5), 1.0).expand_as(p)),
+        lambda p, b: (F.mse_loss(p, b["real"], reduction="none") * b["w"][:, None].data.div_(b["w"].sum())).mean(),
+        lambda p, b: (F.one_hot(b["y"]) * p[:, : F.one_hot(b["y"]).shape[1]]).mean(),
+    ],
+)
+def test_other_ways_for_the_batch_s_numbers_into_the_loss_are_seen(loss):
+    with pytest.raises(MimicError, match="not shown to be a plain mean over samples"):
+        scores_of_one_step(loss, batch_of(4))
 
 
 def test_reading_what_does_not_enter_the_loss_is_no_obstacle():

@@ -7,7 +7,9 @@ import torch
 
 import oracles
 from lightning_mimic import MimicError, Reweighter
-from support.cases import case
+from lightning_mimic.gradients.forward_trace import ForwardTrace
+from lightning_mimic.gradients.plain_mean import DataFlow
+from support.cases import case, for_each
 from support.losses import COUPLED, PLAIN, UNDEFINED_ALONE, Net, WithOwnLosses, alone, batch_of, net
 from support.ranks import on_two_ranks
 
@@ -67,6 +69,19 @@ def test_a_loss_that_mixes_samples_is_refused(name, parameters):
     for size in SIZES:
         with case(size), pytest.raises(MimicError, match=r"not shown to be a plain mean over samples|`parameters`: "):
             scores(Net, COUPLED[name], batch_of(size), parameters)
+
+
+@for_each("name", [*PLAIN, *COUPLED])
+def test_the_data_flow_alone_tells_them_apart(name):
+    loss = (PLAIN | COUPLED)[name]
+    for size in SIZES:
+        module, batch, trace = net(Net, loss), batch_of(size), ForwardTrace(size)
+        trace.expect(batch.values(), module.parameters())
+        with trace.recording():
+            logits = module(batch["x"])
+            value = module.loss_of(logits, batch)
+        objection = DataFlow(trace, logits.grad_fn).objection(value)
+        assert (objection is None) is (name in PLAIN)
 
 
 @pytest.mark.parametrize("name", [name for name in (*PLAIN, *COUPLED) if name not in UNDEFINED_ALONE])

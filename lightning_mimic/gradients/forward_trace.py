@@ -27,11 +27,14 @@ _READS = {
     Tensor.__dlpack__: "__dlpack__()",
 }
 
-#: Losses that are one operation here, whatever they consist of.
-_LOSSES = {F.cross_entropy: "cross_entropy", F.kl_div: "kl_div"}
+#: Ways into torch's sight, for numbers in lists.
+_FROM_LISTS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 
-#: Arguments of these losses, in the order in which they may be given, with their defaults.
-_LOSS_ARGUMENTS: dict[str, dict[str, Any]] = {
+#: Functions that are one operation here, whatever they consist of.
+_WHOLE = {F.cross_entropy: "cross_entropy", F.kl_div: "kl_div", F.one_hot: "one_hot"}
+
+#: Their arguments, in the order in which they may be given, with their defaults.
+_WHOLE_ARGUMENTS: dict[str, dict[str, Any]] = {
     "cross_entropy": {
         "input": None,
         "target": None,
@@ -50,6 +53,7 @@ _LOSS_ARGUMENTS: dict[str, dict[str, Any]] = {
         "reduction": "mean",
         "log_target": False,
     },
+    "one_hot": {"tensor": None, "num_classes": -1},
 }
 
 
@@ -81,6 +85,7 @@ class Operation:
         aliases: Other tensors that share memory with one that was changed, and whether they show all of its elements
             in the same places.
         pointwise: It works element by element, with broadcasting.
+        numbers: Numbers among the arguments may have been made of others: factors, bounds, places.
     """
 
     name: str
@@ -89,6 +94,7 @@ class Operation:
     written: tuple[Ref, ...] = ()
     aliases: tuple[tuple[int, bool], ...] = ()
     pointwise: bool = False
+    numbers: bool = False
 
     @property
     def inputs(self) -> list[Ref]:
@@ -202,22 +208,33 @@ class _Operations(TorchDispatchMode):
             _each([trace.refs(outputs)], found.append)
             written = tuple(trace.ref(tensor) for tensor in changed)
             aliases = trace.aliases(changed)
-            trace.operations.append(Operation(kind.name, named, tuple(found), written, aliases, kind.pointwise))
+            numbers = kind.numbers(given)
+            trace.operations.append(
+                Operation(kind.name, named, tuple(found), written, aliases, kind.pointwise, numbers)
+            )
         return outputs
 
 
 class _Calls(TorchFunctionMode):
-    """Records what only the calls from Python show: reads of numbers, and losses as a whole."""
+    """Records what only the calls from Python show: reads of numbers, their end, and functions as a whole."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _READS and args:
-            for trace in _recording:
-                trace.operations.append(Operation("read", {"self": trace.ref(args[0]), "by": _READS[func]}, ()))
-        name = _LOSSES.get(func)
+        read: list[Tensor] = []
+        if func in _READS:
+            _tensors(args[:1], read.append)
+        elif func in _FROM_LISTS:
+            _tensors([each for each in args if isinstance(each, list | tuple)], read.append)
+        for trace in _recording:
+            by = _READS.get(func, "torch.tensor([...])")
+            trace.operations += [Operation("read", {"self": trace.ref(tensor), "by": by}, ()) for tensor in read]
+        name = _WHOLE.get(func)
         if name is None:
-            return func(*args, **kwargs)
-        given = _LOSS_ARGUMENTS[name] | dict(zip(_LOSS_ARGUMENTS[name], args, strict=False)) | kwargs
+            outputs = func(*args, **kwargs)
+            for trace in _recording:
+                trace.operations.append(Operation("returned", {}, ()))
+            return outputs
+        given = _WHOLE_ARGUMENTS[name] | dict(zip(_WHOLE_ARGUMENTS[name], args, strict=False)) | kwargs
         before = [len(trace.operations) for trace in _recording]
         arguments = [{name: trace.refs(value) for name, value in given.items()} for trace in _recording]
         output = func(*args, **kwargs)
@@ -277,6 +294,23 @@ class _Kind:
     defaults: dict[str, Any]
     written: tuple[str, ...]
     pointwise: bool
+
+    def numbers(self, given: Mapping[str, Any]) -> bool:
+        """Whether numbers among these arguments, other than the defaults, may mean something."""
+        names = self.defaults if self.pointwise or self.name in _FILLING else _MEANINGFUL & self.defaults.keys()
+        for name in names:
+            value = given[name]
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if number and name not in _SETTINGS and value != self.defaults[name] and value not in _TRIVIAL:
+                return True
+        return False
+
+
+# Arguments that are numbers; those of the first kind may be factors and places, those of the second never are.
+_MEANINGFUL = frozenset({"value", "alpha", "beta", "delta", "margin", "index", "start", "end"})
+_SETTINGS = frozenset({"dim", "dtype", "exponent", "layout", "memory_format", "size"})
+_FILLING = frozenset({"full", "full_like", "new_full", "fill", "scalar_tensor", "arange"})
+_TRIVIAL = (0, 1, -1, 2, 2**63 - 1)
 
 
 @cache

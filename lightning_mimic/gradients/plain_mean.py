@@ -81,21 +81,40 @@ class DataFlow:
         value = self._values.get(token)
         return isinstance(value, Rows) and value.scored and (value.axis, value.inner) == (0, 1)
 
+    def lies_elsewhere(self, node: Node) -> bool:
+        """Return whether the batch's tensors show that the samples lie on another axis than the first of a tensor."""
+        token, _ = self._trace.nodes.get(node, (-1, 0))
+        value = self._values.get(token)
+        if not isinstance(value, Rows):
+            return False
+        return value.axis != 0 or value.inner * self._trace.samples != shape_of(node)[0]
+
     def _follow_all(self) -> None:
         token, since = self._trace.nodes[self._rows]
-        read: str | None = None
+        read: str | None = None  # by Python, which may use the number anywhere later
+        within: str | None = None  # by torch, for an argument of the call from Python that goes on
         for place, operation in enumerate(self._trace.operations):
             for ref in operation.inputs:
                 # From outside: a constant, unless it may have been made of a number that was read from the batch.
                 self._values.setdefault(ref.token, Constant() if read is None else Mixed(read))
                 if place == since and ref.token == token:
                     self._begin(ref)
-            if operation.name == "read":
-                source = operation.arguments["self"]
-                if not isinstance(self._values[source.token], Constant) and source.dtype != torch.bool:
-                    read = f"a number was read from the batch by `{operation.arguments['by']}` and may have entered it"
-            else:
-                self._follow(operation, read)
+            match operation.name:
+                case "read":
+                    read = self._reads(operation, f"by `{operation.arguments['by']}`") or read
+                case "_local_scalar_dense":
+                    within = self._reads(operation, "in place of a number") or within
+                case "returned":
+                    within = None
+                case _:
+                    self._follow(operation, within or (read if operation.numbers else None))
+
+    def _reads(self, operation: Operation, how: str) -> str | None:
+        """Return that an operation reads a number from the batch, as a phrase; truth values are not numbers."""
+        source = operation.arguments["self"]
+        if isinstance(self._values[source.token], Constant) or source.dtype == torch.bool:
+            return None
+        return f"a number was read from the batch {how} and may have entered it"
 
     def _begin(self, ref: Ref) -> None:
         """Take a tensor for the scored rows."""

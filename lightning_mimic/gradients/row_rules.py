@@ -13,8 +13,6 @@ from lightning_mimic.gradients.sample_rows import Constant, Mixed, Rows, Total, 
 #: A rule gets the operation, the values of its inputs by token, and B; one value serves for all outputs.
 Rule = Callable[[Operation, Mapping[int, Value], int], Value | list[Value]]
 
-_NUMBERS_WITHOUT_MEANING = (0, 1, -1, 2)
-
 
 def outputs_of(operation: Operation, values: Mapping[int, Value], samples: int, read: str | None) -> list[Value]:
     """Return the values of an operation's outputs, then those of the tensors that it changes.
@@ -23,15 +21,15 @@ def outputs_of(operation: Operation, values: Mapping[int, Value], samples: int, 
         operation: The operation.
         values: Of its inputs, by token.
         samples: B.
-        read: How a number was read from the batch before, after which a number that is met may be that one.
+        read: How a number was read from the batch that may have entered the operation.
     """
     own = [values[ref.token] for ref in operation.inputs]
     found: Value | list[Value]
-    makes = _makes_constants(operation)
-    if read is not None and (makes or operation.pointwise) and _numbers(operation):
+    makes = _makes_constants(operation, values)
+    if read is not None:
         found = Mixed(read, not makes and any(map(is_scored, own)))
     elif makes or all(isinstance(value, Constant) for value in own):
-        found = _constant(operation, own)
+        found = Constant(exchangeable=True) if makes else _constant(operation, own)
     elif any(isinstance(value, Total) for value in own):
         found = _of_total(operation, values, samples)
     elif mixed := [value for value in own if isinstance(value, Mixed)]:
@@ -46,17 +44,19 @@ def outputs_of(operation: Operation, values: Mapping[int, Value], samples: int, 
     return outputs
 
 
-def _makes_constants(operation: Operation) -> bool:
+def _makes_constants(operation: Operation, values: Mapping[int, Value]) -> bool:
     """Whether the outputs hold nothing of the inputs but their shape."""
     name = operation.name
-    return name in _FILLED or name.removesuffix("_like") in _FILLED or name.removeprefix("new_") in _FILLED
+    if not (name in _FILLED or name.removesuffix("_like") in _FILLED or name.removeprefix("new_") in _FILLED):
+        return False
+    filling = [ref for argument, ref in operation.arguments.items() if isinstance(ref, Ref) and argument != "self"]
+    found = [(ref.shape, values[ref.token]) for ref in filling]
+    return all(isinstance(value, Constant) and (value.exchangeable or shape == ()) for shape, value in found)
 
 
 def _constant(operation: Operation, own: Sequence[Value]) -> Value:
     if operation.name == "arange":
         return Constant(counts=operation.arguments.get("start", 0) == 0 and operation.arguments.get("step", 1) == 1)
-    if _makes_constants(operation):
-        return Constant(exchangeable=True)
     if operation.name == "index" and len(operation.arguments["self"].shape) == 1:
         own = own[1:]  # what is looked up in a table at drawn places
     kept = operation.pointwise or operation.name in _VIEWS or operation.name == "index"
@@ -94,13 +94,6 @@ def _rule(operation: Operation) -> Rule:
 
 def _unknown(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
     return _mixed(operation, values, f"how the operation `{operation.name}` treats the samples is not known")
-
-
-def _numbers(operation: Operation) -> bool:
-    """Whether numbers that may mean something are among the arguments."""
-    found = [value for argument, value in operation.arguments.items() if argument not in ("exponent", "dtype", "dim")]
-    numbers = [value for value in found if isinstance(value, int | float) and not isinstance(value, bool)]
-    return any(number not in _NUMBERS_WITHOUT_MEANING for number in numbers)
 
 
 def _mixed(operation: Operation, values: Mapping[int, Value], reason: str) -> Mixed:
@@ -393,8 +386,8 @@ def _joined(operation: Operation, values: Mapping[int, Value], samples: int) -> 
     if len(places) > 1:
         return Mixed("tensors with the samples on different axes are combined", scored)
     axis, inner = places.pop()
-    if not stacks and dim == axis:
-        return Mixed("batches are joined to one", scored)
+    if not stacks and dim == axis and not all(isinstance(values[ref.token], Rows) for ref in refs):
+        return Mixed("something is joined to the batch", scored)
     if any(_tells_apart(values[ref.token], ref, axis) for ref in refs):
         return Mixed(_FOREIGN, scored)
     return Rows(axis + (stacks and dim <= axis), inner, scored)
@@ -426,6 +419,12 @@ def _gathered(operation: Operation, values: Mapping[int, Value], samples: int) -
     if any(ref.shape[axis] != arguments["self"].shape[axis] for ref in refs):
         return Mixed("only some of the samples are taken", scored)
     return Rows(axis, inner, scored)
+
+
+def _one_hot(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
+    if operation.arguments["num_classes"] == -1:
+        return Mixed("`one_hot` without `num_classes` takes the number of classes from the batch")
+    return values[operation.arguments["tensor"].token]
 
 
 def _embedded(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
@@ -643,6 +642,8 @@ _VIEWS = frozenset(
         "unbind",
         "split",
         "split_with_sizes",
+        "unsafe_split",
+        "unsafe_split_with_sizes",
         "flatten",
         "unflatten",
     ]
@@ -725,7 +726,8 @@ _RULES: dict[str, Rule] = {
         ],
         _along,
     ),
-    **dict.fromkeys(["select", "slice", "unbind", "split", "split_with_sizes"], _sliced),
+    **dict.fromkeys(["select", "slice", "unbind"], _sliced),
+    **dict.fromkeys(["split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"], _sliced),
     **dict.fromkeys(("flip", "roll"), _reordered),
     **dict.fromkeys(("cat", "stack"), _joined),
     **dict.fromkeys(("gather", "scatter", "scatter_add", "scatter_reduce"), _gathered),
@@ -747,6 +749,7 @@ _RULES: dict[str, Rule] = {
         ["nll_loss_forward", "nll_loss2d_forward", "multi_margin_loss", "multilabel_margin_loss_forward"], _class_loss
     ),
     "cross_entropy": _cross_entropy,
+    "one_hot": _one_hot,
     "kl_div": _kl_div,
     "_ctc_loss": _ctc,
     "copy": _copied,

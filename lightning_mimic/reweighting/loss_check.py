@@ -14,7 +14,7 @@ from lightning_mimic.gradients.nodes import grad_fn_of, kind_of
 from lightning_mimic.gradients.plain_mean import between, fingerprint, unequal_targets
 from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.loss_problem import LossProblem
-from lightning_mimic.reweighting.messages import NOT_PLAIN, OTHERWISE
+from lightning_mimic.reweighting.messages import ELSEWHERE, NOT_PLAIN, OTHERWISE
 
 #: ``"mean"``: the user asserts that the loss is the plain mean of the samples' own losses.
 AssertedLoss = Literal["mean"]
@@ -93,6 +93,9 @@ class LossCheck:
         reason = flow.objection(forward.loss)
         if reason is not None:
             raise MimicError(NOT_PLAIN.format(reason))
+        for call in forward.calls.calls:
+            if call.shape[0] == forward.rows and flow.lies_elsewhere(call.node):
+                raise MimicError(ELSEWHERE.format(call.name, call.shape, forward.rows))
         nodes = between(grad_fn_of(forward.loss), edge.node)
         if bool(unequal_targets(nodes, forward.rows)):
             raise MimicError(LossProblem.UNEQUAL_TARGETS.message)

@@ -5,6 +5,11 @@ COMPILED = (
     "taken for independent."
 )
 
+ELSEWHERE = (
+    "`parameters`: the output of {0!r} has shape {1}, and its first axis is not that of the {2} samples, although it "
+    "is as long. Use another batch size, or name a later layer."
+)
+
 HOOKED = (
     "`parameters`: {} carry gradient hooks of their own, which would change the scores or undo the weights. Remove "
     "the hooks, or leave these parameters out."

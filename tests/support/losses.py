@@ -189,6 +189,9 @@ PLAIN: dict[str, Loss] = {
         p[:, torch.tensor([True, True, False, True, False])], b["real"][:, [0, 1, 3]]
     ),
     "other classes": lambda p, b: F.mse_loss(p[:, torch.tensor([1, 0, 1])], b["real"].index_select(1, torch.arange(3))),
+    "two views in one batch": lambda p, b: F.cross_entropy(
+        torch.cat([p, 2 * p]), torch.cat([b["y"], b["z"]]), label_smoothing=0.1
+    ),
     "checked first": lambda p, b: F.cross_entropy(p, b["y"]) if bool(torch.isfinite(p).all()) else p.sum(),
 }
 
@@ -244,6 +247,7 @@ COUPLED: dict[str, Loss] = {
     "sum over something else": lambda p, b: each(p, b).sum() / (len(p) + 1),
     "sum over a number": lambda p, b: each(p, b).sum() / 1000,
     "sum and a mean": lambda p, b: each(p, b).sum() + F.mse_loss(p, b["real"]),
+    "a mean and a sum": lambda p, b: F.mse_loss(p, b["real"]) + each(p, b).sum(),
     "summed mse": lambda p, b: F.mse_loss(p, b["real"], reduction="sum"),
     "class weights": lambda p, b: F.cross_entropy(p, b["y"], weight=PER_CLASS),
     "class weights, smoothed": lambda p, b: F.cross_entropy(p, b["y"], weight=PER_CLASS, label_smoothing=0.1),
@@ -295,6 +299,9 @@ COUPLED: dict[str, Loss] = {
     "targets of every other sample": lambda p, b: (
         (p[: (len(p) + 1) // 2] - b["real"][torch.arange(len(p)) % 2 == 0]).abs().mean()
     ),
+    "the first one's target": lambda p, b: (p - b["real"][torch.arange(len(p)) == 0]).abs().mean(),
+    "layer norm over the batch": lambda p, b: F.mse_loss(F.layer_norm(p.T, (len(p),)).T, b["real"]),
+    "a queue": lambda p, b: torch.cat([p, torch.ones(2 * len(p), CLASSES).double()]).square().mean(),
     "cumulated": lambda p, b: each(p, b).cumsum(0).mean(),
     "written into": lambda p, b: p.clone().index_put_((b["y"] % len(p),), torch.zeros(CLASSES).double()).mean(),
 }
