@@ -343,6 +343,15 @@ def _expanded(operation: Operation, values: Mapping[int, Value], samples: int) -
     return replace(rows, axis=rows.axis + len(operation.outputs[0].shape) - len(ref.shape))
 
 
+def _tiled(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
+    ref, repeats = operation.arguments["self"], operation.arguments["repeats"]
+    rows = _rows(values, ref)
+    axis = rows.axis + len(repeats) - len(ref.shape)
+    if repeats[axis] != 1:
+        return Mixed("the samples are repeated", rows.scored)
+    return replace(rows, axis=axis)
+
+
 def _along(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
     """What works along one axis, and keeps it."""
     ref = operation.arguments.get("self", operation.arguments.get("input"))
@@ -432,6 +441,16 @@ def _embedded(operation: Operation, values: Mapping[int, Value], samples: int) -
     if isinstance(values[table.token], Constant):
         return values[indices.token]
     return _mixed(operation, values, "rows of the batch are looked up")
+
+
+def _placed(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
+    """``bucketize`` and ``searchsorted``: the place of each element among limits."""
+    arguments = operation.arguments
+    limits = arguments.get("boundaries", arguments.get("sorted_sequence"))
+    refs = [ref for ref in operation.inputs if ref != limits]
+    if len(refs) == 1 and isinstance(values[limits.token], Constant) and len(limits.shape) == 1:
+        return values[refs[0].token]
+    return _mixed(operation, values, f"`{operation.name}` takes its limits from the batch, or several")
 
 
 def _selected(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
@@ -754,8 +773,11 @@ _RULES: dict[str, Rule] = {
     "_ctc_loss": _ctc,
     "copy": _copied,
     "expand": _expanded,
+    "repeat": _tiled,
     "constant_pad_nd": _padded,
     "embedding": _embedded,
+    "bucketize": _placed,
+    "searchsorted": _placed,
     "index_select": _selected,
     "native_layer_norm": _normalised,
     "_fused_rms_norm": _normalised,
