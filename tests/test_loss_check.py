@@ -210,10 +210,10 @@ def test_unequal_numbers_of_targets_are_refused_with_the_lines_that_make_it_exac
         fit(PaddedLanguage, loader(toy_data(4)))
 
 
-@pytest.mark.parametrize("joined", [True, False])
-def test_targets_are_counted_for_each_sample_in_whatever_order_they_lie(joined):
+@pytest.mark.parametrize("dim", [0, 1])
+def test_targets_are_counted_for_each_sample_in_whatever_order_they_lie(dim):
     def loss(logits, batch):
-        logits, targets = torch.stack([logits] * 3, joined), torch.stack([batch["y"], batch["z"], batch["y"]], joined)
+        logits, targets = torch.stack([logits] * 3, dim), torch.stack([batch["y"], batch["z"], batch["y"]], dim)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=0)
 
     batch = batch_of(4)

@@ -470,6 +470,16 @@ def _embedded(operation: Operation, values: Mapping[int, Value], samples: int) -
     return _mixed(operation, values, "rows of the batch are looked up")
 
 
+def _placed(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
+    """``bucketize`` and ``searchsorted``: the place of each element among limits."""
+    arguments = operation.arguments
+    limits = arguments.get("boundaries", arguments.get("sorted_sequence"))
+    refs = [ref for ref in operation.inputs if ref != limits]
+    if len(refs) == 1 and isinstance(values[limits.token], Constant) and len(limits.shape) == 1:
+        return values[refs[0].token]
+    return _mixed(operation, values, f"`{operation.name}` takes its limits from the batch, or several")
+
+
 def _selected(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
     """``index_select``, whose index has one axis."""
     arguments = operation.arguments
@@ -799,6 +809,8 @@ _RULES: dict[str, Rule] = {
     "repeat": _repeated_rows,
     "constant_pad_nd": _padded,
     "embedding": _embedded,
+    "bucketize": _placed,
+    "searchsorted": _placed,
     "index_select": _selected,
     "native_layer_norm": _normalised,
     "_fused_rms_norm": _normalised,

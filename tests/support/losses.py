@@ -124,6 +124,7 @@ def with_class_zeroed(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 
 PER_CLASS = torch.linspace(0.5, 2.0, CLASSES).double()
+LIMITS = torch.linspace(0.2, 0.9, CLASSES - 1).double()
 
 #: Plain means of the samples' own losses: all of these are to be scored.
 PLAIN: dict[str, Loss] = {
@@ -141,12 +142,14 @@ PLAIN: dict[str, Loss] = {
     "cross-entropy by one-hot": lambda p, b: -(F.one_hot(b["y"], CLASSES) * p.log_softmax(1)).sum(1).mean(),
     "cross-entropy by a scattered one-hot": lambda p, b: -(one_hot(b) * p.log_softmax(1)).sum(1).mean(),
     "cross-entropy and a constant": lambda p, b: F.cross_entropy(p, b["y"]) + 3.0,
+    "cross-entropy, classes by limits": lambda p, b: F.cross_entropy(p, torch.bucketize(b["w"], LIMITS)),
     "nll": lambda p, b: F.nll_loss(p.log_softmax(1), b["y"]),
     "nll, ignored in each": lambda p, b: F.nll_loss(p.log_softmax(1), b["y"], ignore_index=-100),
     "mse": lambda p, b: F.mse_loss(p, b["real"]),
     "mse by hand": lambda p, b: ((p - b["real"]) ** 2).mean(),
     "mse, summed over features": lambda p, b: F.mse_loss(p, b["real"], reduction="none").sum(1).mean(),
     "mse, sum over elements": lambda p, b: (p - b["real"]).square().sum() / p.numel(),
+    "mse, repeated for several targets": lambda p, b: F.mse_loss(p.repeat(1, 2), torch.cat([b["real"], b["soft"]], 1)),
     "l1": lambda p, b: F.l1_loss(p, b["real"]),
     "smooth l1": lambda p, b: F.smooth_l1_loss(p, b["real"]),
     "huber": lambda p, b: F.huber_loss(p, b["real"], delta=0.7),
@@ -347,6 +350,9 @@ COUPLED: dict[str, Loss] = {
     "centred": lambda p, b: F.mse_loss(p - p.mean(0), b["real"]),
     "standardised, detached": lambda p, b: F.mse_loss(p / p.std().detach(), b["real"]),
     "targets of the batch": lambda p, b: F.mse_loss(p, b["real"] / b["real"].abs().max()),
+    "classes by rank in the batch": lambda p, b: F.cross_entropy(
+        p, torch.searchsorted(b["w"].sort()[0], b["w"]) * CLASSES // len(p)
+    ),
     "softmax over the batch": lambda p, b: -(p.log_softmax(0) * b["soft"]).mean(),
     "neighbours": lambda p, b: (p[1:] - p[:-1]).square().mean(),
     "the first sample": lambda p, b: p[0].square().mean(),

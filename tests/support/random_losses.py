@@ -26,6 +26,7 @@ ELEMENTWISE: dict[str, Operation] = {
     "sqrt": lambda a: (a.abs() + 0.1).sqrt(),
     "halved": lambda a: a * 0.5,
     "shifted": lambda a: a + 3,
+    "place among limits": lambda a: torch.bucketize(a, torch.linspace(-1, 1, 4).double()).to(a.dtype),
     "over seven": lambda a: a / 7,
     "over one of its own": lambda a: a / a.detach().abs().add(1),
 }
@@ -38,6 +39,7 @@ COMBINED: dict[str, Operation] = {
     "maximum": torch.maximum,
     "where": lambda a, b: torch.where(a > b, a, b),
     "lerp": lambda a, b: torch.lerp(a, b, 0.3),
+    "place among others": lambda a, b: torch.searchsorted(b.flatten().sort()[0], a).to(a.dtype),
     "cat 0": lambda a, b: torch.cat([a, b], 0),
     "cat 1": lambda a, b: torch.cat([a, b], 1),
     "stack 0": lambda a, b: torch.stack([a, b]),
@@ -84,6 +86,9 @@ SHAPED: dict[str, Operation] = {
     "flat": torch.flatten,
     "in front": lambda a: a[None],
     "repeated": lambda a: a.expand(2, *a.shape),
+    "last axis repeated": lambda a: a.repeat(*[1] * (a.ndim - 1), 2),
+    "first axis repeated": lambda a: a.repeat(2, *[1] * (a.ndim - 1)),
+    "repeated on a new axis": lambda a: a.repeat(2, *[1] * a.ndim),
     "two rows": lambda a: a.reshape(2, -1),
     "reversed axes": lambda a: a.permute(*reversed(range(a.ndim))),
 }
@@ -147,7 +152,7 @@ class RandomLoss:
         Args:
             batch: Scored rows, real values, weights and classes: ``rows``, ``real``, ``w``, ``y``.
             done: Gets the steps that fitted together; the others are left out.
-            only: Takes these steps, and raises if one of them no longer fits.
+            only: Takes these steps; one that no longer fits has no number for its result.
         """
         results = [batch["rows"], batch["real"], batch["w"], torch.linspace(-1, 1, CLASSES).double()]
         for place, (act, _, one, two, dim) in enumerate(self.steps):
@@ -157,9 +162,11 @@ class RandomLoss:
             try:
                 result = act(*self._arguments(act, a, b, batch["y"], dim))
             except (RuntimeError, IndexError, TypeError, ValueError):
-                assert only is None
-                continue
-            if 0 < result.numel() < 5000:
+                if only is None:
+                    continue
+                result = torch.tensor(torch.nan).double()  # which shows, if the loss is made of it
+            # Each has its number: a mask may take none of another batch's elements.
+            if only is not None or 0 < result.numel() < 5000:
                 results.append(result)
                 done.append(place)
         return ENDS[self.end](results[-1], batch["y"])
