@@ -1,6 +1,6 @@
 """A record of the operations of one forward pass: what was computed from what, without the numbers."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -305,7 +305,7 @@ class _Calls(TorchFunctionMode):
             _tensors(args[:1], read.append)
         elif func in _FROM_LISTS:
             _tensors([each for each in args if isinstance(each, list | tuple)], read.append)
-        elif func is Tensor.register_hook:
+        elif func is Tensor.register_hook and not _is_of_torch(args[1:]):
             for trace in _recording:
                 trace.operations.append(Operation("register_hook", {"self": trace.ref(args[0], made=False)}, ()))
         by = _READS.get(func) or _SIZES.get(func, "torch.tensor([...])")
@@ -411,6 +411,11 @@ def _kind(func: Any) -> _Kind:
         pointwise=name in _POINTWISE or declared,
         counts=torch.Tag.dynamic_output_shape in func.tags,
     )
+
+
+def _is_of_torch(hooks: Sequence[Any]) -> bool:
+    """Whether a hook is one of torch's own (FSDP's, those that count operations), which changes no gradient."""
+    return any(str(getattr(hook, "__module__", "")).startswith("torch.") for hook in hooks)
 
 
 def _storage(tensor: Tensor) -> int:
