@@ -277,11 +277,15 @@ class WholeModelGradients(DotOnly):
         return any(normalises_batch(node) for node in self._above())
 
     def compiled(self, parameters: Collection[int] = ()) -> bool:
-        """Whether torch.compile made a part of what lies above a use, which can then be gone through only once.
+        """Whether torch.compile made a part of what is gone through for the scores, which it allows only once.
 
         Args:
             parameters: Ids of parameters of compiled parts, by which these are known while they run as written.
         """
+        uses = [use for here in self._at.values() for use in here if isinstance(use, SubgraphUse)]
+        below = {id(parameter) for use in uses for parameter in use.subgraph.parameters.values()}
+        if not below.isdisjoint(parameters):
+            return True
         return any(is_compiled(node) or _uses(node, parameters) for node in self._above())
 
     def only_layer(self) -> LayerGradients:
