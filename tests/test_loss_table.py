@@ -35,7 +35,7 @@ def on_a_rank(rank, folder):
         for kind in (Net, WithOwnLosses):
             if kind is WithOwnLosses and name in UNDEFINED_ALONE:
                 continue
-            for sizes in RANKS:
+            for sizes in RANKS if kind is Net else RANKS[-1:]:
                 part = dict(zip(("first", "second"), torch.arange(sum(sizes)).split(sizes), strict=True))
                 batch = {key: rows[part[("first", "second")[rank]]] for key, rows in batch_of(sum(sizes)).items()}
                 try:
