@@ -10,8 +10,9 @@ from torch.autograd.graph import Node
 
 from lightning_mimic.gradients.forward_trace import ForwardTrace, Operation, Ref
 from lightning_mimic.gradients.graph import walk
+from lightning_mimic.gradients.mean_rules import divisor_over
 from lightning_mimic.gradients.nodes import grad_fn_of, kind_of, shape_of
-from lightning_mimic.gradients.row_rules import divisor_over, outputs_of
+from lightning_mimic.gradients.row_rules import outputs_of
 from lightning_mimic.gradients.sample_rows import Constant, Mixed, Rows, Total, Value, is_scored
 
 _MEAN = 1  # torch's code for a loss's reduction

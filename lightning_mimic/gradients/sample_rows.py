@@ -1,7 +1,11 @@
 """Which samples a tensor depends on: the values of the data flow that :mod:`~.plain_mean` follows."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
+
+from lightning_mimic.gradients.forward_trace import Operation, Ref
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,12 @@ class Mixed:
 Value = Constant | Rows | Total | Mixed
 
 
+#: A rule gets the operation, the values of its inputs by token, and B; one value serves for all outputs.
+Rule = Callable[[Operation, Mapping[int, Value], int], Value | list[Value]]
+
+FOREIGN = "a tensor that is not part of the batch has a value for each of its samples"
+
+
 def is_scored(value: Value) -> bool:
     """Whether a value depends on the scored rows."""
     return isinstance(value, Total) or (not isinstance(value, Constant) and value.scored)
@@ -93,3 +103,34 @@ def reshaped(rows: Rows, samples: int, old: tuple[int, ...], new: tuple[int, ...
             whole = step % within == 0 and (within * size) % (step * samples) == 0
             return replace(rows, axis=axis, inner=step // within) if whole else None
     return None
+
+
+def mixed(operation: Operation, values: Mapping[int, Value], reason: str) -> Mixed:
+    """Return a mixture of an operation's inputs."""
+    return Mixed(reason, any(is_scored(values[ref.token]) for ref in operation.inputs))
+
+
+def unknown(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
+    """Return a mixture, for an operation that has no rule."""
+    return mixed(operation, values, f"how the operation `{operation.name}` treats the samples is not known")
+
+
+def rows_of(values: Mapping[int, Value], ref: Ref) -> Rows:
+    """Return the value of a tensor that is known to hold rows of samples."""
+    rows = values[ref.token]
+    assert isinstance(rows, Rows)
+    return rows
+
+
+def tells_apart(value: Value, ref: Ref, axis: int) -> bool:
+    """Whether a tensor is a constant with a value of its own at every place along an axis, where it has that axis."""
+    if not isinstance(value, Constant) or value.exchangeable or axis < 0:
+        return False
+    return ref.shape[axis] != 1 and axis not in value.repeated
+
+
+def axes_of(dims: Any, ndim: int) -> set[int]:
+    """Return the axes that an argument ``dim`` names: all, if there is none."""
+    if dims is None or (isinstance(dims, list) and not dims):
+        return set(range(ndim))
+    return {dim % ndim for dim in (dims if isinstance(dims, list) else [dims]) if ndim}
