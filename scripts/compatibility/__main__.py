@@ -38,9 +38,10 @@ def main() -> None:
             result.write_text(json.dumps(found, indent=1))
         found = json.loads(result.read_text())
         write_section(options.markdown, f"compatibility {name}", section(LIBRARIES[name], found))
-    there = [name for name in LIBRARIES if (options.out / f"{name}.json").exists()]
-    everything = {name: json.loads((options.out / f"{name}.json").read_text()) for name in there}
-    write_section(options.markdown, "compatibility counts", counts(everything))
+    results = {name: options.out / f"{name}.json" for name in LIBRARIES}
+    if all(result.exists() for result in results.values()):  # a part of them would take the others off the page
+        everything = {name: json.loads(result.read_text()) for name, result in results.items()}
+        write_section(options.markdown, "compatibility counts", counts(everything))
 
 
 def tried(name: str, library: Library, timeout: float) -> dict[str, Any]:
