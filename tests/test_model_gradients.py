@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from oracles import per_sample_gradients
 from support.cases import case, for_each
-from support.gradient_checks import assert_exact, looped, losses_of, traced, vectors_of
+from support.gradient_checks import assert_exact, assert_near_under_autocast, losses_of, traced, vectors_of
 from support.networks import NETS, made
 
 
@@ -32,16 +31,7 @@ def test_float32_products_are_within_its_rounding(kind):
 def test_products_of_an_autocast_pass_are_near_those_of_the_exact_one(kind):
     net, x, _ = made(kind, dtype=torch.float32)
     net.eval()
-    vectors = vectors_of(net)
-
-    def autocast(net, x):
-        with torch.autocast("cpu", torch.bfloat16):
-            return losses_of(net, x).float()
-
-    dot = traced(net, autocast, x, vectors)[1].dot(vectors)
-    assert dot.dtype == torch.float32
-    expected = looped(per_sample_gradients(net, losses_of, x), vectors)
-    assert float((dot - expected).norm() / expected.norm()) < 0.05
+    assert_near_under_autocast(net, x)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv net", "timm vit, layer scale", "torchvision vit", "CLIP image tower"])

@@ -14,7 +14,16 @@ from lightning_mimic.gradients.subgraph import SubgraphUse
 from oracles import per_sample_gradients
 from support.cases import case
 from support.functional_nets import TOKENS, B, D, T, ad
-from support.gradient_checks import Ad, assert_exact, looped, losses_of, param, traced, vectors_of
+from support.gradient_checks import (
+    Ad,
+    assert_exact,
+    assert_near_under_autocast,
+    looped,
+    losses_of,
+    param,
+    traced,
+    vectors_of,
+)
 from support.parametrized_nets import NETWORKS, parametrized
 
 
@@ -114,16 +123,7 @@ def test_float32_is_exact_within_its_rounding(kind):
 @pytest.mark.parametrize("kind", ["gpt", "lora", "weight norm", "relative biases", "lstm", "gru", "decoder"])
 def test_products_of_an_autocast_pass_are_near_those_of_the_exact_one(kind):
     net, x = parametrized(kind, 5, 2, torch.float32)
-    vectors = vectors_of(net)
-
-    def autocast(net, x):
-        with torch.autocast("cpu", torch.bfloat16):
-            return losses_of(net, x).float()
-
-    dot = traced(net, autocast, x, vectors)[1].dot(vectors)
-    assert dot.dtype == torch.float32
-    expected = looped(per_sample_gradients(net, losses_of, x), vectors)
-    assert float((dot - expected).norm() / expected.norm()) < 0.05
+    assert_near_under_autocast(net, x)
 
 
 def test_spectral_norm_in_training_is_that_of_its_own_forward_pass():

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-#: Ways out of torch's sight: what Python makes of the numbers is not recorded.
+#: Methods that hand numbers to Python; what is computed from them there is not recorded.
 _READS = {
     Tensor.item: "item()",
     Tensor.tolist: "tolist()",
@@ -38,7 +38,7 @@ _SIZES = {
     Tensor.__len__: "len()",
 }
 
-#: Ways into torch's sight, for numbers in lists.
+#: Functions that make a tensor of numbers in a list, which may be those of other tensors.
 _FROM_LISTS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]

@@ -112,3 +112,17 @@ def assert_exact(
         torch.testing.assert_close(dot, expected, rtol=rtol, atol=rtol * scale)
     assert all(p.grad is None for p in net.parameters())
     return rows
+
+
+def assert_near_under_autocast(net: nn.Module, x: Tensor) -> None:
+    """The products of a forward pass in bfloat16 are in float32, and near those of the exact one."""
+    vectors = vectors_of(net)
+
+    def autocast(net: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return losses_of(net, x).float()
+
+    dot = traced(net, autocast, x, vectors)[1].dot(vectors)
+    assert dot.dtype == torch.float32
+    expected = looped(per_sample_gradients(net, losses_of, x), vectors)
+    assert float((dot - expected).norm() / expected.norm()) < 0.05
