@@ -2,24 +2,19 @@
 
 import contextlib
 import re
-import shutil
-import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from lightning_mimic.errors import CurationError, nearest_names
+from lightning_mimic.errors import CurationError
+from lightning_mimic.files import TemporaryFolder
+from lightning_mimic.user_files import first_line, writing
 
 #: Told what is being done, and which share of it is.
 Progress = Callable[[str, float], None]
-
-
-#: DuckDB's types of ids that are numbers.
-_WHOLE = {"BIGINT", "INTEGER", "SMALLINT", "TINYINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT"}
 
 
 class Database:
@@ -45,12 +40,16 @@ class Database:
         except ModuleNotFoundError as error:
             raise CurationError("curation needs DuckDB: pip install 'lightning-mimic[curation]'.") from error
         self._progress = progress
-        self._errors, self._memory = duckdb.Error, memory
-        self._spill = tempfile.mkdtemp(prefix="mimic-curate-")
+        if not isinstance(memory, str):
+            raise CurationError(f"`memory` is {memory!r}; say it like '2GB'.")
+        self._memory = memory
+        self._errors: type[Exception] = duckdb.Error
+        with writing("the folder for temporary files"):
+            self._spill = TemporaryFolder("mimic-curate-")
         self.connection = duckdb.connect()
         # Order costs memory; where it matters, a query says so.
         self.connection.execute("SET preserve_insertion_order = false")
-        self.connection.execute(f"SET temp_directory = {quoted(self._spill)}")
+        self.connection.execute(f"SET temp_directory = {quoted(str(self._spill.path))}")
         try:
             self.connection.execute(f"SET memory_limit = {quoted(memory)}")
         except duckdb.Error as error:
@@ -66,7 +65,7 @@ class Database:
     def close(self) -> None:
         """Closes the connection and removes what it has spilled."""
         self.connection.close()
-        shutil.rmtree(self._spill, ignore_errors=True)
+        self._spill.close()
 
     def report_progress(self, what: str, share: float) -> None:
         """Report the progress of a task to the callback."""
@@ -75,12 +74,13 @@ class Database:
 
     def run(self, sql: str, what: str = "") -> None:
         """Runs a statement; one that may take long says what it does."""
-        with self._progress_of(what):
-            self._answer(sql)
+        with self._progress_of(what), self._own_errors():
+            self.connection.execute(sql)
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
         """All rows of a short answer."""
-        return list(self._answer(sql).fetchall())
+        with self._own_errors():
+            return list(self.connection.execute(sql).fetchall())
 
     def row(self, sql: str) -> tuple[Any, ...]:
         """The first row of an answer that has one."""
@@ -96,89 +96,55 @@ class Database:
 
     def arrays(self, sql: str) -> dict[str, Any]:
         """An answer as NumPy arrays by column."""
-        return dict(self._answer(sql).fetchnumpy())
+        with self._own_errors():
+            return dict(self.connection.execute(sql).fetchnumpy())
 
-    def _answer(self, sql: str) -> Any:
+    @contextlib.contextmanager
+    def _own_errors(self, *more: type[Exception]) -> Iterator[None]:
+        kinds: tuple[type[Exception], ...] = (self._errors, UnicodeEncodeError, *more)
         try:
-            return self.connection.execute(sql)
-        except self._errors as error:
+            yield
+        except kinds as error:
             hint = f"; it may hold {self._memory}, which `memory` sets" if "Memory" in type(error).__name__ else ""
             raise CurationError(f"the database gave up: {first_line(error)}{hint}.") from error
 
     @contextlib.contextmanager
     def reader(self, sql: str, what: str = "") -> Iterator[pa.RecordBatchReader]:
         """An answer piece by piece, in its order."""
-        with self._progress_of(what):
-            yield self.connection.sql(sql).to_arrow_reader(1 << 17)
+        with self._progress_of(what), self._own_errors():
+            answer = self.connection.sql(sql).to_arrow_reader(1 << 17)
+            yield pa.RecordBatchReader.from_batches(answer.schema, self._batches(answer))
+
+    def _batches(self, answer: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+        # A failure of the query is not one of the file that its rows are written to.
+        with self._own_errors(OSError, pa.ArrowException):
+            yield from answer
 
     def columns(self, table: str) -> dict[str, str]:
         """Names and DuckDB's types of a table's columns."""
         return {row[0]: row[1] for row in self.rows(f"DESCRIBE SELECT * FROM {table}")}
 
-    def file(self, path: str | Path, needed: Sequence[str]) -> str:
-        """A Parquet or CSV file as something to select from; a CSV's columns are all text.
+    def load(self, table: str, form: pa.Schema, batches: Iterable[pa.RecordBatch], what: str = "") -> None:
+        """Make a table of Arrow's batches.
 
         Args:
-            path: Of the file, or of a directory with Parquet files of one kind, as DataComp's metadata are. A column
-                ``uid`` serves as ``id`` where there is none.
-            needed: Columns that it must have; a Parquet file's pages of these are read through, so that no damage that
-                a checksum tells goes unnoticed.
-
-        Raises:
-            CurationError: No such file, another kind of file, one that cannot be read, or a column that it lacks.
+            table: Name of the table.
+            form: Names and types of its columns.
+            batches: Its rows.
+            what: What this is, for the progress, which has no shares.
         """
-        path = Path(path).expanduser()
-        files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-        if not files:
-            raise CurationError(f"{path} is a directory without Parquet files (*.parquet).")
-        if not path.is_dir() and path.suffix not in (".parquet", ".csv"):
-            raise CurationError(f"{path} is neither Parquet nor CSV by its name (.parquet, .csv).")
-        if not path.exists():
-            raise CurationError(f"{path} is not there.")
-        is_csv = path.suffix == ".csv" and not path.is_dir()
-        table = _csv(path) if is_csv else parquet(*files)
-        try:
-            there = [row[0] for row in self.connection.execute(f"DESCRIBE SELECT * FROM {table}").fetchall()]
-            by_uid = "id" not in there and "uid" in there
-            stored = ["uid" if by_uid and name == "id" else name for name in needed]
-            for name in stored:
-                if name not in there:
-                    raise CurationError(f"{path} has no column {name!r}; {nearest_names(name, there)}.")
-            for file in [] if is_csv else files:
-                with pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False) as content:
-                    for _ in content.iter_batches(columns=stored):
-                        pass
-        except (self._errors, OSError, pa.ArrowException) as error:
-            raise CurationError(f"{path} cannot be read: {first_line(error)}") from error
-        return f"(SELECT uid AS id, * EXCLUDE (uid) FROM {table})" if by_uid else table
+        if what:
+            self.report_progress(what, 0.0)
+        self._insert(f"CREATE TABLE {table} AS", form.empty_table())
+        for batch in batches:
+            self._insert(f"INSERT INTO {table}", pa.Table.from_batches([batch]))
+        if what:
+            self.report_progress(what, 1.0)
 
-    def ids(self, path: str | Path, kind: str, column: str = "id") -> str:
-        """A file's ids as something to select ``id`` from, of the type that they have elsewhere.
-
-        Args:
-            path: Parquet or CSV.
-            kind: ``BIGINT`` or ``VARCHAR``.
-            column: That holds them.
-
-        Raises:
-            CurationError: As for :meth:`file`; missing ids, or ids of another type.
-        """
-        table, name = self.file(path, (column,)), named(column)
-        text = Path(path).suffix == ".csv"
-        typed = f"CASE WHEN {is_whole(name)} THEN TRY_CAST({name} AS BIGINT) END" if kind == "BIGINT" else name
-        is_number = self.columns(table)[column] in _WHOLE
-        if not text and is_number != (kind == "BIGINT"):
-            kinds = {True: "whole numbers", False: "text"}
-            raise CurationError(
-                f"{path} has ids that are {kinds[is_number]}, and elsewhere they are {kinds[not is_number]}."
-            )
-        lost, example = self.row(f"SELECT count(*), any_value({name}::VARCHAR) FROM {table} WHERE {typed} IS NULL")
-        if lost:
-            raise CurationError(
-                f"{path}: {lost} rows have no id, or one that is no whole number as the others are"
-                f"{'' if example is None else f', such as {example!r}'}."
-            )
-        return f"(SELECT {typed} AS id, * EXCLUDE ({name}) FROM {table})"
+    def _insert(self, statement: str, rows: pa.Table) -> None:
+        self.connection.register("incoming", rows)
+        self.run(f"{statement} SELECT * FROM incoming")
+        self.connection.unregister("incoming")
 
     @contextlib.contextmanager
     def _progress_of(self, what: str) -> Iterator[None]:
@@ -218,12 +184,6 @@ def parquet(*paths: Path, by_name: bool = False) -> str:
     return f"read_parquet([{', '.join(_literal(path) for path in paths)}], {how})"
 
 
-def _csv(path: Path) -> str:
-    # Nothing is guessed: what looks like a number may be a name.
-    form = "delim = ',', quote = '\"', escape = '\"', comment = '', allow_quoted_nulls = false"
-    return f"read_csv({_literal(path)}, header = true, all_varchar = true, hive_partitioning = false, {form})"
-
-
 def _literal(path: Path) -> str:
     return quoted(re.sub(r"[\[*?]", r"[\g<0>]", str(path)))
 
@@ -241,6 +201,7 @@ def sql_type(kind: pa.DataType) -> str:
 _SQL_TYPES = {
     pa.int32(): "INTEGER",
     pa.int64(): "BIGINT",
+    pa.uint64(): "UBIGINT",
     pa.float32(): "FLOAT",
     pa.float64(): "DOUBLE",
     pa.bool_(): "BOOLEAN",
@@ -271,8 +232,3 @@ def named(column: str) -> str:
         '"clip score"'
     """
     return '"' + column.replace('"', '""') + '"'
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, without its query."""
-    return str(error).splitlines()[0]

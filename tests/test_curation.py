@@ -220,10 +220,10 @@ def test_a_pool_that_lacks_what_was_scored_is_refused(tmp_path):
     ("name", "ids", "message"),
     [
         ("pool.parquet", ["0", "1"], "pool.parquet has ids that are text, and elsewhere they are whole numbers."),
-        ("pool.parquet", [0, 1, None], "pool.parquet: 1 rows have no id, or one that is no whole number as the others"),
+        ("pool.parquet", [0, 1, None], "pool.parquet: 1 rows have no id (it is missing or empty)."),
         ("pool.csv", ["0", "1", "x"], "pool.csv: 1 rows have no id, or one that is no whole number as the others are, "
                                       "such as 'x'."),
-        ("pool.csv", ["0", "1", str(2**63)], f"such as '{2**63}'."),
+        ("pool.csv", ["0", "1", str(2**64)], f"such as '{2**64}'."),
         ("pool.csv", ["0", "1", "2.5"], "such as '2.5'."),
         ("pool.csv", ["0", "1", "1e3"], "such as '1e3'."),
         ("pool.txt", ["0"], "pool.txt is neither Parquet nor CSV by its name (.parquet, .csv)."),

@@ -302,18 +302,3 @@ def test_mixed_ids_other_settings_and_other_runs_are_refused(tmp_path):
     part.rename(part.with_name(part.name.replace("-a0-", "-a2-")))
     with pytest.raises(LedgerError, match=re.escape("parts of attempt 2, which its meta.json does not know.")):
         Ledger(tmp_path / "b").parts()
-
-
-def test_no_ids_are_taken_from_another_file_or_made_up(tmp_path, database):
-    (tmp_path / "a[1].csv").write_text("id,x\n1,2\n")
-    (tmp_path / "a1.csv").write_text("id,x\n99,2\n")
-    assert fetched(database, f"SELECT id, x FROM {database.ids(tmp_path / 'a[1].csv', 'BIGINT')}") == [(1, "2")]
-
-
-@for_each("text", ["1.5", "x", "", "99999999999999999999"])
-def test_text_that_is_no_whole_number_is_no_int_id(text, tmp_path, database):
-    (tmp_path / "a.csv").write_text(f"key,x\n3,0\n{text},0\n")
-    such = f", such as {text!r}." if text else "."
-    message = f"{tmp_path / 'a.csv'}: 1 rows have no id, or one that is no whole number as the others are{such}"
-    with pytest.raises(CurationError, match=f"^{re.escape(message)}$"):
-        database.ids(tmp_path / "a.csv", "BIGINT", "key")

@@ -25,19 +25,23 @@ FRONT = {"errors", "lazy", "version"}
 BASE = FRONT | {"files", "random_streams"}
 RECORDS = {"ledger", "manifest"}
 PURE = BASE | {"batches", "distributed", "sharding", "gradients", "scorers", "reference"}
-OFFLINE = BASE | RECORDS | {"database"}
+TABLES = {"user_files", "database", "tables"}
+OFFLINE = BASE | RECORDS | TABLES
 #: By room, a module or package directly in ``lightning_mimic``, those that it may import. A room may not exist yet.
 MAY_IMPORT = {
     "version": set(),
     "errors": set(),
     "batches": set(),
-    **{room: {"errors", "version"} for room in ("database", "distributed", "files", "lazy", "random_streams")},
+    **{room: {"errors", "version"} for room in ("distributed", "files", "lazy", "random_streams")},
+    "user_files": {"errors"},
+    "database": {"errors", "files", "user_files"},
+    "tables": {"errors", "user_files", "database"},
     "sharding": {"errors", "distributed"},
     "gradients": PURE - {"gradients", "scorers", "reference"},
     "scorers": PURE - {"scorers", "reference"},
     "reference": PURE - {"reference"},
     "ledger": BASE,
-    "manifest": BASE | {"database"},
+    "manifest": BASE | TABLES,
     "reweighting": PURE | RECORDS,
     "trainer_package": set(),
     **{room: PURE | RECORDS | {"reweighting", "trainer_package"} for room in ("callbacks", "models", "data")},
@@ -49,7 +53,7 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT)
 
 #: What importing a room, with all its modules, may load of the large packages; a stage may load those before it, too.
 STAGES = {
-    "": ["", "version", "errors", "lazy", "files", "random_streams", "database", "ledger", "manifest", "curation"],
+    "": ["", "version", "errors", "lazy", "files", "random_streams", *sorted(TABLES), "ledger", "manifest", "curation"],
     "torch": ["batches", "sharding"],
     "torchmetrics": ["distributed", "gradients", "scorers", "reference", "reweighting", "metrics", "report"],
     "lightning.pytorch": ["trainer_package", "callbacks", "models", "data"],

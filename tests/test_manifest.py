@@ -201,7 +201,7 @@ def test_repeats_stay_together_whatever_their_case(tmp_path):
 
 
 @for_each("bad", ["0" * 33, "0" * 31, "+" + "0" * 31, "-" + "1" * 31, " " + "0" * 31, "0x" + "0" * 30,
-                                 "g" * 32, "1_" * 16, "0" * 32 + "\n", "", "٣" * 32])  # fmt: skip
+                                 "g" * 32, "1_" * 16, "0" * 32 + "\n", "٣" * 32])  # fmt: skip
 def test_what_is_no_uid_is_named_and_nothing_is_written(bad, tmp_path):
     made = manifest(tmp_path / "a.parquet", ["0" * 32, bad], keep=[True, False])
     message = f"DataComp's ids are 32 hexadecimal digits, and {bad!r} is not."
@@ -258,9 +258,20 @@ def test_ids_survive_the_way_through_csv(tmp_path):
     assert {row["id"]: row["keep"] for row in back} == dict(zip(AWKWARD, keep, strict=True))
 
 
-def test_an_id_may_be_empty_text(tmp_path):
-    manifest(tmp_path / "a.parquet", ["", "b"]).to_csv(tmp_path / "a.csv")
-    assert select(str(tmp_path / "a.csv"), tmp_path / "b.parquet").table()["id"].to_pylist() == ["", "b"]
+@for_each("bad", ["", None])
+def test_no_id_is_missing_or_empty(bad, tmp_path):
+    made = manifest(tmp_path / "a.parquet", [bad, "b"])
+    (tmp_path / "b.csv").write_text('id,keep\n"",true\nb,true\n')
+    for path, read in (
+        (made.path, made.table),
+        (made.path, lambda: made.to_csv(tmp_path / "a.csv")),
+        (made.path, lambda: made.subset(WithIds("ab", ["a", "b"]))),
+        (made.path, lambda: KeptIds(made.path)),
+        (made.path, lambda: select(str(made.path), tmp_path / "c.parquet")),
+        (tmp_path / "b.csv", lambda: select(str(tmp_path / "b.csv"), tmp_path / "c.parquet")),
+    ):
+        with pytest.raises(CurationError, match=f"^{path}: 1 rows have no id \\(it is missing or empty\\)\\.$"):
+            read()
 
 
 def test_all_columns_are_in_the_csv_as_they_are_in_the_table(tmp_path):

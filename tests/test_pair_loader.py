@@ -232,7 +232,7 @@ def test_a_manifest_of_hexadecimal_ids_tells_the_counts_of_a_plain_dict(tmp_path
     [
         ([1, 2], [True, True], "has ids of type int64; ids of image-text pairs are text"),
         (["a", "b"], [False, False], "keeps none of its 2 samples"),
-        (["a", None], [True, True], "has 1 rows without an id, 0 without a decision"),
+        (["a", None], [True, True], "1 rows have no id"),
     ],
 )
 def test_a_manifest_that_cannot_choose_pairs_is_refused(ids, keep, message, tmp_path):

@@ -248,9 +248,12 @@ def test_ids_that_are_not_plainly_whole_numbers_stay_text(ids, tmp_path):
         ("a.csv:scores top 3", "a.csv has no column 'scores'; nearest: 'score'."),
         ("b.csv", "b.csv has no column 'keep'; there are: 'id'."),
         ("c.csv:score top 1", "c.csv has no column 'id'; nearest: 'ids'."),
-        ("a.csv:name top 1", "a.csv: 2 values of column 'name' are no numbers."),
+        ("a.csv:name top 1", "a.csv: 2 values of column 'name' are no numbers, such as "),
         ("a.csv:name top 1 and b.csv", "b.csv has no column 'keep'; there are: 'id'."),
-        ("d.csv", "d.csv: 1 values of column 'keep' are no numbers."),
+        (
+            "d.csv",
+            "d.csv: column 'keep' holds 'maybe' (string); expected booleans, 0 and 1, or ",
+        ),
         ("bad.parquet", "bad.parquet cannot be read: "),
     ],
 )

@@ -43,12 +43,15 @@ def compare_main(config: DictConfig) -> None:
     """Puts data sets beside each other."""
     with exit_on_user_error("mimic-compare"):
         settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        if not isinstance(settings["manifests"], dict):
+        if not isinstance(settings["manifests"], dict) or not settings["manifests"]:
             raise CurationError(
                 f"`manifests` is {settings['manifests']!r}; expected names, as in {{new: a/manifest.parquet}}."
             )
         manifests = {str(name): Manifest(path) for name, path in settings["manifests"].items()}
-        comparison = compare(manifests, {str(name): share for name, share in (settings["noise"] or {}).items()})
+        noise = settings["noise"]
+        if isinstance(noise, dict):
+            noise = {str(name): share for name, share in noise.items()}
+        comparison = compare(manifests, noise)
         show_comparison(Console(), comparison)
         if settings["plot"]:
             from lightning_mimic.curation.report import plot_quality

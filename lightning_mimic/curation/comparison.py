@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_mimic.errors import CurationError, nearest_names
 from lightning_mimic.manifest import Manifest
@@ -69,11 +70,13 @@ def compare(manifests: Mapping[str, Manifest], noise: Mapping[str, float] | None
     """
     if not manifests:
         raise CurationError("there are no manifests to compare.")
+    if noise is not None and not isinstance(noise, Mapping):
+        raise CurationError(f"`noise` is {noise!r}; expected shares by name, as in {{new: 0.2}}.")
     known = dict(noise or {})
     for name, share in known.items():
         if name not in manifests:
             raise CurationError(f"`noise`: no manifest is called {name!r}; {nearest_names(name, manifests)}.")
-        if not 0 <= share <= 1:
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise CurationError(f"`noise` of {name!r} is {share!r}; it is a share, 0 to 1.")
     found = [_data_set(name, manifest, known.get(name)) for name, manifest in manifests.items()]
     calibrated = all(each.quality is not None for each in found)
@@ -94,18 +97,32 @@ def compare(manifests: Mapping[str, Manifest], noise: Mapping[str, float] | None
 
 
 def _data_set(name: str, manifest: Manifest, noise: float | None) -> DataSet:
-    provenance = manifest.provenance
-    if "share_kept" not in provenance:
+    found = manifest.provenance
+    if "share_kept" not in found:
         raise CurationError(f"{manifest.path} was not made from a ledger; curate one.")
-    quality = provenance["quality"] or {}
+    quality, means = found.get("quality") or {}, found.get("mean_score") or {}
+    if not isinstance(quality, dict) or not isinstance(means, dict):
+        raise CurationError(f"{manifest.path}: its provenance is damaged: {quality!r}, {means!r}.")
+    samples, kept = (_figure(manifest, found, each) or 0 for each in ("samples", "kept"))
+    share_kept = _figure(manifest, found, "share_kept")
+    if not 0 <= kept <= samples or not samples or share_kept is None:
+        raise CurationError(f"{manifest.path}: its provenance has {kept} kept of {samples} samples.")
     return DataSet(
         name=name,
-        samples=provenance["samples"],
-        kept=provenance["kept"] / provenance["samples"],
-        share_kept=provenance["share_kept"],
-        mean_score_kept=provenance.get("mean_score", {}).get("kept"),
-        quality=quality.get("estimate"),
-        low=quality.get("low"),
-        high=quality.get("high"),
+        samples=int(samples),
+        kept=kept / samples,
+        share_kept=share_kept,
+        mean_score_kept=_figure(manifest, means, "kept"),
+        quality=_figure(manifest, quality, "estimate"),
+        low=_figure(manifest, quality, "low"),
+        high=_figure(manifest, quality, "high"),
         right=None if noise is None else 1 - noise,
     )
+
+
+def _figure(manifest: Manifest, found: Mapping[str, Any], name: str) -> float | None:
+    """A number of a provenance, ``None`` where there is none."""
+    value = found.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise CurationError(f"{manifest.path}: {name!r} in its provenance is {value!r}; expected a number.")
+    return value

@@ -1,8 +1,6 @@
 """From a ledger to a manifest."""
 
 import contextlib
-import shutil
-import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,9 +12,11 @@ from lightning_mimic.curation.filters import Decision, DecisionRule, Sign
 from lightning_mimic.curation.scores import Scores
 from lightning_mimic.database import Database, Progress, quoted
 from lightning_mimic.errors import CurationError, nearest_names
-from lightning_mimic.files import atomic_directory
-from lightning_mimic.manifest import EXPORTS, Manifest, checked_exports, write_manifest
+from lightning_mimic.files import TemporaryFolder, atomic_directory
+from lightning_mimic.manifest import EXPORTS, Manifest, checked_exports, write_rows
 from lightning_mimic.metrics.estimate import Quality, estimate_quality
+from lightning_mimic.tables import Table, settle_ids
+from lightning_mimic.user_files import user_path, writing
 from lightning_mimic.version import __version__
 
 Unscored = Literal["keep", "drop", "fail"]
@@ -99,14 +99,15 @@ def curate(  # noqa: PLR0913
     """
     if unscored not in get_args(Unscored):
         raise CurationError(f"`unscored` is {unscored!r}; {nearest_names(str(unscored), get_args(Unscored))}.")
-    checked_exports(exports)
+    exports = checked_exports(exports)
     if (trusted is None) != (mislabelled is None):
         raise CurationError("`trusted` and `mislabelled` calibrate together: the same samples, scored both ways.")
     chosen = Sign() if filter is None else filter
-    final = None if out is None else _require_empty(Path(out).expanduser())
-    with _temporary_folder() if final is None else atomic_directory(final) as folder:
+    final = None if out is None else _require_empty(user_path(out, "out"))
+    with _temporary() if final is None else _written(final) as place:
+        folder = place if isinstance(place, Path) else place.path
         with Database(memory, progress) as database:
-            data = Scores(ledger, database, allow_partial=allow_partial)
+            data = Scores(user_path(ledger, "ledger"), database, allow_partial=allow_partial)
             calibration = None if trusted is None or mislabelled is None else _calibration(data, trusted, mislabelled)
             for name in exports:
                 EXPORTS[name].check(database, data.samples)
@@ -141,21 +142,24 @@ def curate(  # noqa: PLR0913
             if data.class_names is not None:
                 provenance["class_names"] = list(data.class_names)
             with database.reader(_ordered(data), "writing") as rows:
-                written = write_manifest(folder / "manifest.parquet", rows, provenance)
+                write_rows(folder / "manifest.parquet", rows, provenance)
         # The database has let go of its memory by now; an export opens its own.
-        _export(written, folder, exports, progress or (lambda what, share: None))
+        _export(Manifest(folder / "manifest.parquet"), folder, exports, progress or (lambda what, share: None))
         names = sorted(path.name for path in folder.iterdir())
-    place = folder if final is None else final
-    manifest = Manifest(place / "manifest.parquet")
-    if final is None:
-        weakref.finalize(manifest, shutil.rmtree, place, ignore_errors=True)
-    files = tuple(place / name for name in names)
+    if final is not None:
+        folder = final
+    manifest = Manifest(folder / "manifest.parquet")
+    if isinstance(place, TemporaryFolder):
+        weakref.finalize(manifest, place.close)
+    files = tuple(folder / name for name in names)
     share = positive / scored
     return Curation(manifest, samples, kept, without, share, mean, mean_kept, quality, data.parts.lost, files)
 
 
 def _require_empty(out: Path) -> Path:
     """The path, unless something is there already."""
+    if out.is_symlink():
+        raise CurationError(f"`out`: {out} is a symbolic link, and nothing is written through one.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CurationError(f"`out`: {out} is there already; name another directory, or delete it.")
     return out
@@ -187,9 +191,9 @@ def _all_samples(data: Scores, pool: str | Path | None) -> str:
     """All ids there are, as a table; those of the pool must include the ledger's."""
     if pool is None:
         return f"(SELECT id FROM {data.samples})"
-    database = data.database
-    ids = database.ids(pool, data.id_type)
-    database.run(f"CREATE TABLE pool AS SELECT id FROM {ids}", "reading the pool")
+    database, table = data.database, Table(user_path(pool, "pool"))
+    table.load(database, "pool", {"id": "id"}, "reading the pool")
+    settle_ids(database, {"pool": table}, data.id_type)
     unknown = database.column(f"SELECT id FROM {data.samples} WHERE id NOT IN (SELECT id FROM pool) LIMIT 3")
     if unknown:
         count = database.value(f"SELECT count(*) FROM {data.samples} WHERE id NOT IN (SELECT id FROM pool)")
@@ -283,11 +287,18 @@ def _attempt(scores: Scores) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    """Create a folder that is removed after an error."""
-    folder = Path(tempfile.mkdtemp(prefix=".mimic-curate-"))
-    try:
+def _written(out: Path) -> Iterator[Path]:
+    with writing(out), atomic_directory(out) as folder:
         yield folder
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+
+
+@contextlib.contextmanager
+def _temporary() -> Iterator[TemporaryFolder]:
+    """Create a folder that stays unless there is an error."""
+    with writing("the folder for temporary files"):
+        folder = TemporaryFolder(".mimic-curate-")
+        try:
+            yield folder
+        except BaseException:
+            folder.close()
+            raise

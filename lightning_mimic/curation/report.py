@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 from lightning_mimic.curation.comparison import Comparison
+from lightning_mimic.errors import CurationError, nearest_names
+from lightning_mimic.files import atomic_path
+from lightning_mimic.user_files import user_path, writing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +29,7 @@ def plot_scores(
     """Histogram of mean scores, right and wrong labels apart, over a strip of the most suspicious images.
 
     Args:
-        path: Of the PNG.
+        path: Path of the picture, a PNG, or what else its suffix says.
         scores: Mean score per sample, shape ``(n,)``.
         wrong: Boolean, which labels are known to be wrong, shape ``(n,)``.
         images: Grey images ``(1, H, W)`` from 0 (paper) to 1 (ink), the most suspicious first.
@@ -56,14 +59,14 @@ def plot_scores(
         cell.set_xticks([])
         cell.set_yticks([])
     lower.suptitle(f"the {len(images)} images with the lowest scores", fontsize=9)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def plot_quality(path: str | Path, comparison: Comparison) -> None:
     """Estimated shares of good samples, one line per data set, with intervals and the truth where it is known.
 
     Args:
-        path: Of the PNG.
+        path: Path of the picture, a PNG, or what else its suffix says.
         comparison: The data sets.
     """
     datasets = comparison.datasets[::-1]  # the best on top
@@ -97,4 +100,16 @@ def plot_quality(path: str | Path, comparison: Comparison) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    path = user_path(path, "plot")
+    form = path.suffix.lower().removeprefix(".") or "png"
+    known = figure.canvas.get_supported_filetypes()
+    if form not in known:
+        raise CurationError(f"`plot` is {path}, of no kind that is drawn; {nearest_names(form, known)}.")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=120, format=form)

@@ -5,8 +5,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from lightning_mimic.database import Database, parquet, sql_type
 from lightning_mimic.ledger import Ledger, summarised_columns
 from lightning_mimic.ledger.columns import schema
@@ -78,7 +76,7 @@ class Scores:
         columns: Names of the columns in these tables that the ledger's table sums up, ``label`` and ``predicted``
             first.
         class_names: Names of the classes, ``None`` where not recorded.
-        id_type: ``BIGINT`` or ``VARCHAR``.
+        id_type: ``BIGINT``, ``UBIGINT`` or ``VARCHAR``.
     """
 
     def __init__(
@@ -98,7 +96,7 @@ class Scores:
             advance=lambda done, of: database.report_progress(f"checking {name}", done / of),
         )
         self.samples = f"{name}_samples"
-        self.id_type = "VARCHAR" if pa.types.is_string(self.parts.id_type) else "BIGINT"
+        self.id_type = sql_type(self.parts.id_type)
         self.class_names = self.ledger.class_names
         # Labels are in every table, whether there are any or not.
         found = [

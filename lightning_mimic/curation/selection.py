@@ -1,5 +1,6 @@
 """Other filters' tables and manifests, put together: and, or, minus, top and bottom."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,9 +8,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from lightning_mimic.database import Database, Progress, is_whole, named
+from lightning_mimic.database import Database, Progress, is_whole
 from lightning_mimic.errors import CurationError
 from lightning_mimic.manifest import EXPORTS, Manifest, checked_exports, write_manifest
+from lightning_mimic.tables import Table, settle_ids
+from lightning_mimic.user_files import user_path
 from lightning_mimic.version import __version__
 
 End = Literal["top", "bottom"]
@@ -104,17 +107,20 @@ def select(
         >>> select(recipe, f"{folder}/both.parquet").table().to_pylist()[1]
         {'id': 2, 'keep': True, 'reason': None}
     """
+    if not isinstance(recipe, str | Recipe):
+        raise CurationError(f"`recipe` is {recipe!r}; {_GRAMMAR}.")
     read = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
-    out = Path(out).expanduser()
+    out = user_path(out, "out")
     if out.suffix != ".parquet":
         raise CurationError(f"`out` is {out}; a manifest is a .parquet file.")
-    checked_exports(exports)
-    if out.exists():
+    exports = checked_exports(exports)
+    if os.path.lexists(out):
         raise CurationError(f"`out`: {out} is there already; name another file, or delete it.")
     with Database(memory, progress) as database:
-        kind = _kind(database, read.terms)
-        for k, term in enumerate(read.terms):
-            _load(database, k, term, kind)
+        tables = {f"term{k}": _load(database, f"term{k}", term) for k, term in enumerate(read.terms)}
+        settle_ids(database, tables)
+        for name, term in zip(tables, read.terms, strict=True):
+            _choose(database, name, term)
         if not allow_unknown:
             _same_samples(database, read.terms)
         for name in exports:
@@ -140,17 +146,13 @@ def select(
             "samples": samples,
             "kept": kept,
         }
-        out.parent.mkdir(parents=True, exist_ok=True)
         query = (
             f"SELECT all_samples.id, selected.id IS NOT NULL AS keep, {why} AS reason "
             f"FROM ({all_samples}) AS all_samples "
             "LEFT JOIN selected ON all_samples.id = selected.id ORDER BY all_samples.id"
         )
         with database.reader(query, "writing") as rows:
-            manifest = write_manifest(out, rows, provenance)
-    for name in exports:
-        EXPORTS[name].write(manifest, out.with_name(f"{out.stem}.{EXPORTS[name].file}"))
-    return manifest
+            return write_manifest(out, rows, provenance, exports)
 
 
 def _term(text: str) -> Term:
@@ -165,45 +167,60 @@ def _term(text: str) -> Term:
         raise CurationError(f"`recipe`: {match['amount']!r} is no amount; say 0% to 100%, or a count.")
     end: End = "top" if match["end"] == "top" else "bottom"
     fraction = None if percent is None else percent / 100
-    return Term(match["path"], match["column"], end, fraction, None if percent is not None else int(amount["count"]))
+    # More than 18 digits are more than any table has rows.
+    count = None if percent is not None else int(amount["count"]) if len(amount["count"]) < 19 else 10**18
+    return Term(match["path"], match["column"], end, fraction, count)
 
 
-def _kind(database: Database, terms: tuple[Term, ...]) -> str:
-    """The type of ids: text, unless all are whole numbers."""
-    for term in terms:
-        table = database.file(term.path, ("id", term.column or "keep"))
-        if not term.path.endswith(".csv"):
-            return "VARCHAR" if database.columns(table)["id"] == "VARCHAR" else "BIGINT"
-    # CSVs say only text.
-    tables = [database.file(term.path, ("id",)) for term in terms]
-    numbers = all(
-        not database.value(f"SELECT count(*) FROM {t} WHERE NOT coalesce({is_whole('id')}, false)") for t in tables
-    )
-    return "BIGINT" if numbers else "VARCHAR"
+def _load(database: Database, name: str, term: Term) -> Table:
+    """A table with ``id``, and ``keep`` or ``value``."""
+    table = Table(term.path)
+    columns = {"id": "id", "keep": "keep"} if term.column is None else {"id": "id", "value": term.column}
+    table.load(database, name, columns, f"reading {Path(term.path).name}")
+    return table
 
 
-def _load(database: Database, k: int, term: Term, kind: str) -> None:
-    """The table ``term{k}``: ids, and which are chosen."""
-    ids = database.ids(term.path, kind)
-    column = named(term.column or "keep")
-    typed = f"TRY_CAST({column} AS {'BOOLEAN' if term.column is None else 'DOUBLE'})"
-    lost = database.value(f"SELECT count(*) FROM {ids} WHERE {typed} IS NULL AND {column} IS NOT NULL")
-    if lost:
-        raise CurationError(f"{term.path}: {lost} values of column {term.column or 'keep'!r} are no numbers.")
-    if term.column is None:
-        chosen = f"coalesce({typed}, false)"
-    else:
-        valued = f"{typed} IS NOT NULL AND NOT isnan({typed})"
+def _choose(database: Database, name: str, term: Term) -> None:
+    """Replace what a term's table holds by ``chosen``."""
+    chosen = "coalesce(keep, false)"
+    if term.column is not None:
+        value, valued = _value(database, name, term)
         most = (
             str(term.count)
             if term.fraction is None
             else f"round({term.fraction} * count(*) OVER (PARTITION BY {valued}))"
         )
         order = "DESC" if term.end == "top" else "ASC"
-        chosen = f"{valued} AND row_number() OVER (PARTITION BY {valued} ORDER BY {typed} {order}, id) <= {most}"
-    database.run(
-        f"CREATE TABLE term{k} AS SELECT id, ({chosen}) AS chosen FROM {ids}", f"reading {Path(term.path).name}"
+        chosen = f"{valued} AND row_number() OVER (PARTITION BY {valued} ORDER BY {value} {order}, id) <= {most}"
+    database.run(f"CREATE OR REPLACE TABLE {name} AS SELECT id, ({chosen}) AS chosen FROM {name}")
+
+
+def _value(database: Database, name: str, term: Term) -> tuple[str, str]:
+    """SQL for the values that order a table, and for which rows have one; whole numbers are compared exactly."""
+    kind = database.columns(name)["value"]
+    if kind == "BOOLEAN":
+        return "value::INT", "value IS NOT NULL"
+    if kind not in ("VARCHAR", "DOUBLE"):
+        return "value", "value IS NOT NULL"
+    if kind == "DOUBLE":
+        return "value", "value IS NOT NULL AND NOT isnan(value)"
+    number, whole = "TRY_CAST(value AS DOUBLE)", f"CASE WHEN {is_whole('value')} THEN TRY_CAST(value AS HUGEINT) END"
+    lost, example = database.row(
+        f"SELECT count(*), any_value(value) FROM {name} WHERE {number} IS NULL AND value IS NOT NULL"
     )
+    if lost:
+        raise CurationError(
+            f"{term.path}: {lost} values of column {term.column!r} are no numbers, such as {example!r}."
+        )
+    rounded, others = database.row(
+        f"SELECT count_if(abs({whole}) > {2**53}), count_if({whole} IS NULL) FROM {name} WHERE value IS NOT NULL"
+    )
+    if rounded and others:
+        raise CurationError(
+            f"{term.path}: column {term.column!r} has whole numbers beyond 2^53 beside others, which are not compared "
+            "exactly."
+        )
+    return (whole, "value IS NOT NULL") if rounded else (number, f"{number} IS NOT NULL AND NOT isnan({number})")
 
 
 def _same_samples(database: Database, terms: tuple[Term, ...]) -> None:

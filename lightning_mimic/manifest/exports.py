@@ -1,32 +1,53 @@
 """Manifests in the formats of other tools: CSV, DataComp's ids, cleanlab's table of label issues."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pyarrow.parquet as pq
-
-from lightning_mimic.database import Database, quoted
+from lightning_mimic.database import Database, named, quoted
 from lightning_mimic.errors import CurationError, nearest_names
-from lightning_mimic.files import atomic_path, atomic_write
+from lightning_mimic.files import atomic_path
+from lightning_mimic.tables import Table, cell_text, without_formula
+from lightning_mimic.user_files import user_path, writing
 
 if TYPE_CHECKING:
     from lightning_mimic.manifest.reader import Manifest
 
 
-def write_csv(manifest: "Manifest", path: str | Path) -> None:
-    """Write the table as CSV.
+def export(manifest: "Manifest", name: str, path: str | Path) -> None:
+    """Write a manifest in the format of another tool; a file under its final name is complete.
+
+    Args:
+        manifest: The decisions.
+        name: Key of :data:`EXPORTS`.
+        path: Path of the file; its directory is made if it is not there.
+
+    Raises:
+        CurationError: The manifest cannot be exported in this format, or the file cannot be written.
+    """
+    path = user_path(path, "path")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            EXPORTS[name].write(manifest, temporary)
+
+
+def write_csv(manifest: "Manifest", path: Path) -> None:
+    """Write the table as CSV; text that a spreadsheet would run as a formula has an apostrophe in front of it.
 
     Args:
         manifest: The decisions.
         path: Path of the file.
     """
     with Database() as database:
-        _copy(database, f"SELECT * FROM {_rows(manifest, database)}", Path(path))
+        _load(manifest, database)
+        kinds = database.columns("manifest")
+        text = {name: without_formula(named(name)) for name, kind in kinds.items() if kind == "VARCHAR"}
+        _copy(database, {cell_text(name): text.get(name, named(name)) for name in kinds}, "", path)
 
 
-def write_datacomp(manifest: "Manifest", path: str | Path) -> None:
+def write_datacomp(manifest: "Manifest", path: Path) -> None:
     """Write the kept ids as DataComp's resharder reads them: ``.npy`` of ``u8,u8``, sorted, with repeats.
 
     Args:
@@ -39,21 +60,21 @@ def write_datacomp(manifest: "Manifest", path: str | Path) -> None:
     import numpy as np
 
     with Database() as database:
-        rows = _rows(manifest, database)
-        need_uids(database, rows)
-        count = database.value(f"SELECT count(*) FROM {rows} WHERE keep")
+        _load(manifest, database)
+        need_uids(database, "manifest")
+        count = database.value("SELECT count(*) FROM manifest WHERE keep")
         form = np.dtype("u8,u8")
-        with atomic_write(_with_parents(Path(path))) as file:
+        with path.open("wb") as file:
             header = {"descr": np.lib.format.dtype_to_descr(form), "fortran_order": False, "shape": (count,)}
             np.lib.format.write_array_header_1_0(file, header)
-            query = f"SELECT lower(id) AS id FROM {rows} WHERE keep ORDER BY lower(id)"
+            query = "SELECT lower(id) AS id FROM manifest WHERE keep ORDER BY lower(id)"
             with database.reader(query) as batches:
                 for batch in batches:
                     digits = bytes.fromhex("".join(batch["id"].to_pylist()))
                     file.write(np.frombuffer(digits, ">u8").astype("<u8").tobytes())
 
 
-def write_cleanlab(manifest: "Manifest", path: str | Path) -> None:
+def write_cleanlab(manifest: "Manifest", path: Path) -> None:
     """Write a table as cleanlab's ``find_label_issues`` returns it, as CSV in the order of ids.
 
     Its columns are ``is_label_issue`` (not kept), ``label_quality`` (share of the other scored samples with a lower
@@ -68,20 +89,22 @@ def write_cleanlab(manifest: "Manifest", path: str | Path) -> None:
         CurationError: No labels were recorded.
     """
     with Database() as database:
-        rows = _rows(manifest, database)
-        need_labels(database, rows)
-        there = database.columns(rows)
-        label, predicted = (
-            f"coalesce({name}_name, {name}::VARCHAR)" if f"{name}_name" in there else name
-            for name in ("label", "predicted")
-        )
-        rank = "percent_rank() OVER (PARTITION BY score IS NULL ORDER BY score)"
-        _copy(
-            database,
-            f"SELECT id, NOT keep AS is_label_issue, CASE WHEN score IS NOT NULL THEN {rank} END AS label_quality, "
-            f"{label} AS given_label, {predicted} AS predicted_label FROM {rows} ORDER BY id",
-            Path(path),
-        )
+        _load(manifest, database)
+        need_labels(database, "manifest")
+        there = database.columns("manifest")
+        for name in ("score", "predicted"):
+            if name not in there:
+                raise CurationError(f"{manifest.path} has no column {name!r}; {nearest_names(name, there)}.")
+        cells = {
+            "id": without_formula("id") if there["id"] == "VARCHAR" else "id",
+            "is_label_issue": "NOT keep",
+            "label_quality": "CASE WHEN score IS NOT NULL THEN "
+            "percent_rank() OVER (PARTITION BY score IS NULL ORDER BY score) END",
+        }
+        for head, name in (("given_label", "label"), ("predicted_label", "predicted")):
+            names = f"{name}_name"
+            cells[head] = f"coalesce({without_formula(names)}, {name}::VARCHAR)" if names in there else name
+        _copy(database, cells, "ORDER BY manifest.id", path)
 
 
 def need_uids(database: Database, table: str) -> None:
@@ -108,12 +131,12 @@ class Export:
 
     Attributes:
         file: Name of the file.
-        write: Writes it.
+        write: Writes it to a file that has not got its final name yet.
         check: Raises, before long work, if a table with ``id`` and ``label`` cannot be exported in this format.
     """
 
     file: str
-    write: "Callable[[Manifest, str | Path], None]"
+    write: "Callable[[Manifest, Path], None]"
     check: Callable[[Database, str], None]
 
 
@@ -127,24 +150,23 @@ EXPORTS = {
 
 def checked_exports(names: Sequence[str]) -> Sequence[str]:
     """Return the names, or raise :class:`CurationError` for one that is not in :data:`EXPORTS`."""
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise CurationError(f"`exports` is {names!r}; expected a list of {', '.join(EXPORTS)}.")
     for name in names:
-        if name not in EXPORTS:
-            raise CurationError(f"`exports`: {name!r}; {nearest_names(name, EXPORTS)}.")
-    return names
+        if name not in list(EXPORTS):
+            raise CurationError(f"`exports`: {name!r}; {nearest_names(str(name), EXPORTS)}.")
+    return tuple(dict.fromkeys(names))
 
 
-def _rows(manifest: "Manifest", database: Database) -> str:
-    """The manifest as something to select from, every page verified."""
-    return database.file(manifest.path, pq.read_schema(manifest.path).names)
-
-
-def _copy(database: Database, query: str, path: Path) -> None:
-    # Rows in the query's order.
+def _load(manifest: "Manifest", database: Database) -> None:
+    """Make the table ``manifest``, in the file's order."""
     database.run("SET preserve_insertion_order = true")
-    with atomic_path(_with_parents(path)) as temporary:
-        database.run(f"COPY ({query}) TO {quoted(str(temporary))} (FORMAT csv, HEADER)")
+    Table(manifest.path, "parquet").load(database, "manifest")
 
 
-def _with_parents(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+def _copy(database: Database, cells: Mapping[str, str], order: str, path: Path) -> None:
+    """Write SQL for the cells of each column of the table ``manifest``."""
+    columns = ", ".join(f"{cell} AS {named(head)}" for head, cell in cells.items())
+    query = f"SELECT {columns} FROM manifest {order}"
+    # The file is there already, under a name that is locked.
+    database.run(f"COPY ({query}) TO {quoted(str(path))} (FORMAT csv, HEADER, USE_TMP_FILE false)")

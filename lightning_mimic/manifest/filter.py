@@ -1,14 +1,16 @@
 """Which samples of a data set, or of a stream of samples, a manifest keeps."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from lightning_mimic.errors import MimicError
+from lightning_mimic.errors import CurationError, MimicError
+from lightning_mimic.tables import checked_ids, decisions
+from lightning_mimic.user_files import open_parquet, user_path
 
 if TYPE_CHECKING:
     from torch.utils.data import Subset
@@ -26,7 +28,7 @@ def kept_subset(dataset: Any, manifest: str | Path) -> "Subset":
         MimicError: No manifest; it is of other samples; or it keeps none.
 
     Example:
-        >>> import tempfile, pyarrow as pa
+        >>> import tempfile, pyarrow as pa, pyarrow.parquet as pq
         >>> path = tempfile.mkdtemp() + "/manifest.parquet"
         >>> pq.write_table(pa.table({"id": [0, 1, 2], "keep": [True, False, True]}), path)
         >>> list(kept_subset(["a", "b", "c"], path))
@@ -34,7 +36,7 @@ def kept_subset(dataset: Any, manifest: str | Path) -> "Subset":
     """
     from torch.utils.data import Subset  # importing the package must not load torch
 
-    rows = _rows(manifest)
+    rows = read_decisions(user_path(manifest, "manifest"))
     known, keep = rows["id"].to_pylist(), rows["keep"].to_pylist()
     ids = list(dataset.sample_ids()) if hasattr(dataset, "sample_ids") else list(range(len(dataset)))
     unlike = sorted(set(ids) ^ set(known), key=str)
@@ -62,7 +64,7 @@ class KeptIds:
         MimicError: No manifest, ids that are no text, or it keeps none.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, pyarrow.parquet as pq
         >>> path = tempfile.mkdtemp() + "/manifest.parquet"
         >>> pq.write_table(pa.table({"id": ["a", "b", "b"], "keep": [False, True, True]}), path)
         >>> kept = KeptIds(path)
@@ -71,14 +73,12 @@ class KeptIds:
     """
 
     def __init__(self, manifest: str | Path) -> None:
-        rows = _rows(manifest)
+        rows = read_decisions(user_path(manifest, "manifest"))
         ids, keep = rows["id"], rows["keep"]
-        if not (pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type)):
+        if not pa.types.is_string(ids.type):
             raise MimicError(f"{manifest} has ids of type {ids.type}; ids of image-text pairs are text.")
-        if ids.null_count or keep.null_count:
-            raise MimicError(
-                f"{manifest} has {ids.null_count} rows without an id, {keep.null_count} without a decision."
-            )
+        if keep.null_count:
+            raise MimicError(f"{manifest} has {keep.null_count} rows without a decision.")
         if not pc.any(keep).as_py():
             raise MimicError(f"{manifest} keeps none of its {len(ids)} samples.")
         self._times: dict[str, int] = {}
@@ -117,8 +117,7 @@ def _sorted_columns(ids: pa.ChunkedArray, keep: pa.ChunkedArray) -> Any:
         if not len(chunk):
             continue
         _, offsets, text = chunk.buffers()
-        kind = np.int64 if pa.types.is_large_string(chunk.type) else np.int32
-        first = int(np.frombuffer(offsets, dtype=kind)[chunk.offset])
+        first = int(np.frombuffer(offsets, dtype=np.int32)[chunk.offset])
         flat = np.frombuffer(text, dtype=np.uint8)[first : first + 32 * len(chunk)]
         digits = np.where(flat < ord("a"), flat - ord("0"), flat - ord("a") + 10).reshape(len(chunk), 2, 8, 2)
         octets = (digits[..., 0] << 4 | digits[..., 1]).astype(np.uint8)
@@ -132,11 +131,24 @@ def _sorted_columns(ids: pa.ChunkedArray, keep: pa.ChunkedArray) -> Any:
     return high[new], low[new], np.add.reduceat(stays, np.flatnonzero(new)).astype(np.uint16)
 
 
-def _rows(manifest: str | Path) -> pa.Table:
-    try:
-        # Checksums, because a flipped bit would be another sample.
-        with pq.ParquetFile(manifest, page_checksum_verification=True) as file:
-            rows = file.read(["id", "keep"])
-            return pa.table({name: rows[name] for name in ("id", "keep")})
-    except (OSError, ValueError, KeyError) as error:
-        raise MimicError(f"{manifest} is no manifest: {str(error).splitlines()[0]}") from error
+def read_decisions(path: Path, columns: Sequence[str] | None = ("id", "keep")) -> pa.Table:
+    """Read columns of a manifest into memory, verifying its checksums, because a flipped bit would be another sample.
+
+    Args:
+        path: Path of the file.
+        columns: Names of the columns, ``id`` and ``keep`` among them; ``None``: all.
+
+    Returns:
+        The table, whose ids are whole numbers or text and whose decisions are booleans.
+
+    Raises:
+        CurationError: No such file, something else, or a damaged one.
+    """
+    with open_parquet(path, "is no manifest") as file:
+        rows = file.read(None if columns is None else list(columns))
+        rows.validate(full=True)
+        for name, check in (("id", checked_ids), ("keep", decisions)):
+            if rows.column_names.count(name) != 1:
+                raise CurationError(f"{path} is no manifest: its columns are {', '.join(file.schema_arrow.names)}.")
+            rows = rows.set_column(rows.column_names.index(name), name, check(rows[name], path))
+    return rows.select(columns or rows.column_names).replace_schema_metadata(None)

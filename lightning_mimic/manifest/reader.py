@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lightning_mimic.errors import CurationError
-from lightning_mimic.manifest import exports
-from lightning_mimic.manifest.filter import kept_subset
+from lightning_mimic.manifest.exports import export
+from lightning_mimic.manifest.filter import kept_subset, read_decisions
+from lightning_mimic.user_files import open_parquet, user_path
 
 if TYPE_CHECKING:
     from torch.utils.data import Subset
@@ -47,28 +47,33 @@ class Manifest:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
-        if not self.path.is_file():
-            raise CurationError(f"{self.path} is no manifest: there is no such file.")
-        try:
-            form = pq.read_schema(self.path)
-        except (OSError, pa.ArrowException) as error:
-            raise CurationError(f"{self.path} is no manifest: {str(error).splitlines()[0]}") from error
-        if not {"id", "keep"} <= set(form.names):
-            raise CurationError(f"{self.path} is no manifest: its columns are {', '.join(form.names)}.")
+        self.path = user_path(path, "path")
+        with open_parquet(self.path, "is no manifest", pages=False) as file:
+            names, metadata = file.schema_arrow.names, file.schema_arrow.metadata or {}
+            missing = [name for name in ("id", "keep") if names.count(name) != 1]
+            if missing:
+                raise CurationError(f"{self.path} is no manifest: its columns are {', '.join(names)}.")
+            provenance = json.loads(metadata.get(PROVENANCE, b"{}"))
+            if not isinstance(provenance, dict):
+                raise CurationError(f"{self.path} is no manifest: its provenance is {provenance!r}.")
         #: Settings and sources of the decisions.
-        self.provenance: dict[str, Any] = json.loads((form.metadata or {}).get(PROVENANCE, b"{}"))
+        self.provenance: dict[str, Any] = provenance
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """Names of the classes that ``label`` and ``predicted`` are indices of; ``None`` where not recorded."""
         names = self.provenance.get("class_names")
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise CurationError(f"{self.path}: 'class_names' in its provenance is {names!r}; expected a list of names.")
         return None if names is None else tuple(names)
 
     def table(self) -> pa.Table:
-        """Read all of it into memory."""
-        with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
-            return file.read()
+        """Read all of it into memory; ``keep`` is null where nothing was decided, which counts as not kept.
+
+        Raises:
+            CurationError: The file is damaged, or its ids or decisions are something else.
+        """
+        return read_decisions(self.path, None)
 
     def subset(self, dataset: Any) -> "Subset":
         """Return the samples of a data set that are kept, in its order.
@@ -82,8 +87,8 @@ class Manifest:
         return kept_subset(dataset, self.path)
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the table as CSV."""
-        exports.write_csv(self, path)
+        """Write the table as CSV; text that a spreadsheet would run as a formula has an apostrophe in front of it."""
+        export(self, "csv", path)
 
     def to_datacomp(self, path: str | Path) -> None:
         """Write the kept ids as DataComp's resharder reads them: ``.npy`` of ``u8,u8``, sorted, with repeats.
@@ -91,7 +96,7 @@ class Manifest:
         Raises:
             CurationError: An id is not 32 hexadecimal digits.
         """
-        exports.write_datacomp(self, path)
+        export(self, "datacomp", path)
 
     def to_cleanlab(self, path: str | Path) -> None:
         """Write a table as cleanlab's ``find_label_issues`` returns it, as CSV in the order of ids.
@@ -103,4 +108,4 @@ class Manifest:
         Raises:
             CurationError: No labels were recorded.
         """
-        exports.write_cleanlab(self, path)
+        export(self, "cleanlab", path)

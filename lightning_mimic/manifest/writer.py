@@ -1,27 +1,42 @@
 """Write a manifest: rows in a given order, with their provenance, complete or not there."""
 
+import contextlib
+import errno
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lightning_mimic.files import atomic_write
+from lightning_mimic.files import atomic_path
+from lightning_mimic.manifest.exports import EXPORTS
 from lightning_mimic.manifest.reader import PROVENANCE, Manifest
+from lightning_mimic.user_files import SEALED, seal_parquet, writing
+
+if os.name == "posix":
+    import fcntl
 
 
-def write_manifest(path: str | Path, rows: pa.RecordBatchReader, provenance: Mapping[str, Any]) -> Manifest:
-    """Write rows as a manifest, in their order; a file under its final name is complete.
+def write_manifest(
+    path: str | Path, rows: pa.RecordBatchReader, provenance: Mapping[str, Any], exports: Sequence[str] = ()
+) -> Manifest:
+    """Write rows as a manifest, in their order, and its exports; none of these files is there before all are complete.
 
     Args:
         path: Path of the file; its directory is made if it is not there.
         rows: Batches with at least ``id`` and ``keep``.
         provenance: Settings and sources of the decisions, as JSON has them.
+        exports: Names of :data:`EXPORTS`, to be written beside the manifest and named after it, in place of what has
+            these names already.
 
     Returns:
         The manifest that was written.
+
+    Raises:
+        CurationError: There is a file of this name, or it cannot be written.
 
     Example:
         >>> import tempfile
@@ -31,13 +46,52 @@ def write_manifest(path: str | Path, rows: pa.RecordBatchReader, provenance: Map
         [1, 2]
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        form = rows.schema.with_metadata({PROVENANCE: json.dumps(dict(provenance))})
-        # Only reasons and names repeat.
-        repeats = [name for name in ("reason", "label_name", "predicted_name") if name in form.names]
-        how = {"compression": "zstd", "use_dictionary": repeats, "write_statistics": False}
-        with pq.ParquetWriter(file, form, write_page_checksum=True, **how) as writer:
-            for batch in rows:
-                writer.write_batch(batch.replace_schema_metadata(form.metadata))
+    with writing(path), contextlib.ExitStack() as finished:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        alone = finished.enter_context(_lock(path.parent))
+        temporary = finished.enter_context(atomic_path(path, exclusive=True))
+        write_rows(temporary, rows, provenance)
+        for name in exports:
+            # What is entered later is placed earlier: the manifest is the last to appear.
+            beside = finished.enter_context(atomic_path(path.with_name(f"{path.stem}.{EXPORTS[name].file}")))
+            EXPORTS[name].write(Manifest(temporary), beside)
+        alone()
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, "", path)
     return Manifest(path)
+
+
+def write_rows(path: Path, rows: pa.RecordBatchReader, provenance: Mapping[str, Any]) -> None:
+    """Write the content of a manifest to a file that has not got its final name yet.
+
+    Args:
+        path: Path of the file.
+        rows: As for :func:`write_manifest`.
+        provenance: Likewise.
+    """
+    form = rows.schema.with_metadata({PROVENANCE: json.dumps(dict(provenance)), SEALED: "sha256"})
+    # Only reasons and names repeat.
+    repeats = [name for name in ("reason", "label_name", "predicted_name") if name in form.names]
+    how = {"compression": "zstd", "use_dictionary": repeats, "write_statistics": False}
+    with pq.ParquetWriter(path, form, write_page_checksum=True, **how) as writer:
+        for batch in rows:
+            writer.write_batch(batch.replace_schema_metadata(form.metadata))
+    seal_parquet(path)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[Callable[[], None]]:
+    """Yield a function that waits until no other writer places files in a folder; then none does until the end."""
+    if os.name != "posix":
+        yield lambda: None
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+
+        def wait() -> None:
+            with contextlib.suppress(OSError):  # not every file system has locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+        yield wait
+    finally:
+        os.close(descriptor)

@@ -65,8 +65,18 @@ def estimate_quality(
     """
     import numpy as np
 
-    right, wrong = np.asarray(right, dtype=float), np.asarray(wrong, dtype=float)
-    wrong = wrong.mean(1) if wrong.ndim > 1 and wrong.size else wrong
+    try:
+        right, wrong = np.asarray(right, dtype=float), np.asarray(wrong, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise CurationError(
+            f"trusted samples are kept or not, with as many wrong labels each ({error}); expected booleans of shape "
+            "(n,) and (n,) or (n, k)."
+        ) from error
+    if right.ndim != 1 or wrong.ndim not in (1, 2):
+        raise CurationError(
+            f"trusted samples have shapes {right.shape} and {wrong.shape}; expected (n,) and (n,) or (n, k)."
+        )
+    given, wrong = wrong, wrong.mean(1) if wrong.ndim > 1 and wrong.size else wrong
     if len(right) != len(wrong) or not wrong.size:
         raise CurationError(
             f"{len(right)} trusted samples with true labels and {len(wrong)} with wrong ones; each must be scored both "
@@ -74,7 +84,9 @@ def estimate_quality(
         )
     if not (np.isfinite(right).all() and np.isfinite(wrong).all()):
         raise CurationError("some trusted samples are neither kept nor not (NaN); leave those without a score out.")
-    if not 0 <= kept <= samples or not samples:
+    if not (np.isin(right, (0, 1)).all() and np.isin(given, (0, 1)).all()):
+        raise CurationError("some trusted samples are neither kept nor not: expected booleans, or 0 and 1.")
+    if not all(isinstance(count, int | np.integer) for count in (kept, samples)) or not 0 <= kept <= samples > 0:
         raise CurationError(f"{kept} kept of {samples} samples; there must be samples, and no more kept than these.")
     t, f = float(right.mean()), float(wrong.mean())
     if t - f < _LEAST_DIFFERENCE:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import pyarrow as pa
 import torch
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision, binary_jaccard_index
 
@@ -53,10 +54,10 @@ def membership(manifest: Manifest, members: Iterable[int | str]) -> Membership:
         0.3333333432674408
     """
     table = manifest.table()
-    if "score" not in table.column_names:
+    if "score" not in table.column_names or not pa.types.is_floating(table["score"].type):
         raise CurationError(f"{manifest.path} has no scores; curate a ledger.")
     table = table.filter(table["score"].is_valid()).sort_by([("score", "descending"), ("id", "ascending")])
-    ids, true = table["id"].to_pylist(), set(members)
+    ids, true = table["id"].to_pylist(), _ids(members)
     unknown = true - set(ids)
     if unknown:
         raise CurationError(
@@ -76,3 +77,13 @@ def membership(manifest: Manifest, members: Iterable[int | str]) -> Membership:
         jaccard=float(binary_jaccard_index(guessed, truth)),
         chance=share / (2 - share),
     )
+
+
+def _ids(members: Iterable[int | str]) -> set[int | str]:
+    if isinstance(members, str) or not isinstance(members, Iterable):
+        raise CurationError(f"`members` is {members!r}; expected ids.")
+    members = list(members)
+    other = [each for each in members if isinstance(each, bool) or not isinstance(each, int | str)]
+    if other:
+        raise CurationError(f"`members` holds {other[0]!r}; expected ids.")
+    return set(members)
