@@ -52,7 +52,9 @@ class Database:
         self.connection.execute(f"SET temp_directory = {quoted(str(self._spill.path))}")
         try:
             self.connection.execute(f"SET memory_limit = {quoted(memory)}")
-        except duckdb.Error as error:
+            if not re.match(r"\s*[0-9]", memory):  # DuckDB takes a negative size for no limit
+                raise ValueError("no size")
+        except (duckdb.Error, ValueError) as error:
             self.close()
             raise CurationError(f"`memory` is {memory!r}; say it like '2GB' ({first_line(error)}).") from error
 

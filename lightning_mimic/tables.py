@@ -54,9 +54,7 @@ class Table:
             self._files = [self.path]
         self._schemas = {file: self._schema(file) for file in self._files}
 
-    def load(
-        self, database: Database, name: str, columns: Mapping[str, str] | None = None, what: str = ""
-    ) -> dict[str, pa.DataType]:
+    def load(self, database: Database, name: str, columns: Mapping[str, str] | None = None, what: str = "") -> None:
         """Make a table of a database from columns.
 
         Args:
@@ -66,9 +64,6 @@ class Table:
                 ``id`` must hold whole numbers or text, without gaps; ``keep`` becomes boolean; ``value`` must hold
                 numbers, or text.
             what: What this is, for the progress.
-
-        Returns:
-            The types of the new columns.
 
         Raises:
             CurationError: A column that is not there or there twice, that has types which do not go together, or
@@ -80,7 +75,6 @@ class Table:
         types = {new: self._type(new, column) for new, column in stored.items()}
         form = pa.schema([(new, pa.bool_() if new == "keep" else kind) for new, kind in types.items()])
         database.load(name, form, self._batches(stored, types, form), what)
-        return dict(zip(form.names, form.types, strict=True))
 
     def _all_columns(self) -> dict[str, str]:
         (form,) = self._schemas.values()
@@ -99,7 +93,7 @@ class Table:
             if names is None:
                 raise CurationError(f"{file} is empty; expected a line with the names of its columns.")
             return pa.schema([(name, pa.string()) for name in names])
-        with open_parquet(file, pages=False) as content:
+        with open_parquet(file) as content:
             return content.schema_arrow
 
     def _stored(self, column: str) -> str:
@@ -321,7 +315,7 @@ def _check_role(role: str, column: str, kind: pa.DataType, path: Path) -> None:
     ids = (pa.int64(), pa.uint64(), pa.null(), pa.string())
     if role == "id" and kind not in ids:
         raise CurationError(f"{path} has ids of type {kind}; expected int64, uint64 or string. {_id_fix(kind)}")
-    numbers = kind in (*ids, pa.bool_(), pa.float64()) or pa.types.is_decimal(kind)
+    numbers = kind in (*ids, pa.bool_(), pa.float64()) or pa.types.is_decimal128(kind)
     if role == "value" and not numbers:
         raise CurationError(f"{path}: column {column!r} is of type {kind}; expected numbers.")
 

@@ -13,12 +13,11 @@ import pyarrow.parquet as pq
 
 from lightning_mimic.errors import CurationError, MimicError
 
-#: In front of the checksums that lie between the pages of a sealed file and its footer.
+#: In front of the checksum that lies between the pages of a sealed file and its footer.
 _MARK = b"\nlightning_mimic\n"
 #: Key of the metadata of files that are sealed, so that one whose seal is lost is told from one that never had any.
 SEALED = b"lightning_mimic.sealed"
-_DIGEST = hashlib.sha256().digest_size
-_SEAL = len(_MARK) + 2 * _DIGEST
+_SEAL = len(_MARK) + hashlib.sha256().digest_size
 
 
 def user_path(path: Any, argument: str) -> Path:
@@ -79,12 +78,13 @@ def writing(path: str | Path) -> Iterator[None]:
     except OSError as error:
         why = error.strerror or first_line(error)
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-            why = "it is there by now, from another run; name another one, or delete it"
+            # Another writer may have been faster.
+            why = f"{error.filename2 or error.filename or path} is there already; name another place, or delete it"
         raise CurationError(f"{path} was not written: {why}.") from error
 
 
 def seal_parquet(path: Path) -> None:
-    """Put checksums between the pages and the footer of a Parquet file, which stays one for every reader.
+    """Put a checksum between the pages and the footer of a Parquet file, which stays one for every reader.
 
     Args:
         path: Path of a file, complete and not yet under its final name, whose metadata has the key :data:`SEALED`.
@@ -94,20 +94,18 @@ def seal_parquet(path: Path) -> None:
     """
     with path.open("r+b") as file:
         start = _footer_start(file)
-        pages = _sha256(file, start)
-        footer = file.read()
+        digest, footer = _sha256(file, start)
         file.seek(start)
-        file.write(_MARK + pages + hashlib.sha256(_MARK + pages + footer).digest() + footer)
+        file.write(_MARK + digest + footer)
 
 
 @contextlib.contextmanager
-def open_parquet(path: Path, fault: str = "cannot be read", *, pages: bool = True) -> Iterator[pq.ParquetFile]:
+def open_parquet(path: Path, fault: str = "cannot be read") -> Iterator[pq.ParquetFile]:
     """Open a Parquet file whose seal holds, or that never had any; checksums of pages are verified in either.
 
     Args:
         path: Path of the file.
         fault: What the message says of a file that is refused, behind its name.
-        pages: Verify all of a sealed file, not only its footer.
 
     Raises:
         CurationError: No such file, another kind of file, or a damaged one; at the start or within the block.
@@ -115,7 +113,7 @@ def open_parquet(path: Path, fault: str = "cannot be read", *, pages: bool = Tru
     if not path.is_file():
         raise CurationError(f"{path} {fault}: there is no such file.")
     try:
-        sealed = _verify_seal(path, pages=pages)
+        sealed = _verify_seal(path)
         # A footer that was not verified may make pyarrow raise anything.
         with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
             if not sealed and SEALED in (file.metadata.metadata or {}):
@@ -127,23 +125,18 @@ def open_parquet(path: Path, fault: str = "cannot be read", *, pages: bool = Tru
         raise CurationError(f"{path} {fault}: {first_line(error)}.") from error
 
 
-def _verify_seal(path: Path, *, pages: bool) -> bool:
+def _verify_seal(path: Path) -> bool:
     """Return whether a file is sealed, or raise :class:`ValueError` where its seal does not hold."""
     with path.open("rb") as file:
         try:
             start = _footer_start(file) - _SEAL
         except ValueError:
             return False  # pyarrow says what it is instead
-        if start < 0:
-            return False
-        file.seek(start)
+        file.seek(max(start, 0))
         seal = file.read(_SEAL)
         if not seal.startswith(_MARK):
             return False
-        content, footer = seal[len(_MARK) : -_DIGEST], file.read()
-        if hashlib.sha256(_MARK + content + footer).digest() != seal[-_DIGEST:]:
-            raise ValueError("its description is damaged, as its checksum shows")
-        if pages and _sha256(file, start) != content:
+        if _sha256(file, start, _SEAL)[0] != seal[len(_MARK) :]:
             raise ValueError("it is damaged, as its checksum shows")
         return True
 
@@ -158,17 +151,18 @@ def _footer_start(file: IO[bytes]) -> int:
     return size - 8 - length
 
 
-def _sha256(file: IO[bytes], length: int) -> bytes:
-    """Return the checksum of the first bytes of a file, which is then at their end."""
+def _sha256(file: IO[bytes], length: int, gap: int = 0) -> tuple[bytes, bytes]:
+    """Return the checksum of a file without the gap behind its first bytes, and what follows the gap."""
     digest = hashlib.sha256()
     file.seek(0)
     while length:
         piece = file.read(min(length, 1 << 20))
-        if not piece:
-            raise ValueError("it is cut off")
         digest.update(piece)
         length -= len(piece)
-    return digest.digest()
+    file.seek(gap, os.SEEK_CUR)
+    rest = file.read()
+    digest.update(rest)
+    return digest.digest(), rest
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:

@@ -190,7 +190,7 @@ def test_what_came_into_the_directory_meanwhile_is_not_lost(tmp_path, temporary)
             (tmp_path / "out").mkdir(exist_ok=True)
             (tmp_path / "out" / "mine").write_text("x")
 
-    message = f"{tmp_path}/out was not written: it is there by now, from another run;"
+    message = f"{tmp_path}/out was not written: {tmp_path}/out is there already; name"
     with pytest.raises(CurationError, match=f"^{re.escape(message)}"):
         curate(tmp_path / "scores", None, tmp_path / "out", progress=progress)
     assert os.listdir(tmp_path / "out") == ["mine"]

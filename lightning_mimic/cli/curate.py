@@ -22,6 +22,8 @@ def curate_main(config: DictConfig) -> None:
     with exit_on_user_error("mimic-curate"):
         settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         del settings["filter"]
+        if settings["out"] is None:
+            raise CurationError("`out` is null; expected a directory for the manifest.")
         with _progress(console) as progress:
             done = curate(filter=instantiate(config.filter), progress=progress, **settings)
     show(console, done)

@@ -99,6 +99,8 @@ def curate(  # noqa: PLR0913
     """
     if unscored not in get_args(Unscored):
         raise CurationError(f"`unscored` is {unscored!r}; {nearest_names(str(unscored), get_args(Unscored))}.")
+    if not isinstance(allow_partial, bool):
+        raise CurationError(f"`allow_partial` is {allow_partial!r}; expected true or false.")
     exports = checked_exports(exports)
     if (trusted is None) != (mislabelled is None):
         raise CurationError("`trusted` and `mislabelled` calibrate together: the same samples, scored both ways.")
@@ -238,7 +240,9 @@ def _calibration(
 ) -> tuple[list[bool], list[list[bool]]]:
     """Whether each trusted sample is kept with its true label, and with each of its wrong ones."""
     database = data.database
-    ledgers = [trusted, *([mislabelled] if isinstance(mislabelled, str | Path) else mislabelled)]
+    one = isinstance(mislabelled, str) or not isinstance(mislabelled, Sequence)
+    wrong: Sequence[Any] = [mislabelled] if one else list(mislabelled)
+    ledgers = [user_path(trusted, "trusted"), *(user_path(each, "mislabelled") for each in wrong)]
     if len(ledgers) < 2:
         raise CurationError("`mislabelled` is empty; expected one ledger or more.")
     all_scores = [Scores(ledger, database, f"trusted{k}") for k, ledger in enumerate(ledgers)]

@@ -110,6 +110,8 @@ def select(
     if not isinstance(recipe, str | Recipe):
         raise CurationError(f"`recipe` is {recipe!r}; {_GRAMMAR}.")
     read = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
+    if not isinstance(allow_unknown, bool):
+        raise CurationError(f"`allow_unknown` is {allow_unknown!r}; expected true or false.")
     out = user_path(out, "out")
     if out.suffix != ".parquet":
         raise CurationError(f"`out` is {out}; a manifest is a .parquet file.")

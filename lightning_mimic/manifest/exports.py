@@ -60,7 +60,7 @@ def write_datacomp(manifest: "Manifest", path: Path) -> None:
     import numpy as np
 
     with Database() as database:
-        _load(manifest, database)
+        _load(manifest, database, "id", "keep")
         need_uids(database, "manifest")
         count = database.value("SELECT count(*) FROM manifest WHERE keep")
         form = np.dtype("u8,u8")
@@ -158,10 +158,10 @@ def checked_exports(names: Sequence[str]) -> Sequence[str]:
     return tuple(dict.fromkeys(names))
 
 
-def _load(manifest: "Manifest", database: Database) -> None:
-    """Make the table ``manifest``, in the file's order."""
+def _load(manifest: "Manifest", database: Database, *columns: str) -> None:
+    """Make the table ``manifest`` of some columns, or of all, in the file's order."""
     database.run("SET preserve_insertion_order = true")
-    Table(manifest.path, "parquet").load(database, "manifest")
+    Table(manifest.path, "parquet").load(database, "manifest", {name: name for name in columns} or None)
 
 
 def _copy(database: Database, cells: Mapping[str, str], order: str, path: Path) -> None:

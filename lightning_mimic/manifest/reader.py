@@ -48,7 +48,7 @@ class Manifest:
 
     def __init__(self, path: str | Path) -> None:
         self.path = user_path(path, "path")
-        with open_parquet(self.path, "is no manifest", pages=False) as file:
+        with open_parquet(self.path, "is no manifest") as file:
             names, metadata = file.schema_arrow.names, file.schema_arrow.metadata or {}
             missing = [name for name in ("id", "keep") if names.count(name) != 1]
             if missing:

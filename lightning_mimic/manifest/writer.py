@@ -57,7 +57,7 @@ def write_manifest(
             EXPORTS[name].write(Manifest(temporary), beside)
         alone()
         if path.exists():
-            raise FileExistsError(errno.EEXIST, "", path)
+            raise FileExistsError(errno.EEXIST, "", str(path))
     return Manifest(path)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 
 import pyarrow as pa
 import torch
@@ -83,7 +84,7 @@ def _ids(members: Iterable[int | str]) -> set[int | str]:
     if isinstance(members, str) or not isinstance(members, Iterable):
         raise CurationError(f"`members` is {members!r}; expected ids.")
     members = list(members)
-    other = [each for each in members if isinstance(each, bool) or not isinstance(each, int | str)]
+    other = [each for each in members if isinstance(each, bool) or not isinstance(each, Integral | str)]
     if other:
         raise CurationError(f"`members` holds {other[0]!r}; expected ids.")
     return set(members)
