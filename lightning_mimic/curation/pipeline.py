@@ -240,8 +240,7 @@ def _calibration(
 ) -> tuple[list[bool], list[list[bool]]]:
     """Whether each trusted sample is kept with its true label, and with each of its wrong ones."""
     database = data.database
-    one = isinstance(mislabelled, str) or not isinstance(mislabelled, Sequence)
-    wrong: Sequence[Any] = [mislabelled] if one else list(mislabelled)
+    wrong: Sequence[Any] = mislabelled if isinstance(mislabelled, list | tuple) else [mislabelled]
     ledgers = [user_path(trusted, "trusted"), *(user_path(each, "mislabelled") for each in wrong)]
     if len(ledgers) < 2:
         raise CurationError("`mislabelled` is empty; expected one ledger or more.")
