@@ -289,3 +289,13 @@ def test_text_that_is_not_unicode_is_refused(tmp_path):
     for read in (ids_in, kept_subset.__get__("a"), KeptIds, lambda path: Manifest(path).table()):
         with pytest.raises(CurationError, match=r"a\.parquet .*[Ii]nvalid UTF-?8"):
             read(tmp_path / "a.parquet")
+
+
+@for_each("text", ["1.5", "x", "007", "99999999999999999999", "-9223372036854775809"])
+def test_text_that_is_no_whole_number_is_no_id_beside_whole_numbers(text, tmp_path):
+    (tmp_path / "a.csv").write_text(f"id,keep\n3,1\n{text},0\n")
+    pq.write_table(pa.table({"id": [3], "keep": [True]}), tmp_path / "b.parquet")
+    message = f"1 rows have no id, or one that is no whole number as the others are, such as {text!r}."
+    with pytest.raises(CurationError, match=f"^{re.escape(f'{tmp_path}/a.csv: {message}')}$"):
+        select(f"{tmp_path}/a.csv and {tmp_path}/b.parquet", tmp_path / "o.parquet")
+    assert ids_in(tmp_path / "a.csv") == sorted(["3", text])

@@ -45,7 +45,7 @@ def compare_main(config: DictConfig) -> None:
     """Puts data sets beside each other."""
     with exit_on_user_error("mimic-compare"):
         settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        if not isinstance(settings["manifests"], dict) or not settings["manifests"]:
+        if not isinstance(settings["manifests"], dict):
             raise CurationError(
                 f"`manifests` is {settings['manifests']!r}; expected names, as in {{new: a/manifest.parquet}}."
             )
