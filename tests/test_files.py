@@ -393,28 +393,6 @@ def test_a_folder_is_durable_with_all_that_it_holds_before_it_has_its_name(tmp_p
     assert synced == ["it", "in", "", tmp_path.name]
 
 
-def test_a_folder_replaces_an_empty_one_and_nothing_else(tmp_path):
-    (tmp_path / "empty").mkdir()
-    by_folder(tmp_path / "empty", b"content")
-    assert (tmp_path / "empty" / "in" / "it").read_bytes() == b"content"
-    for there in ("empty", "file"):
-        (tmp_path / "file").touch()
-        with pytest.raises(FileExistsError):
-            by_folder(tmp_path / there, b"other")
-    assert sorted(os.listdir(tmp_path)) == ["empty", "file"]
-
-
-def test_an_error_in_the_block_removes_the_folder(tmp_path):
-    def fails():
-        with atomic_directory(tmp_path / "folder") as folder:
-            (folder / "half").touch()
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fails()
-    assert os.listdir(tmp_path) == []
-
-
 def test_a_temporary_folder_goes_with_its_object_and_with_its_process(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "mine-notes").mkdir()
