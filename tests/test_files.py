@@ -302,12 +302,18 @@ def killed(act, *given):
 
 
 @EVERY_WAY
-def test_the_next_writer_of_a_name_removes_what_a_killed_one_left(write, tmp_path):
-    killed(write, tmp_path / "it", b"half")
-    killed(write, tmp_path / "other", b"half")
-    assert sorted(each.name[:4] for each in tmp_path.iterdir()) == [".it.", ".oth"]
+def test_the_next_writer_in_a_folder_removes_what_a_killed_one_left(write, tmp_path):
+    for name in ("it", "other"):
+        killed(write, tmp_path / name, b"half")
+    assert [each.name[:4] for each in tmp_path.iterdir()] == [".oth"]
     write(tmp_path / "it", b"whole")
-    assert sorted(each.name[:4] for each in tmp_path.iterdir()) == [".oth", "it"]
+    assert os.listdir(tmp_path) == ["it"]
+
+
+def test_one_of_many_files_is_written_without_listing_the_folder(tmp_path):
+    killed(by_file, tmp_path / "it", b"half")
+    by_file(tmp_path / "it", b"whole", tidy=False)
+    assert len(os.listdir(tmp_path)) == 2
     remove_leftovers(tmp_path)
     assert os.listdir(tmp_path) == ["it"]
 
