@@ -29,7 +29,12 @@ if _HAS_LOCKS:
 
 @contextlib.contextmanager
 def atomic_write(
-    path: str | Path, mode: Literal["wb", "w"] = "wb", *, exclusive: bool = False, newline: str | None = None
+    path: str | Path,
+    mode: Literal["wb", "w"] = "wb",
+    *,
+    exclusive: bool = False,
+    newline: str | None = None,
+    tidy: bool = True,
 ) -> Iterator[IO[Any]]:
     r"""Open a file for writing that gets its final name when the ``with`` block ends without an error.
 
@@ -39,6 +44,8 @@ def atomic_write(
         exclusive: Fail if there is a file of this name already, at the start or at the end; of several writers that
             do this at the same time, exactly one succeeds.
         newline: As for :func:`open`; ``""`` for the csv module.
+        tidy: Call :func:`remove_leftovers` first, which lists the folder; ``False`` for one of very many files, where
+            the caller has done so.
 
     Yields:
         The open file. It must not be closed by the block.
@@ -56,7 +63,7 @@ def atomic_write(
         >>> path.read_text()
         '1 2 3\n'
     """
-    with _renamed(Path(path), exclusive) as temporary:
+    with _renamed(Path(path), exclusive, tidy) as temporary:
         encoding = None if "b" in mode else "utf-8"
         with temporary.open(mode, encoding=encoding, newline=newline) as file:
             yield file
@@ -79,7 +86,7 @@ def atomic_path(path: str | Path, *, exclusive: bool = False) -> Iterator[Path]:
         FileExistsError: ``exclusive``, and the file exists.
         OSError: The file cannot be written, its name is a symbolic link, or the block has written nothing.
     """
-    with _renamed(Path(path), exclusive) as temporary:
+    with _renamed(Path(path), exclusive, tidy=True) as temporary:
         yield temporary
         if not temporary.stat().st_size:
             raise FileNotFoundError(errno.ENOENT, "nothing was written for", str(path))
@@ -101,11 +108,11 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         OSError: The folder cannot be created or renamed, or its name is a symbolic link.
     """
     final = Path(path).absolute()
+    remove_leftovers(final.parent)
     _refuse_link(final)
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise _exists(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(final.parent, final.name)
     with _locked(lambda: _temporary_path(final), Path.mkdir) as temporary:
         try:
             yield temporary
@@ -140,17 +147,18 @@ def write_json(
         json.dump(content, file, indent=indent)
 
 
-def remove_leftovers(directory: str | Path, name: str | None = None) -> None:
+def remove_leftovers(directory: str | Path) -> None:
     """Remove the temporary files and folders of writers that were killed.
 
     Those of running writers stay, and so does everything where the file system has no locks.
 
     Args:
         directory: Where their final names would be; nothing is done if it does not exist.
-        name: Final name of those that are removed; ``None``: any.
     """
-    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{32}}\.tmp", re.DOTALL)
-    _remove_unlocked(Path(directory), pattern)
+    _remove_unlocked(Path(directory), _TEMPORARY)
+
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp", re.DOTALL)
 
 
 class TemporaryFolder:
@@ -210,12 +218,13 @@ def _make_private(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _renamed(path: Path, exclusive: bool) -> Iterator[Path]:
+def _renamed(path: Path, exclusive: bool, tidy: bool) -> Iterator[Path]:
     """Yield an empty temporary file, which is renamed afterwards and removed after an error."""
+    if tidy:
+        remove_leftovers(path.parent)
     _refuse_link(path)
     if exclusive and path.exists() and not _is_reservation(path):
         raise _exists(path)
-    remove_leftovers(path.parent, path.name)
     with _locked(lambda: _temporary_path(path), _make_empty) as temporary:
         try:
             yield temporary

@@ -302,12 +302,18 @@ def killed(act, *given):
 
 
 @EVERY_WAY
-def test_the_next_writer_of_a_name_removes_what_a_killed_one_left(write, tmp_path):
-    killed(write, tmp_path / "it", b"half")
-    killed(write, tmp_path / "other", b"half")
-    assert sorted(each.name[:4] for each in tmp_path.iterdir()) == [".it.", ".oth"]
+def test_the_next_writer_in_a_folder_removes_what_a_killed_one_left(write, tmp_path):
+    for name in ("it", "other"):
+        killed(write, tmp_path / name, b"half")
+    assert [each.name[:4] for each in tmp_path.iterdir()] == [".oth"]
     write(tmp_path / "it", b"whole")
-    assert sorted(each.name[:4] for each in tmp_path.iterdir()) == [".oth", "it"]
+    assert os.listdir(tmp_path) == ["it"]
+
+
+def test_one_of_many_files_is_written_without_listing_the_folder(tmp_path):
+    killed(by_file, tmp_path / "it", b"half")
+    by_file(tmp_path / "it", b"whole", tidy=False)
+    assert len(os.listdir(tmp_path)) == 2
     remove_leftovers(tmp_path)
     assert os.listdir(tmp_path) == ["it"]
 
@@ -391,28 +397,6 @@ def test_a_folder_is_durable_with_all_that_it_holds_before_it_has_its_name(tmp_p
     monkeypatch.setattr(os, "fsync", fsync)
     by_folder(tmp_path / "folder", b"content")
     assert synced == ["it", "in", "", tmp_path.name]
-
-
-def test_a_folder_replaces_an_empty_one_and_nothing_else(tmp_path):
-    (tmp_path / "empty").mkdir()
-    by_folder(tmp_path / "empty", b"content")
-    assert (tmp_path / "empty" / "in" / "it").read_bytes() == b"content"
-    for there in ("empty", "file"):
-        (tmp_path / "file").touch()
-        with pytest.raises(FileExistsError):
-            by_folder(tmp_path / there, b"other")
-    assert sorted(os.listdir(tmp_path)) == ["empty", "file"]
-
-
-def test_an_error_in_the_block_removes_the_folder(tmp_path):
-    def fails():
-        with atomic_directory(tmp_path / "folder") as folder:
-            (folder / "half").touch()
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fails()
-    assert os.listdir(tmp_path) == []
 
 
 def test_a_temporary_folder_goes_with_its_object_and_with_its_process(tmp_path, monkeypatch):
