@@ -306,3 +306,19 @@ def test_detection_metrics_agree_with_scikit_learn_at_any_size_of_scores(size):
         metric.reset()
         metric.update(scores[:100], wrong[:100])
         assert float(metric.compute()) == pytest.approx(truth(wrong[:100], -scores[:100].double()), abs=1e-6)
+
+
+@for_each(
+    ("counts", "right", "wrong", "said"),
+    [
+        ((6, 10), [True, False], [[True], [True, False]], "trusted samples are kept or not, with as many"),
+        ((6, 10), ["a"], [True], "trusted samples are kept or not, with as many"),
+        ((6, 10), [[True]], [True], "trusted samples have shapes (1, 1) and (1,);"),
+        ((6, 10), [0.5] * 9, [0] * 9, "some trusted samples are neither kept nor not: expected booleans, or 0 and 1."),
+        ((6.5, 10), [True] * 9, [False] * 9, "6.5 kept of 10 samples;"),
+        ((11, 10), [True] * 9, [False] * 9, "11 kept of 10 samples;"),
+    ],
+)
+def test_counts_and_answers_that_are_none_are_refused(counts, right, wrong, said):
+    with pytest.raises(CurationError, match=f"^{re.escape(said)}"):
+        estimate_quality(*counts, right, wrong)
