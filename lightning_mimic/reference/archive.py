@@ -1,0 +1,116 @@
+"""Checks of a zip archive before torch reads it: what it is, that nothing in it inflates, and its checksums."""
+
+import shlex
+import zipfile
+from pathlib import PurePath
+from typing import IO
+
+from lightning_mimic.errors import ReferenceLoadError
+
+# torch.load makes Python objects of this entry, up to 200 bytes of memory for one of its bytes.
+_LARGEST_PICKLE = 64 * 2**20
+_CHUNK = 2**20
+_WEIGHTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+
+
+def check_archive(file: IO[bytes], size: int, origin: str, argument: str) -> None:
+    """Refuse an archive that torch must not read, or that is damaged; memory does not grow with its size.
+
+    torch compares no checksums, and takes flipped bits for weights. All are compared here, at the speed of one more
+    reading of the file; an archive that was written without any (``set_crc32_options(False)``) has none to compare.
+
+    Args:
+        file: The archive, open for reading.
+        size: Its size in bytes.
+        origin: Where it is from, for messages.
+        argument: Name of the caller's argument that holds it, for messages.
+
+    Raises:
+        ReferenceLoadError: Another kind of archive, compressed or overlapping entries, an entry that differs from its
+            checksum, or no complete archive; the original error is chained.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            _refuse_other_kinds([entry.filename for entry in entries], origin, argument)
+            _refuse_inflating(entries, size, origin, argument)
+            if any(entry.CRC for entry in entries):
+                for entry in entries:
+                    _compare_checksum(archive, entry, origin, argument)
+    except ReferenceLoadError:
+        raise
+    except Exception as error:  # a damaged archive ends in almost any type of error
+        raise ReferenceLoadError(
+            f"`{argument}`: {origin} ({size} bytes) is not a complete torch checkpoint: the zip archive that it is "
+            f"cannot be read ({error}); it is cut off or damaged. Fetch or save it again."
+        ) from error
+
+
+def _compare_checksum(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, origin: str, argument: str) -> None:
+    try:
+        with archive.open(entry) as file:
+            while file.read(_CHUNK):
+                pass
+    except Exception as error:
+        raise ReferenceLoadError(
+            f"`{argument}`: {origin} is damaged: its entry {entry.filename!r} is not what its checksum was made of "
+            f"({error}), so that its weights are others than those that were saved. Fetch or save it again."
+        ) from error
+
+
+def _refuse_other_kinds(names: list[str], origin: str, argument: str) -> None:
+    """Refuse archives that other programs write, each with what to do."""
+    last = {PurePath(name).name for name in names}
+    if "constants.pkl" in last:
+        what = "a TorchScript archive, whose code is not run here. Take its weights out, where you trust the file"
+        code = f"import torch; torch.save(torch.jit.load({origin!r}, map_location='cpu').state_dict(), 'weights.pt')"
+    elif last & {"archive_format", "serialized_exported_program.json", "archive_version"}:
+        what = "a program that torch.export saved. Take its weights out, where you trust the file"
+        code = f"import torch; torch.save(dict(torch.export.load({origin!r}).state_dict), 'weights.pt')"
+    elif names and all(name.endswith(".npy") for name in names):
+        what = "NumPy's arrays (.npz). Save them as tensors"
+        code = (
+            f"import numpy, torch; torch.save({{k: torch.from_numpy(v) for k, v in numpy.load({origin!r}).items()}}, "
+            "'weights.pt')"
+        )
+    elif "data.pkl" in last:
+        return
+    elif "model.weights.h5" in last:
+        raise ReferenceLoadError(f"`{argument}`: {origin} is a Keras model (.keras); expected weights of torch.")
+    else:
+        held = next((name for name in names if name.endswith(_WEIGHTS)), None)
+        unpack = f"Unpack it, `python -m zipfile -e {shlex.quote(origin)} .`, and give {held!r}"
+        raise ReferenceLoadError(
+            f"`{argument}`: {origin} is a zip archive of {len(names)} files, none of which is torch's data.pkl. "
+            f"{unpack if held else 'Give a checkpoint'}."
+        )
+    raise ReferenceLoadError(f"`{argument}`: {origin} is {what}: `{code}`.")
+
+
+def _refuse_inflating(entries: list[zipfile.ZipInfo], size: int, origin: str, argument: str) -> None:
+    names = set()
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise ReferenceLoadError(
+                f"`{argument}`: {origin} has a compressed entry, {entry.filename!r} ({entry.compress_size} bytes that "
+                f"become {entry.file_size}); torch.save compresses none, and a small file could fill the memory. "
+                f"Save it again, where you trust the file: `import torch; torch.save(torch.load({origin!r}, "
+                "map_location='cpu', weights_only=True), 'weights.pt')`."
+            )
+        if entry.filename in names:
+            raise ReferenceLoadError(
+                f"`{argument}`: {origin} has two entries {entry.filename!r}; torch.save writes one. Save it again."
+            )
+        names.add(entry.filename)
+        if PurePath(entry.filename).name == "data.pkl" and entry.file_size > _LARGEST_PICKLE:
+            raise ReferenceLoadError(
+                f"`{argument}`: {origin} holds {entry.file_size} bytes of Python objects beside its tensors, which "
+                f"could fill the memory; the limit is {_LARGEST_PICKLE}. Save the state dict alone, such as `import "
+                f"torch; c = torch.load({origin!r}, map_location='cpu', weights_only=True); "
+                "torch.save(c['state_dict'], 'weights.pt')`."
+            )
+    if sum(entry.file_size for entry in entries) > size:
+        raise ReferenceLoadError(
+            f"`{argument}`: {origin} ({size} bytes) has entries of {sum(e.file_size for e in entries)} bytes "
+            "together, which must overlap; torch.save writes no such file."
+        )
