@@ -226,7 +226,10 @@ def test_a_file_imports_only_the_packages_that_are_its_own():
         # Optional packages are imported within a function, or in the one file that is of no use without them.
         here = {"curation/report.py": {"matplotlib"}, "cli/curate.py": {"rich"}}.get(own, set())
         wrong += [f"{own} imports {name} at its top" for name in sorted(at_once - CORE - here)]
-        if "pickle" in tops(imports(path)) and own not in ("reference/read_file.py", "reference/distributed_checkpoint.py"):
+        if "pickle" in tops(imports(path)) and own not in (
+            "reference/read_file.py",
+            "reference/distributed_checkpoint.py",
+        ):
             wrong.append(f"{own} imports pickle")
     unused = {
         (name, owner)

@@ -7,8 +7,8 @@ from typing import IO
 
 from lightning_mimic.errors import ReferenceLoadError
 
-# torch.load makes Python objects of this entry, up to 200 bytes of memory for one of its bytes.
-_LARGEST_PICKLE = 64 * 2**20
+#: Bytes of which torch.load makes Python objects, with up to some 100 bytes of memory for each.
+LARGEST_PICKLE = 16 * 2**20
 _CHUNK = 2**20
 _WEIGHTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
@@ -44,6 +44,16 @@ def check_archive(file: IO[bytes], size: int, origin: str, argument: str) -> Non
             f"`{argument}`: {origin} ({size} bytes) is not a complete torch checkpoint: the zip archive that it is "
             f"cannot be read ({error}); it is cut off or damaged. Fetch or save it again."
         ) from error
+
+
+def too_many_objects(origin: str, argument: str) -> ReferenceLoadError:
+    """Return the error for a checkpoint that holds too many Python objects beside its tensors."""
+    load = f"torch.load({origin!r}, map_location='cpu', weights_only=True)"
+    return ReferenceLoadError(
+        f"`{argument}`: {origin} holds more than {LARGEST_PICKLE} bytes of Python objects beside its tensors, with "
+        "which a small file could fill the memory. Save the weights alone, such as `import torch; "
+        f"torch.save({load}['state_dict'], 'weights.pt')`."
+    )
 
 
 def _compare_checksum(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, origin: str, argument: str) -> None:
@@ -102,13 +112,8 @@ def _refuse_inflating(entries: list[zipfile.ZipInfo], size: int, origin: str, ar
                 f"`{argument}`: {origin} has two entries {entry.filename!r}; torch.save writes one. Save it again."
             )
         names.add(entry.filename)
-        if PurePath(entry.filename).name == "data.pkl" and entry.file_size > _LARGEST_PICKLE:
-            raise ReferenceLoadError(
-                f"`{argument}`: {origin} holds {entry.file_size} bytes of Python objects beside its tensors, which "
-                f"could fill the memory; the limit is {_LARGEST_PICKLE}. Save the state dict alone, such as `import "
-                f"torch; c = torch.load({origin!r}, map_location='cpu', weights_only=True); "
-                "torch.save(c['state_dict'], 'weights.pt')`."
-            )
+        if PurePath(entry.filename).name == "data.pkl" and entry.file_size > LARGEST_PICKLE:
+            raise too_many_objects(origin, argument)
     if sum(entry.file_size for entry in entries) > size:
         raise ReferenceLoadError(
             f"`{argument}`: {origin} ({size} bytes) has entries of {sum(e.file_size for e in entries)} bytes "

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lightning_mimic.errors import ReferenceLoadError
-from lightning_mimic.reference.read_file import read_torch
+from lightning_mimic.reference.read_file import read_archive
 
 #: The file of such a folder that says where its tensors are.
 METADATA = ".metadata"
 
-_LARGEST = 64 * 2**20
+_LARGEST = 16 * 2**20
 _DTYPES = {name: kind for name, kind in vars(torch).items() if isinstance(kind, torch.dtype)}
 # Of what the metadata consists; whatever else it names is refused.
 _RECORDS = ("torch.distributed.checkpoint.", "pathlib")
@@ -157,17 +157,19 @@ def _part(start: str, info: Mapping[str, Any], path: Path, argument: str) -> Ten
     with (path / name).open("rb") as file:
         file.seek(offset)
         data: IO[bytes] = io.BytesIO(file.read(length))
-    part = read_torch(data, length, f"{path / name} (at byte {offset})", argument)
+    part = read_archive(data, length, f"{path / name} (at byte {offset})", argument)
     if not isinstance(part, Tensor):
         raise ReferenceLoadError(f"{start}: {name} holds a {type(part).__name__} in its place. Save it again.")
     return part
 
 
 def _nested(tensors: Mapping[str, Tensor], keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo the flattening of names, by the keys that the metadata keeps for each."""
+    """Undo the flattening of names, by the keys that the metadata keeps for each; without any they were flat."""
     nested: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        *path, last = map(str, keys.get(name, (name,)))
+        *path, last = map(str, keys[name] if keys else (name,))
+        if ".".join([*path, last]) != name:
+            raise KeyError(name)
         place = nested
         for key in path:
             place = place.setdefault(key, {})

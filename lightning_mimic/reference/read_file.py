@@ -1,5 +1,6 @@
 """Read what one checkpoint file holds, of any format, without ever unpickling code."""
 
+import io
 import pickle
 import re
 import warnings
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_mimic.errors import ReferenceLoadError
-from lightning_mimic.reference.archive import check_archive
+from lightning_mimic.reference.archive import LARGEST_PICKLE, check_archive, too_many_objects
 from lightning_mimic.reference.file_kinds import kind_of
 
 # The header names the tensors, in about 100 bytes for each; the library takes several times its size to parse it.
@@ -43,21 +44,24 @@ def read_file(path: Path, argument: str) -> Any:
             "configuration, or a server's answer in the file's place. Give the file of the weights."
         )
     if kind == "pickle":
-        read = f"import pickle, torch; c = pickle.load(open({str(path)!r}, 'rb'))"
+        read = f"import pathlib, pickle, torch; c = pickle.loads(pathlib.Path({str(path)!r}).read_bytes())"
         raise ReferenceLoadError(
             f"`{argument}`: {path} is a pickle that torch.save did not write; it holds Python objects besides tensors, "
             f"and reading those could run code, so it is refused. {_convert(read, path)} (For a file of joblib: "
-            "`joblib.load` in place of `pickle.load`.)"
+            "`joblib.load(path)` in place of `pickle.loads(...)`.)"
         )
-    with path.open("rb") as file:
-        return read_torch(file, size, str(path), argument)
+    if kind == "legacy":
+        with _Limited(io.FileIO(path)) as file:
+            return _load(file, size, str(path), argument)
+    with path.open("rb") as archive:
+        return read_archive(archive, size, str(path), argument)
 
 
-def read_torch(file: IO[bytes], size: int, origin: str, argument: str) -> Any:
-    """Return what ``torch.save`` wrote, checked beforehand if it is an archive.
+def read_archive(file: IO[bytes], size: int, origin: str, argument: str) -> Any:
+    """Return what ``torch.save`` wrote into an archive, which is checked beforehand.
 
     Args:
-        file: Open for reading; from its start to its end it is what was saved.
+        file: Open for reading; from its start to its end it is the archive.
         size: Its size in bytes.
         origin: Where it is from, for messages.
         argument: Name of the caller's argument that holds it, for messages.
@@ -65,9 +69,30 @@ def read_torch(file: IO[bytes], size: int, origin: str, argument: str) -> Any:
     Raises:
         ReferenceLoadError: As :func:`read_file`.
     """
-    if file.read(2) == b"PK":
-        check_archive(file, size, origin, argument)
+    check_archive(file, size, origin, argument)
     file.seek(0)
+    return _load(file, size, origin, argument)
+
+
+class _Limited(io.BufferedReader):
+    """A file of which no more is read than Python objects may take; torch reads the tensors past it."""
+
+    left = LARGEST_PICKLE
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return self._counted(super().read(size))
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        return self._counted(super().readline(size))
+
+    def _counted(self, data: bytes) -> bytes:
+        self.left -= len(data)
+        if self.left < 0:
+            raise MemoryError(f"more than {LARGEST_PICKLE} bytes of Python objects")
+        return data
+
+
+def _load(file: IO[bytes], size: int, origin: str, argument: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch asks to report pickle protocols that it then refuses
@@ -82,6 +107,8 @@ def read_torch(file: IO[bytes], size: int, origin: str, argument: str) -> Any:
                 f"`{argument}`: {origin} holds Python objects besides tensors{first}, and reading those could run "
                 f"code, so it is refused. {_convert(read, Path(origin))}"
             ) from error
+        if isinstance(file, _Limited) and file.left < 0:
+            raise too_many_objects(origin, argument) from error
         raise ReferenceLoadError(
             f"`{argument}`: {origin} ({size} bytes) is not a complete torch checkpoint; it is cut off or damaged "
             f"({type(error).__name__}). Fetch or save it again."

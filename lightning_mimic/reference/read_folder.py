@@ -12,7 +12,7 @@ from lightning_mimic.reference.distributed_checkpoint import METADATA, read_dist
 from lightning_mimic.reference.read_file import read_file
 
 _SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".safetensors"}
-_LARGEST_INDEX = 64 * 2**20
+_LARGEST_INDEX = 16 * 2**20
 
 
 def read_folder(path: Path, argument: str) -> Any:
