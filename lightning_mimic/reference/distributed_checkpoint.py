@@ -4,6 +4,7 @@ import io
 import math
 import pickle
 import pickletools
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor
 
 from lightning_mimic.errors import ReferenceLoadError
+from lightning_mimic.reference.file_kinds import lies_beside
 from lightning_mimic.reference.read_file import read_archive
 
 #: The file of such a folder that says where its tensors are.
 METADATA = ".metadata"
+#: The command that makes one file of such a folder, followed by both; it unpickles.
+ONE_FILE = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
 
 _LARGEST = 16 * 2**20
 _DTYPES = {name: kind for name, kind in vars(torch).items() if isinstance(kind, torch.dtype)}
@@ -38,7 +42,7 @@ def read_distributed(path: Path, argument: str) -> dict[str, Any]:
     """
     origin = str(path / METADATA)
     try:
-        metadata = _records((path / METADATA).read_bytes(), origin, argument)
+        metadata = _records(path / METADATA, argument)
         places = {
             (index.state["fqn"], tuple(index.state.get("offset") or ())): info.state
             for index, info in metadata.state["storage_data"].items()
@@ -55,8 +59,8 @@ def read_distributed(path: Path, argument: str) -> dict[str, Any]:
     except Exception as error:  # damaged metadata ends in almost any type of error
         raise ReferenceLoadError(
             f"`{argument}`: {origin} is damaged, or of a version that is not known here ({type(error).__name__}: "
-            f"{error}). Save the checkpoint again, or convert it where you trust it: `python -m "
-            f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} weights.pt`."
+            f"{error}). Save the checkpoint again, or convert it where you trust it, `{ONE_FILE} "
+            f"{shlex.quote(str(path))} weights.pt`."
         ) from error
 
 
@@ -91,19 +95,21 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name}")
 
 
-def _records(data: bytes, origin: str, argument: str) -> Any:
-    if len(data) > _LARGEST:
-        raise ReferenceLoadError(f"`{argument}`: {origin} has {len(data)} bytes; the limit is {_LARGEST}.")
+def _records(path: Path, argument: str) -> Any:
+    if path.stat().st_size > _LARGEST:
+        raise ReferenceLoadError(f"`{argument}`: {path} has {path.stat().st_size} bytes; the limit is {_LARGEST}.")
+    data = path.read_bytes()
     for operation, value, _ in pickletools.genops(data):
         # The unpickler makes room for as many objects as the highest number says.
         if "PUT" in operation.name and int(value or 0) > len(data):
-            raise ReferenceLoadError(f"`{argument}`: {origin} is damaged: it numbers an object {value}. Save it again.")
+            raise ReferenceLoadError(f"`{argument}`: {path} is damaged: it numbers an object {value}. Save it again.")
     try:
         return _Unpickler(io.BytesIO(data)).load()
     except pickle.UnpicklingError as error:
         raise ReferenceLoadError(
-            f"`{argument}`: {origin} is damaged, or names other Python objects than a distributed checkpoint consists "
-            f"of ({error}); reading those could run code, so it is refused. Save the checkpoint again."
+            f"`{argument}`: {path} is damaged, or names other Python objects than a distributed checkpoint consists "
+            f"of ({error}); reading those could run code, so it is refused. Save the checkpoint again, or convert it "
+            f"where you trust it, `{ONE_FILE} {shlex.quote(str(path.parent))} weights.pt`."
         ) from error
 
 
@@ -144,7 +150,7 @@ def _part(start: str, info: Mapping[str, Any], path: Path, argument: str) -> Ten
         raise ReferenceLoadError(
             f"{start} is stored through {info['transform_descriptors']}; expected parts as torch saves them by default."
         )
-    if "\0" in name or Path(name).name != name:
+    if not lies_beside(name):
         raise ReferenceLoadError(f"{start} is said to be in {name!r}; the parts must lie in the folder itself.")
     if not (path / name).is_file():
         raise ReferenceLoadError(f"{start} is in {name}, which is not there. Fetch it, too.")

@@ -73,6 +73,16 @@ def kind_of(path: Path, argument: str) -> str:
     raise _other_kind(path, head, argument)
 
 
+def lies_beside(name: str) -> bool:
+    """Whether a name that a checkpoint gives for one of its files leads to no other folder.
+
+    Example:
+        >>> lies_beside("model-00001-of-00002.safetensors"), lies_beside("../model.safetensors")
+        (True, False)
+    """
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
 def _other_kind(path: Path, head: bytes, argument: str) -> ReferenceLoadError:
     size = path.stat().st_size
     start = f"`{argument}`: {path} ({size} bytes) is"

@@ -1,11 +1,13 @@
 """Read the tensors of a reference checkpoint, of any format, without ever unpickling code."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from lightning_mimic.errors import ReferenceLoadError
+from lightning_mimic.reference.distributed_checkpoint import ONE_FILE
 from lightning_mimic.reference.read_file import read_file
 from lightning_mimic.reference.read_folder import is_index, read_folder, read_index
 from lightning_mimic.reference.weights import choose_weights
@@ -15,6 +17,8 @@ ReferenceSource = str | Path | nn.Module | Mapping[str, Tensor]
 
 #: What the name of one of open_clip's published models begins with.
 PUBLISHED = "open_clip:"
+
+_LOAD = "torch.load({!r}, map_location='cpu', weights_only=True)"
 
 
 def read_reference(source: ReferenceSource, *, argument: str = "reference") -> dict[str, Tensor]:
@@ -68,10 +72,11 @@ def _read_path(path: Path, argument: str) -> dict[str, Tensor]:
         beside = sorted(p.name for p in path.parent.glob("*") if p.suffix in {".ckpt", ".pt", ".pth", ".safetensors"})
         hint = f"; there are: {', '.join(beside[:5])}" if beside else ""
         raise ReferenceLoadError(f"`{argument}`: no file {path}{hint}.")
-    load = f"torch.load({str(path)!r}, map_location='cpu', weights_only=True)"
     if path.is_dir():
-        return choose_weights(read_folder(path, argument), str(path), argument, load)
+        # Only a distributed checkpoint can hold several sets of weights.
+        prepare = f"Make one file of it, `{ONE_FILE} {shlex.quote(str(path))} all.pt`. "
+        return choose_weights(read_folder(path, argument), str(path), argument, _LOAD.format("all.pt"), prepare)
     if not path.is_file():
         raise ReferenceLoadError(f"`{argument}`: {path} is neither a file nor a folder; expected a checkpoint.")
     read = read_index if is_index(path) else read_file
-    return choose_weights(read(path, argument), str(path), argument, load)
+    return choose_weights(read(path, argument), str(path), argument, _LOAD.format(str(path)))

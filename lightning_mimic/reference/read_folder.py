@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_mimic.errors import ReferenceLoadError, join_names, nearest_names
 from lightning_mimic.reference.distributed_checkpoint import METADATA, read_distributed
+from lightning_mimic.reference.file_kinds import lies_beside
 from lightning_mimic.reference.read_file import read_file
 
 _SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".safetensors"}
@@ -121,7 +122,7 @@ def _shards(path: Path, argument: str) -> dict[str, list[str]]:
         raise ReferenceLoadError(f"{start} has no `weight_map` from names to files, as an index of shards has.")
     shards: dict[str, list[str]] = {}
     for name, shard in places.items():
-        if "\0" in shard or Path(shard).name != shard or "\\" in shard:
+        if not lies_beside(shard):
             raise ReferenceLoadError(
                 f"{start} says that {name!r} is in {shard!r}; the shards must lie beside it, in the same folder."
             )

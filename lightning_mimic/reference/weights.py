@@ -20,7 +20,7 @@ _DEEPEST = 5
 Keys = tuple[str, ...]
 
 
-def choose_weights(content: Any, origin: str, argument: str, load: str | None) -> dict[str, Tensor]:
+def choose_weights(content: Any, origin: str, argument: str, load: str | None, prepare: str = "") -> dict[str, Tensor]:
     """Return the one set of named tensors that is a model's weights.
 
     Args:
@@ -28,6 +28,7 @@ def choose_weights(content: Any, origin: str, argument: str, load: str | None) -
         origin: Where it is from, for messages.
         argument: Name of the caller's argument that holds it, for messages.
         load: A Python expression that reads the content from its file, for messages; ``None`` if there is no file.
+        prepare: A sentence about what must be done before ``load`` works.
 
     Raises:
         ReferenceLoadError: No named tensors, or several sets of them between which nothing decides, such as the
@@ -60,7 +61,7 @@ def choose_weights(content: Any, origin: str, argument: str, load: str | None) -
         if load is not None:
             meant = load + _at(others[0])
             save = f"import torch; torch.save({meant}, 'weights.pt')"
-            fix = f"Give the one that is meant, as `{meant}`, or the file that this makes of it: `{save}`"
+            fix = f"{prepare}Give the one that is meant, for instance `{meant}`, or the file that this makes: `{save}`"
         raise ReferenceLoadError(
             f"`{argument}`: {origin} holds {1 + len(others)} sets of weights, which differ: {names}. {fix}."
         )

@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +49,9 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], form: str = "safet
 
 def write_distributed(folder: Path, content: Mapping[str, object]) -> Path:
     """Write a distributed checkpoint from one process."""
-    dcp.save(dict(content), checkpoint_id=str(folder), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.save(dict(content), checkpoint_id=str(folder), no_dist=True)
     return folder
 
 
