@@ -4,11 +4,13 @@ import json
 import pickle
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from lightning_mimic.reference import ReferenceLoadError, read_reference
 from support.cases import for_each
@@ -87,6 +89,16 @@ def test_a_folder_that_is_no_checkpoint_is_named_for_what_it_is(tmp_path):
 # Distributed checkpoints
 
 
+def write_twice(folder: Path, part: Tensor) -> Path:
+    """Write a checkpoint of two tensors that are said to be in the same bytes."""
+    write_chunks(folder, part, {(0, 0): part})
+    content = pickle.loads((folder / ".metadata").read_bytes())
+    ((index, info),) = content.storage_data.items()
+    content.storage_data[replace(index, fqn="v")] = info
+    (folder / ".metadata").write_bytes(pickle.dumps(content))
+    return folder
+
+
 @for_each("content", [weights(), {"model": weights(), "epoch": 3}, {"state_dict": weights(), "other": {"x": [1, 2]}}])
 def test_a_distributed_checkpoint_is_read(content, tmp_path):
     torch.testing.assert_close(read_reference(write_distributed(tmp_path, content)), weights(), rtol=0, atol=0)
@@ -110,6 +122,7 @@ def test_the_parts_of_several_ranks_are_put_together(tmp_path):
     )
     overlapping = missing | {(1, 0): chunks[3, 0]}
     assert "its parts overlap" in refusal(write_chunks(tmp_path / "c", whole, overlapping))
+    assert "the parts in __0_0.distcp overlap" in refusal(write_twice(tmp_path / "e", whole[:3, :2].clone()))
     outside = missing | {(4, 0): chunks[3, 0]}
     assert str(tmp_path / "d") in refusal(write_chunks(tmp_path / "d", whole, outside))
 

@@ -47,7 +47,8 @@ def read_distributed(path: Path, argument: str) -> dict[str, Any]:
             (index.state["fqn"], tuple(index.state.get("offset") or ())): info.state
             for index, info in metadata.state["storage_data"].items()
         }
-        keys = metadata.state.get("planner_data") or {}
+        _check_places(places, path, argument)
+        keys = metadata.state["planner_data"] or {}
         tensors = {
             name: _assemble(name, entry.state, places, path, argument)
             for name, entry in metadata.state["state_dict_metadata"].items()
@@ -113,27 +114,56 @@ def _records(path: Path, argument: str) -> Any:
         ) from error
 
 
+def _check_places(places: Mapping[Any, Mapping[str, Any]], path: Path, argument: str) -> None:
+    """Refuse parts that are not there, lie elsewhere, or are more than their file holds."""
+    used: dict[str, int] = {}
+    for (fqn, _), info in places.items():
+        start = f"`{argument}`: {path}: {fqn!r}"
+        name, offset, length = info["relative_path"], info["offset"], info["length"]
+        if info.get("transform_descriptors"):
+            raise ReferenceLoadError(
+                f"{start} is stored through {info['transform_descriptors']}; expected parts as torch saves them by "
+                "default."
+            )
+        if not lies_beside(name):
+            raise ReferenceLoadError(f"{start} is said to be in {name!r}; the parts must lie in the folder itself.")
+        if not (path / name).is_file():
+            raise ReferenceLoadError(f"{start} is in {name}, which is not there. Fetch it, too.")
+        size, used[name] = (path / name).stat().st_size, used.get(name, 0) + length
+        if offset < 0 or length < 0 or offset + length > size:
+            raise ReferenceLoadError(
+                f"{start} is said to be in the bytes {offset} to {offset + length} of {name}, which has {size}: it is "
+                "cut off. Fetch or save it again."
+            )
+        if used[name] > size:
+            raise ReferenceLoadError(f"{start}: the parts in {name} overlap. Save it again.")
+
+
 def _assemble(
     name: str, entry: Mapping[str, Any], places: Mapping[Any, Mapping[str, Any]], path: Path, argument: str
 ) -> Tensor:
     """Put one tensor together from its chunks."""
     start = f"`{argument}`: {path}: {name!r}"
     shape, chunks = tuple(entry["size"]), [chunk.state for chunk in entry["chunks"]]
+    dtype = entry["properties"].state[0]
     if math.prod(shape) != sum(math.prod(chunk["sizes"]) for chunk in chunks):
         raise ReferenceLoadError(
             f"{start} has shape {shape}, which its {len(chunks)} parts do not fill. Save it again."
         )
+    if len({tuple(chunk["offsets"]) for chunk in chunks}) < len(chunks):
+        raise ReferenceLoadError(f"{start}: its parts overlap. Save it again.")
     parts = []
     for chunk in chunks:
         part = _part(start, places[name, tuple(chunk["offsets"])], path, argument)
-        if tuple(part.shape) != tuple(chunk["sizes"]):
+        if (part.dtype, tuple(part.shape)) != (dtype, tuple(chunk["sizes"])):
             raise ReferenceLoadError(
-                f"{start}: a part has shape {tuple(part.shape)}, in {METADATA} {tuple(chunk['sizes'])}. Save it again."
+                f"{start}: a part has dtype {part.dtype} and shape {tuple(part.shape)}, in {METADATA} {dtype} and "
+                f"{tuple(chunk['sizes'])}. Save it again."
             )
         parts.append((tuple(slice(at, at + n) for at, n in zip(chunk["offsets"], chunk["sizes"], strict=True)), part))
     if len(parts) == 1:
         return parts[0][1]
-    whole = torch.empty(shape, dtype=parts[0][1].dtype)
+    whole = torch.empty(shape, dtype=dtype)
     filled = torch.zeros(shape, dtype=torch.bool)
     for place, part in parts:
         whole[place] = part
@@ -146,20 +176,6 @@ def _assemble(
 def _part(start: str, info: Mapping[str, Any], path: Path, argument: str) -> Tensor:
     """Read one chunk out of the file that it is in."""
     name, offset, length = info["relative_path"], info["offset"], info["length"]
-    if info.get("transform_descriptors"):
-        raise ReferenceLoadError(
-            f"{start} is stored through {info['transform_descriptors']}; expected parts as torch saves them by default."
-        )
-    if not lies_beside(name):
-        raise ReferenceLoadError(f"{start} is said to be in {name!r}; the parts must lie in the folder itself.")
-    if not (path / name).is_file():
-        raise ReferenceLoadError(f"{start} is in {name}, which is not there. Fetch it, too.")
-    size = (path / name).stat().st_size
-    if offset < 0 or length < 0 or offset + length > size:
-        raise ReferenceLoadError(
-            f"{start} is said to be in the bytes {offset} to {offset + length} of {name}, which has {size}: it is cut "
-            "off. Fetch or save it again."
-        )
     with (path / name).open("rb") as file:
         file.seek(offset)
         data: IO[bytes] = io.BytesIO(file.read(length))

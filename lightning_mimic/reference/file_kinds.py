@@ -30,11 +30,7 @@ _OTHER = (
         "an ONNX model, whose weights have other names and layouts than the module's",
         "Give the checkpoint that it was exported from",
     ),
-    (
-        rb"[\x80-\x8f][\xa1-\xbf][a-z]",
-        "a msgpack file, as Flax writes it",
-        f"Export its weights for torch; {_EXPECTED}",
-    ),
+    (rb"[\x80-\x8f][\xa1-\xbf][a-z]", "a msgpack file, as Flax writes it", _EXPORT),
 )
 # Protocols 2 to 5 begin alike; 0 and 1 with a class or a container.
 _PICKLE = rb"\x80[\x02-\x05]|c[\w.]+\n[\w.]+\n|\(?[dl](p\d+\n|\.)|[\]}]q\0|[(]i?[\w.]+\n[\w.]+\n"

@@ -147,25 +147,14 @@ def _names(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], argu
         )
     renamed = _renamed(tensors, parameters)
     if len(renamed) == 1:
-        (here, there), fit = next(iter(renamed.items()))
+        ((here, there), fit) = next(iter(renamed.items()))
         layers_agree = all("." in name.removeprefix(here) for name in wanted)
         if layers_agree and 2 * sum(key.startswith(there) for key in tensors) >= len(tensors):
-            _log.info(
-                "`%s`: its %r is read as the model's %r, as which every name and shape fits.", argument, there, here
-            )
+            _log.info("`%s`: %r of it is read as the model's %r; every name and shape fits.", argument, there, here)
             return fit
     missing = next(key for key in best.values() if key not in tensors)
-    hint = ""
-    if renamed:
-        here, there = next(iter(renamed))
-        several = "one of " if len(renamed) > 1 else ""
-        names = ", ".join(f"{there!r} were {here!r}" for here, there in renamed)
-        hint = (
-            f" Every name and shape would fit if {several}these were the same: {names}. If so, give the state dict "
-            f"renamed: `{{{here!r} + k.removeprefix({there!r}): t for k, t in state_dict.items() if "
-            f"k.startswith({there!r})}}`."
-        )
-    raise ReferenceLoadError(f"`{argument}` has no tensor for {missing!r}; {nearest_names(missing, tensors)}.{hint}")
+    nearest = nearest_names(missing, tensors)
+    raise ReferenceLoadError(f"`{argument}` has no tensor for {missing!r}; {nearest}.{_renaming_hint(list(renamed))}")
 
 
 def _renamed(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[tuple[str, str], dict[str, str]]:
@@ -184,6 +173,16 @@ def _renamed(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) ->
             if fits and fit not in found.values():
                 found[here, there] = fit
     return found
+
+
+def _renaming_hint(prefixes: list[tuple[str, str]]) -> str:
+    if not prefixes:
+        return ""
+    here, there = prefixes[0]
+    same = ", ".join(f"{there!r} were {here!r}" for here, there in prefixes[:4])
+    renamed = f"{{{here!r} + k.removeprefix({there!r}): t for k, t in state_dict.items() if k.startswith({there!r})}}"
+    several = "one of these were the same: " if len(prefixes) > 1 else ""
+    return f" Every name and shape would fit if {several}{same}. If so, give the state dict renamed: `{renamed}`."
 
 
 def _checked(name: str, tensor: Tensor, parameter: Tensor, argument: str) -> Tensor:

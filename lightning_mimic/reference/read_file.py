@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mimic.errors import ReferenceLoadError
 from lightning_mimic.reference.archive import LARGEST_PICKLE, check_archive, too_many_objects
@@ -130,7 +130,7 @@ def _refuse_expanding(content: Any, size: int, origin: str, argument: str) -> No
     waiting, seen = [("", content)], set()
     while waiting:
         name, value = waiting.pop()
-        if isinstance(value, Tensor):
+        if type(value) in (Tensor, nn.Parameter):
             if value.layout == torch.strided and not value.is_meta and value.numel() * value.element_size() > size:
                 raise ReferenceLoadError(
                     f"`{argument}`: {origin} ({size} bytes): {name!r} has shape {tuple(value.shape)}, for which the "

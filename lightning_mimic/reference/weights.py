@@ -99,14 +99,15 @@ def _sets(content: Mapping[Any, Any]) -> dict[Keys, dict[str, Tensor]]:
 
 
 def _candidates(sets: Mapping[Keys, Mapping[str, Tensor]]) -> list[Keys]:
-    """Those that may be the weights: in the usual places, or at the top, or in the only places that are left."""
+    """Those that may be the weights: in the usual places, or at the top, or where there are more than at the top."""
     usual: list[Keys] = [(key,) for key in _CONTAINERS if (key,) in sets]
     if usual:
         return usual
-    below = [keys for keys in sets if 0 < len(keys) <= 2 and _floating(sets[keys])]
-    if () in sets and (_floating(sets[()]) or not below):
-        return [()]
-    return [keys for keys in below if len(keys) == len(below[0])]
+    at_top = len(_floating(sets.get((), {})))
+    below = [keys for keys in sets if 0 < len(keys) <= 2 and len(_floating(sets[keys])) > at_top]
+    if below:
+        return [keys for keys in below if len(keys) == len(below[0])]
+    return [()] if () in sets else []
 
 
 def _may_be_weights(keys: Keys) -> bool:
