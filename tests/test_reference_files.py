@@ -45,7 +45,7 @@ def test_a_flipped_bit_in_any_entry_of_an_archive_is_found_and_its_entry_named(n
     assert len(entries) > 4
     for entry, start in entries:
         path.write_bytes(data[:start] + bytes([data[start] ^ 1]) + data[start + 1 :])
-        assert f"{path} is damaged: its entry {entry!r} is not what its checksum was made of" in refusal(path)
+        assert f"{path} is damaged: its entry {entry!r} does not fit its checksum" in refusal(path)
     path.write_bytes(data)
     torch.testing.assert_close(read_reference(path), weights(), rtol=0, atol=0)
 

@@ -134,7 +134,7 @@ def test_a_part_that_is_missing_or_damaged_is_named(tmp_path):
     at = data.index(weights()["head.weight"].numpy().tobytes())
     part.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     assert f"{part} (at byte " in refusal(folder)
-    assert "is not what its checksum was made of" in refusal(folder)
+    assert "does not fit its checksum" in refusal(folder)
     part.write_bytes(data[:-200])
     assert f"of {part.name}, which has {len(data) - 200}: it is cut off" in refusal(folder)
     part.unlink()

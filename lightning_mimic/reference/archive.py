@@ -29,21 +29,40 @@ def check_archive(file: IO[bytes], size: int, origin: str, argument: str) -> Non
         ReferenceLoadError: Another kind of archive, compressed or overlapping entries, an entry that differs from its
             checksum, or no complete archive; the original error is chained.
     """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-            _refuse_other_kinds([entry.filename for entry in entries], origin, argument)
-            _refuse_inflating(entries, size, origin, argument)
-            if any(entry.CRC for entry in entries):
-                for entry in entries:
-                    _compare_checksum(archive, entry, origin, argument)
-    except ReferenceLoadError:
-        raise
-    except Exception as error:  # a damaged archive ends in almost any type of error
-        raise ReferenceLoadError(
-            f"`{argument}`: {origin} ({size} bytes) is not a complete torch checkpoint: the zip archive that it is "
-            f"cannot be read ({error}); it is cut off or damaged. Fetch or save it again."
-        ) from error
+    with _opened(file, size, origin, argument) as archive:
+        entries = archive.infolist()
+    _refuse_other_kinds([entry.filename for entry in entries], origin, argument)
+    _refuse_inflating(entries, size, origin, argument)
+    compare_checksums(file, size, origin, argument)
+
+
+def compare_checksums(file: IO[bytes], size: int, origin: str, argument: str) -> None:
+    """Refuse an archive that is damaged, of whatever kind it is.
+
+    Args:
+        file: The archive, open for reading.
+        size: Its size in bytes.
+        origin: Where it is from, for messages.
+        argument: Name of the caller's argument that holds it, for messages.
+
+    Raises:
+        ReferenceLoadError: An entry that differs from its checksum, or no complete archive; the original error is
+            chained.
+    """
+    with _opened(file, size, origin, argument) as archive:
+        entries = archive.infolist()
+        if not any(entry.CRC for entry in entries):
+            return
+        for entry in entries:
+            try:
+                with archive.open(entry) as content:
+                    while content.read(_CHUNK):
+                        pass
+            except Exception as error:  # a damaged archive ends in almost any type of error
+                raise ReferenceLoadError(
+                    f"`{argument}`: {origin} is damaged: its entry {entry.filename!r} does not fit its checksum "
+                    f"({error}), so that it holds other numbers than were saved. Fetch or save it again."
+                ) from error
 
 
 def too_many_objects(origin: str, argument: str) -> ReferenceLoadError:
@@ -56,15 +75,13 @@ def too_many_objects(origin: str, argument: str) -> ReferenceLoadError:
     )
 
 
-def _compare_checksum(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, origin: str, argument: str) -> None:
+def _opened(file: IO[bytes], size: int, origin: str, argument: str) -> zipfile.ZipFile:
     try:
-        with archive.open(entry) as file:
-            while file.read(_CHUNK):
-                pass
-    except Exception as error:
+        return zipfile.ZipFile(file)
+    except Exception as error:  # a damaged archive ends in almost any type of error
         raise ReferenceLoadError(
-            f"`{argument}`: {origin} is damaged: its entry {entry.filename!r} is not what its checksum was made of "
-            f"({error}), so that its weights are others than those that were saved. Fetch or save it again."
+            f"`{argument}`: {origin} ({size} bytes) is not a complete torch checkpoint: the zip archive that it is "
+            f"cannot be read ({error}); it is cut off or damaged. Fetch or save it again."
         ) from error
 
 
