@@ -67,6 +67,10 @@ def test_several_sets_of_weights_are_refused_naming_all_with_a_recipe_that_works
 
 ONE = {
     "equal": {"state_dict": FIRST, "state_dict_ema": {name: tensor.clone() for name, tensor in FIRST.items()}},
+    "equal, with names that end alike": {
+        "model": {"x.head.weight": torch.zeros(2, 4)} | FIRST,
+        "module": {name: tensor.clone() for name, tensor in FIRST.items()},
+    },
     "the same": {"model": FIRST, "module": FIRST},
     "another key": {"net": FIRST, "epoch": 3, "loss": torch.tensor(0.5), "rng": {"cpu": torch.zeros(9).byte()}},
     "average alone": {"model": None, "ema": FIRST},

@@ -50,7 +50,7 @@ def choose_weights(content: Any, origin: str, argument: str, load: str | None, p
             f"one of: {', '.join(_CONTAINERS)}."
         )
     first = candidates[0]
-    chosen = _floating(sets[first])
+    chosen = _by_end(_floating(sets[first]))
     others = [keys for keys in candidates[1:] if not _same_weights(chosen, _floating(sets[keys]))]
     if not others:
         rest = (keys for keys in sets if keys not in candidates and _may_be_weights(keys))
@@ -118,22 +118,28 @@ def _floating(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if t.is_floating_point() and t.ndim}
 
 
-def _same_weights(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool | None:
+def _same_weights(chosen: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool | None:
     """Whether two sets for one model are equal; ``None`` if they are not for one model, by names and shapes.
 
     Names agree if they are equal, or differ by a prefix only and agree in two parts at least.
+
+    Args:
+        chosen: One set, as :func:`_by_end` returns it.
+        tensors: The other.
     """
-    ends: dict[str, list[str]] = {}
-    for name in first:
-        for end in _ends(name):
-            ends.setdefault(end, []).append(name)
     pairs = []
-    for name, tensor in second.items():
-        alike = next((ends[end] for end in _ends(name) if end in ends), [])
-        pairs += [(first[other], tensor) for other in alike[:1] if first[other].shape == tensor.shape]
-    if not pairs or 2 * len(pairs) < min(len(first), len(second)):
+    for name, tensor in tensors.items():
+        other = next((chosen[end] for end in _ends(name) if end in chosen), None)
+        if other is not None and other.shape == tensor.shape:
+            pairs.append((other, tensor))
+    if not pairs or 2 * len(pairs) < min(len({id(each) for each in chosen.values()}), len(tensors)):
         return None
     return all(equal_tensors(*pair) for pair in pairs)
+
+
+def _by_end(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by their names, and by the ends of these that are nobody's name."""
+    return {end: tensor for name, tensor in tensors.items() for end in _ends(name)} | dict(tensors)
 
 
 def _ends(name: str) -> list[str]:
