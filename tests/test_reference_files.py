@@ -50,6 +50,16 @@ def test_a_flipped_bit_in_any_entry_of_an_archive_is_found_and_its_entry_named(n
     torch.testing.assert_close(read_reference(path), weights(), rtol=0, atol=0)
 
 
+@for_each(("offset", "value"), [(38, b"\x10"), (20, bytes(4))])  # attributes, compressed size
+def test_an_entry_that_torch_would_not_read_is_refused(offset, value, tmp_path):
+    path = saved(weights(), tmp_path / "w.pt")
+    data = bytearray(path.read_bytes())
+    at = data.rindex(b"w/data/2") - 46 + offset
+    data[at : at + len(value)] = value
+    path.write_bytes(data)
+    assert "is damaged: its entry 'w/data/2' of 32 bytes is said to" in refusal(path)
+
+
 def test_an_archive_that_was_written_without_checksums_is_read(tmp_path):
     torch.serialization.set_crc32_options(False)
     try:

@@ -32,7 +32,7 @@ def check_archive(file: IO[bytes], size: int, origin: str, argument: str) -> Non
     with _opened(file, size, origin, argument) as archive:
         entries = archive.infolist()
     _refuse_other_kinds([entry.filename for entry in entries], origin, argument)
-    _refuse_inflating(entries, size, origin, argument)
+    _refuse_odd_entries(entries, size, origin, argument)
     compare_checksums(file, size, origin, argument)
 
 
@@ -114,7 +114,7 @@ def _refuse_other_kinds(names: list[str], origin: str, argument: str) -> None:
     raise ReferenceLoadError(f"`{argument}`: {origin} is {what}: `{code}`.")
 
 
-def _refuse_inflating(entries: list[zipfile.ZipInfo], size: int, origin: str, argument: str) -> None:
+def _refuse_odd_entries(entries: list[zipfile.ZipInfo], size: int, origin: str, argument: str) -> None:
     names = set()
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED:
@@ -124,11 +124,18 @@ def _refuse_inflating(entries: list[zipfile.ZipInfo], size: int, origin: str, ar
                 f"Save it again, where you trust the file: `import torch; torch.save(torch.load({origin!r}, "
                 "map_location='cpu', weights_only=True), 'weights.pt')`."
             )
-        if entry.filename in names:
+        # Of such entries torch reads nothing, and takes whatever the memory held for their content.
+        folder = bool(entry.external_attr & 0x10) or entry.is_dir()
+        if entry.compress_size != entry.file_size or (folder and entry.file_size):
+            raise ReferenceLoadError(
+                f"`{argument}`: {origin} is damaged: its entry {entry.filename!r} of {entry.file_size} bytes is said "
+                f"to {'be a folder' if folder else f'take {entry.compress_size}'}. Fetch or save it again."
+            )
+        if entry.filename.lower() in names:
             raise ReferenceLoadError(
                 f"`{argument}`: {origin} has two entries {entry.filename!r}; torch.save writes one. Save it again."
             )
-        names.add(entry.filename)
+        names.add(entry.filename.lower())  # torch does not tell them apart by case
         if PurePath(entry.filename).name == "data.pkl" and entry.file_size > LARGEST_PICKLE:
             raise too_many_objects(origin, argument)
     if sum(entry.file_size for entry in entries) > size:
