@@ -50,6 +50,15 @@ def test_a_flipped_bit_in_any_entry_of_an_archive_is_found_and_its_entry_named(n
     torch.testing.assert_close(read_reference(path), weights(), rtol=0, atol=0)
 
 
+def test_an_entry_without_a_name_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
+        archive.writestr("w/data.pkl", b"1")
+        archive.writestr("x", b"1")
+    data = (tmp_path / "w.pt").read_bytes()
+    (tmp_path / "w.pt").write_bytes(data.replace(b"x", b"\0"))
+    assert "w.pt (" in refusal(tmp_path / "w.pt")
+
+
 @for_each(("offset", "value"), [(38, b"\x10"), (20, bytes(4))])  # attributes, compressed size
 def test_an_entry_that_torch_would_not_read_is_refused(offset, value, tmp_path):
     path = saved(weights(), tmp_path / "w.pt")

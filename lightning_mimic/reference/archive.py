@@ -125,7 +125,7 @@ def _refuse_odd_entries(entries: list[zipfile.ZipInfo], size: int, origin: str, 
                 "map_location='cpu', weights_only=True), 'weights.pt')`."
             )
         # Of such entries torch reads nothing, and takes whatever the memory held for their content.
-        folder = bool(entry.external_attr & 0x10) or entry.is_dir()
+        folder = bool(entry.external_attr & 0x10) or entry.filename.endswith("/")
         if entry.compress_size != entry.file_size or (folder and entry.file_size):
             raise ReferenceLoadError(
                 f"`{argument}`: {origin} is damaged: its entry {entry.filename!r} of {entry.file_size} bytes is said "
