@@ -10,10 +10,12 @@ from torch import nn
 import oracles
 from lightning_mimic import Aligned, GradMimic, Ledger, WithIds, collate_with_ids
 from lightning_mimic.callbacks import AtCheckpoints
+from lightning_mimic.callbacks.at_checkpoints import _digest
 from lightning_mimic.scorers import CosineSimilarity, GradNorm, ReferenceLoss, RhoLoss, Uniform
 from support.aligned_heads import Listed, unrelated
 from support.cases import pairwise
 from support.checkpoint_scoring import Moody, MoodyWithLosses, checkpoints, column, scored, toy_at
+from support.checkpoints import write_distributed, write_shards
 from support.hooks_left import traces
 from support.ranks import on_two_ranks, strategy, two
 from support.toys import Toy, WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
@@ -55,6 +57,23 @@ def watched(module):
 
 
 TARGETS = {"head": ["head"], "norm": ["norm"], "two": ["body", "head"], "all": ["body", "norm", "head"]}
+
+
+def test_checkpoints_of_several_files_are_scored_as_one_file_is(tmp_path):
+    states = [toy_at(Moody, k).state_dict() for k in range(2)]
+    paths = [write_shards(tmp_path / "shards", states[0]), write_distributed(tmp_path / "parts", {"model": states[1]})]
+    (tmp_path / "files").mkdir()
+    rows = scored(tmp_path, toy(Moody), paths)
+    expected = scored(tmp_path / "files", toy(Moody), checkpoints(tmp_path / "files")[:2])
+    for epoch in range(2):
+        found = column(rows, "score", epoch)
+        assert len(found) == 14
+        torch.testing.assert_close(found, column(expected, "score", epoch), **CLOSE)
+    names = [each["sha256"] for each in Ledger(tmp_path / "scores").meta["attempts"][0]["checkpoints"]]
+    (part,) = (tmp_path / "parts").glob("*.distcp")
+    part.write_bytes(part.read_bytes() + b"x")
+    assert _digest(paths[0]) == names[0]
+    assert _digest(paths[1]) != names[1]
 
 
 @pytest.mark.parametrize("targets", TARGETS)

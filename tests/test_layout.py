@@ -69,7 +69,7 @@ OPTIONAL = {
     "scipy": {"scorers/grad_match.py"},
     "rich": {"cli/curate.py"},
     "matplotlib": {"curation/report.py"},
-    "safetensors": {"reference/read.py"},
+    "safetensors": {"reference/read_file.py"},
     "torchvision": {"data/image_folder.py", "data/torchvision_sets.py", "data/transforms.py", "models/backbones.py"},
     "timm": {"data/transforms.py", "models/backbones.py"},
     "open_clip": {"models/zero_shot.py", "reference/open_clip_hub.py"},
@@ -80,7 +80,10 @@ TRAINERS = {"lightning", "pytorch_lightning"}
 CORE = TRAINERS | {"torch", "torchmetrics", "hydra", "omegaconf", "pyarrow", "lightning_mimic"}
 #: Names that one file uses, and no other file of the package but those that are listed.
 OWNED = {
-    r"torch\.distributed|gather_all_tensors|\bdist\.|all_reduce|all_gather": {"distributed.py", "sharding.py"},
+    r"torch\.distributed(?!\.checkpoint)|gather_all_tensors|\bdist\.|all_reduce|all_gather": {
+        "distributed.py",
+        "sharding.py",
+    },
     r"\bmanual_seed|random\.seed\(|(default_rng|RandomState)\((?!stream_seed)": {"random_streams.py"},
     r"\bos\.(replace|rename|link|fsync)\b|\bfsync\b|shutil\.move|NamedTemporaryFile|\.tmp\b": {"files.py"},
 }
@@ -227,7 +230,10 @@ def test_a_file_imports_only_the_packages_that_are_its_own():
         # Optional packages are imported within a function, or in the one file that is of no use without them.
         here = {"curation/report.py": {"matplotlib"}, "cli/curate.py": {"rich"}}.get(own, set())
         wrong += [f"{own} imports {name} at its top" for name in sorted(at_once - CORE - here)]
-        if "pickle" in tops(imports(path)) and own != "reference/read.py":
+        if "pickle" in tops(imports(path)) and own not in (
+            "reference/read_file.py",
+            "reference/distributed_checkpoint.py",
+        ):
             wrong.append(f"{own} imports pickle")
     unused = {
         (name, owner)

@@ -131,6 +131,19 @@ def test_what_is_not_in_the_cache_and_cannot_be_fetched(snapshot):
         read_reference(NAME)
 
 
+@pytest.mark.parametrize("place", ["cache", "file"])
+def test_a_flipped_bit_is_found(place, snapshot, tmp_path):
+    weights = publish(snapshot)
+    path = snapshot / FILES["bin"] if place == "cache" else tmp_path / "own.pt"
+    torch.save(weights, path)
+    name = NAME if place == "cache" else f"open_clip:ViT-B-32/{path}"
+    data, number = path.read_bytes(), next(iter(weights.values())).numpy().tobytes()
+    at = data.index(number)
+    path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    with pytest.raises(ReferenceLoadError, match=f"^`reference`: {re.escape(str(path))} is damaged: its entry '"):
+        read_reference(name)
+
+
 def test_weights_of_other_shapes_are_refused(snapshot):
     torch.save(towers("narrow").state_dict(), snapshot / FILES["bin"])
     with pytest.raises(ReferenceLoadError, match=f"^`reference`: {re.escape(NAME)} could not be loaded: "):

@@ -15,6 +15,7 @@ from lightning_mimic.callbacks.trainer_support import backward_scale, loss_of
 from lightning_mimic.errors import MimicError, nearest_names
 from lightning_mimic.gradients import select_parameters
 from lightning_mimic.reference import Aligned, ReferenceLoadError, read_reference
+from lightning_mimic.reference.read_folder import is_index
 from lightning_mimic.reweighting import Reweighter
 from lightning_mimic.reweighting.recorder import Position
 from lightning_mimic.reweighting.reference_batches import evaluating
@@ -213,5 +214,14 @@ def _tensors(path: Path, module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The hash of a file; of a checkpoint of several files that of their names and contents."""
+    several = path.is_dir() or is_index(path)
+    folder = path if path.is_dir() else path.parent
+    digest = hashlib.sha256()
+    for each in sorted(file for file in folder.iterdir() if file.is_file()) if several else [path]:
+        if several:
+            digest.update(f"{each.name}\0{each.stat().st_size}\0".encode("utf-8", "surrogateescape"))
+        with each.open("rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_mimic.data.noise import check_labels
 from lightning_mimic.errors import MimicError, nearest_names
+from lightning_mimic.reference.archive import check_archive
 
 _CLEAN = "clean_label"
 
@@ -104,8 +105,12 @@ def _arrays(path: Path) -> dict[str, Any]:
     kinds = [type(np.dtype(kind)) for kind in ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")]
     allowed: list[Any] = [np.ndarray, np.dtype, *kinds, *((rebuild, name) for name in names)]
     try:
-        with torch.serialization.safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            if file.read(2) == b"PK":  # torch compares no checksums
+                check_archive(file, path.stat().st_size, str(path), "noise")
+            file.seek(0)
+            with torch.serialization.safe_globals(allowed):
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file ends in almost any type of error
         raise MimicError(
             f"`noise`: {path} is not read: it is not whole, or holds more than arrays of whole numbers, which could "

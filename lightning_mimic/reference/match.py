@@ -1,6 +1,7 @@
 """Match a reference's tensors to a model's parameters."""
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -8,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mimic.errors import ReferenceLoadError, nearest_names
+from lightning_mimic.reference.weights import equal_tensors
 from lightning_mimic.sharding import is_sharded
+
+_log = logging.getLogger("lightning_mimic")
 
 # Wrappers that put a segment of their own into names, anywhere.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -38,7 +42,9 @@ def match_reference(
 ) -> dict[str, Tensor]:
     """Finds the reference's tensor for each parameter, whatever prefix the names were saved under.
 
-    A prefix (``model.``, ``module.`` ...) is dropped or added only if exactly one makes every name fit.
+    A prefix (``model.``, ``module.`` ...) is dropped or added only if exactly one makes every name fit. One prefix is
+    read as another (``backbone.`` as ``net.``), which is logged, only if exactly one such reading makes every name and
+    shape fit, keeps the names of the layers, and concerns most of the reference.
 
     Args:
         tensors: The reference, as :func:`~lightning_mimic.reference.read_reference` returns it.
@@ -65,11 +71,11 @@ def match_reference(
             raise ReferenceLoadError(f"`{argument}` holds {plain!r} twice, once as {name!r}. Keep one of the two.")
         cleaned[plain] = tensor
     wanted = {name: _unwrapped(_stored(name, aliases.get(name, ()), cleaned)) for name in parameters}
-    found = _names(cleaned, list(wanted.values()), argument)
+    found = _names(cleaned, {plain: parameters[name] for name, plain in wanted.items()}, argument)
     for name, plain in wanted.items():
         for alias in map(_unwrapped, aliases.get(name, ())):
             other = found[plain].removesuffix(plain) + alias
-            if other in cleaned and not torch.equal(cleaned[other], cleaned[found[plain]]):
+            if other in cleaned and not equal_tensors(cleaned[other], cleaned[found[plain]]):
                 raise ReferenceLoadError(
                     f"`{argument}`: {found[plain]!r} and {other!r} differ, but the model holds them as one tied "
                     "parameter. Both must come from the same architecture."
@@ -108,8 +114,9 @@ def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _names(tensors: Mapping[str, Tensor], wanted: list[str], argument: str) -> dict[str, str]:
+def _names(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], argument: str) -> dict[str, str]:
     """The model's names to the reference's, by one common prefix."""
+    wanted = list(parameters)
     same = {name: name for name in wanted}
     if all(name in tensors for name in wanted):
         return same
@@ -138,8 +145,44 @@ def _names(tensors: Mapping[str, Tensor], wanted: list[str], argument: str) -> d
             f"`{argument}`: {first!r} fits several of its tensors: {candidates}. Give a state dict that holds one of "
             "them under the model's name."
         )
+    renamed = _renamed(tensors, parameters)
+    if len(renamed) == 1:
+        ((here, there), fit) = next(iter(renamed.items()))
+        layers_agree = all("." in name.removeprefix(here) for name in wanted)
+        if layers_agree and 2 * sum(key.startswith(there) for key in tensors) >= len(tensors):
+            _log.info("`%s`: %r of it is read as the model's %r; every name and shape fits.", argument, there, here)
+            return fit
     missing = next(key for key in best.values() if key not in tensors)
-    raise ReferenceLoadError(f"`{argument}` has no tensor for {missing!r}; {nearest_names(missing, tensors)}.")
+    nearest = nearest_names(missing, tensors)
+    raise ReferenceLoadError(f"`{argument}` has no tensor for {missing!r}; {nearest}.{_renaming_hint(list(renamed))}")
+
+
+def _renamed(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[tuple[str, str], dict[str, str]]:
+    """Pairs of prefixes, the model's and the reference's, that make every name and shape fit, with what fits."""
+    first = next(iter(parameters))
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    parts = first.split(".")
+    # The shortest of the model's prefixes: a longer one with the same effect is the same reading.
+    for count in range(1, len(parts)):
+        here, rest = ".".join(parts[:count]) + ".", ".".join(parts[count:])
+        if not all(name.startswith(here) for name in parameters):
+            break
+        for there in sorted({key.removesuffix(rest) for key in tensors if key.endswith(f".{rest}")}):
+            fit = {name: there + name.removeprefix(here) for name in parameters}
+            fits = all(key in tensors and tensors[key].shape == parameters[name].shape for name, key in fit.items())
+            if fits and fit not in found.values():
+                found[here, there] = fit
+    return found
+
+
+def _renaming_hint(prefixes: list[tuple[str, str]]) -> str:
+    if not prefixes:
+        return ""
+    here, there = prefixes[0]
+    same = ", ".join(f"{there!r} were {here!r}" for here, there in prefixes[:4])
+    renamed = f"{{{here!r} + k.removeprefix({there!r}): t for k, t in state_dict.items() if k.startswith({there!r})}}"
+    several = "one of these were the same: " if len(prefixes) > 1 else ""
+    return f" Every name and shape would fit if {several}{same}. If so, give the state dict renamed: `{renamed}`."
 
 
 def _checked(name: str, tensor: Tensor, parameter: Tensor, argument: str) -> Tensor:
