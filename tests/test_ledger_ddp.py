@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mimic import GradMimic, Ledger, Reweighter, WithIds, collate_with_ids
 from lightning_mimic.curation import curate
-from lightning_mimic.reweighting import reweighter as engine
+from lightning_mimic.ledger import OpenRun
 from support.ranks import WORLD, on_two_ranks, strategy, two
 from support.toys import losses_of, parameters_of, toy, toy_data, trainer
 
@@ -124,14 +124,14 @@ def cases(rank: int, folder: Path) -> dict[str, Any]:
     with writing(full) if rank == 1 else contextlib.nullcontext():
         seen["full"] = error_of(lambda: fit(rank, mimic(folder / "full")))
     patch = pytest.MonkeyPatch()
-    noted = engine.note_run
+    noted = OpenRun.note
 
-    def fails_at_the_end(directory: Path, attempt: int, notes: dict[str, Any]) -> None:
+    def fails_at_the_end(self: OpenRun, notes: dict[str, Any]) -> None:
         if "rows" in notes:
             raise OSError("no description")
-        noted(directory, attempt, notes)
+        noted(self, notes)
 
-    patch.setattr(engine, "note_run", fails_at_the_end)
+    patch.setattr(OpenRun, "note", fails_at_the_end)
     seen["not noted"] = error_of(lambda: fit(rank, mimic(folder / "not noted")))
     patch.undo()
     seen["both fail"] = error_of(lambda: fit(rank, mimic(folder / "both fail"), Fails(0, 1)))
