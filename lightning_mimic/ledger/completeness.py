@@ -75,7 +75,7 @@ def rows_in_doubt(attempts: Sequence[Attempt], ends: Mapping[tuple[int, int], fl
     return [
         *doubts,
         f"attempt {last} has not ended: it still runs, or was stopped or killed, so that its last rows may be "
-        f"missing{known}"
+        f"missing{known}",
     ]
 
 

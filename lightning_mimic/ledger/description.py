@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +132,12 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(shown)
 
 
-def batch_differences(attempts: Sequence[Mapping[str, Any]]) -> str:
-    """The differences of attempts that change weights and not scores: ``ranks`` and ``batch_size``, where known.
+#: What changes weights and not scores.
+BATCH_FACTS = ("ranks", "batch_size")
+
+
+def batch_differences(attempts: Sequence[Mapping[str, Any]], names: Collection[str] = BATCH_FACTS) -> str:
+    """The differences of attempts that change weights and not scores, where they are known.
 
     Example:
         >>> batch_differences([{"config": {}, "batch_size": 8}, {"config": {}, "batch_size": 32}, {"config": {}}])
@@ -142,7 +146,8 @@ def batch_differences(attempts: Sequence[Mapping[str, Any]]) -> str:
     known = [{"ranks": facts["config"].get("world_size"), **facts} for facts in attempts]
     shown = (
         differences([{name: facts[name]} for facts in known if facts.get(name) is not None])
-        for name in ("ranks", "batch_size")
+        for name in BATCH_FACTS
+        if name in names
     )
     return "; ".join(filter(None, shown))
 

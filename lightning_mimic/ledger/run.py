@@ -76,8 +76,7 @@ class OpenRun:
                 f"attempts of run {meta['run']}, and this is attempt {self.attempt} of run {self.run}."
             )
         _note(meta, notes)
-        if "batch_size" in notes:
-            _warn_of_other_batches(self._directory, meta)
+        _warn_of_other_batches(self._directory, meta, notes)
         try:
             write_meta(path, meta)
         except OSError as error:
@@ -157,7 +156,7 @@ def open_run(
             else:
                 facts |= _continuation(directory, meta, facts, continues, scored)
             _begin(meta, facts, notes)
-            _warn_of_other_batches(directory, meta)
+            _warn_of_other_batches(directory, meta, notes)
             path = meta_path(directory) if len(meta["attempts"]) > 1 else directory / META_FILE
             try:
                 write_meta(path, meta, exclusive=len(meta["attempts"]) == 1 and not torn)
@@ -287,13 +286,13 @@ def _shown(names: tuple[str, ...] | None) -> str:
     return join_names(names or (), most=4)
 
 
-def _warn_of_other_batches(directory: Path, meta: Mapping[str, Any]) -> None:
-    """Warn if the last attempt goes on with batches of another size."""
+def _warn_of_other_batches(directory: Path, meta: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+    """Warn if the last attempt goes on with batches of another size, as is noted just now."""
     attempts = meta["attempts"]
     before = attempts[-1].get("continues", len(attempts) - 2)
     if before is None or before < 0:
         return
-    changed = batch_differences([attempts[before], attempts[-1]])
+    changed = batch_differences([attempts[before], attempts[-1]], notes.keys())
     if changed:
         _warn(
             f"{directory} goes on with other settings ({changed}): scores mean the same, weights are over batches of "

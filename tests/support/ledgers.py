@@ -49,9 +49,10 @@ def write_ledger(folder, rows, *, starts=(0,), configs=CONFIG, run=None, notes=(
 
 
 def note(folder, attempt, notes):
-    """Adds to the description of an attempt, as if it had noted that itself."""
+    """Adds to the description of an attempt, as if it had noted that itself; ``None`` takes a note away."""
     meta = Ledger(folder).meta
-    meta["attempts"][attempt] |= notes
+    facts = meta["attempts"][attempt] | notes
+    meta["attempts"][attempt] = {name: value for name, value in facts.items() if notes.get(name, "") is not None}
     write_meta(meta_path(folder), meta)
 
 
