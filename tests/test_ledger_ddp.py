@@ -89,6 +89,10 @@ def full(*args: Any, **kwargs: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
+def collective(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("a state is saved without waiting for others")
+
+
 def error_of(act: Any) -> str | None:
     try:
         act()
@@ -123,6 +127,23 @@ def cases(rank: int, folder: Path) -> dict[str, Any]:
     seen["development"] = (folder / "development").exists()
     with writing(full) if rank == 1 else contextlib.nullcontext():
         seen["full"] = error_of(lambda: fit(rank, mimic(folder / "full")))
+    # The first rank saves its state, while the other one's disk is full, and the machine goes down.
+    with pytest.MonkeyPatch.context() as patch:
+        reweighter = loop(rank, folder / "behind")
+        with writing(full) if rank == 1 else contextlib.nullcontext():
+            patch.setattr(torch.distributed, "all_gather_object", collective)
+            patch.setattr(torch.distributed, "all_reduce", collective)
+            patch.setattr(torch.distributed, "broadcast_object_list", collective)
+            state: dict[str, Any] = {}
+            seen["behind"] = error_of(lambda: state.update(reweighter.state_dict()))
+            with contextlib.suppress(ValueError):
+                reweighter.close()
+    states: list[Any] = [None] * WORLD
+    torch.distributed.all_gather_object(states, state)
+    resumed = Reweighter(toy(), parameters_of(toy(seed=1)), "head", ledger=folder / "behind", diagnose_reference=False)
+    resumed.load_state_dict(states[0])
+    seen["resumed"] = error_of(resumed.start)
+    resumed.close()
     patch = pytest.MonkeyPatch()
     noted = OpenRun.note
 
@@ -199,6 +220,16 @@ def test_a_rank_that_cannot_write_stops_all_of_them(seen, folder):
     assert noted_rows(folder / "full") == [None]
     with pytest.raises(ValueError, match=r"attempt 0, rank 1, all rows \(missing\)"):
         Ledger(folder / "full").table()
+
+
+def test_a_state_is_not_resumed_where_another_rank_could_not_write_its_rows(seen, folder):
+    own, other = (report["behind"] for report in seen)
+    assert own is None
+    assert re.match(r"LedgerError: `ledger`: 6 rows could not be written to .*behind, twice in a row", other)
+    message = "LedgerError: `ledger`: the checkpoint has trained on what attempt 0 scored up to step 2"
+    for report in seen:
+        assert report["resumed"].startswith(message)
+        assert "lacks some of these rows: rank 1 has none. Resume from an earlier checkpoint" in report["resumed"]
 
 
 def test_a_description_that_cannot_be_written_stops_all_ranks(seen, folder):
