@@ -107,6 +107,23 @@ def found(ledger: Path) -> dict[str, Any]:
     return {"rows": Ledger(ledger).table().num_rows, "samples": done.samples, "lost": list(done.lost)}
 
 
+def saved_alone(rank: int, ledger: Path) -> dict[str, Any]:
+    """The first rank saves its state while the other one's disk is full; then the run is resumed."""
+    reweighter, state = loop(rank, ledger), dict[str, Any]()
+    with pytest.MonkeyPatch.context() as patch, writing(full) if rank == 1 else contextlib.nullcontext():
+        for name in ("all_gather_object", "all_reduce", "broadcast_object_list"):
+            patch.setattr(torch.distributed, name, collective)
+        behind = error_of(lambda: state.update(reweighter.state_dict()))
+        error_of(reweighter.close)
+    states: list[Any] = [None] * WORLD
+    torch.distributed.all_gather_object(states, state)
+    again = Reweighter(toy(), parameters_of(toy(seed=1)), "head", ledger=ledger, diagnose_reference=False)
+    again.load_state_dict(states[0])
+    resumed = error_of(again.start)
+    again.close()
+    return {"behind": behind, "resumed": resumed}
+
+
 def cases(rank: int, folder: Path) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for slow in (0, 1):
@@ -127,23 +144,7 @@ def cases(rank: int, folder: Path) -> dict[str, Any]:
     seen["development"] = (folder / "development").exists()
     with writing(full) if rank == 1 else contextlib.nullcontext():
         seen["full"] = error_of(lambda: fit(rank, mimic(folder / "full")))
-    # The first rank saves its state, while the other one's disk is full, and the machine goes down.
-    with pytest.MonkeyPatch.context() as patch:
-        reweighter = loop(rank, folder / "behind")
-        with writing(full) if rank == 1 else contextlib.nullcontext():
-            patch.setattr(torch.distributed, "all_gather_object", collective)
-            patch.setattr(torch.distributed, "all_reduce", collective)
-            patch.setattr(torch.distributed, "broadcast_object_list", collective)
-            state: dict[str, Any] = {}
-            seen["behind"] = error_of(lambda: state.update(reweighter.state_dict()))
-            with contextlib.suppress(ValueError):
-                reweighter.close()
-    states: list[Any] = [None] * WORLD
-    torch.distributed.all_gather_object(states, state)
-    resumed = Reweighter(toy(), parameters_of(toy(seed=1)), "head", ledger=folder / "behind", diagnose_reference=False)
-    resumed.load_state_dict(states[0])
-    seen["resumed"] = error_of(resumed.start)
-    resumed.close()
+    seen |= saved_alone(rank, folder / "behind")
     patch = pytest.MonkeyPatch()
     noted = OpenRun.note
 
