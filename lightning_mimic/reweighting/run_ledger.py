@@ -62,23 +62,20 @@ class RunLedger:
         self._run, self._attempt, ids = facts
         self.writer = LedgerWriter(directory, self._run, self._attempt, distributed.rank(), ids)
         self._scored: tuple[int, int, int] | None = None
+        # A state was given for a checkpoint; the description notes that when the run goes on, as it is saved by then.
+        self._state_given = False
         self._checkpointed = False
         # Rows by rank, as the description has them.
         self._noted: list[int] = []
 
     def scored(self, position: Position) -> None:
         """Note that a micro-batch was scored, on the way to :meth:`progress`."""
+        self._note_checkpoint()
         self._scored = position.epoch, position.step, position.batch
 
     def progress(self) -> dict[str, Any]:
-        """Return how far the run has come, for a checkpoint; all rows so far must be on the disk.
-
-        Raises:
-            LedgerError: The description cannot note that there is a checkpoint.
-        """
-        if not self._checkpointed:
-            self.note({"checkpointed": True})
-            self._checkpointed = True
+        """Return how far the run has come, for a checkpoint; all rows so far must be on the disk."""
+        self._state_given = True
         state: dict[str, Any] = {"run": self._run, "attempt": self._attempt}
         return state if self._scored is None else state | {"scored": list(self._scored)}
 
@@ -113,12 +110,19 @@ class RunLedger:
         """
         try:
             rows = recorder.commit()
+            self._note_checkpoint()
             if self._ranks == 1:
                 self._note_rows([rows])
         finally:
             opened, self._opened = self._opened, None
             if opened is not None:
                 opened.close()
+
+    def _note_checkpoint(self) -> None:
+        """Note in the ledger that there is a checkpoint to resume from, unless that is known."""
+        if self._state_given and not self._checkpointed:
+            self.note({"checkpointed": True})
+            self._checkpointed = True
 
     def _note_rows(self, by_rank: list[int]) -> None:
         """Note in the ledger that it is complete, unless that is known."""
