@@ -93,7 +93,9 @@ def test_a_later_attempt_supersedes_what_it_went_over_again_and_deletes_nothing(
     write(tmp_path, rows([23], step=[3]), start_step=3, run=run)
     assert ids_of(tmp_path, deduplicate=False) == [0, 1, 12, 23]
     assert Ledger(tmp_path).table()["attempt"].to_pylist() == [0, 0, 2, 3]
-    assert sum(pq.read_metadata(part).num_rows for part in tmp_path.glob("*.parquet")) == 8
+    write(tmp_path, rows([31], step=[1]), start_step=1, run=run)  # before all of them
+    assert ids_of(tmp_path, deduplicate=False) == [0, 31]
+    assert sum(pq.read_metadata(part).num_rows for part in tmp_path.glob("*.parquet")) == 9
 
 
 def test_attempts_with_other_settings_are_warned_about_and_not_mixed(tmp_path):

@@ -13,7 +13,7 @@ from lightning_mimic.files import write_json
 #: Raised by one whenever a reader of the older format would misread the newer.
 SCHEMA_VERSION = 1
 
-#: Engines that read all files of a folder pass over names that begin with an underscore.
+#: pandas and pyarrow, which read all files of a folder, pass over names that begin with an underscore.
 META_FILE = "_meta.json"
 #: Of ledgers that an earlier release began.
 _EARLIER_META_FILE = "meta.json"
