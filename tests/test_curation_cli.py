@@ -145,7 +145,7 @@ def test_curate_says_in_a_sentence_what_is_wrong(run, tmp_path, here):
         refused(run, "mimic-curate") == "mimic-curate: `ledger` is missing; `mimic-curate --help` shows what it takes."
     )
     assert refused(run, "mimic-curate", "ledger=nowhere") == (
-        "mimic-curate: nowhere holds no ledger (no meta.json in it)."
+        "mimic-curate: nowhere holds no ledger (no _meta.json in it)."
     )
     assert refused(run, "mimic-curate", ledger).startswith("mimic-curate: 1 of 5 samples cannot be judged, such as ")
     for words, said in (

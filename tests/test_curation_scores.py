@@ -300,5 +300,5 @@ def test_mixed_ids_other_settings_and_other_runs_are_refused(tmp_path):
     with pytest.raises(LedgerError, match=re.escape(message)):
         Ledger(tmp_path / "b").parts()
     part.rename(part.with_name(part.name.replace("-a0-", "-a2-")))
-    with pytest.raises(LedgerError, match=re.escape("parts of attempt 2, which its meta.json does not know.")):
+    with pytest.raises(LedgerError, match=re.escape("parts of attempt 2, which its _meta.json does not know.")):
         Ledger(tmp_path / "b").parts()

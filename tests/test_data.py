@@ -111,6 +111,8 @@ def test_transfer_moves_the_tensors_and_leaves_the_ids_on_the_host():
         ([*"aaabbcdefg"], "3 of 10 ids repeat"),
         ([1, 2], "2 ids for 10 samples"),
         ([True, *range(2, 11)], "ids have types bool, int; all int or all str"),
+        ([2**64, *range(9)], "WithIds: the id 18446744073709551616 is out of range"),
+        ([2**63, *range(-1, 8)], "WithIds: the ids -1 and 9223372036854775808 do not go together"),
     ],
 )
 def test_ids_that_repeat_are_missing_or_of_two_types_are_refused(ids, message):

@@ -77,7 +77,7 @@ OPTIONAL = {
     "PIL": {"data/digit_pairs.py", "data/labelled.py", "data/pairs.py"},
 }
 TRAINERS = {"lightning", "pytorch_lightning"}
-CORE = TRAINERS | {"torch", "torchmetrics", "hydra", "omegaconf", "pyarrow", "lightning_mimic"}
+CORE = TRAINERS | {"torch", "torchmetrics", "hydra", "omegaconf", "pyarrow", "filelock", "lightning_mimic"}
 #: Names that one file uses, and no other file of the package but those that are listed.
 OWNED = {
     r"torch\.distributed(?!\.checkpoint)|gather_all_tensors|\bdist\.|all_reduce|all_gather": {
@@ -93,7 +93,7 @@ NAMED = {
     "scorers": {"torch", "lightning_mimic"},
     "reference": CORE - TRAINERS - {"hydra", "omegaconf"},
     "reweighting": CORE - TRAINERS - {"hydra", "omegaconf"},
-    "ledger": {"pyarrow", "lightning_mimic"},
+    "ledger": {"pyarrow", "filelock", "lightning_mimic"},
     "manifest": {"pyarrow", "torch", "lightning_mimic"},
     "curation": CORE - TRAINERS - {"hydra", "omegaconf"},
     "cli": CORE,

@@ -3,14 +3,14 @@
 import os
 import re
 import shutil
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lightning_mimic.ledger import Ledger, LedgerError, LedgerWriter, note_run, open_run
+from lightning_mimic.ledger import Ledger, LedgerError, LedgerWriter, open_run
 from lightning_mimic.ledger.columns import schema
 from support.cases import for_each
 
@@ -24,8 +24,8 @@ def rows(ids, **columns):
 
 
 def started(directory, start_step=0, run=None, config=CONFIG):
-    run, attempt = open_run(directory, config, start_step, run, {})
-    return run, LedgerWriter(directory, run, attempt, rank=0)
+    with closing(open_run(directory, config, start_step, run, {})) as opened:
+        return opened.run, LedgerWriter(directory, opened.run, opened.attempt, rank=0)
 
 
 def write(directory, *parts, **how):
@@ -45,7 +45,10 @@ def ids_of(directory, **how):
     return Ledger(directory).table(**how)["id"].to_pylist()
 
 
-@pytest.mark.parametrize(("ids", "kind"), [([7, -(2**63), 2**63 - 1], "int64"), (["b", "", "ä/1"], "string")])
+@pytest.mark.parametrize(
+    ("ids", "kind"),
+    [([7, -(2**63), 2**63 - 1], "int64"), ([2**64 - 1, 0, 2**63], "uint64"), (["b", " ", "ä/1"], "string")],
+)
 def test_every_column_comes_back_with_its_type_and_nulls(ids, kind, tmp_path):
     floats = np.array([0.5, np.nan, -2.0], np.float32)
     columns = {"epoch": [3] * 3, "step": [2**40] * 3, "batch": [9] * 3, "batch_size": np.array([6] * 3)}
@@ -65,7 +68,7 @@ def test_ranks_are_read_together_in_order_of_epoch_step_batch_rank_position(tmp_
     run = write(tmp_path, rows(["e"], epoch=[1]), rows(["d"], step=[1], batch=[2]), rows(["a", "b"]))
     other = LedgerWriter(tmp_path, run, attempt=0, rank=1)
     other.append(rows(["c", "f", "g"], epoch=[0, 1, 1], batch=[0, 0, 1]))
-    other.close()
+    other.commit()
     assert ids_of(tmp_path) == ["a", "b", "c", "d", "e", "f", "g"]
     assert Ledger(tmp_path).table()["rank"].to_pylist() == [0, 0, 1, 0, 0, 1, 1]
 
@@ -75,7 +78,7 @@ def test_a_repeated_sample_counts_once_per_epoch_the_first_time(tmp_path):
     run = write(tmp_path, rows([1, 2], score=[0.5, 1.5]), again)
     other = LedgerWriter(tmp_path, run, 0, rank=1)  # a distributed sampler gives one sample to two ranks
     other.append(rows([3], batch=[4], score=[8]))
-    other.close()
+    other.commit()
     kept = Ledger(tmp_path).table().select(["id", "epoch", "score"]).to_pydict()
     assert kept == {"id": [1, 2, 3, 1], "epoch": [0, 0, 0, 1], "score": [0.5, 1.5, 2.5, 3.5]}
     assert ids_of(tmp_path, deduplicate=False) == [1, 2, 2, 3, 3, 1]
@@ -90,7 +93,9 @@ def test_a_later_attempt_supersedes_what_it_went_over_again_and_deletes_nothing(
     write(tmp_path, rows([23], step=[3]), start_step=3, run=run)
     assert ids_of(tmp_path, deduplicate=False) == [0, 1, 12, 23]
     assert Ledger(tmp_path).table()["attempt"].to_pylist() == [0, 0, 2, 3]
-    assert sum(pq.read_metadata(part).num_rows for part in tmp_path.glob("*.parquet")) == 8
+    write(tmp_path, rows([31], step=[1]), start_step=1, run=run)  # before all of them
+    assert ids_of(tmp_path, deduplicate=False) == [0, 31]
+    assert sum(pq.read_metadata(part).num_rows for part in tmp_path.glob("*.parquet")) == 9
 
 
 def test_attempts_with_other_settings_are_warned_about_and_not_mixed(tmp_path):
@@ -99,14 +104,14 @@ def test_attempts_with_other_settings_are_warned_about_and_not_mixed(tmp_path):
         _, writer = started(tmp_path, start_step=1, run=run, config=CONFIG | {"temperature": 0.1})
     assert ids_of(tmp_path) == [1]
     writer.append(rows([2], step=[1]))
-    writer.close()
+    writer.commit()
     with pytest.raises(LedgerError, match=re.escape("its attempts differ in temperature: 0.5, 0.1; their")):
         Ledger(tmp_path).table()
 
 
 @pytest.mark.parametrize(("run", "name"), [(None, "a new run"), ("feedbeef", "run feedbeef")])
 def test_two_runs_in_one_directory_are_refused_naming_both(run, name, tmp_path):
-    first = write(tmp_path, rows([1]), rows([2]))
+    first = write(tmp_path, rows([1]), rows([2]), config=CONFIG | {"temperature": 2.0})
     before = Ledger(tmp_path).meta
     holder = f"{tmp_path} already holds 2 parts of run {first} (started {before['attempts'][0]['started']})"
     with pytest.raises(LedgerError, match=re.escape(f"{holder}, and this is {name}.")):
@@ -117,26 +122,28 @@ def test_two_runs_in_one_directory_are_refused_naming_both(run, name, tmp_path):
 def test_a_run_that_has_written_nothing_yet_keeps_its_directory(tmp_path):
     first, _ = started(tmp_path)
     with pytest.raises(LedgerError, match=f"already holds 0 parts of run {first} .* delete the directory"):
-        started(tmp_path)
+        started(tmp_path, config=CONFIG | {"temperature": 2.0})
     assert Ledger(tmp_path).meta["run"] == first
 
 
 def test_of_two_runs_that_start_at_once_one_is_refused(tmp_path, monkeypatch):
     started(tmp_path)
-    monkeypatch.setattr("lightning_mimic.ledger.writer.read_meta", lambda directory: None)  # it looked too early
+    monkeypatch.setattr("lightning_mimic.ledger.run.read_meta", lambda directory: None)  # it looked too early
     with pytest.raises(LedgerError, match=r"another run started in .* just now"):
         started(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1  # nothing is left lying about
+    assert {path.name for path in tmp_path.iterdir()} == {"_lock", "_meta.json"}  # nothing is left lying about
 
 
 def test_notes_are_added_to_their_attempt(tmp_path):
     run, _ = started(tmp_path)
-    started(tmp_path, run=run)
-    note_run(tmp_path, 0, {"score_kind": "own"})
-    assert [a.get("score_kind") for a in Ledger(tmp_path).meta["attempts"]] == ["own", None]
-    (tmp_path / "meta.json").unlink()
-    with pytest.raises(LedgerError, match=re.escape(f"{tmp_path / 'meta.json'} was removed while the run was writing")):
-        note_run(tmp_path, 0, {})
+    opened = open_run(tmp_path, CONFIG, 0, run, {})
+    opened.note({"score_kind": "own"})
+    assert [a.get("score_kind") for a in Ledger(tmp_path).meta["attempts"]] == [None, "own"]
+    (tmp_path / "_meta.json").unlink()
+    with pytest.raises(
+        LedgerError, match=re.escape(f"{tmp_path / '_meta.json'} was removed while the run was writing")
+    ):
+        opened.note({})
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 0.99])
@@ -207,7 +214,7 @@ def test_rows_of_a_failed_write_are_kept_and_written_by_the_next_flush(where, tm
     assert parts_in(tmp_path) == ["part-a0-r0-000000-n3.parquet", "part-a0-r0-000001-n3.parquet"]
 
 
-@pytest.mark.parametrize("how", ["flush", "close"])
+@pytest.mark.parametrize("how", ["flush", "commit"])
 def test_a_write_that_fails_twice_in_a_row_raises_with_rows_and_path(how, tmp_path, monkeypatch):
     _, writer = started(tmp_path)
     writer.append(rows([1, 2]))
@@ -218,26 +225,74 @@ def test_a_write_that_fails_twice_in_a_row_raises_with_rows_and_path(how, tmp_pa
     with pytest.raises(LedgerError, match=re.escape(f"3 rows could not be written to {tmp_path}, twice in a row: [Er")):
         getattr(writer, how)()
     monkeypatch.undo()
-    writer.close()
+    writer.commit()
     assert sorted(ids_of(tmp_path)) == [1, 2, 3]
 
 
-IDS = [(ids, "or all str") for ids in ([1, "a"], ["a", 1], [1.5, 2.0], [True], [1, True], [b"a"], [[1]])]
-IDS += [([None], "ids are missing"), ([1, None], "1 of 2 ids are missing")]
-IDS += [(ids, "below 2^63") for ids in ([2**63], [1, 2**70], np.array([2**63], np.uint64))]
+IDS = [
+    ([1, "a"], "ids must be all int or all str, and there are both: 1 and 'a'"),
+    (["a", 1], "ids must be all int or all str, and there are both: 1 and 'a'"),
+    ([1.5, 2.0], "the id 1.5 is a float; ids must be all int or all str"),
+    ([1, float("nan")], "the id nan is a float"),
+    (np.array([1.0]), "the id 1.0 is a float"),
+    ([True], "the id True is a bool"),
+    ([1, np.True_], "is a bool"),
+    ([b"a"], "the id b'a' is a bytes"),
+    ([[1]], "the id [1] is a list"),
+    ([None], "an id is missing (None)"),
+    ([1, None], "an id is missing (None)"),
+    (["a", ""], "the id '' is empty"),
+    (["caf\udce9.jpg"], "the id 'caf\\udce9.jpg' is not valid text"),
+    ([1, 2**64], "the id 18446744073709551616 is out of range: int ids are from -2^63 to 2^64 - 1"),
+    ([-(2**63) - 1], "the id -9223372036854775809 is out of range"),
+    ([-1, 2**63], "the ids -1 and 9223372036854775808 do not go together"),
+]
+#: After the ids 1 and -2.
+LATER = [
+    (["1"], "the id '1' is str, and the ids before were int"),
+    ([2**63], "the ids -2 and 9223372036854775808 do not"),
+]
 
 
-@for_each(("ids", "message"), [*IDS, (["1"], "int64 and are now string")])
-def test_ids_are_all_int_below_2_to_the_63_or_all_str(ids, message, tmp_path):
-    _, writer = started(tmp_path)
-    if "now" in message:
-        writer.append(rows([1]))
+@for_each(("ids", "message"), [*IDS, *LATER])
+def test_ids_are_ints_of_64_bits_or_text(ids, message, tmp_path):
+    later = any(message is each for _, each in LATER)
+    _, writer = started(tmp_path / message[:20].replace("/", ""))
+    writer.append(rows([1, -2] if later else []))
     with pytest.raises(LedgerError, match=re.escape(message)):
         writer.append(rows(ids))
+    writer.append(rows([3] if later else ["x"]))  # what was refused leaves nothing behind
+    writer.commit()
+    assert set(ids_of(tmp_path / message[:20].replace("/", ""))) == ({1, -2, 3} if later else {"x"})
+
+
+@for_each("second", ["at once", "later"])
+def test_ids_that_leave_the_signed_range_within_a_run_are_read_as_unsigned(second, tmp_path):
+    _, writer = started(tmp_path)
+    writer.append(rows([np.int64(5), 7]))
+    if second == "later":
+        writer.flush()
+    writer.append(rows(np.array([2**63 + 1, 6], np.uint64), batch=[1] * 2))
+    writer.commit()
+    table = Ledger(tmp_path).table()
+    assert table["id"].to_pylist() == [5, 7, 2**63 + 1, 6]
+    parts = Ledger(tmp_path).parts()
+    assert (parts.id_type, parts.uniform) == (pa.uint64(), second == "at once")
+
+
+def test_parts_of_ranks_whose_ids_no_type_holds_are_named(tmp_path):
+    run = write(tmp_path, rows([-3]))
+    other = LedgerWriter(tmp_path, run, attempt=0, rank=1)
+    other.append(rows([2**63]))
+    other.commit()
+    with pytest.raises(
+        LedgerError, match=r"-a0-r0-000000-n1\.parquet has the id -3, and other parts have unsigned ids"
+    ):
+        Ledger(tmp_path).table()
 
 
 def test_no_ledger_and_no_rows_are_said(tmp_path):
-    with pytest.raises(LedgerError, match=re.escape(f"{tmp_path} holds no ledger (no meta.json in it)")):
+    with pytest.raises(LedgerError, match=re.escape(f"{tmp_path} holds no ledger (no _meta.json in it)")):
         Ledger(tmp_path)
     started(tmp_path)
     with pytest.raises(LedgerError, match=re.escape(f"{tmp_path} holds no rows")):
@@ -248,12 +303,28 @@ BROKEN = [(c, "is not a ledger's description: ") for c in (b"", b'{"schema_ver',
 NEWER = (b'{"schema_version": 99, "new": {}}', "has schema version 99; this release reads version 1")
 
 
+@pytest.mark.parametrize("name", ["_meta.json", "meta.json"])
 @pytest.mark.parametrize(("content", "message"), [*BROKEN, NEWER])
-@for_each("reader", [Ledger, lambda d: open_run(d, CONFIG, 0, None, {})])
-def test_a_broken_or_newer_description_is_named(reader, content, message, tmp_path):
-    (tmp_path / "meta.json").write_bytes(content)
-    with pytest.raises(LedgerError, match=re.escape(f"{tmp_path / 'meta.json'} {message}")):
-        reader(tmp_path)
+def test_a_broken_or_newer_description_is_named(content, message, name, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    named = re.escape(f"{tmp_path / name} {message}")
+    with pytest.raises(LedgerError, match=named):
+        Ledger(tmp_path)
+    if content in (b"", b'{"schema_ver', b"\xff\xfe"):
+        started(tmp_path)  # a system failed while the run was created, and nothing was written
+        assert [attempt["attempt"] for attempt in Ledger(tmp_path).meta["attempts"]] == [0]
+        assert (tmp_path / "meta.json").exists() == (name == "meta.json")  # of whatever it may be
+    else:
+        with pytest.raises(LedgerError, match=named):
+            started(tmp_path)
+
+
+def test_a_broken_description_beside_parts_is_refused(tmp_path):
+    write(tmp_path, rows([1]))
+    (tmp_path / "_meta.json").write_bytes(b"")
+    with pytest.raises(LedgerError, match=r"-n1\.parquet but _meta\.json is empty or damaged; give another directory"):
+        started(tmp_path)
+    assert (tmp_path / "_meta.json").read_bytes() == b""
 
 
 def test_a_directory_that_cannot_be_or_has_lost_its_description_is_refused_before_training(tmp_path):
@@ -261,8 +332,8 @@ def test_a_directory_that_cannot_be_or_has_lost_its_description_is_refused_befor
     with pytest.raises(LedgerError, match=re.escape(f"cannot write to {tmp_path / 'file'}")):
         started(tmp_path / "file")
     write(tmp_path / "run", rows([1]))
-    (tmp_path / "run" / "meta.json").unlink()
-    with pytest.raises(LedgerError, match=r"-a0-r0-000000-n1\.parquet but no meta\.json"):
+    (tmp_path / "run" / "_meta.json").unlink()
+    with pytest.raises(LedgerError, match=r"-a0-r0-000000-n1\.parquet but no _meta\.json"):
         started(tmp_path / "run")
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lightning_mimic.curation import Sign, curate
-from lightning_mimic.ledger import Column, Ledger, LedgerError, LedgerWriter, note_run, open_run
+from lightning_mimic.ledger import Column, Ledger, LedgerError, LedgerWriter, open_run
 from lightning_mimic.ledger import columns as table_of
 from support.ledgers import CONFIG, write_ledger, write_scores
 
@@ -109,11 +110,11 @@ def test_a_new_column_reaches_the_ledger_and_the_manifest(newer, tmp_path):
 
 
 def test_a_writer_may_leave_out_what_is_nullable(tmp_path):
-    run, attempt = open_run(tmp_path, CONFIG, 0, None, {})
-    writer = LedgerWriter(tmp_path, run, attempt, rank=0)
+    opened = open_run(tmp_path, CONFIG, 0, None, {})
+    writer = LedgerWriter(tmp_path, opened.run, opened.attempt, rank=0)
     columns = {"id": [7], "epoch": [0], "step": [0], "batch": [0], "position": [0], "flag": ["ok"]}
     writer.append(columns)
-    writer.close()
+    writer.commit()
     assert Ledger(tmp_path).table()["score"].to_pylist() == [None]
     with pytest.raises(KeyError, match="epoch"):
         writer.append({name: values for name, values in columns.items() if name != "epoch"})
@@ -159,10 +160,15 @@ def test_the_documentation_shows_the_table():
     assert table_of.columns_as_markdown() in text, "docs/ledger.md: paste what columns_as_markdown() returns"
 
 
+def begun(directory, notes, start_step=0, run=None):
+    with closing(open_run(directory, CONFIG, start_step, run, notes)) as opened:
+        return opened.run
+
+
 def test_class_names_are_recorded_once(tmp_path):
-    run, _ = open_run(tmp_path, CONFIG, 0, None, {"class_names": ["cat", "dog"], "package_version": "1"})
-    open_run(tmp_path, CONFIG, 5, run, {"class_names": ("cat", "dog")})
-    open_run(tmp_path, CONFIG, 6, run, {})
+    run = begun(tmp_path, {"class_names": ["cat", "dog"], "package_version": "1"})
+    begun(tmp_path, {"class_names": ("cat", "dog")}, 5, run)
+    begun(tmp_path, {}, 6, run)
     ledger = Ledger(tmp_path)
     assert ledger.class_names == ("cat", "dog")
     assert ledger.meta["class_names"] == ["cat", "dog"]
@@ -172,19 +178,23 @@ def test_class_names_are_recorded_once(tmp_path):
 
 
 def test_class_names_may_be_noted_while_the_run_goes_on(tmp_path):
-    open_run(tmp_path, CONFIG, 0, None, {})
-    note_run(tmp_path, 0, {"class_names": ["cat", "dog"], "score_kind": "own"})
+    with closing(open_run(tmp_path, CONFIG, 0, None, {})) as opened:
+        opened.note({"class_names": ["cat", "dog"], "score_kind": "own"})
     assert Ledger(tmp_path).class_names == ("cat", "dog")
     assert Ledger(tmp_path).meta["attempts"][0]["score_kind"] == "own"
 
 
 def test_a_run_does_not_go_on_with_other_classes(tmp_path):
-    run, _ = open_run(tmp_path, CONFIG, 0, None, {"class_names": ["cat", "dog"]})
+    opened = open_run(tmp_path, CONFIG, 0, None, {"class_names": ["cat", "dog"]})
+    run = opened.run
     before = Ledger(tmp_path).meta
+    opened.close()
     message = f"`ledger`: run {run} began with classes 'cat', 'dog' and goes on with 'dog', 'cat', so that"
     with pytest.raises(LedgerError, match=f"^{re.escape(message)}"):
-        open_run(tmp_path, CONFIG, 3, run, {"class_names": ["dog", "cat"]})
+        begun(tmp_path, {"class_names": ["dog", "cat"]}, 3, run)
+    opened = open_run(tmp_path, CONFIG, 3, run, {})
+    before = Ledger(tmp_path).meta
     for wrong in ("cat", [1, 2]):
         with pytest.raises(LedgerError, match=r"^`class_names` is .*; expected a list of str"):
-            note_run(tmp_path, 0, {"class_names": wrong})
+            opened.note({"class_names": wrong})
     assert Ledger(tmp_path).meta == before

@@ -6,9 +6,9 @@ import re
 import pytest
 
 from lightning_mimic.curation import Sign, curate
-from lightning_mimic.ledger import Ledger, LedgerError, note_run
+from lightning_mimic.ledger import Ledger, LedgerError
 from support.cases import for_each
-from support.ledgers import write_ledger
+from support.ledgers import note, write_ledger
 
 TWO = {"ranks": 2}
 #: Two ranks, two parts of two rows each, steps 0 and 1.
@@ -22,7 +22,7 @@ ROWS = [
 
 def ended(folder, rows=ROWS, by_rank=(4, 4), **how):
     run = write_ledger(folder, rows, notes=TWO, **how)
-    note_run(folder, 0, {"rows": list(by_rank)})
+    note(folder, 0, {"rows": list(by_rank)})
     return run
 
 
@@ -143,7 +143,7 @@ def test_what_a_resumed_run_continues_was_written_by_all_ranks(case, tmp_path):
     again = [{"id": 20 + rank, "rank": rank, "attempt": 1, "step": start, "score": 1.0} for rank in (0, 1)]
     rows = [row | {"part": row["part"] * row["rank"]} for row in ROWS]  # the first rank has a part that spans the steps
     write_ledger(tmp_path / "s", [*rows, *again], notes=TWO, starts=(0, start))
-    note_run(tmp_path / "s", 1, {"rows": [1, 1]})
+    note(tmp_path / "s", 1, {"rows": [1, 1]})
     for part in parts:
         remove(tmp_path / "s", f"*-{part}-*")
     if missing is None:
@@ -157,7 +157,7 @@ def test_rows_that_a_later_attempt_went_over_again_may_be_missing(tmp_path):
     crashed = [{"id": 20, "attempt": 1, "step": 2}]  # on the first rank only
     again = [{"id": 20 + rank, "rank": rank, "attempt": 2, "step": 2} for rank in (0, 1)]
     write_ledger(tmp_path, [*ROWS, *crashed, *again], notes=TWO, starts=(0, 2, 2))
-    note_run(tmp_path, 2, {"rows": [1, 1]})
+    note(tmp_path, 2, {"rows": [1, 1]})
     assert ids_of(tmp_path) == [0, 1, 2, 3, 10, 11, 12, 13, 20, 21]
 
 
@@ -170,7 +170,7 @@ def test_a_fit_that_has_just_begun_after_another_one_puts_the_end_in_doubt(tmp_p
 
 def test_an_older_ledger_knows_nothing_of_its_ranks_and_is_read_as_before(tmp_path):
     write_ledger(tmp_path, [row for row in ROWS if row["rank"] == 0 or row["part"] == 0])
-    assert "ranks" not in json.loads((tmp_path / "meta.json").read_text())["attempts"][0]
+    assert "ranks" not in json.loads((tmp_path / "_meta.json").read_text())["attempts"][0]
     remove(tmp_path, "*-r1-000000-*")
     assert ids_of(tmp_path) == [0, 1, 2, 3]
     assert Ledger(tmp_path).parts().lost == ()

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mimic import GradMimic, Ledger, Reweighter, WithIds, collate_with_ids
 from lightning_mimic.curation import curate
-from lightning_mimic.reweighting import reweighter as engine
+from lightning_mimic.ledger import OpenRun
 from support.ranks import WORLD, on_two_ranks, strategy, two
 from support.toys import losses_of, parameters_of, toy, toy_data, trainer
 
@@ -89,6 +89,10 @@ def full(*args: Any, **kwargs: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
+def collective(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("a state is saved without waiting for others")
+
+
 def error_of(act: Any) -> str | None:
     try:
         act()
@@ -101,6 +105,23 @@ def found(ledger: Path) -> dict[str, Any]:
     """What a user sees who reads at once."""
     done = curate(ledger, unscored="keep")
     return {"rows": Ledger(ledger).table().num_rows, "samples": done.samples, "lost": list(done.lost)}
+
+
+def saved_alone(rank: int, ledger: Path) -> dict[str, Any]:
+    """The first rank saves its state while the other one's disk is full; then the run is resumed."""
+    reweighter, state = loop(rank, ledger), dict[str, Any]()
+    with pytest.MonkeyPatch.context() as patch, writing(full) if rank == 1 else contextlib.nullcontext():
+        for name in ("all_gather_object", "all_reduce", "broadcast_object_list"):
+            patch.setattr(torch.distributed, name, collective)
+        behind = error_of(lambda: state.update(reweighter.state_dict()))
+        error_of(reweighter.close)
+    states: list[Any] = [None] * WORLD
+    torch.distributed.all_gather_object(states, state)
+    again = Reweighter(toy(), parameters_of(toy(seed=1)), "head", ledger=ledger, diagnose_reference=False)
+    again.load_state_dict(states[0])
+    resumed = error_of(again.start)
+    again.close()
+    return {"behind": behind, "resumed": resumed}
 
 
 def cases(rank: int, folder: Path) -> dict[str, Any]:
@@ -123,15 +144,16 @@ def cases(rank: int, folder: Path) -> dict[str, Any]:
     seen["development"] = (folder / "development").exists()
     with writing(full) if rank == 1 else contextlib.nullcontext():
         seen["full"] = error_of(lambda: fit(rank, mimic(folder / "full")))
+    seen |= saved_alone(rank, folder / "behind")
     patch = pytest.MonkeyPatch()
-    noted = engine.note_run
+    noted = OpenRun.note
 
-    def fails_at_the_end(directory: Path, attempt: int, notes: dict[str, Any]) -> None:
+    def fails_at_the_end(self: OpenRun, notes: dict[str, Any]) -> None:
         if "rows" in notes:
             raise OSError("no description")
-        noted(directory, attempt, notes)
+        noted(self, notes)
 
-    patch.setattr(engine, "note_run", fails_at_the_end)
+    patch.setattr(OpenRun, "note", fails_at_the_end)
     seen["not noted"] = error_of(lambda: fit(rank, mimic(folder / "not noted")))
     patch.undo()
     seen["both fail"] = error_of(lambda: fit(rank, mimic(folder / "both fail"), Fails(0, 1)))
@@ -199,6 +221,16 @@ def test_a_rank_that_cannot_write_stops_all_of_them(seen, folder):
     assert noted_rows(folder / "full") == [None]
     with pytest.raises(ValueError, match=r"attempt 0, rank 1, all rows \(missing\)"):
         Ledger(folder / "full").table()
+
+
+def test_a_state_is_not_resumed_where_another_rank_could_not_write_its_rows(seen, folder):
+    own, other = (report["behind"] for report in seen)
+    assert own is None
+    assert re.match(r"LedgerError: `ledger`: 6 rows could not be written to .*behind, twice in a row", other)
+    message = "LedgerError: `ledger`: the checkpoint has trained on what attempt 0 scored up to step 2"
+    for report in seen:
+        assert report["resumed"].startswith(message)
+        assert "lacks some of these rows: rank 1 has none. Resume from an earlier checkpoint" in report["resumed"]
 
 
 def test_a_description_that_cannot_be_written_stops_all_ranks(seen, folder):

@@ -184,7 +184,7 @@ def test_norms_of_a_loss_that_mixes_samples_are_refused():
 @pytest.mark.parametrize("scorer", FORMULAS, ids=lambda s: type(s).__name__)
 def test_the_ledger_says_what_was_scored(scorer, tmp_path):
     trainer(GradMimic(**arguments(scorer), ledger=tmp_path / "s")).fit(toy(WithLosses), loader(toy_data(4)))
-    meta = json.loads((tmp_path / "s" / "meta.json").read_text())
+    meta = json.loads((tmp_path / "s" / "_meta.json").read_text())
     kind = "own_loss" if scorer.needs & {"dot", "norms"} else "no_gradient"
     assert f'"scorer": "{type(scorer).__name__}"' in json.dumps(meta)
     assert f'"score_kind": "{kind}"' in json.dumps(meta)

@@ -71,7 +71,7 @@ class GradMimic(pl.Callback):
             parameters below it can be scored from the losses alone.
         loss: A module without ``sample_losses`` is scored only if its loss is shown to be a plain mean over the
             samples, by the operations between the scored rows and the loss. ``"mean"`` asserts it in place of that; the
-            ledger's ``meta.json`` holds which it was.
+            ledger's description holds which it was.
         on_doubtful: The first 512 samples show whether the reference shares the model's initialisation, predicts the
             labels, and whether moving towards it lowers the loss (:class:`~lightning_mimic.Diagnosis`). If not:
             ``"warn"``, ``"raise"``, or ``"align"`` it, for which weights stay uniform until that is known.
@@ -130,6 +130,8 @@ class GradMimic(pl.Callback):
         # What a checkpoint gave for the next fit, and what the last fit left.
         self._resumed: dict[str, Any] = {}
         self._left: dict[str, Any] = {}
+        # Of a fit whose last scores could not be written: they are tried again before a checkpoint is saved.
+        self._unwritten: Reweighter | None = None
 
     @property
     def reweighter(self) -> Reweighter:
@@ -198,7 +200,11 @@ class GradMimic(pl.Callback):
         self._detach()
 
     def state_dict(self) -> dict[str, Any]:
-        return self._left if self._fit is None else self._fit.reweighter.state_dict()
+        if self._fit is not None:
+            return self._fit.reweighter.state_dict()
+        if self._unwritten is not None:
+            self._left, self._unwritten = self._unwritten.state_dict(), None
+        return self._left
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._fit is not None:  # a ModelParallelStrategy restores after on_fit_start
@@ -225,7 +231,8 @@ class GradMimic(pl.Callback):
             reweighter = Reweighter.from_settings(pl_module, self.settings, prepare)
             failed.callback(reweighter.close)
             # A fit of the same object after another one continues its ledger, and nothing else.
-            reweighter.load_state_dict(self._resumed or {"run": self._left.get("run")})
+            left = self.state_dict()
+            reweighter.load_state_dict(self._resumed or {n: left[n] for n in ("run", "attempt") if n in left})
             failed.pop_all()
         self._resumed = {}
         return _Fit(reweighter, trainer, pl_module)
@@ -234,11 +241,9 @@ class GradMimic(pl.Callback):
         fit, self._fit = self._fit, None
         if fit is None:
             return
-        try:
-            fit.close()
-        finally:
-            # A checkpoint may be saved after the fit.
-            self._left = fit.reweighter.state_dict()
+        self._unwritten = fit.reweighter
+        fit.close()
+        self.state_dict()  # a checkpoint may be saved after the fit
 
 
 class _Fit:

@@ -95,7 +95,7 @@ def curate(  # noqa: PLR0913
         >>> curate("nowhere")
         Traceback (most recent call last):
             ...
-        lightning_mimic.errors.LedgerError: nowhere holds no ledger (no meta.json in it).
+        lightning_mimic.errors.LedgerError: nowhere holds no ledger (no _meta.json in it).
     """
     if unscored not in get_args(Unscored):
         raise CurationError(f"`unscored` is {unscored!r}; {nearest_names(str(unscored), get_args(Unscored))}.")

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from lightning_mimic.errors import MimicError
+from lightning_mimic.errors import LedgerError, MimicError
+from lightning_mimic.ledger import id_array
 from lightning_mimic.trainer_package import pl
 
-#: int64 tensor of shape (B,), or a list of str.
+#: int64 or uint64 tensor of shape (B,), or a list of str.
 BatchIds = Tensor | list[str]
 
 
@@ -172,6 +173,11 @@ class WithIds(Dataset[SampleWithId]):
             raise MimicError(
                 f"WithIds: ids have types {', '.join(sorted(k.__name__ for k in kinds))}; all int or all str."
             )
+        if kinds == {int}:
+            try:
+                id_array(ids)  # within 64 bits
+            except LedgerError as error:
+                raise MimicError(f"WithIds: {error}") from error
         self.dataset = dataset
         self.ids = ids
 
@@ -199,7 +205,8 @@ def collate_with_ids(samples: Sequence[SampleWithId], collate_fn: Callable[[list
             own pass ``functools.partial(collate_with_ids, collate_fn=mine)``.
 
     Returns:
-        What ``collate_fn`` returns, with ``.ids``: int64 tensor of shape ``(B,)``, or list of str. In torch 2.9 and
+        What ``collate_fn`` returns, with ``.ids``: a tensor of shape ``(B,)``, int64, or uint64 if an id is 2^63 or
+        above; or a list of str. In torch 2.9 and
         before, a loader with ``pin_memory=True`` drops the ids of a tuple; return a list or dict there.
 
     Raises:
@@ -235,9 +242,13 @@ def collate_with_ids(samples: Sequence[SampleWithId], collate_fn: Callable[[list
         )
     ids = [s.id for s in samples]
     try:
-        return _with_ids(batch, ids if isinstance(ids[0], str) else torch.tensor(ids, dtype=torch.int64))
+        return _with_ids(batch, ids if isinstance(ids[0], str) else _as_tensor(ids))
     except TypeError as error:
         raise TypeError(
             f"collate_with_ids: the batch is a {type(batch).__name__}, which cannot carry ids; return a tensor, tuple, "
             "list, dict or an object that takes attributes, put a field `id` into it, or use GradMimic's `id_from=`."
         ) from error
+
+
+def _as_tensor(ids: list[Any]) -> Tensor:
+    return torch.tensor(ids, dtype=torch.int64 if max(ids) < 2**63 else torch.uint64)

@@ -2,9 +2,11 @@
 
 from lightning_mimic.errors import LedgerError
 from lightning_mimic.ledger.columns import COLUMNS, Column, nullable_columns, summarised_columns
+from lightning_mimic.ledger.ids import id_array
 from lightning_mimic.ledger.reader import Ledger, Parts
+from lightning_mimic.ledger.run import OpenRun, open_run
 from lightning_mimic.ledger.schema import Flag
-from lightning_mimic.ledger.writer import LedgerWriter, note_run, open_run
+from lightning_mimic.ledger.writer import LedgerWriter
 
 __all__ = [
     "COLUMNS",
@@ -13,8 +15,9 @@ __all__ = [
     "Ledger",
     "LedgerError",
     "LedgerWriter",
+    "OpenRun",
     "Parts",
-    "note_run",
+    "id_array",
     "nullable_columns",
     "open_run",
     "summarised_columns",

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-#: The type of ids, which a run chooses: int64 or string.
+#: The type of ids, which a run chooses: int64, uint64 or string.
 ID = pa.null()
 
 
@@ -54,7 +54,7 @@ def schema(id_type: pa.DataType) -> pa.Schema:
     """Return the schema of a part.
 
     Args:
-        id_type: ``int64`` or ``string``.
+        id_type: ``int64``, ``uint64`` or ``string``.
 
     Example:
         >>> schema(pa.string()).names[:3]
@@ -77,7 +77,7 @@ def columns_as_markdown() -> str:
     """Return the table of the columns as the documentation shows it."""
     lines = ["| column | type | unit | meaning |", "| --- | --- | --- | --- |"]
     for each in COLUMNS:
-        kind = "int64 or string" if each.type == ID else str(each.type)
+        kind = "int64, uint64 or string" if each.type == ID else str(each.type)
         kind += ", may be null" if each.nullable else ""
         lines.append(f"| `{each.name}` | {kind} | {each.unit or '–'} | {each.meaning} |")
     return "\n".join(lines)

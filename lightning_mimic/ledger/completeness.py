@@ -4,26 +4,31 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-#: What ``meta.json`` says of an attempt: its number of ``ranks`` from the start, and the number of each rank's ``rows``
-#: once all of them are on the disk. Older ledgers say neither.
+#: What a description holds of an attempt: its number of ``ranks`` from the start, and how many ``rows`` each rank has
+#: written once all of them are on the disk. Older ledgers have neither.
 Attempt = Mapping[str, Any]
 
 
 def missing_rows(
-    attempts: Sequence[Attempt], parts: Iterable[tuple[int, int, int, int]], ends: Mapping[tuple[int, int], float]
+    attempts: Sequence[Attempt],
+    parts: Iterable[tuple[int, int, int, int]],
+    ends: Mapping[tuple[int, int], float],
+    continued: Mapping[int, int],
 ) -> list[str]:
     """Describe rows that are missing for certain.
 
     An attempt that has ended knows the number of each rank's rows. In any other one the ranks number their parts
-    without gaps; all of them have rows if one has; and what a later attempt continues was written by all.
+    without gaps; all of them have rows if one has; and what a later attempt continues was written by all, up to the
+    last step that was scored before the checkpoint.
 
     Args:
-        attempts: As described in ``meta.json``.
+        attempts: As described.
         parts: Of each part its attempt, rank, number and rows, by its name.
         ends: By attempt and rank, the last step whose rows were read and hold.
+        continued: By attempt, the last of its steps that a later one relies on.
 
     Example:
-        >>> missing_rows([{"ranks": 2, "rows": [5, 4]}], [(0, 0, 0, 5)], {})
+        >>> missing_rows([{"ranks": 2, "rows": [5, 4]}], [(0, 0, 0, 5)], {}, {})
         ['attempt 0, rank 1, 4 of 4 rows (missing)']
     """
     rows: Counter[tuple[int, int]] = Counter()
@@ -37,7 +42,7 @@ def missing_rows(
             lacking = expected - rows[attempt, rank]
             if lacking > 0:
                 missing.append(f"attempt {attempt}, rank {rank}, {lacking} of {expected} rows (missing)")
-        for rank, step in _ranks_behind(attempt, facts, ends).items():
+        for rank, step in _ranks_behind(attempt, facts, ends, continued.get(attempt, -1)).items():
             if step < 0:
                 missing.append(f"attempt {attempt}, rank {rank}, all rows (missing)")
             elif attempt < len(attempts) - 1:
@@ -50,10 +55,10 @@ def missing_rows(
 
 
 def rows_in_doubt(attempts: Sequence[Attempt], ends: Mapping[tuple[int, int], float]) -> list[str]:
-    """Describe the last attempt if it has not ended, so that its last rows may be missing.
+    """Describe rows that may be missing: before the first attempt, or after the last one if it has not ended.
 
     Args:
-        attempts: As described in ``meta.json``.
+        attempts: As described.
         ends: By attempt and rank, the last step whose rows were read and hold.
 
     Example:
@@ -61,13 +66,16 @@ def rows_in_doubt(attempts: Sequence[Attempt], ends: Mapping[tuple[int, int], fl
         'attempt 0 has not ended: it still runs,'
     """
     last, facts = len(attempts) - 1, attempts[-1]
+    start = attempts[0].get("start_step", 0)
+    doubts = [f"the rows before step {start} are in another directory"] if attempts[0].get("elsewhere") else []
     if not _is_open(facts):
-        return []
+        return doubts
     behind = [f"rank {rank} stops at step {step:.0f}" for rank, step in _ranks_behind(last, facts, ends).items()]
     known = f" ({listed(behind)}, before others)" if behind else ""
     return [
+        *doubts,
         f"attempt {last} has not ended: it still runs, or was stopped or killed, so that its last rows may be "
-        f"missing{known}"
+        f"missing{known}",
     ]
 
 
@@ -87,9 +95,18 @@ def _is_open(facts: Attempt) -> bool:
     return "ranks" in facts and "rows" not in facts
 
 
-def _ranks_behind(attempt: int, facts: Attempt, ends: Mapping[tuple[int, int], float]) -> dict[int, float]:
-    """Of an attempt that has not ended, the ranks that stop before another one, and their last steps; -1: no rows."""
+def _ranks_behind(
+    attempt: int, facts: Attempt, ends: Mapping[tuple[int, int], float], needed: int = -1
+) -> dict[int, float]:
+    """Of an attempt that has not ended, the ranks that stop before another one, and their last steps; -1: no rows.
+
+    Args:
+        attempt: Its number.
+        facts: Its description.
+        ends: By attempt and rank, the last step of which rows hold.
+        needed: A step that all ranks reached.
+    """
     if not _is_open(facts):
         return {}
     steps = {rank: ends.get((attempt, rank), -1) for rank in range(facts["ranks"])}
-    return {rank: step for rank, step in steps.items() if step < max(steps.values())}
+    return {rank: step for rank, step in steps.items() if step < max(needed, *steps.values())}

@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,8 +17,17 @@ import pyarrow.parquet as pq
 from lightning_mimic.errors import LedgerError
 from lightning_mimic.ledger.columns import nullable_columns, schema, summarised_columns
 from lightning_mimic.ledger.completeness import listed, missing_rows, rows_in_doubt
-from lightning_mimic.ledger.schema import META_FILE, class_names_in, read_meta
-from lightning_mimic.ledger.writer import PART_NAME, differences
+from lightning_mimic.ledger.description import (
+    META_FILE,
+    batch_differences,
+    class_names_in,
+    differences,
+    meaning,
+    meta_path,
+    read_meta,
+)
+from lightning_mimic.ledger.ids import unified
+from lightning_mimic.ledger.writer import PART_NAME
 
 
 class Ledger:
@@ -33,7 +43,7 @@ class Ledger:
         >>> Ledger("nowhere")
         Traceback (most recent call last):
             ...
-        lightning_mimic.errors.LedgerError: nowhere holds no ledger (no meta.json in it).
+        lightning_mimic.errors.LedgerError: nowhere holds no ledger (no _meta.json in it).
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -41,7 +51,7 @@ class Ledger:
         meta = read_meta(self.directory)
         if meta is None:
             raise LedgerError(f"{self.directory} holds no ledger (no {META_FILE} in it).")
-        #: The content of ``meta.json``: the run, and per attempt its configuration and first step.
+        #: The description: the run, and per attempt its configuration and first step.
         self.meta: dict[str, Any] = meta
 
     @property
@@ -68,14 +78,16 @@ class Ledger:
                 differs, which would mix scores of two meanings.
 
         Warns:
-            UserWarning: The last attempt has not ended, so that its last rows may be missing.
+            UserWarning: The last attempt has not ended, so that its last rows may be missing; the first rows are in
+                another directory; or attempts differ in the size of their batches, which weights depend on and scores
+                do not.
         """
         named = self._named()
-        until = self._superseded_from({int(match[2]) for _, match in named})
+        until, continued = self._lineage({int(match[2]) for _, match in named})
         whole, damaged = self._checked(named, columns, advance)
         attempts, ends = self.meta["attempts"], _ends(whole, until)
         written = [(int(match[2]), int(match[3]), int(match[4]), int(match[5])) for _, match in named]
-        missing = missing_rows(attempts, written, ends)
+        missing = missing_rows(attempts, written, ends, continued)
         in_doubt = rows_in_doubt(attempts, ends)
         if (damaged or missing) and not allow_partial:
             faults = [f"{len(damaged)} of {len(named)} parts are damaged: {listed(damaged)}"] if damaged else []
@@ -83,32 +95,66 @@ class Ledger:
             raise LedgerError(f"{self.directory}: {'; and '.join(faults)}. `allow_partial=True` reads the rest.")
         if not whole:
             raise LedgerError(f"{self.directory} holds no rows.")
-        if len({part.id_type for part in whole}) > 1:
-            raise LedgerError(f"{self.directory} mixes int and str ids; its ranks were given different ones.")
         if in_doubt and not allow_partial:
-            warnings.warn(f"{self.directory}: {in_doubt[0]}.", stacklevel=2)
+            warnings.warn(f"{self.directory}: {'; '.join(in_doubt)}.", stacklevel=2)
         left = self._left(whole, until)
+        held = [part for part in whole if part.first_step < until[part.attempt]]
+        id_type = self._id_type(held)
         return Parts(
-            paths=tuple(part.path for part in whole),
-            id_type=whole[0].id_type,
+            paths=tuple(part.path for part in held),
+            id_type=id_type,
             until={number: int(step) for number, step in until.items() if step < math.inf},
-            columns=tuple(each for each in schema(pa.string()).names if any(each in part.columns for part in whole)),
-            uniform=len({part.names for part in whole}) == 1,
-            recorded=frozenset().union(*(part.recorded for part in whole)),
+            columns=tuple(each for each in schema(pa.string()).names if any(each in part.columns for part in held)),
+            uniform=len({(part.names, part.id_type) for part in held}) == 1,
+            recorded=frozenset().union(*(part.recorded for part in held)),
             attempts=left,
             lost=(*missing, *damaged, *in_doubt),
         )
+
+    def behind(self, attempt: int, scored: tuple[int, int, int]) -> list[str]:
+        """Describe the ranks whose rows do not reach as far as a checkpoint has trained.
+
+        Args:
+            attempt: That saved the checkpoint.
+            scored: Epoch, step and batch of the last micro-batch that it had scored.
+
+        Raises:
+            LedgerError: The ledger does not know the attempt.
+        """
+        attempts = self.meta["attempts"]
+        if attempt >= len(attempts):
+            raise LedgerError(
+                f"`ledger`: {self.directory} knows {len(attempts)} attempts of run {self.meta['run']}, and the "
+                f"checkpoint is of attempt {attempt}: this is an older copy of its ledger. Give the one that the run "
+                "wrote, or another directory."
+            )
+        numbers = defaultdict[int, dict[int, Path]](dict)
+        for path, match in self._named():
+            if int(match[2]) == attempt:
+                numbers[int(match[3])][int(match[4])] = path
+        found = []
+        for rank in range(attempts[attempt].get("ranks", 1)):
+            parts = numbers[rank]
+            gapless = next(number for number in range(len(parts) + 1) if number not in parts)
+            ends = (_last_batch(parts[number]) for number in reversed(range(gapless)))
+            end = next((each for each in ends if each is not None), None)
+            if end is None:
+                found.append(f"rank {rank} has none")
+            elif end < scored:
+                found.append(f"those of rank {rank} end in step {end[1]} (epoch {end[0]}, batch {end[2]})")
+        return found
 
     def _named(self) -> list[tuple[Path, re.Match[str]]]:
         """The parts by their names, all of this run and of attempts that its description knows."""
         paths = sorted(self.directory.glob("*.parquet"))
         named = [(path, match) for path in paths if (match := PART_NAME.fullmatch(path.name))]
+        described = meta_path(self.directory).name
         foreign = sorted(path.name for path, match in named if match[1] != self.meta["run"])
         if foreign:
-            raise LedgerError(f"{self.directory}: {foreign[0]} is of another run than its {META_FILE} describes.")
+            raise LedgerError(f"{self.directory}: {foreign[0]} is of another run than its {described} describes.")
         latest = max((int(match[2]) for _, match in named), default=0)
         if latest >= len(self.meta["attempts"]):
-            raise LedgerError(f"{self.directory}: parts of attempt {latest}, which its {META_FILE} does not know.")
+            raise LedgerError(f"{self.directory}: parts of attempt {latest}, which its {described} does not know.")
         return named
 
     def _checked(
@@ -134,27 +180,66 @@ class Ledger:
                     advance(done, len(named))
         return whole, damaged
 
-    def _superseded_from(self, written: set[int]) -> dict[int, float]:
-        """By attempt, the step from which on a later attempt went over its rows again."""
-        starts = {number: self.meta["attempts"][number]["start_step"] for number in written}
-        return {
-            number: min((start for later, start in starts.items() if later > number), default=math.inf)
-            for number in sorted(written)
-        }
+    def _lineage(self, written: set[int]) -> tuple[dict[int, float], dict[int, int]]:
+        """How far each attempt belongs to the run as its last attempt with rows continued it.
+
+        Args:
+            written: Numbers of the attempts that have rows.
+
+        Returns:
+            By attempt, the step from which on its rows are superseded (0: all are); and the last of its steps that a
+            later attempt relies on.
+        """
+        attempts, until, continued = self.meta["attempts"], dict.fromkeys(sorted(written), 0.0), dict[int, int]()
+        number, end, known = max(written, default=None), math.inf, False
+        while number is not None:
+            facts = attempts[number]
+            if number in written or known:
+                until[number] = end
+                end = min(end, facts["start_step"])
+            # Earlier releases did not note which attempt another one continues.
+            known = "continues" in facts
+            before = facts.get("continues", number - 1 if number else None)
+            if known and before is not None and "scored" in facts:
+                continued[before] = int(min(facts["scored"][1], end - 1))
+            number = before
+        return until, {number: step for number, step in continued.items() if step >= 0}
 
     def _left(self, whole: Sequence["_Part"], until: Mapping[int, float]) -> tuple[int, ...]:
-        """The attempts with rows that hold, none of which differ in their configuration."""
+        """The attempts with rows that hold, none of which differ in what their scores mean."""
         left = sorted({part.attempt for part in whole if part.first_step < until[part.attempt]})
         if not left:
             raise LedgerError(f"{self.directory} holds no rows that a later attempt did not go over again.")
         attempts = [self.meta["attempts"][number] for number in left]
-        if len({attempt["config_hash"] for attempt in attempts}) > 1:
-            differing = differences([attempt["config"] for attempt in attempts])
+        differing = differences([meaning(attempt["config"]) for attempt in attempts])
+        if differing:
             raise LedgerError(
                 f"{self.directory}: its attempts differ in {differing}; their scores are not mixed. Record a run "
                 "with other settings in a directory of its own."
             )
+        differing = batch_differences(attempts)
+        if differing:
+            warnings.warn(
+                f"{self.directory}: its attempts differ in {differing}. Their scores mean the same; their weights are "
+                "over batches of other sizes.",
+                stacklevel=3,
+            )
         return tuple(left)
+
+    def _id_type(self, whole: Sequence["_Part"]) -> pa.DataType:
+        """The type that holds the ids of all parts."""
+        kind = unified(part.id_type for part in whole)
+        if kind is None:
+            raise LedgerError(f"{self.directory} mixes int and str ids; its ranks were given different ones.")
+        for part in whole if kind == pa.uint64() else ():
+            if part.id_type == pa.int64():
+                lowest = pc.min(pq.read_table(part.path, columns=["id"], partitioning=None)["id"]).as_py()
+                if lowest < 0:
+                    raise LedgerError(
+                        f"{self.directory}: {part.path.name} has the id {lowest}, and other parts have unsigned ids of "
+                        "64 bits; no type of number holds both."
+                    )
+        return kind
 
     def table(self, *, deduplicate: bool = True, allow_partial: bool = False) -> pa.Table:
         """Read all rows that hold, in order of epoch, step, batch, rank and position, into memory.
@@ -188,7 +273,7 @@ class Parts:
 
     Attributes:
         paths: Paths of the files.
-        id_type: ``int64`` or ``string``.
+        id_type: ``int64``, ``uint64`` or ``string``.
         until: By attempt, the step from which on its rows were gone over again by a later one.
         columns: Names of the known columns that some file has.
         uniform: All files have the same columns, known or not.
@@ -253,6 +338,18 @@ def _look(
     return _Part(path, *place, form.field("id").type, first_step, last_step, names, frozenset(known), found)
 
 
+def _last_batch(path: Path) -> tuple[int, int, int] | None:
+    """Epoch, step and batch of a part's last row; ``None`` if it cannot be read."""
+    try:
+        table = pq.read_table(
+            path, columns=["epoch", "step", "batch"], partitioning=None, page_checksum_verification=True
+        )
+    except (OSError, ValueError, KeyError, pa.ArrowException):
+        return None
+    last = table.slice(table.num_rows - 1).to_pylist()
+    return (last[0]["epoch"], last[0]["step"], last[0]["batch"]) if last else None
+
+
 def _ends(whole: Sequence[_Part], until: Mapping[int, float]) -> dict[tuple[int, int], float]:
     """By attempt and rank, the last step of which rows hold."""
     ends: dict[tuple[int, int], float] = {}
@@ -278,6 +375,7 @@ def _known_columns(form: pa.Schema, declared: Sequence[str] | None) -> list[str]
     must = set(known.names) - set(nullable_columns()) if declared is None else set(declared)
     damaged = declared is None and bool(there - set(known.names)) and bool(set(known.names) - there)
     types = all(form.field(name).type == known.field(name).type for name in known.names if name in there)
+    types = types and form.field("id").type in (pa.int64(), pa.uint64(), pa.string())
     if damaged or not must <= there or not types or len(there) < len(form.names):
         raise ValueError(f"holds columns {', '.join(form.names)}")
     return [name for name in form.names if name in known.names]
@@ -287,7 +385,10 @@ def _rows(path: Path, form: pa.Schema) -> pa.Table:
     """A part's rows with all known columns, null where it lacks one."""
     there = set(pq.read_schema(path).names)
     table = pq.read_table(path, columns=[name for name in form.names if name in there], partitioning=None)
-    columns = [table[field.name] if field.name in there else pa.nulls(table.num_rows, field.type) for field in form]
+    columns = [
+        table[field.name].cast(field.type) if field.name in there else pa.nulls(table.num_rows, field.type)
+        for field in form
+    ]
     return pa.Table.from_arrays(columns, schema=form)
 
 

@@ -27,7 +27,8 @@ def sample_ids(batch: Any, id_from: Callable[[Any], Ids] | None, *, needed: bool
         A copy; ``None`` if there are none.
 
     Raises:
-        MimicError: They are needed and not there, are not one per sample, or several parts have them.
+        MimicError: They are needed and not there, are not one per sample, are a tensor of no ints, or several
+            parts have them.
     """
     # If they serve nothing else, they are looked for where they alone give the number of samples.
     named = needed or wanted or sample_count(batch) is None
@@ -40,12 +41,25 @@ def sample_ids(batch: Any, id_from: Callable[[Any], Ids] | None, *, needed: bool
                 "attribute 'id' in the batch, or `id_from=`. (A hook that makes a new batch leaves out its ids.)"
             )
         return None
-    ids = _plain(ids)
-    if _one_per_sample(ids):
-        return _copied(ids)
-    if needed or id_from is not None:
-        raise MimicError(_ids_expected(ids))
-    return None  # an attribute of the user's own
+    ids, samples = _plain(ids), sample_count(batch)
+    asked = needed or id_from is not None
+    if not _one_per_sample(ids):
+        if asked:
+            raise MimicError(_ids_expected(ids))
+        return None  # an attribute of the user's own
+    if samples not in (None, len(ids)) and (id_from is not None or not _along_second_axis(batch, len(ids))):
+        if asked:
+            whose = "the batch" if id_from is None else "`id_from`"
+            raise MimicError(f"{whose} gave {len(ids)} ids for {samples} samples; expected one for each.")
+        return None
+    if asked or wanted:
+        _check_type(ids)
+    return _copied(ids)
+
+
+def _along_second_axis(batch: Any, count: int) -> bool:
+    """Whether the samples may lie along the second axis, as in sequences with the time first."""
+    return any(tensor.ndim > 1 and tensor.shape[1] == count for tensor in tensors_of(batch))
 
 
 def _find_ids(batch: Any, named: bool) -> Any:
@@ -85,13 +99,14 @@ def check_ids(ids: Any, samples: int | None) -> Ids:
         samples: B, where it is known.
 
     Raises:
-        MimicError: They are not one per sample.
+        MimicError: They are not one per sample, or a tensor of no ints.
     """
     ids = _plain(ids)
     if not _one_per_sample(ids):
         raise MimicError(_ids_expected(ids))
     if samples is not None and len(ids) != samples:
         raise MimicError(f"`ids` holds {len(ids)} ids for {samples} samples; expected one for each.")
+    _check_type(ids)
     return _copied(ids)
 
 
@@ -107,6 +122,20 @@ def _one_per_sample(ids: Any) -> bool:
 def _ids_expected(ids: Any) -> str:
     shape = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"type {type(ids).__name__}"
     return f"ids have {shape}; expected a tensor of shape (B,) or a list, one id per sample."
+
+
+def _check_type(ids: Ids) -> None:
+    """Raise ``MimicError`` for a tensor of no ints; the ledger looks at ids in a list."""
+    if not isinstance(ids, Tensor):
+        return
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        shown = f", such as {ids[0].item()!r}" if len(ids) else ""  # a host sync, but the run ends here
+        raise MimicError(f"ids are a tensor of {ids.dtype}{shown}; ids must be all int or all str.")
+
+
+def kind_of(ids: Ids | None) -> str | None:
+    """Return whether ids are ``"int"`` or ``"str"``."""
+    return None if ids is None else "str" if not isinstance(ids, Tensor) and isinstance(ids[0], str) else "int"
 
 
 def _copied(ids: Ids) -> Ids:
@@ -160,6 +189,15 @@ def describe(loader: Any) -> dict[str, Any]:
     samples = len(dataset) if isinstance(dataset, Sized) else None
     kind = type(loader if inner is None else inner)
     return {"dataset": f"{kind.__module__}.{kind.__qualname__}", "samples": samples}
+
+
+def batch_size_of(loader: Any) -> int | None:
+    """Return the number of samples in a loader's batches, where the loader or its sampler of batches has it."""
+    for source in (loader, getattr(loader, "batch_sampler", None)):
+        size = getattr(source, "batch_size", None)
+        if isinstance(size, int) and size > 0:
+            return int(size)
+    return None
 
 
 def class_names_of(*sources: object) -> list[str] | None:

@@ -76,6 +76,11 @@ class ScoreRecorder:
         if len(self._columns) >= FLUSH_EVERY:
             self.flush()
 
+    def check_ids(self, ids: Ids | None) -> None:
+        """Raise ``LedgerError`` for ids that the ledger cannot hold beside the earlier ones; no host sync."""
+        if self._writer is not None and ids is not None and not (isinstance(ids, Tensor) and ids.is_cuda):
+            self._writer.check_ids(ids.numpy() if isinstance(ids, Tensor) else ids)
+
     def flush(self) -> None:
         """Bring everything to the host, commit it, and warn of what was flagged, once per kind.
 
@@ -120,8 +125,8 @@ class ScoreRecorder:
             return 0
         return self._writer.pending + sum(len(rows["flag"]) for rows in self._columns)
 
-    def close(self) -> int:
-        """Commit the rest, or raise.
+    def commit(self) -> int:
+        """Commit everything so far; what cannot be written is tried again, and then raised.
 
         Returns:
             Number of rows that the ledger has of this rank.
@@ -129,7 +134,7 @@ class ScoreRecorder:
         self.flush()
         if self._writer is None:
             return 0
-        self._writer.close()
+        self._writer.commit()
         return self._writer.rows
 
     def warn(self, flags: Mapping[Flag, int]) -> None:
@@ -159,8 +164,9 @@ class ScoreRecorder:
 def _to_host(columns: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """The same columns on the CPU, by one transfer per column instead of one per micro-batch."""
     host: list[dict[str, Tensor]] = [{} for _ in columns]
-    for name in {name for rows in columns for name in rows}:
-        holders = [i for i, rows in enumerate(columns) if name in rows]
+    # Ids may be signed in one micro-batch and unsigned in another, and these are not joined.
+    for name, kind in {(name, rows[name].dtype) for rows in columns for name in rows}:
+        holders = [i for i, rows in enumerate(columns) if name in rows and rows[name].dtype == kind]
         parts = [columns[i][name].detach() for i in holders]
         joined = torch.cat(parts).cpu()
         for i, part in zip(holders, joined.split([len(p) for p in parts]), strict=True):

@@ -15,16 +15,18 @@ from torch import Tensor, nn
 
 from lightning_mimic import distributed
 from lightning_mimic.batches import sample_count, to_device
-from lightning_mimic.errors import LedgerError, MimicError, join_names
+from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.gradients import ModelHooks, named_parameters
-from lightning_mimic.ledger import Flag, LedgerWriter, note_run, open_run
+from lightning_mimic.ledger import Flag
 from lightning_mimic.reference import Aligned, ReferenceSource
 from lightning_mimic.reweighting.batch import (
     Ids,
+    batch_size_of,
     check_ids,
     class_columns,
     class_names_of,
     describe,
+    kind_of,
     sample_ids,
 )
 from lightning_mimic.reweighting.checks import check_sharded
@@ -37,13 +39,13 @@ from lightning_mimic.reweighting.messages import HOOKED
 from lightning_mimic.reweighting.methods import Reach, ScoringMethod, ScoringTask
 from lightning_mimic.reweighting.recorder import Position, ScoreRecorder
 from lightning_mimic.reweighting.reference_monitor import OnDoubtful
+from lightning_mimic.reweighting.run_ledger import RunLedger
 from lightning_mimic.reweighting.settings import OnNonfinite, Settings, Uncovered
 from lightning_mimic.reweighting.step import Step, StepContext
 from lightning_mimic.reweighting.target import Target
 from lightning_mimic.reweighting.weigh import StepResult
 from lightning_mimic.scorers import Scorer, Weighting
 from lightning_mimic.sharding import whole_parameters
-from lightning_mimic.version import __version__
 
 _log = logging.getLogger("lightning_mimic")
 
@@ -195,13 +197,10 @@ class Reweighter:
         self._checked_epoch = -1
         self._parameters: list[tuple[int, bool]] = []
         self._closed = False
-        self._run: str | None = None
-        self._attempt = 0
-        self._records = False
-        # Of the whole run: the process group may be gone when it ends.
-        self._ranks = 1
-        # Rows by rank, as the ledger's description has them.
-        self._noted: list[int] = []
+        # Of the run that is continued, until the ledger is open.
+        self._progress: dict[str, Any] = {}
+        self._ledger: RunLedger | None = None
+        self._batch_size_known = False
         self._recorder: ScoreRecorder | None = None
         # Of the next micro-batch, if it belongs to the same epoch.
         self._next = Position(0, 0, 0)
@@ -211,7 +210,7 @@ class Reweighter:
     @property
     def config(self) -> dict[str, Any]:
         """What decides the meaning of scores and weights; attempts of one ledger are compared by it."""
-        return {**self._target.config, **self.settings.config, "world_size": distributed.world_size()}
+        return {**self._target.config, **self.settings.config}
 
     @property
     def targets(self) -> dict[str, nn.Parameter]:
@@ -244,14 +243,12 @@ class Reweighter:
         if self.started:
             raise RuntimeError("this run was started before; make another Reweighter for another run.")
         step = self._next.step if step is None else step
-        writer, directory = None, self._directory
-        self._records = record and directory is not None
-        self._ranks = distributed.world_size()
+        directory = self._directory
         if record and directory is not None:
-            self._run, self._attempt = _open_on_all_ranks(
-                directory, self.config, step, self._run, _describe_data(loader, data_module)
-            )
-            writer = LedgerWriter(directory, self._run, self._attempt, distributed.rank())
+            notes = _describe_data(loader, data_module)
+            self._batch_size_known = "batch_size" in notes
+            self._ledger = RunLedger(directory, self.config, step, self._progress, notes)
+        writer = None if self._ledger is None else self._ledger.writer
         self._recorder = ScoreRecorder(writer, {Flag.ZERO_DIRECTION} if self._target.aligns else ())
         self._closing.callback(weakref.finalize(self, _warn_of_unwritten, self._recorder, directory).detach)
         self._next = replace(self._next, step=step)
@@ -303,6 +300,8 @@ class Reweighter:
             ids = sample_ids(batch, settings.id_from, needed=needed, wanted=settings.uses_ids)
         else:
             ids = check_ids(ids, sample_count(batch))
+        if self._recorder is not None:
+            self._recorder.check_ids(ids)
         # Once per epoch, and whenever parameters were frozen or unfrozen.
         parameters = [(id(p), p.requires_grad) for p in self.model.parameters()]
         check = self._checked_epoch != position.epoch or parameters != self._parameters
@@ -329,19 +328,23 @@ class Reweighter:
         result = step.finish()
         if result is None or self._recorder is None or self._choice is None:
             return None
-        if self._checked_epoch < 0:
-            self.note({"score_kind": self._choice.kind, "loss": self._context.loss_check.basis})
-        self._checked_epoch = step.position.epoch
         here = step.position
+        if self._ledger is not None:
+            if self._checked_epoch < 0:
+                notes: dict[str, Any] = {"score_kind": self._choice.kind, "loss": self._context.loss_check.basis}
+                notes["ids"] = kind_of(step.ids)
+                self._ledger.note(notes if self._batch_size_known else notes | {"batch_size": len(result)})
+            self._ledger.scored(here)
+        self._checked_epoch = here.epoch
         self._next = Position(here.epoch, here.step + 1, here.batch + 1)
         columns = result.columns() | class_columns(outputs, len(result))
         self._recorder.add(step.position, step.ids, columns, step.problem())
         return self._diagnose(step, result)
 
     def note(self, notes: Mapping[str, Any]) -> None:
-        """Add facts about this run to the ledger's ``meta.json``."""
-        if self._records and self._directory is not None and distributed.rank() == 0:
-            note_run(self._directory, self._attempt, notes)
+        """Add facts about this run to the ledger's description."""
+        if self._ledger is not None:
+            self._ledger.note(notes)
 
     def flush(self) -> None:
         """Write all scores so far to the ledger."""
@@ -356,10 +359,11 @@ class Reweighter:
         Raises:
             MimicError: The last scores of some rank could not be written; on all ranks together.
         """
-        if self._records:
-            self._finish_ledger()
-        elif self._recorder is not None:
-            self._recorder.close()
+        if self._recorder is not None:
+            if self._ledger is not None:
+                self._ledger.finish(self._recorder)
+            else:
+                self._recorder.commit()
         if self._target.undecided and self._monitor is not None:
             self._monitor.warn_if_unaligned()
         self._target.warn_if_unaligned()
@@ -371,9 +375,10 @@ class Reweighter:
         """
         try:
             if self._recorder is not None:
-                rows = self._recorder.close()
-                if self._ranks == 1:
-                    self._note_rows([rows])
+                if self._ledger is not None:
+                    self._ledger.close(self._recorder)
+                else:
+                    self._recorder.commit()
         finally:
             self._closed = True
             self._closing.close()
@@ -397,12 +402,16 @@ class Reweighter:
         """Return what a resumed run needs.
 
         Call it on every rank, whichever of them saves the state: it writes all scores of this rank so far, because the
-        state has trained on them.
+        state has trained on them. It waits for no other rank.
+
+        Raises:
+            LedgerError: They could not be written, although it was tried again: save no state.
         """
-        self.flush()
-        state: dict[str, Any] = {}
-        if self._run is not None:
-            state = {"run": self._run, "attempt": self._attempt, "position": asdict(self._next)}
+        if self._recorder is not None:
+            self._recorder.commit()
+        state = dict(self._progress if self._ledger is None else self._ledger.progress())
+        if "run" in state:
+            state["position"] = asdict(self._next)
         if self._target.aligns or self._monitor is None:
             state["diagnosed"] = self._monitor is None
             state["compatible"] = self._compatible
@@ -411,7 +420,7 @@ class Reweighter:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the run that a state is of; before the first step."""
-        self._run = state.get("run")
+        self._progress = {name: state[name] for name in ("run", "attempt", "scored") if state.get(name) is not None}
         if "position" in state:
             self._next = Position(**state["position"])
         if "target" not in state:
@@ -424,29 +433,6 @@ class Reweighter:
             self._monitor = None
 
     # The rest
-
-    def _finish_ledger(self) -> None:
-        """Write the last scores of all ranks, then note how many rows each of them has written."""
-        if self._recorder is None:
-            return
-        if distributed.world_size() != self._ranks:
-            self._recorder.close()
-            warnings.warn(
-                f"this run began on {self._ranks} ranks and ends with a process group of {distributed.world_size()}, "
-                "so that its ledger cannot note that all of them have written their rows. End the `with` block (or "
-                "call `finish()`) before the process group is destroyed.",
-                stacklevel=4,
-            )
-            return
-        rows = distributed.on_all_ranks(self._recorder.close, "could not write its last scores")
-        by_rank = distributed.gather_objects(rows)
-        distributed.on_all_ranks(lambda: self._note_rows(by_rank), "could not complete the ledger's description")
-
-    def _note_rows(self, by_rank: list[int]) -> None:
-        """Note in the ledger that it is complete, unless that is known."""
-        if by_rank != self._noted:
-            self.note({"rows": by_rank})
-        self._noted = by_rank
 
     @property
     def _directory(self) -> Path | None:
@@ -516,9 +502,10 @@ class Reweighter:
 
 
 def _describe_data(loader: Any, data_module: Any) -> dict[str, Any]:
-    """Return the data set and the names of its classes, as the ledger notes them."""
-    data = {} if loader is None else {"data": describe(loader)}
-    return data | {"class_names": class_names_of(data_module, loader)}
+    """Return the data set, the names of its classes and the size of its batches, as the ledger notes them."""
+    data: dict[str, Any] = {} if loader is None else {"data": describe(loader)}
+    size = batch_size_of(loader)
+    return data | {"class_names": class_names_of(data_module, loader)} | ({} if size is None else {"batch_size": size})
 
 
 def _warn_of_unwritten(recorder: ScoreRecorder, directory: Path | None) -> None:
@@ -532,24 +519,3 @@ def _warn_of_unwritten(recorder: ScoreRecorder, directory: Path | None) -> None:
             "Use it as a context manager (`with Reweighter(...) as reweighter:`), or call `finish()` and `close()`.",
             stacklevel=2,
         )
-
-
-def _open_on_all_ranks(
-    directory: Path, config: Mapping[str, Any], step: int, run: str | None, notes: Mapping[str, Any]
-) -> tuple[str, int]:
-    """Open the ledger on the first rank; raises ``LedgerError`` on all of them together.
-
-    Returns:
-        The run and the attempt.
-    """
-    opened: tuple[str, int] | str = ""
-    facts = {"package_version": __version__, "ranks": distributed.world_size()}
-    if distributed.rank() == 0:
-        try:
-            opened = open_run(directory, dict(config), step, run, {**facts, **notes})
-        except LedgerError as error:
-            opened = str(error)
-    opened = distributed.broadcast(opened)
-    if isinstance(opened, str):
-        raise LedgerError(opened)
-    return opened

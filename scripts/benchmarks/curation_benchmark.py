@@ -36,8 +36,8 @@ METHODS = {
 
 def generate(folder: Path, ids: int, epochs: int, rows_per_part: int, seed: int = 0) -> None:
     """Write a ledger of one rank."""
-    run, _ = open_run(folder, {"generated": True, "seed": seed}, 0, None, {})
-    writer, random = LedgerWriter(folder, run, 0, 0), np.random.default_rng(seed)
+    opened = open_run(folder, {"generated": True, "seed": seed}, 0, None, {})
+    writer, random = LedgerWriter(folder, opened.run, 0, 0), np.random.default_rng(seed)
     wrong = random.random(ids) < WRONG
     for epoch in range(epochs):
         order = random.permutation(ids)

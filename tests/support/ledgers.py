@@ -5,7 +5,8 @@ from itertools import chain
 
 import numpy as np
 
-from lightning_mimic.ledger import LedgerWriter, open_run
+from lightning_mimic.ledger import Ledger, LedgerWriter, open_run
+from lightning_mimic.ledger.description import meta_path, write_meta
 
 CONFIG = {"reweight": "all", "temperature": 0.5}
 
@@ -23,7 +24,7 @@ def write_ledger(folder, rows, *, starts=(0,), configs=CONFIG, run=None, notes=(
         configs: What decides the meaning of the scores: one for all attempts, or a list of one per attempt (the
             writer warns where two differ).
         run: Of an earlier call whose ledger goes on; attempts are numbered from there.
-        notes: More for ``meta.json``, for example ``{"score_kind": "own"}``.
+        notes: More for the description, for example ``{"score_kind": "own"}``.
 
     Example::
 
@@ -35,14 +36,24 @@ def write_ledger(folder, rows, *, starts=(0,), configs=CONFIG, run=None, notes=(
     places = list(zip(attempts, columns.pop("part"), columns.pop("rank"), strict=True))
     for number, start in enumerate(starts):
         config = configs[number] if isinstance(configs, list | tuple) else configs
-        run, attempt = open_run(folder, config, start, run, dict(notes))
+        opened = open_run(folder, config, start, run, dict(notes))
+        run, attempt = opened.run, opened.attempt
         writers = {}
         for place in sorted({place for place in places if place[0] == number}):
             writer = writers.setdefault(place[2], LedgerWriter(folder, run, attempt, place[2]))
             here = [i for i, there in enumerate(places) if there == place]
             writer.append({name: [values[i] for i in here] for name, values in columns.items()})
             writer.flush()
+        opened.close()
     return run
+
+
+def note(folder, attempt, notes):
+    """Adds to the description of an attempt, as if it had noted that itself; ``None`` takes a note away."""
+    meta = Ledger(folder).meta
+    facts = meta["attempts"][attempt] | notes
+    meta["attempts"][attempt] = {name: value for name, value in facts.items() if notes.get(name, "") is not None}
+    write_meta(meta_path(folder), meta)
 
 
 def write_scores(folder, scores, *, ids=None, epochs=None, **columns):
