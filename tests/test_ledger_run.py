@@ -16,7 +16,7 @@ import pytest
 from filelock import UnixFileLock
 
 from lightning_mimic.curation import Sign, curate
-from lightning_mimic.ledger import Ledger, LedgerError, LedgerWriter, description, open_run
+from lightning_mimic.ledger import Checkpoint, Ledger, LedgerError, LedgerWriter, description, open_run
 from support.cases import for_each
 from support.ledgers import note, write_ledger
 
@@ -154,13 +154,15 @@ def test_a_run_that_scored_nothing_starts_again(tmp_path):
 
 def test_an_attempt_that_continues_an_earlier_one_supersedes_what_came_between(tmp_path):
     run = write(tmp_path, range(5)).run
-    write(tmp_path, [2, 3], 2, run, continues=0, scored=[0, 1, 1])
+    write(tmp_path, [2, 3], 2, run, checkpoint=Checkpoint(0, (0, 1, 1)))
     assert steps_of(tmp_path, allow_partial=True) == {0: [0, 1], 1: [2, 3]}
-    write(tmp_path, [4, 5], 4, run, continues=0, scored=[0, 3, 3])  # resumed from a checkpoint of the first attempt
+    write(
+        tmp_path, [4, 5], 4, run, checkpoint=Checkpoint(0, (0, 3, 3))
+    )  # resumed from a checkpoint of the first attempt
     assert steps_of(tmp_path, allow_partial=True) == {0: [0, 1, 2, 3], 2: [4, 5]}
-    begin(tmp_path, 3, run, continues=1)  # has no rows, and nobody continues it yet
+    begin(tmp_path, 3, run, checkpoint=Checkpoint(1))  # has no rows, and nobody continues it yet
     assert steps_of(tmp_path, allow_partial=True) == {0: [0, 1, 2, 3], 2: [4, 5]}
-    write(tmp_path, [9], 9, run, continues=3)  # its steps were not scored
+    write(tmp_path, [9], 9, run, checkpoint=Checkpoint(3))  # its steps were not scored
     assert steps_of(tmp_path, allow_partial=True) == {0: [0, 1], 1: [2], 4: [9]}
 
 
@@ -182,7 +184,7 @@ def test_a_checkpoint_that_has_trained_on_rows_that_are_not_there_is_refused(cas
     parts, lacking = LACKING[case]
     folder, two = tmp_path / f"{case} {damaged}", NOTES | {"ranks": 2}
     run = write(folder, range(3), ranks=(0, 1), notes=two).run
-    begin(folder, 3, run, notes=two, continues=0, scored=[0, 2, 2])  # all are there
+    begin(folder, 3, run, notes=two, checkpoint=Checkpoint(0, (0, 2, 2)))  # all are there
     meta = Ledger(folder).meta
     for part in parts:
         (path,) = folder.glob(f"*-a0-{part}-*")
@@ -194,15 +196,15 @@ def test_a_checkpoint_that_has_trained_on_rows_that_are_not_there_is_refused(cas
         f"what attempt 0 scored up to step 2 (epoch 0, batch 2), and {folder} lacks some of these rows: {lacking}. "
     )
     with pytest.raises(LedgerError, match=re.escape(f"the checkpoint has trained on {message}Resume from an earlier")):
-        begin(folder, 3, run, notes=two, continues=0, scored=[0, 2, 2])
+        begin(folder, 3, run, notes=two, checkpoint=Checkpoint(0, (0, 2, 2)))
     assert Ledger(folder).meta == meta
     if "has none" not in lacking:
-        begin(folder, 1, run, notes=two, continues=0, scored=[0, 0, 0])  # an earlier checkpoint
+        begin(folder, 1, run, notes=two, checkpoint=Checkpoint(0, (0, 0, 0)))  # an earlier checkpoint
 
 
 def test_rows_that_were_there_when_a_run_was_resumed_are_missed_when_they_are_gone(tmp_path):
     run = write(tmp_path, range(3)).run
-    write(tmp_path, [3], 3, run, continues=0, scored=[0, 2, 2])
+    write(tmp_path, [3], 3, run, checkpoint=Checkpoint(0, (0, 2, 2)))
     note(tmp_path, 1, {"rows": [2]})
     assert steps_of(tmp_path) == {0: [0, 1, 2], 1: [3]}
     (last,) = tmp_path.glob("*-a0-r0-000002-*")
@@ -219,24 +221,24 @@ def test_half_a_window_of_accumulated_micro_batches_is_not_the_whole(tmp_path):
     for batch in (6, 7):
         writer.append({"id": [batch], "epoch": [0], "step": [3], "batch": [batch], "position": [0], "flag": ["ok"]})
         writer.flush()
-    begin(tmp_path, 4, opened.run, continues=0, scored=[0, 3, 7])
+    begin(tmp_path, 4, opened.run, checkpoint=Checkpoint(0, (0, 3, 7)))
     (last,) = tmp_path.glob("*-000001-*")
     last.unlink()
     with pytest.raises(LedgerError, match=re.escape("those of rank 0 end in step 3 (epoch 0, batch 6)")):
-        begin(tmp_path, 4, opened.run, continues=0, scored=[0, 3, 7])
+        begin(tmp_path, 4, opened.run, checkpoint=Checkpoint(0, (0, 3, 7)))
 
 
 def test_an_older_copy_of_the_ledger_is_not_continued(tmp_path):
     run = write(tmp_path, [0, 1]).run
     with pytest.raises(LedgerError, match=f"knows 1 attempts of run {run}, and the checkpoint is of attempt 1"):
-        begin(tmp_path, 1, run, continues=1, scored=[0, 0, 0])
+        begin(tmp_path, 1, run, checkpoint=Checkpoint(1, (0, 0, 0)))
 
 
 def test_a_run_that_goes_on_in_a_new_directory_says_where_its_first_rows_are_not(tmp_path):
     with pytest.warns(
         UserWarning, match=re.escape(f"{tmp_path} is new, and this is run abc, resumed at step 3: the rows")
     ):
-        write(tmp_path, [3, 4], 3, "abc", continues=2, scored=[0, 2, 2])
+        write(tmp_path, [3, 4], 3, "abc", checkpoint=Checkpoint(2, (0, 2, 2)))
     note(tmp_path, 0, {"rows": [4]})
     with pytest.warns(UserWarning, match=re.escape(f"{tmp_path}: the rows before step 3 are in another directory.")):
         assert steps_of(tmp_path) == {0: [3, 4]}
@@ -253,14 +255,22 @@ def test_batches_of_another_size_are_warned_of_and_read_with_a_warning(name, tmp
     run = write(tmp_path / name, [0], notes=known).run
     changed = f"{name}: {known[name]}, 2"
     with pytest.warns(UserWarning, match=rf"goes on with other settings \({changed}\): scores mean the same"):
-        write(tmp_path / name, [1], 1, run, notes=known | {name: 2}, continues=0, ranks=range(1 + (name == "ranks")))
+        write(
+            tmp_path / name,
+            [1],
+            1,
+            run,
+            notes=known | {name: 2},
+            checkpoint=Checkpoint(0),
+            ranks=range(1 + (name == "ranks")),
+        )
     with pytest.warns(UserWarning, match=f"its attempts differ in {changed}. Their scores mean the same"):
         steps_of(tmp_path / name, allow_partial=True)
 
 
 def test_the_size_of_batches_that_is_known_only_later_is_warned_of_then(tmp_path):
     run = write(tmp_path, [0], notes={"ranks": 1, "batch_size": 8}).run
-    with closing(open_run(tmp_path, CONFIG, 1, run, {"ranks": 1}, continues=0)) as opened:
+    with closing(open_run(tmp_path, CONFIG, 1, run, {"ranks": 1}, checkpoint=Checkpoint(0))) as opened:
         opened.note({"score_kind": "own"})
         with pytest.warns(UserWarning, match=r"goes on with other settings \(batch_size: 8, 2\)"):
             opened.note({"batch_size": 2})
@@ -274,7 +284,7 @@ def test_ranks_of_an_earlier_release_are_no_other_meaning(tmp_path):
         write(tmp_path, [1], 1, run)
         assert steps_of(tmp_path, allow_partial=True) == {0: [0], 1: [1]}
     with pytest.warns(UserWarning, match=r"other settings \(ranks: 1, 2\)"):
-        write(tmp_path, [2], 2, run, notes={"ranks": 2}, continues=0, ranks=(0, 1))
+        write(tmp_path, [2], 2, run, notes={"ranks": 2}, checkpoint=Checkpoint(0), ranks=(0, 1))
 
 
 # The description
@@ -410,7 +420,7 @@ def test_a_description_of_any_other_structure_ends_in_an_error_of_ours(checksum,
             warnings.simplefilter("ignore")
             read += Ledger(tmp_path).table().num_rows >= 0
             Ledger(tmp_path).class_names  # noqa: B018
-            begin(tmp_path, 10, meta["run"], continues=1, scored=[0, 9, 9])
+            begin(tmp_path, 10, meta["run"], checkpoint=Checkpoint(1, (0, 9, 9)))
     assert read > 10
     (tmp_path / name).unlink()
 

@@ -1,9 +1,9 @@
 """Read a ledger back: whole parts only, the rows of all ranks, each sample once per epoch."""
 
+import itertools
 import math
 import re
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -111,8 +111,8 @@ class Ledger:
             lost=(*missing, *damaged, *in_doubt),
         )
 
-    def behind(self, attempt: int, scored: tuple[int, int, int]) -> list[str]:
-        """Describe the ranks whose rows do not reach as far as a checkpoint has trained.
+    def behind(self, attempt: int, scored: tuple[int, int, int]) -> dict[int, str]:
+        """Describe the ranks whose rows do not reach as far as a checkpoint has trained, by rank.
 
         Args:
             attempt: That saved the checkpoint.
@@ -128,21 +128,21 @@ class Ledger:
                 f"checkpoint is of attempt {attempt}: this is an older copy of its ledger. Give the one that the run "
                 "wrote, or another directory."
             )
-        numbers = defaultdict[int, dict[int, Path]](dict)
-        for path, match in self._named():
-            if int(match[2]) == attempt:
-                numbers[int(match[3])][int(match[4])] = path
-        found = []
+        found = {}
         for rank in range(attempts[attempt].get("ranks", 1)):
-            parts = numbers[rank]
-            gapless = next(number for number in range(len(parts) + 1) if number not in parts)
-            ends = (_last_batch(parts[number]) for number in reversed(range(gapless)))
+            ends = (_last_batch(path) for path in reversed(self.parts_without_gap(attempt, rank)))
             end = next((each for each in ends if each is not None), None)
             if end is None:
-                found.append(f"rank {rank} has none")
+                found[rank] = f"rank {rank} has none"
             elif end < scored:
-                found.append(f"those of rank {rank} end in step {end[1]} (epoch {end[0]}, batch {end[2]})")
+                found[rank] = f"those of rank {rank} end in step {end[1]} (epoch {end[0]}, batch {end[2]})"
         return found
+
+    def parts_without_gap(self, attempt: int, rank: int) -> list[Path]:
+        """Return the paths of a rank's parts in one attempt, in their order, up to the first that is missing."""
+        places = ((path, tuple(map(int, match.group(2, 3, 4)))) for path, match in self._named())
+        parts = {number: path for path, (*place, number) in places if place == [attempt, rank]}
+        return [parts[number] for number in itertools.takewhile(parts.__contains__, itertools.count())]
 
     def _named(self) -> list[tuple[Path, re.Match[str]]]:
         """The parts by their names, all of this run and of attempts that its description knows."""

@@ -6,7 +6,8 @@ import os
 import platform
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from lightning_mimic.errors import LedgerError, join_names
+from lightning_mimic.files import remove_leftovers
 from lightning_mimic.ledger.columns import schema
 from lightning_mimic.ledger.description import (
     META_FILE,
@@ -31,12 +33,28 @@ from lightning_mimic.ledger.description import (
     write_meta,
 )
 from lightning_mimic.ledger.reader import Ledger
+from lightning_mimic.ledger.writer import LedgerWriter
 
 #: Held while a run is written. The file stays; the system ends the lock with the process.
 LOCK_FILE = "_lock"
 
 #: What a file system without locks answers.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds of the run that it is of.
+
+    Attributes:
+        attempt: That saved it.
+        scored: Epoch, step and batch of the last micro-batch that this attempt had scored; ``None``: of none.
+        unwritten: Rows of its first rank that could not be written then (:meth:`LedgerWriter.pending_rows`).
+    """
+
+    attempt: int
+    scored: tuple[int, int, int] | None = None
+    unwritten: bytes | None = None
 
 
 class OpenRun:
@@ -93,9 +111,7 @@ def open_run(
     start_step: int,
     run: str | None,
     notes: Mapping[str, Any],
-    *,
-    continues: int | None = None,
-    scored: Sequence[int] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> OpenRun:
     """Start an attempt in a ledger; called by one rank alone, before any writer.
 
@@ -111,8 +127,7 @@ def open_run(
         notes: More for the description, without such weight. ``class_names``, names in the order of the labels, is kept
             once for all attempts. A reader looks at ``ranks``, the number of ranks that write, and, once all have
             written their last row, at ``rows``, how many each of them has written.
-        continues: The attempt that the checkpoint is of; if it is not known, the last one.
-        scored: Epoch, step and batch of the last micro-batch that this attempt had scored at the checkpoint.
+        checkpoint: That is resumed; if it is not known, the run's last attempt is continued.
 
     Raises:
         LedgerError: The directory is being written by another process, holds another run, or one with other class
@@ -129,6 +144,7 @@ def open_run(
             directory.mkdir(parents=True, exist_ok=True)
             lock = _locked(directory, ours)
             failed.callback(lock.release)
+            remove_leftovers(directory)
             torn = is_torn(directory)
             meta = _known(directory, torn)
             parts = sorted(path.name for path in directory.glob("*.parquet"))
@@ -154,7 +170,7 @@ def open_run(
                     "the directory."
                 )
             else:
-                facts |= _continuation(directory, meta, facts, continues, scored)
+                facts |= _continuation(directory, meta, facts, checkpoint)
             _begin(meta, facts, notes)
             _warn_of_other_batches(directory, meta, notes)
             path = meta_path(directory) if len(meta["attempts"]) > 1 else directory / META_FILE
@@ -229,31 +245,38 @@ def _continuation(
     directory: Path,
     meta: Mapping[str, Any],
     facts: Mapping[str, Any],
-    continues: int | None,
-    scored: Sequence[int] | None,
+    checkpoint: Checkpoint | None,
 ) -> dict[str, Any]:
     """Return what an attempt notes of the one that it continues, after comparing the two."""
-    before = meta["attempts"][-1 if continues is None else min(continues, len(meta["attempts"]) - 1)]
+    latest = len(meta["attempts"]) - 1
+    before = meta["attempts"][latest if checkpoint is None else min(checkpoint.attempt, latest)]
     changed = differences([meaning(before["config"]), meaning(facts["config"])])
     if changed:
         _warn(f"{directory} goes on with other settings ({changed}); a reader will not mix the two.")
-    if continues is None:
+    if checkpoint is None:
         return {}
-    if scored is None:
-        return {"continues": continues}
-    _check_rows(directory, continues, scored)
-    return {"continues": continues, "scored": list(scored)}
+    if checkpoint.scored is None:
+        return {"continues": checkpoint.attempt}
+    _check_rows(directory, checkpoint, checkpoint.scored)
+    return {"continues": checkpoint.attempt, "scored": list(checkpoint.scored)}
 
 
-def _check_rows(directory: Path, attempt: int, scored: Sequence[int]) -> None:
-    """Raise ``LedgerError`` if rows are not there that a checkpoint has trained on."""
-    epoch, step, batch = scored
-    behind = Ledger(directory).behind(attempt, (epoch, step, batch))
+def _check_rows(directory: Path, checkpoint: Checkpoint, scored: tuple[int, int, int]) -> None:
+    """Raise ``LedgerError`` if rows are not there that a checkpoint has trained on, and that it does not hold."""
+    (epoch, step, batch), attempt = scored, checkpoint.attempt
+    ledger = Ledger(directory)
+    behind = ledger.behind(attempt, scored)
+    if checkpoint.unwritten is not None and 0 in behind:
+        parts = len(ledger.parts_without_gap(attempt, 0))
+        writer = LedgerWriter(directory, ledger.meta["run"], attempt, 0, parts=parts)
+        writer.append_rows(checkpoint.unwritten)
+        writer.commit()
+        behind = ledger.behind(attempt, scored)
     if behind:
         raise LedgerError(
             f"`ledger`: the checkpoint has trained on what attempt {attempt} scored up to step {step} (epoch {epoch}, "
-            f"batch {batch}), and {directory} lacks some of these rows: {'; '.join(behind)}. Resume from an earlier "
-            "checkpoint, or give another directory as `ledger`."
+            f"batch {batch}), and {directory} lacks some of these rows: {'; '.join(behind.values())}. Resume from an "
+            "earlier checkpoint, or give another directory as `ledger`."
         )
 
 

@@ -29,12 +29,15 @@ class LedgerWriter:
         attempt: The attempt's number.
         rank: This process's rank.
         ids: ``"int"`` or ``"str"``, the kind of the run's ids so far; ``None``: there are none, or it is not known.
+        parts: Number of parts that this rank has written in this attempt.
 
     Attributes:
         rows: Number of rows that are on the disk.
     """
 
-    def __init__(self, directory: str | Path, run: str, attempt: int, rank: int, ids: str | None = None) -> None:
+    def __init__(
+        self, directory: str | Path, run: str, attempt: int, rank: int, ids: str | None = None, parts: int = 0
+    ) -> None:
         self._directory = Path(directory)
         self._run = run
         self._attempt = attempt
@@ -45,7 +48,7 @@ class LedgerWriter:
         self._negative: int | None = None
         self._unsigned: int | None = None
         self._pending: list[pa.Table] = []
-        self._parts = 0
+        self._parts = parts
         self._failed = False
 
     @property
@@ -112,11 +115,10 @@ class LedgerWriter:
         """
         if not self._pending:
             return
-        id_type = unified(table.schema.field("id").type for table in self._pending)
-        table = pa.concat_tables(table.cast(schema(id_type)) for table in self._pending)
+        table = self._table()
         name = f"part-{self._run}-a{self._attempt}-r{self._rank}-{self._parts:06d}-n{table.num_rows}.parquet"
         try:
-            with atomic_write(self._directory / name) as file:
+            with atomic_write(self._directory / name, tidy=False) as file:
                 # No statistics: checksums do not cover them, and a query engine would believe them.
                 pq.write_table(table, file, compression="zstd", write_page_checksum=True, write_statistics=False)
         except OSError as error:
@@ -136,6 +138,36 @@ class LedgerWriter:
         """Commits the rest; what cannot be written is tried once more and then raised."""
         self.flush()
         self.flush()
+
+    def pending_rows(self) -> bytes:
+        """Return the rows that are in memory only, for :meth:`append_rows` of another writer."""
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self._table().schema) as stream:
+            stream.write_table(self._table())
+        return bytes(sink.getvalue())
+
+    def append_rows(self, rows: bytes) -> None:
+        """Add rows, kept in memory until :meth:`flush`.
+
+        Args:
+            rows: From :meth:`pending_rows`, of the same attempt and rank.
+
+        Raises:
+            LedgerError: They are damaged, or of another attempt or rank.
+        """
+        try:
+            table = pa.ipc.open_stream(rows).read_all()
+            table = table.select(schema(pa.string()).names).cast(schema(table.schema.field("id").type))
+            places = set(zip(table["attempt"].to_pylist(), table["rank"].to_pylist(), strict=True))
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            raise LedgerError(f"`ledger`: the rows that the checkpoint holds are damaged: {error}.") from error
+        if places != {(self._attempt, self._rank)}:
+            raise LedgerError("`ledger`: the rows that the checkpoint holds are not of its own attempt.")
+        self._pending.append(table)
+
+    def _table(self) -> pa.Table:
+        id_type = unified(table.schema.field("id").type for table in self._pending)
+        return pa.concat_tables(table.cast(schema(id_type)) for table in self._pending)
 
 
 def _column(values: Any, kind: pa.DataType, rows: int) -> pa.Array:

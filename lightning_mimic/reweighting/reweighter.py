@@ -402,14 +402,18 @@ class Reweighter:
         """Return what a resumed run needs.
 
         Call it on every rank, whichever of them saves the state: it writes all scores of this rank so far, because the
-        state has trained on them. It waits for no other rank.
+        state has trained on them. It waits for no other rank. If the first rank cannot write its scores, they are in
+        the state, with a warning.
 
         Raises:
-            LedgerError: They could not be written, although it was tried again: save no state.
+            LedgerError: Another rank cannot write its scores, although it was tried again: save no state.
         """
-        if self._recorder is not None:
-            self._recorder.commit()
-        state = dict(self._progress if self._ledger is None else self._ledger.progress())
+        if self._ledger is not None and self._recorder is not None:
+            state = self._ledger.progress(self._recorder)
+        else:
+            state = dict(self._progress)
+            if self._recorder is not None:
+                self._recorder.commit()
         if "run" in state:
             state["position"] = asdict(self._next)
         if self._target.aligns or self._monitor is None:
@@ -420,7 +424,8 @@ class Reweighter:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the run that a state is of; before the first step."""
-        self._progress = {name: state[name] for name in ("run", "attempt", "scored") if state.get(name) is not None}
+        names = ("run", "attempt", "scored", "unwritten")
+        self._progress = {name: state[name] for name in names if state.get(name) is not None}
         if "position" in state:
             self._next = Position(**state["position"])
         if "target" not in state:

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lightning_mimic import distributed
 from lightning_mimic.errors import LedgerError
-from lightning_mimic.ledger import LedgerWriter, OpenRun, open_run
+from lightning_mimic.ledger import Checkpoint, LedgerWriter, OpenRun, open_run
 from lightning_mimic.reweighting.recorder import Position, ScoreRecorder
 from lightning_mimic.version import __version__
 
@@ -50,8 +52,7 @@ class RunLedger:
                     step,
                     progress.get("run"),
                     {"package_version": __version__, "ranks": self._ranks, **notes},
-                    continues=progress.get("attempt"),
-                    scored=progress.get("scored"),
+                    _checkpoint(progress),
                 )
                 facts = self._opened.run, self._opened.attempt, self._opened.ids
             except LedgerError as error:
@@ -60,7 +61,8 @@ class RunLedger:
         if isinstance(facts, str):
             raise LedgerError(facts)
         self._run, self._attempt, ids = facts
-        self.writer = LedgerWriter(directory, self._run, self._attempt, distributed.rank(), ids)
+        self._rank = distributed.rank()
+        self.writer = LedgerWriter(directory, self._run, self._attempt, self._rank, ids)
         self._scored: tuple[int, int, int] | None = None
         # A state was given for a checkpoint; the description notes that when the run goes on, as it is saved by then.
         self._state_given = False
@@ -73,10 +75,27 @@ class RunLedger:
         self._note_checkpoint()
         self._scored = position.epoch, position.step, position.batch
 
-    def progress(self) -> dict[str, Any]:
-        """Return how far the run has come, for a checkpoint; all rows so far must be on the disk."""
-        self._state_given = True
+    def progress(self, recorder: ScoreRecorder) -> dict[str, Any]:
+        """Write the scores of this rank so far, and return how far the run has come, for a checkpoint.
+
+        A checkpoint has the first rank's state alone. If its rows cannot be written, although that is tried again, they
+        are in this state, and the ledger gets them when the run is resumed.
+
+        Raises:
+            MimicError: Another rank cannot write its rows.
+
+        Warns:
+            UserWarning: The first rank cannot.
+        """
         state: dict[str, Any] = {"run": self._run, "attempt": self._attempt}
+        try:
+            recorder.commit()
+        except LedgerError as error:
+            if self._rank != 0 or not isinstance(error.__cause__, OSError):
+                raise
+            state["unwritten"] = torch.frombuffer(bytearray(self.writer.pending_rows()), dtype=torch.uint8)
+            warnings.warn(f"{error} A checkpoint that is saved now holds them.", stacklevel=4)
+        self._state_given = True
         return state if self._scored is None else state | {"scored": list(self._scored)}
 
     def note(self, notes: Mapping[str, Any]) -> None:
@@ -129,3 +148,14 @@ class RunLedger:
         if by_rank != self._noted:
             self.note({"rows": by_rank})
         self._noted = by_rank
+
+
+def _checkpoint(progress: Mapping[str, Any]) -> Checkpoint | None:
+    if "attempt" not in progress:
+        return None
+    scored, rows = progress.get("scored"), progress.get("unwritten")
+    return Checkpoint(
+        progress["attempt"],
+        None if scored is None else (scored[0], scored[1], scored[2]),
+        None if rows is None else rows.cpu().numpy().tobytes(),
+    )
