@@ -233,11 +233,13 @@ class Step:
         return result
 
     def finish(self) -> StepResult | None:
-        """Return the result after the backward pass; ``None`` if there was no loss.
+        """Return the result after the backward pass; ``None`` if there was none, because nothing was trained on.
 
         Raises:
             RuntimeError: The backward pass has not come by the scored layer.
         """
+        if self.backward_follows and self._factor is None:
+            return None  # as in the pass in which SWA renews the statistics of batch norms
         if self.has_loss and self._result is None:
             raise RuntimeError("no gradient reached the output of the scored layer, so this batch has no scores.")
         return self._result
