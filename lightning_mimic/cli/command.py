@@ -34,23 +34,23 @@ def command(name: str, config_name: str) -> Callable[[Callable[[DictConfig], Any
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(task)
-        def job(config: DictConfig) -> Any:
-            with exit_on_user_error(name), _one_job(), _environment(_FULL_ERROR, None):
-                settle(config)
-                return task(config)
-
-        composed = hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name=config_name)
-
-        @functools.wraps(task)
         def main() -> None:
+            full = os.environ.get(_FULL_ERROR)
             sys.argv[1:] = arranged(sys.argv[1:])
-            if os.environ.get(_FULL_ERROR) == "1":
-                composed(job)()
-                return
+
+            @functools.wraps(task)
+            def job(config: DictConfig) -> Any:
+                with _environment(_FULL_ERROR, full), exit_on_user_error(name), _one_job():
+                    settle(config)
+                    return task(config)
+
+            composed = hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name=config_name)
             try:
-                with _environment(_FULL_ERROR, "1"):  # so that Hydra raises
+                with _environment(_FULL_ERROR, "1"):  # so that Hydra raises its errors
                     composed(job)()
             except (CompactHydraException, OmegaConfBaseException) as error:
+                if full == "1":
+                    raise
                 raise SystemExit(f"{name}: {in_one_line(error)}") from None
 
         return main

@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra.errors import InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from lightning_mimic.errors import MimicError, nearest_names
 
@@ -54,14 +54,14 @@ def in_one_line(error: Exception) -> str:
     lines = [line for line in lines if not line.startswith(("object_type=", "See https://"))]
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         return f"{lines[0]}; {nearest_names(error.missing_cfg_file.rpartition('/')[2], error.options)}."
-    parent, key = getattr(cause, "parent_node", None), getattr(cause, "key", None)
-    if isinstance(parent, DictConfig) and key is not None and not isinstance(cause, MissingMandatoryValue):
-        return f"{lines[0].rstrip('.')}; {nearest_names(str(key), map(str, parent))}."
-    if "No match in the defaults list" in lines[0]:
-        groups = [each.name for each in resources.files("lightning_mimic.conf").iterdir() if each.is_dir()]
-        return f"{lines[0].rstrip('.')}; {nearest_names(lines[0].split(chr(39))[1], groups)}."
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
+        parent = cause.parent_node
+        # A group of which nothing is chosen is not among the settings.
+        groups = [] if parent._get_parent() is not None else resources.files("lightning_mimic.conf").iterdir()
+        names = [*map(str, parent), *(each.name for each in groups if each.is_dir())]
+        return f"{lines[0].rstrip('.')}; {nearest_names(str(cause.key), names)}."
     if lines and lines[0].startswith("Multiple values for"):
-        return f"{lines[0]} Leave out the '+': it adds a group that is not there yet."
+        return f"{lines[0].partition('.')[0]}; leave out the '+', which adds a group that is not there yet."
     return " ".join(lines) or type(error).__name__
 
 

@@ -31,6 +31,7 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
             was done.
     """
     check_inputs_exist(config)
+    resume = _existing(config.resume)
     L.seed_everything(config.seed, workers=True, verbose=False)
     data, model = instantiate(config.data), instantiate(config.model)
     if config.features:
@@ -43,13 +44,13 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
             if isinstance(callback, GradMimic):
                 refuse_module_on_features(callback.settings.reference)
     if config.save_epochs_to:
-        callbacks.append(_every_epoch(Path(config.save_epochs_to).expanduser(), resumed=config.resume is not None))
+        callbacks.append(_every_epoch(Path(config.save_epochs_to).expanduser(), resumed=resume is not None))
     logger = instantiate(config.logger) if config.get("logger") else False
     trainer: L.Trainer = instantiate(config.trainer, callbacks=callbacks, logger=logger)
     for each in trainer.loggers:
         # Plain containers: a checkpoint must not hold objects that need code to be read.
         each.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
-    trainer.fit(model, datamodule=data, ckpt_path=_existing(config.resume))
+    trainer.fit(model, datamodule=data, ckpt_path=resume)
     _check_trained(trainer)
     if config.test:
         trainer.test(model, datamodule=data)
