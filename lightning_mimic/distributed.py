@@ -35,6 +35,12 @@ def rank() -> int:
     return torch.distributed.get_rank() if is_distributed() else 0
 
 
+def end_process_group() -> None:
+    """Leave the process group, if there is one, so that another can be made."""
+    if is_distributed():
+        torch.distributed.destroy_process_group()
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """Add the tensors of all ranks, in place.
 

@@ -93,10 +93,7 @@ def _one_job() -> Iterator[None]:
             sys.argv[1:] = words
             os.environ.clear()
             os.environ.update(environment)
-            _end_process_group()
+            if "torch" in sys.modules:
+                from lightning_mimic import distributed
 
-
-def _end_process_group() -> None:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+                distributed.end_process_group()
