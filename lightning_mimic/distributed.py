@@ -3,7 +3,9 @@
 All functions work without a process group, as on one rank. Those that exchange something must be called on every rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +14,10 @@ from torch import Tensor
 from lightning_mimic.errors import MimicError
 
 Result = TypeVar("Result")
+
+#: Seconds for which an exchange of objects (start, first step of an epoch, finish) waits for the other ranks on gloo;
+#: on other backends, and for the exchanges of every step, the process group's own limit holds.
+TIME_LIMIT = 600.0
 
 
 def is_distributed() -> bool:
@@ -29,6 +35,12 @@ def rank() -> int:
     return torch.distributed.get_rank() if is_distributed() else 0
 
 
+def end_process_group() -> None:
+    """Leave the process group, if there is one, so that another can be made."""
+    if is_distributed():
+        torch.distributed.destroy_process_group()
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """Add the tensors of all ranks, in place.
 
@@ -39,7 +51,8 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
         The tensor itself.
     """
     if is_distributed():
-        torch.distributed.all_reduce(tensor)
+        with _answered():
+            torch.distributed.all_reduce(tensor)
     return tensor
 
 
@@ -68,7 +81,8 @@ def gather_equal(tensor: Tensor) -> list[Tensor]:
     if not is_distributed():
         return [own]
     tensors = [torch.empty_like(own) for _ in range(world_size())]
-    torch.distributed.all_gather(tensors, own)
+    with _answered():
+        torch.distributed.all_gather(tensors, own)
     return tensors
 
 
@@ -98,7 +112,8 @@ def gather_rows(rows: Tensor) -> list[Tensor]:
         return [own]
     from torchmetrics.utilities.distributed import gather_all_tensors  # here, so that scorers need torch only
 
-    gathered: list[Tensor] = gather_all_tensors(own)
+    with _answered():
+        gathered: list[Tensor] = gather_all_tensors(own)
     return gathered
 
 
@@ -107,7 +122,9 @@ def broadcast(value: Result) -> Result:
     if not is_distributed():
         return value
     values: list[Any] = [value]
-    torch.distributed.broadcast_object_list(values)
+    with _answered():
+        _meet()
+        torch.distributed.broadcast_object_list(values)
     first: Result = values[0]
     return first
 
@@ -117,8 +134,30 @@ def gather_objects(value: Result) -> list[Result]:
     if not is_distributed():
         return [value]
     values: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(values, value)
+    with _answered():
+        _meet()
+        torch.distributed.all_gather_object(values, value)
     return values
+
+
+def _meet() -> None:
+    """Wait until all ranks have come here, no longer than :data:`TIME_LIMIT`."""
+    if torch.distributed.get_backend() == torch.distributed.Backend.GLOO:
+        limit = timedelta(seconds=TIME_LIMIT)
+        torch.distributed.monitored_barrier(timeout=limit, wait_all_ranks=True)  # names the missing ranks
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """Raise ``MimicError`` where another rank does not answer, because it was killed or hangs."""
+    try:
+        yield
+    except RuntimeError as error:
+        first = str(error).partition("\n")[0]
+        raise MimicError(
+            f"rank {rank()} of {world_size()} got no answer from another rank, which was killed, failed or hangs. What "
+            f"the ledger has of all ranks so far is kept. torch.distributed: {first}"
+        ) from error
 
 
 def on_all_ranks(act: Callable[[], Result], problem: str) -> Result:

@@ -1,6 +1,10 @@
 """Exchanges between ranks: without a process group, and on two ranks."""
 
 import json
+import os
+import re
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,5 +138,45 @@ def test_a_failure_on_one_rank_is_raised_on_all(reports):
 
 def test_every_function_has_its_case():
     public = {n for n, f in vars(distributed).items() if getattr(f, "__module__", "") == distributed.__name__}
+    public = {name for name in public if not name.startswith("_")}
     names = {"is_distributed", "world_size", "rank", "sum_over_ranks", "any_rank", "stack_over_ranks", "gather_equal"}
-    assert public - {"Result"} == names | {"gather_rows", "broadcast", "gather_objects", "on_all_ranks"}
+    names |= {"gather_rows", "broadcast", "gather_objects", "on_all_ranks"}
+    assert public - {"Result", "end_process_group"} == names
+
+
+def _missing(rank: int, folder: Path) -> None:
+    distributed.TIME_LIMIT = 2.0
+    if rank == 1:
+        time.sleep(6)  # as one that hangs
+        return
+    began = time.monotonic()
+    try:
+        distributed.gather_objects(rank)
+    except MimicError as error:
+        (folder / "said").write_text(f"{time.monotonic() - began:.0f} {error}")
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_in_time(tmp_path):
+    on_two_ranks(_missing, tmp_path)
+    seconds, _, said = (tmp_path / "said").read_text().partition(" ")
+    assert int(seconds) < 6
+    assert "rank 0 of 2 got no answer from another rank" in said
+    assert re.search(r"Ranks? 1\b", said)
+
+
+def _killed(rank: int, folder: Path) -> None:
+    if rank == 1:
+        os._exit(0)  # without a word
+    time.sleep(1)
+    try:
+        distributed.sum_over_ranks(torch.ones(1))
+    except MimicError as error:
+        (folder / "said").write_text(str(error))
+    os._exit(0)  # the group cannot be destroyed in order
+
+
+@pytest.mark.slow
+def test_a_rank_that_was_killed_ends_the_others_with_a_sentence(tmp_path):
+    on_two_ranks(_killed, tmp_path)
+    assert "rank 0 of 2 got no answer from another rank, which was killed" in (tmp_path / "said").read_text()

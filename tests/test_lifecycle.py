@@ -77,6 +77,54 @@ def test_weight_averaging_goes_on_beside_it(average, tmp_path):
     assert untouched(module)
 
 
+class Normed(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(torch.tanh(self.body(x))))
+
+
+class NormedResidual(Normed):
+    """The head is no cut, so that it is scored in a pass of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.norm(torch.tanh(self.body(x)))
+        return self.head(hidden) + hidden[:, :3]
+
+
+@pytest.mark.parametrize("kind", [Normed, NormedResidual])
+def test_the_pass_that_renews_batch_norms_after_swa_is_not_scored(kind, tmp_path):
+    module = toy(kind)
+    callback = GradMimic(parameters_of(toy(kind, seed=1)), "head", reweight="none", ledger=tmp_path / "s")
+    swa = StochasticWeightAveraging(0.1, swa_epoch_start=1)
+    trainer(callback, swa, epochs=3).fit(module, loader(toy_data(8)))
+    ledger = Ledger(tmp_path / "s")
+    assert ledger.table()["epoch"].to_pylist() == [0] * 8 + [1] * 8 + [2] * 8
+    assert ledger.meta["attempts"][0]["rows"] == [24]
+
+
+@pytest.mark.parametrize("kind", [Toy, NormedResidual])
+def test_a_step_without_a_backward_pass_is_not_scored(kind, tmp_path):
+    class Skips(kind):
+        def backward(self, loss: torch.Tensor) -> None:
+            if self.trainer.fit_loop.epoch_loop.batch_idx != 1:
+                super().backward(loss)
+
+    callback = GradMimic(parameters_of(toy(kind, seed=1)), "head", reweight="none", ledger=tmp_path / "s")
+    trainer(callback).fit(toy(Skips), loader(toy_data(12)))
+    assert Ledger(tmp_path / "s").table()["batch"].unique().to_pylist() == [0, 2]
+
+
+def test_a_fit_of_no_steps_leaves_an_empty_ledger(tmp_path):
+    callback = GradMimic(reference(), "head", ledger=tmp_path / "s")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's, of max_steps=0
+        trainer(callback, max_steps=0).fit(toy(), loader(toy_data(8)))
+    assert not (tmp_path / "s").exists() or Ledger(tmp_path / "s").table().num_rows == 0
+
+
 def test_one_callback_serves_two_fits(tmp_path):
     callback, data = GradMimic(reference(), "head", ledger=tmp_path / "s"), loader(toy_data(8))
     first, second = toy(), toy()

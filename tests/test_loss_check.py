@@ -332,7 +332,7 @@ class Flipped(Toy):
 @pytest.mark.parametrize("parameters", ["head", "all"])
 @pytest.mark.parametrize("kind", [Shuffled, Flipped])
 def test_samples_in_another_order_are_not_taken_for_those_of_the_batch(kind, parameters):
-    with pytest.raises(MimicError, match="the scored rows are in another order than the samples of the batch"):
+    with pytest.raises(MimicError, match="row i of the batch must be sample i throughout the step"):
         fit(kind, loader(toy_data(8)), parameters=parameters)
 
 

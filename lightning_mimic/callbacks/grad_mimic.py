@@ -39,6 +39,9 @@ class GradMimic(pl.Callback):
     ``mimic/score_mean``, ``mimic/ess`` (effective sample size), ``mimic/direction_norm`` and ``mimic/negative_share``
     (share of negative scores). The same engine serves other training loops as :class:`~lightning_mimic.Reweighter`.
 
+    Row *i* of the batch must be sample *i* throughout ``training_step``: sort and filter before, in the ``collate_fn``.
+    Samples that the first step of an epoch puts in another order are refused.
+
     Args:
         reference: A checkpoint's path (``.ckpt``, ``.pt``, ``.safetensors``), a module or a state dict whose
             weights mean the same as the model's; :class:`~lightning_mimic.Aligned` around one of another

@@ -4,62 +4,58 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lightning_mimic.cli.errors import exit_on_user_error
+from lightning_mimic.cli.command import command
 from lightning_mimic.curation import Comparison, Curation, CurationError, Manifest, compare, curate, select
 
 
-@hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name="curate")
+@command("mimic-curate", "curate")
 def curate_main(config: DictConfig) -> None:
     """Decides which samples of a ledger stay."""
     console = Console()
-    with exit_on_user_error("mimic-curate"):
-        settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        del settings["filter"]
-        if settings["out"] is None:
-            raise CurationError("`out` is null; expected a directory for the manifest.")
-        with _progress(console) as progress:
-            done = curate(filter=instantiate(config.filter), progress=progress, **settings)
+    settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    del settings["filter"]
+    if settings["out"] is None:
+        raise CurationError("`out` is null; expected a directory for the manifest.")
+    with _progress(console) as progress:
+        done = curate(filter=instantiate(config.filter), progress=progress, **settings)
     show(console, done)
 
 
-@hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name="select")
+@command("mimic-select", "select")
 def select_main(config: DictConfig) -> None:
     """Composes filters."""
-    with exit_on_user_error("mimic-select"):
-        settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        with _progress(Console()) as progress:
-            manifest = select(**settings, progress=progress)
+    settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    with _progress(Console()) as progress:
+        manifest = select(**settings, progress=progress)
     kept, samples = (manifest.provenance[name] for name in ("kept", "samples"))
     print(f"{manifest.path}: {kept:,} of {samples:,} samples kept ({kept / max(samples, 1):.1%})")  # noqa: T201
 
 
-@hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name="compare")
+@command("mimic-compare", "compare")
 def compare_main(config: DictConfig) -> None:
     """Puts data sets beside each other."""
-    with exit_on_user_error("mimic-compare"):
-        settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        if not isinstance(settings["manifests"], dict):
-            raise CurationError(
-                f"`manifests` is {settings['manifests']!r}; expected names, as in {{new: a/manifest.parquet}}."
-            )
-        manifests = {str(name): Manifest(path) for name, path in settings["manifests"].items()}
-        noise = settings["noise"]
-        if isinstance(noise, dict):
-            noise = {str(name): share for name, share in noise.items()}
-        comparison = compare(manifests, noise)
-        show_comparison(Console(), comparison)
-        if settings["plot"]:
-            from lightning_mimic.curation.report import plot_quality
+    settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    if not isinstance(settings["manifests"], dict):
+        raise CurationError(
+            f"`manifests` is {settings['manifests']!r}; expected names, as in {{new: a/manifest.parquet}}."
+        )
+    manifests = {str(name): Manifest(path) for name, path in settings["manifests"].items()}
+    noise = settings["noise"]
+    if isinstance(noise, dict):
+        noise = {str(name): share for name, share in noise.items()}
+    comparison = compare(manifests, noise)
+    show_comparison(Console(), comparison)
+    if settings["plot"]:
+        from lightning_mimic.curation.report import plot_quality
 
-            plot_quality(settings["plot"], comparison)
-            print(f"\n{settings['plot']}")  # noqa: T201
+        plot_quality(settings["plot"], comparison)
+        print(f"\n{settings['plot']}")  # noqa: T201
 
 
 def show(console: Console, done: Curation) -> None:

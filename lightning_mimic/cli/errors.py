@@ -1,33 +1,68 @@
 """User errors of the commands, as one-line messages."""
 
 import contextlib
+import os
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
-from hydra.errors import InstantiationException
+from hydra.errors import InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from lightning_mimic.errors import MimicError
+from lightning_mimic.errors import MimicError, nearest_names
 
 
 @contextlib.contextmanager
 def exit_on_user_error(command: str) -> Iterator[None]:
     """Print user errors as a one-line message, with exit status 1, instead of a traceback.
 
+    Those are the package's own, files and disks that cannot be used, and settings that cannot be resolved or that what
+    they build does not take. ``HYDRA_FULL_ERROR=1`` shows the traceback of all but the package's own.
+
     Args:
         command: Name of the command.
     """
+    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
         yield
     except MissingMandatoryValue as error:
         raise SystemExit(f"{command}: `{error.full_key}` is missing; `{command} --help` shows what it takes.") from None
     except InstantiationException as error:
-        if not isinstance(error.__cause__, MimicError):
+        if isinstance(error.__cause__, MimicError):
+            raise SystemExit(f"{command}: {error.__cause__}") from None
+        if full:
             raise
-        raise SystemExit(f"{command}: {error.__cause__}") from None
+        raise SystemExit(f"{command}: {in_one_line(error)}") from None
     except MimicError as error:
         raise SystemExit(f"{command}: {error}") from None
+    except (OSError, OmegaConfBaseException) as error:
+        if full:
+            raise
+        raise SystemExit(f"{command}: {in_one_line(error)}") from None
+
+
+def in_one_line(error: Exception) -> str:
+    """Return what an error says, with the names that are nearest to one that is not there.
+
+    Args:
+        error: Of Hydra, of OmegaConf or of the operating system.
+    """
+    cause: Any = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("object_type=", "See https://"))]
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        return f"{lines[0]}; {nearest_names(error.missing_cfg_file.rpartition('/')[2], error.options)}."
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
+        parent = cause.parent_node
+        # A group of which nothing is chosen is not among the settings.
+        groups = [] if parent._get_parent() is not None else resources.files("lightning_mimic.conf").iterdir()
+        names = [*map(str, parent), *(each.name for each in groups if each.is_dir())]
+        return f"{lines[0].rstrip('.')}; {nearest_names(str(cause.key), names)}."
+    if lines and lines[0].startswith("Multiple values for"):
+        return f"{lines[0].partition('.')[0]}; leave out the '+', which adds a group that is not there yet."
+    return " ".join(lines) or type(error).__name__
 
 
 def check_inputs_exist(config: DictConfig) -> None:

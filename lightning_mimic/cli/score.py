@@ -3,14 +3,15 @@
 import warnings
 from pathlib import Path
 
-import hydra
 import lightning as L
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_mimic.callbacks import AtCheckpoints
-from lightning_mimic.cli.errors import check_inputs_exist, exit_on_user_error
+from lightning_mimic.cli.command import command
+from lightning_mimic.cli.errors import check_inputs_exist
 from lightning_mimic.data import CachedFeatures
+from lightning_mimic.errors import MimicError
 from lightning_mimic.ledger import Ledger
 from lightning_mimic.reference import refuse_module_on_features
 
@@ -25,7 +26,7 @@ def score(config: DictConfig) -> Ledger:
         The ledger, an epoch per checkpoint.
     """
     if OmegaConf.select(config, "mimic._target_") is None:
-        raise SystemExit("mimic-score: mimic=none scores nothing; leave it out, or name a scorer (mimic=cosine).")
+        raise MimicError("mimic=none scores nothing; leave it out, or name a scorer (mimic=cosine).")
     check_inputs_exist(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
     data, model = instantiate(config.data), instantiate(config.model)
@@ -50,12 +51,10 @@ def score(config: DictConfig) -> Ledger:
     return Ledger(config.ledger)
 
 
-@hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name="score")
+@command("mimic-score", "score")
 def main(config: DictConfig) -> None:
     """The command line."""
-    with exit_on_user_error("mimic-score"):
-        ledger = score(config)
-    print(Path(ledger.directory))  # noqa: T201
+    print(Path(score(config).directory))  # noqa: T201
 
 
 if __name__ == "__main__":

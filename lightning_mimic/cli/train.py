@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import hydra
 import lightning as L
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_mimic.callbacks import GradMimic
+from lightning_mimic.cli.command import command
 from lightning_mimic.cli.errors import check_inputs_exist
 from lightning_mimic.data import CachedFeatures
-from lightning_mimic.errors import MimicError
+from lightning_mimic.errors import MimicError, nearest_names
 from lightning_mimic.reference import refuse_module_on_features
 
 
@@ -27,9 +27,11 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
         The trainer, with the model, its callbacks and ``callback_metrics``.
 
     Raises:
-        MimicError: A file that another run writes is not there; the message has the command.
+        MimicError: A file that another run writes is not there, and the message has the command; or no training step
+            was done.
     """
     check_inputs_exist(config)
+    resume = _existing(config.resume)
     L.seed_everything(config.seed, workers=True, verbose=False)
     data, model = instantiate(config.data), instantiate(config.model)
     if config.features:
@@ -42,37 +44,85 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
             if isinstance(callback, GradMimic):
                 refuse_module_on_features(callback.settings.reference)
     if config.save_epochs_to:
-        there = sorted(Path(config.save_epochs_to).glob("*.ckpt"))
-        if there and not config.resume:
-            raise MimicError(f"`save_epochs_to`: {there[0]} is there already, of another run; name another directory.")
-        callbacks.append(
-            ModelCheckpoint(
-                config.save_epochs_to,
-                "{epoch:03d}",
-                auto_insert_metric_name=False,
-                save_top_k=-1,
-                every_n_epochs=1,
-                save_on_train_epoch_end=True,
-                enable_version_counter=False,
-            )
-        )
+        callbacks.append(_every_epoch(Path(config.save_epochs_to).expanduser(), resumed=resume is not None))
     logger = instantiate(config.logger) if config.get("logger") else False
     trainer: L.Trainer = instantiate(config.trainer, callbacks=callbacks, logger=logger)
     for each in trainer.loggers:
         # Plain containers: a checkpoint must not hold objects that need code to be read.
         each.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
-    trainer.fit(model, datamodule=data, ckpt_path=config.resume)
+    trainer.fit(model, datamodule=data, ckpt_path=resume)
+    _check_trained(trainer)
     if config.test:
         trainer.test(model, datamodule=data)
     if config.save_to and not config.trainer.get("fast_dev_run"):
-        trainer.save_checkpoint(Path(config.save_to))
+        trainer.save_checkpoint(Path(config.save_to).expanduser())
     return trainer
 
 
-@hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name="train")
-def main(config: DictConfig) -> None:
-    """The command line."""
-    train(config)
+def _every_epoch(directory: Path, *, resumed: bool) -> ModelCheckpoint:
+    """Return a callback that saves the model after every epoch."""
+    there = sorted(directory.glob("*.ckpt"))
+    if there and not resumed:
+        raise MimicError(f"`save_epochs_to`: {there[0]} is there already, of another run; name another directory.")
+    return ModelCheckpoint(
+        directory,
+        "{epoch:03d}",
+        auto_insert_metric_name=False,
+        save_top_k=-1,
+        every_n_epochs=1,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
+
+
+def _existing(resume: str | None) -> Path | None:
+    """Return the path of a checkpoint to go on from."""
+    if resume is None:
+        return None
+    path = Path(resume).expanduser()
+    if not path.is_file():
+        near = nearest_names(path.name, [each.name for each in path.parent.glob("*")])
+        raise MimicError(f"`resume`: there is no file {path}; {near}.")
+    return path
+
+
+def _check_trained(trainer: L.Trainer) -> None:
+    if trainer.global_step == 0:
+        raise MimicError(
+            "no training step was done, so there is no trained model: "
+            f"{trainer.num_training_batches} batches per epoch, max_epochs={trainer.max_epochs}, "
+            f"max_steps={trainer.max_steps}."
+        )
+
+
+class _LoggedFigures(L.Callback):
+    """Keeps what was logged, also by the fit before a test."""
+
+    def __init__(self) -> None:
+        self.figures: dict[str, float] = {}
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._keep(trainer)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._keep(trainer)
+
+    def _keep(self, trainer: L.Trainer) -> None:
+        self.figures |= {name: float(figure) for name, figure in trainer.callback_metrics.items()}
+
+    def named(self, name: str) -> float:
+        if name not in self.figures:
+            raise MimicError(f"`optimized_metric`: {name!r} was not logged; {nearest_names(name, self.figures)}.")
+        return self.figures[name]
+
+
+@command("mimic-train", "train")
+def main(config: DictConfig) -> float | None:
+    """The command line; returns the figure that a sweeper optimises."""
+    name = config.optimized_metric
+    logged = _LoggedFigures()
+    train(config, [logged] if name else [])
+    return logged.named(name) if name else None
 
 
 if __name__ == "__main__":

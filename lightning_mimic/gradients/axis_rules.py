@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lightning_mimic.gradients.elementwise_rules import any_moved
 from lightning_mimic.gradients.forward_trace import Operation
 from lightning_mimic.gradients.sample_rows import (
     FOREIGN,
@@ -120,7 +119,7 @@ def reordered(operation: Operation, values: Mapping[int, Value], samples: int) -
         return rows
     if rows.scored or rows.inner != 1 or ref.shape[rows.axis] != samples:
         return Mixed("the samples' rows are put in another order", rows.scored)
-    return replace(rows, moved=True)
+    return rows
 
 
 def joined(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
@@ -138,7 +137,7 @@ def joined(operation: Operation, values: Mapping[int, Value], samples: int) -> V
         return Mixed("something is joined to the batch", scored)
     if any(tells_apart(values[ref.token], ref, axis) for ref in refs):
         return Mixed(FOREIGN, scored)
-    return Rows(axis + (stacks and dim <= axis), inner, scored, any_moved(refs, values))
+    return Rows(axis + (stacks and dim <= axis), inner, scored)
 
 
 def padded(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:

@@ -1,8 +1,8 @@
 """Rules for operations that work element by element."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from lightning_mimic.gradients.forward_trace import Operation, Ref
+from lightning_mimic.gradients.forward_trace import Operation
 from lightning_mimic.gradients.sample_rows import FOREIGN, Mixed, Rows, Value, is_scored, tells_apart
 
 
@@ -21,10 +21,4 @@ def pointwise(operation: Operation, values: Mapping[int, Value], samples: int) -
     for ref in operation.inputs:
         if tells_apart(values[ref.token], ref, axis - len(shape) + len(ref.shape)):
             return Mixed(FOREIGN, scored)
-    return Rows(axis, inner, scored, any_moved(operation.inputs, values))
-
-
-def any_moved(refs: Sequence[Ref], values: Mapping[int, Value]) -> bool:
-    """Whether all rows come in another order; what is mixed with others' rows, as in mixup, belongs to its own."""
-    rows = [value for ref in refs if isinstance(value := values[ref.token], Rows)]
-    return all(value.moved for value in rows)
+    return Rows(axis, inner, scored)

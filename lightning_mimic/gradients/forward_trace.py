@@ -115,6 +115,7 @@ class Operation:
         aliases: Other tensors that share memory with one that was changed.
         pointwise: It works element by element, with broadcasting.
         numbers: Those among the arguments that may have been made of others: factors, bounds, places.
+        places: Of an operation that takes or writes whole slices of a tensor by an index: by axis their places.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Operation:
     aliases: tuple["Alias", ...] = ()
     pointwise: bool = False
     numbers: frozenset[float] = frozenset()
+    places: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def inputs(self) -> list[Ref]:
@@ -251,6 +253,7 @@ class _Operations(TorchDispatchMode):
             _tensors(given[name], changed.append)
         arguments = [{name: trace.refs(value) for name, value in given.items()} for trace in _recording]
         outputs = func(*args, **kwargs)
+        places = _places(kind.name, given, outputs)
         for trace, named in zip(_recording, arguments, strict=True):
             found: list[Ref] = []
             if kind.chooses(given) or any(ref.chosen for ref in Operation(kind.name, named, ()).inputs):
@@ -260,7 +263,7 @@ class _Operations(TorchDispatchMode):
             aliases = trace.aliases(changed)
             numbers = kind.numbers(given)
             trace.operations.append(
-                Operation(kind.name, named, tuple(found), written, aliases, kind.pointwise, numbers)
+                Operation(kind.name, named, tuple(found), written, aliases, kind.pointwise, numbers, places)
             )
         return outputs
 
@@ -411,6 +414,36 @@ def _kind(func: Any) -> _Kind:
         pointwise=name in _POINTWISE or declared,
         counts=torch.Tag.dynamic_output_shape in func.tags,
     )
+
+
+def _places(name: str, given: Mapping[str, Any], outputs: Any) -> dict[int, tuple[int, ...]]:
+    """Return by axis which slices an operation takes or writes (a wait for the device)."""
+    table = given.get("self")
+    if not isinstance(table, Tensor) or not table.ndim:
+        return {}
+    indices: dict[int, Tensor] = {}
+    if name in _BY_INDICES:
+        indices = {axis: index for axis, index in enumerate(given["indices"]) if index is not None}
+        if len({index.shape for index in indices.values()}) > 1 or any(index.ndim != 1 for index in indices.values()):
+            return {}
+    elif name in _BY_INDEX:
+        axis, index = given["dim"] % table.ndim, given["index"]
+        if index.ndim > 1:  # the same for all elements of a slice
+            rows = index.movedim(axis, 0).flatten(1)
+            index = rows[:, 0] if bool((rows == rows[:, :1]).all()) else None
+        indices = {} if index is None else {axis: index.flatten()}
+    elif name in ("sort", "topk") and table.ndim == 1:
+        indices = {0: outputs[1]}
+    found = {}
+    for axis, index in indices.items():
+        if index.dtype in (torch.bool, torch.uint8):
+            index = index.nonzero().flatten()
+        found[axis] = tuple(place % table.shape[axis] for place in index.tolist())
+    return found
+
+
+_BY_INDICES = frozenset({"index", "_unsafe_index", "index_put", "_index_put_impl"})
+_BY_INDEX = frozenset({"index_select", "index_copy", "index_add", "gather", "scatter", "scatter_add"})
 
 
 def _is_of_torch(hooks: Sequence[Any]) -> bool:

@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from lightning_mimic.gradients.elementwise_rules import any_moved, pointwise
+from lightning_mimic.gradients.elementwise_rules import pointwise
 from lightning_mimic.gradients.forward_trace import Operation, Ref
 from lightning_mimic.gradients.sample_rows import FOREIGN, Constant, Mixed, Rows, Value, is_scored, mixed, tells_apart
 
@@ -25,7 +25,7 @@ def gathered(operation: Operation, values: Mapping[int, Value], samples: int) ->
         return Mixed(FOREIGN, scored)
     if any(ref.shape[axis] != arguments["self"].shape[axis] for ref in refs):
         return Mixed("only some of the samples are taken", scored)
-    return Rows(axis, inner, scored, any_moved(refs, values))
+    return Rows(axis, inner, scored)
 
 
 def one_hot(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:
@@ -72,7 +72,7 @@ def _chosen(rows: Rows, ref: Ref, dim: int, index: Ref, samples: int) -> Value:
     order = index.shape == (samples,) and index.dtype != torch.bool
     if rows.scored or rows.inner != 1 or ref.shape[dim] != samples or not order:
         return Mixed("the samples' rows are put in another order, or only some are taken", rows.scored)
-    return replace(rows, moved=True)  # as the targets of mixed samples are
+    return rows  # as the targets of mixed samples are
 
 
 def indexed(operation: Operation, values: Mapping[int, Value], samples: int) -> Value:

@@ -1,7 +1,6 @@
 """Proof that a loss is the plain mean of its samples' losses, from the data flow between scored rows and loss."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -143,8 +142,6 @@ class DataFlow:
         rows, known = Rows(0, inner=max(ref.shape[0] // self._trace.samples, 1), scored=True), self._values[ref.token]
         if isinstance(known, Rows) and (known.axis, known.inner) != (rows.axis, rows.inner):
             self.misplaced = "the samples do not lie on the first axis of the scored rows"
-        elif isinstance(known, Rows) and known.moved:
-            self.misplaced = "the scored rows are in another order than the samples of the batch"
         self._values[ref.token] = rows
 
     def _follow(self, operation: Operation, read: str | None) -> None:
@@ -177,7 +174,7 @@ def _changed(known: Value, part: Value, covered: frozenset[int], name: str) -> V
         covered: Its axes along which the part reaches everything.
         name: Of the operation.
     """
-    if isinstance(known, Rows) and isinstance(part, Rows) and replace(part, moved=known.moved) == known:
+    if isinstance(known, Rows) and part == known:
         return known  # cut and mixed with others' rows
     if isinstance(known, Rows) and isinstance(part, Constant) and part.exchangeable and known.axis in covered:
         return known

@@ -27,17 +27,17 @@ class Constant:
 class Rows:
     """Holds a row for each sample, which depends on no other sample.
 
+    In which order they lie is found by :mod:`~.sample_order`.
+
     Attributes:
         axis: The samples' axis. Its size is a multiple of B where other axes were merged with it.
         inner: Steps along this axis from a sample to the next.
         scored: Depends on the scored rows.
-        moved: The rows are the samples' in another order than the batch has.
     """
 
     axis: int
     inner: int = 1
     scored: bool = False
-    moved: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def reshaped(rows: Rows, samples: int, old: tuple[int, ...], new: tuple[int, ...
     Example:
         >>> flat = reshaped(Rows(0), 4, (4, 3, 5), (12, 5))
         >>> flat
-        Rows(axis=0, inner=3, scored=False, moved=False)
+        Rows(axis=0, inner=3, scored=False)
         >>> reshaped(flat, 4, (12, 5), (2, 2, 3, 5))
     """
     if prod(old) != prod(new):

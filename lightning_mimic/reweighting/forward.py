@@ -1,11 +1,12 @@
 """A micro-batch after its forward pass."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError
@@ -14,8 +15,9 @@ from lightning_mimic.gradients.graph import Graph
 from lightning_mimic.gradients.layer_hooks import LayerCall, LayerCalls
 from lightning_mimic.gradients.nodes import grad_fn_of, in_same_order
 from lightning_mimic.gradients.plain_mean import DataFlow
+from lightning_mimic.gradients.sample_order import SampleOrder
 from lightning_mimic.reweighting.hooks import SampleLosses
-from lightning_mimic.reweighting.messages import NOT_PLAIN
+from lightning_mimic.reweighting.messages import NOT_PLAIN, REORDERED
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Forward:
         calls: The calls of the observed layers.
         rows: Samples of this rank.
         trace: The operations of the forward pass, where they were followed.
+        shows: The trace must show that the loss is a plain mean over the samples.
     """
 
     loss: Tensor
@@ -35,6 +38,7 @@ class Forward:
     calls: LayerCalls
     rows: int
     trace: ForwardTrace | None = None
+    shows: bool = False
 
     @property
     def of_all_ranks(self) -> bool:
@@ -78,13 +82,47 @@ class Forward:
         Args:
             edge: Where the tensor's gradient arrives.
         """
-        node = edge.node
+        node = self._seen(edge.node)
+        return None if self.trace is None or node is None else DataFlow(self.trace, node)
+
+    def check_observed(self) -> None:
+        """Check the order of the rows in all observed layers and in the losses.
+
+        Raises:
+            MimicError: See :meth:`check_order`.
+        """
+        rows = [call.node for call in self.calls.calls if call.shape[0] == self.rows]
+        self.check_order(rows if self.losses is None else [*rows, self.losses.edge.node])
+
+    def check_order(self, nodes: Iterable[Node]) -> None:
+        """Check that tensors with a row per sample hold them in the batch's order, where that is known.
+
+        Args:
+            nodes: That made the tensors.
+
+        Raises:
+            MimicError: One does not, so that scores would be recorded under other samples' ids.
+        """
+        for node in nodes:
+            seen = self._seen(node)
+            if self.order is None or self.trace is None or seen is None:
+                continue
+            if self.order.differs(self.trace.nodes[seen][0]):
+                raise MimicError(REORDERED)
+
+    @cached_property
+    def order(self) -> SampleOrder | None:
+        """The order of the samples in every tensor of the forward pass; ``None`` where it was not followed."""
+        return None if self.trace is None else SampleOrder(self.trace)
+
+    def _seen(self, node: Node) -> Node | None:
+        """Return the node of the same tensor, or its view, that the trace knows."""
         while self.trace is not None and node not in self.trace.nodes:
             parents = {parent for parent, _ in self.graph.parents.get(node, ())}
             if len(parents) != 1 or not in_same_order(*parents):
                 return None
             (node,) = parents
-        return None if self.trace is None else DataFlow(self.trace, node)
+        return node
 
     def sample_cuts(self, cuts: list[GradientEdge]) -> list[GradientEdge]:
         """Return those of the cuts that hold a row per sample, where the data flow is known.
@@ -97,7 +135,7 @@ class Forward:
         Raises:
             MimicError: The loss is not shown to be a plain mean over the rows of the lowest cut.
         """
-        if self.trace is None:
+        if self.trace is None or not self.shows:
             return cuts
         reason = "where the samples' rows are used is not seen"
         for edge in reversed(cuts):

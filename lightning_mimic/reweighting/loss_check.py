@@ -64,8 +64,8 @@ class LossCheck:
             samples: B.
             check: It is the first micro-batch of an epoch, or the module has changed.
         """
-        shows = not (self._asserted or self._captured) and (check or samples not in self._sizes)
-        if samples < 2 or not (shows or (self._ambiguous and check)):
+        shows = not (self._asserted or self._captured) and samples not in self._sizes
+        if samples < 2 or not (check or shows):
             return None
         trace = ForwardTrace(samples)
         trace.expect(held_tensors(batch), [*self._module.parameters(), *self._module.buffers()])
@@ -86,7 +86,7 @@ class LossCheck:
         Raises:
             MimicError: It is not shown.
         """
-        if forward.trace is None:
+        if forward.trace is None or not forward.shows:
             return
         flow = forward.flow(edge)
         if flow is None:

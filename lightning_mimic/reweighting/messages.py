@@ -44,6 +44,13 @@ NOT_THE_MEAN = (
     "regularisers belong inside `sample_losses`, or in a term of their own."
 )
 
+REORDERED = (
+    "training_step puts the samples in another order, or takes some of them, before they are scored, so that scores "
+    "would be recorded under other samples' ids: row i of the batch must be sample i throughout the step. Sort or "
+    "filter in the data set or in the `collate_fn`, before ids are given; or bring the rows back into the batch's "
+    "order before the scored layer (`rows[order.argsort()]`)."
+)
+
 SEVERAL_PASSES = (
     "the optimizer runs its closure more than once per batch (LBFGS, SAM); the weights of a batch hold for one pass. "
     "Use an optimizer with one pass."

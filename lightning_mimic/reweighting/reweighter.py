@@ -481,11 +481,16 @@ class Reweighter:
 
             def chosen() -> Choice:
                 chosen = choose_method(task, forward, choice)
+                edge = chosen.method.gate_edge(forward)
+                forward.check_order([edge.node])
                 if forward.losses is None:
-                    self._context.loss_check.show(forward, chosen.method.gate_edge(forward))
+                    self._context.loss_check.show(forward, edge)
                 return chosen
 
-            choice = self._choice = distributed.on_all_ranks(chosen, "could not score its samples")
+            problem = "could not score its samples"
+            # Before the ranks exchange anything else, because what is found may differ between them.
+            distributed.on_all_ranks(forward.check_observed, problem)
+            choice = self._choice = distributed.on_all_ranks(chosen, problem)
         return choice.method
 
     def _diagnose(self, step: Step, result: StepResult) -> StepResult:

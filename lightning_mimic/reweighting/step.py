@@ -233,11 +233,13 @@ class Step:
         return result
 
     def finish(self) -> StepResult | None:
-        """Return the result after the backward pass; ``None`` if there was no loss.
+        """Return the result after the backward pass; ``None`` if there was none, because nothing was trained on.
 
         Raises:
             RuntimeError: The backward pass has not come by the scored layer.
         """
+        if self.backward_follows and self._factor is None:
+            return None  # as in the pass in which SWA renews the statistics of batch norms
         if self.has_loss and self._result is None:
             raise RuntimeError("no gradient reached the output of the scored layer, so this batch has no scores.")
         return self._result
@@ -354,7 +356,7 @@ class Step:
         rows = self._rows
         if self._context.capture is None:
             shown = self._context.loss_check.basis == "shown"
-            return Forward(loss, None, self._calls, rows, self._trace if shown else None)
+            return Forward(loss, None, self._calls, rows, self._trace, shows=shown)
         if not self._captured:
             raise MimicError(
                 "the module has a method `sample_losses`, but training_step did not call it; training_step must "
@@ -363,7 +365,7 @@ class Step:
         losses = self._captured[0]
         if len(losses.values) not in (rows, rows * distributed.world_size()):
             raise MimicError(f"`sample_losses` returned {len(losses.values)} losses for {rows} samples.")
-        return Forward(loss, losses, self._calls, rows)
+        return Forward(loss, losses, self._calls, rows, self._trace)
 
     def _watch(self, forward: Forward, edge: GradientEdge) -> None:
         """Have the backward pass show by what the loss is multiplied, and whether it is the mean of the losses."""

@@ -1,0 +1,96 @@
+"""What the words of a command line mean, and how the commands end where they cannot be followed."""
+
+import sys
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from lightning_mimic.cli.arguments import arranged, settle
+from lightning_mimic.cli.curate import curate_main
+from lightning_mimic.cli.make_shards import main as make_shards
+from lightning_mimic.cli.train import main as train
+
+PATHS = ["a/epoch=0-step=35.ckpt", "run[1]/x.ckpt", "é/x#1.ckpt", "it's=a.ckpt", "~/a=b.ckpt", "two words=1", "{a}=b"]
+
+
+def value_of(word):
+    return OverridesParser.create().parse_override(word).value()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_is_taken_as_it_is(path):
+    (word,) = arranged([f"resume={path}"])
+    assert str(value_of(word)) == path
+    assert arranged([word]) == [word]  # for the processes that are started by it
+
+
+def test_paths_in_a_list_are_taken_as_they_are():
+    (word,) = arranged(["checkpoints=[a/epoch=0-step=35.ckpt,last.ckpt]"])
+    assert [str(each) for each in value_of(word)] == ["a/epoch=0-step=35.ckpt", "last.ckpt"]
+
+
+@pytest.mark.parametrize(
+    "word", ["a=1", "a=[1,2]", "a={b:1}", "a=${oc.env:X}", "~a", "+a=b", "a=1,2", "--cfg", "a='x=1'"]
+)
+def test_other_words_are_left_alone(word):
+    assert arranged([word]) == [word]
+
+
+def test_a_sweep_comes_first_and_its_paths_are_apart():
+    words = arranged(["resume=a=1.ckpt,b=2.ckpt", "--multirun"])
+    assert words == ["--multirun", "resume='a=1.ckpt','b=2.ckpt'"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("16", 16), ("5e-1", 0.5), ("-1.", -1.0), ("true", True), ("0004", "0004"), ("a", "a")]
+)
+def test_the_environment_gives_numbers(text, value, monkeypatch):
+    monkeypatch.setenv("VALUE", text)
+    config = OmegaConf.create({"a": {"b": ["${oc.env:VALUE}"]}, "ledger": "${oc.env:VALUE}", "at": "x/${oc.env:VALUE}"})
+    settle(config)
+    assert config == {"a": {"b": [value]}, "ledger": text, "at": f"x/{text}"}
+    assert type(config.a.b[0]) is type(value)
+
+
+ENDS = {
+    "an option": (
+        train,
+        ["experiment=digits_nosy"],
+        "'experiment/digits_nosy'; nearest: 'digits_noisy'",
+    ),
+    "a group": (train, ["experimnt=digits_noisy"], "Could not override 'experimnt'; nearest: 'experiment'"),
+    "a plus": (train, ["+experiment=digits_noisy"], "Multiple values for experiment; leave out the '+'"),
+    "a setting": (train, ["mimic.temprature=1"], "Could not override 'mimic.temprature'; nearest: 'temperature'"),
+    "the environment": (train, ["seed=${oc.env:NOT_THERE}"], "Environment variable 'NOT_THERE' not found"),
+    "a checkpoint": (train, ["experiment=digits_reference", "resume=a=1.ckpt"], "`resume`: there is no file a=1.ckpt"),
+    "a word": (train, ["foo"], "Error parsing override 'foo'"),
+    "a value": (train, ["mimic=none", "model.pretrained=null", "data.train=nosy"], "`train` is 'nosy'"),
+    "another command": (curate_main, ["ledgr=x"], "Could not override 'ledgr'; nearest: 'ledger'"),
+    "a folder": (make_shards, ["out=/proc/none/shards"], "/proc/none"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENDS)
+def test_a_mistake_ends_with_one_line(name, tmp_path, monkeypatch):
+    main, words, said = ENDS[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setattr(sys, "argv", ["mimic", *words, f"hydra.run.dir={tmp_path}/run"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert isinstance(ended.value.code, str)
+    assert said in ended.value.code
+    assert "\n" not in ended.value.code
+
+
+@pytest.mark.slow
+def test_no_training_step_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quiet = ["trainer.enable_progress_bar=false", "logger=none", "test=false", "trainer.enable_checkpointing=false"]
+    words = ["experiment=digits_reference", "trainer.max_epochs=0", "hydra.run.dir=run", *quiet]
+    monkeypatch.setattr(sys, "argv", ["mimic-train", *words])
+    with pytest.raises(SystemExit, match="no training step was done, so there is no trained model"):
+        train()
+    assert not (tmp_path / "outputs").exists()
