@@ -70,7 +70,7 @@ OPTIONAL = {
     "timm": {"data/transforms.py", "models/backbones.py"},
     "open_clip": {"models/zero_shot.py", "reference/open_clip_hub.py"},
     "webdataset": {"data/shards.py"},
-    "PIL": {"data/digit_pairs.py", "data/labelled.py", "data/pairs.py"},
+    "PIL": {"data/digit_pairs.py", "data/images.py", "data/labelled.py"},
 }
 TRAINERS = {"lightning", "pytorch_lightning"}
 CORE = TRAINERS | {"torch", "torchmetrics", "hydra", "omegaconf", "pyarrow", "lightning_mimic"}

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import dataclasses
 import math
 import shutil
 import tempfile
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_mimic.data.images import MAX_PIXELS
 from lightning_mimic.data.labelled import LabelledImages
 from lightning_mimic.data.pair_loader import PairLoader
-from lightning_mimic.data.pair_stream import ShardReaderConfig, shards_for_worker
+from lightning_mimic.data.pair_stream import PairStream, ShardReaderConfig, StreamPosition, no_pairs, shards_for_worker
 from lightning_mimic.data.rejects import Rejects, summary
 from lightning_mimic.data.shards import list_shards, scanned_ids, stated_counts
 from lightning_mimic.distributed import rank, world_size
-from lightning_mimic.errors import MimicError
+from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.manifest import KeptIds
 from lightning_mimic.trainer_package import pl
 
@@ -60,6 +62,9 @@ class ImageTextDataModule(pl.LightningDataModule):
         shuffle: Pairs that a worker holds, undecoded, to draw the next one from; 0: the order of the shards.
         seed: Of the order.
         max_pixels: Most pixels of an image, by its header.
+        verify: Skip pairs whose image differs from the ``sha256`` that img2dataset and DataComp write in the json, at
+            the cost of a hash of every image. It is that of the file that was downloaded; images that were
+            resized since, and pairs without one, are taken, and counted in the warning at the end.
         rejects: Directory for the list of skipped pairs; they are counted without one, too.
 
     Raises:
@@ -87,7 +92,8 @@ class ImageTextDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         shuffle: int = 5000,
         seed: int = 0,
-        max_pixels: int = 2**26,
+        max_pixels: int = MAX_PIXELS,
+        verify: bool = False,
         rejects: str | Path | None = None,
     ) -> None:
         super().__init__()
@@ -118,6 +124,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         self.shuffle = shuffle
         self.seed = seed
         self.max_pixels = max_pixels
+        self.verify = verify
         self.rejects = rejects
         if val_shards is None and zero_shot is None:
             # Lightning goes without validation where these methods are its own; of an empty list it would warn.
@@ -212,7 +219,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         stated = stated_counts(urls)
         config = ShardReaderConfig(
             urls, stated, transform, self.tokenizer, self.batch_size, workers, self.shuffle if train else 0, self.seed,
-            self.max_pixels, kept, with_replacement, str(self._directory), self._run,
+            self.max_pixels, kept, with_replacement, self.verify, str(self._directory), self._run, self._listed,
         )  # fmt: skip
         if with_replacement:
             assert self.samples_per_epoch is not None
@@ -220,6 +227,8 @@ class ImageTextDataModule(pl.LightningDataModule):
             batches_per_worker: list[int] | None = [batches] * workers
         else:
             counts = _counts(urls, stated, kept)
+            if not sum(counts.get(url, 1) for url in urls):
+                raise self._no_pairs(config, rank)
             batches_per_worker = self._batches_per_worker(urls, argument, counts, rank, world, workers)
         loader = PairLoader(
             config, rank, world, batches_per_worker, with_replacement or world > 1, num_workers,
@@ -227,6 +236,18 @@ class ImageTextDataModule(pl.LightningDataModule):
         )  # fmt: skip
         self._loaders.append(loader)
         return loader
+
+    def _no_pairs(self, config: ShardReaderConfig, rank: int) -> MimicError:
+        """Return the error of shards that hold no pair by the names of their files, once it is listed why."""
+        every = dataclasses.replace(config, kept=None)
+        if PairStream(every, rank, 1, None, False, 0, StreamPosition([[0, 0]])).list_rejects():
+            return MimicError(f"`keep`: {self.keep} keeps none of the pairs in {join_names(config.shards, 3)}.")
+        return no_pairs(config)
+
+    @property
+    def _listed(self) -> str:
+        """Where the user finds what was skipped, as a phrase."""
+        return f"listed in {self.rejects}" if self.rejects is not None else "give `rejects=` a directory for the list"
 
     def _batches_per_worker(
         self, urls: list[str], argument: str, counts: dict[str, int], rank: int, world: int, workers: int
@@ -292,12 +313,11 @@ class ImageTextDataModule(pl.LightningDataModule):
         if directory is None or (self.trainer is not None and not self.trainer.is_global_zero):
             return
         rejects = Rejects(directory, self._run)
-        place = f"listed in {directory}" if self.rejects is not None else "give `rejects=` a directory for the list"
         if self.rejects is None:
             shutil.rmtree(directory, ignore_errors=True)
         found = summary(rejects)
         if found:
-            warnings.warn(f"{found}; {place}.", stacklevel=2)
+            warnings.warn(f"{found}; {self._listed}.", stacklevel=2)
 
 
 def _counts(urls: list[str], stated: dict[str, int], kept: KeptIds | None) -> dict[str, int]:

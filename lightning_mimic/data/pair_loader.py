@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_mimic.data.pair_stream import PairStream, ShardReaderConfig, StreamPosition
+from lightning_mimic.data.pair_stream import PairStream, ShardReaderConfig, StreamPosition, no_pairs
 from lightning_mimic.distributed import gather_objects
 from lightning_mimic.random_streams import torch_generator
 
@@ -94,10 +94,7 @@ class PairLoader:
             yield batch
         self._begun = self._ended = True
         if empty and not any(given for given, _ in self._position.workers):
-            raise RuntimeError(
-                f"none of the {len(self.config.shards)} shards gave a pair to rank {self.rank}, such as "
-                f"{self.config.shards[0]}; why is listed in {self.config.rejects}"
-            )
+            raise no_pairs(self.config)
 
     def advance(self) -> None:
         """Record that the next yielded batch is being trained on; Lightning may fetch one ahead."""
