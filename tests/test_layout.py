@@ -22,7 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: Loaded by importing anything of the package.
 FRONT = {"errors", "lazy", "version"}
-BASE = FRONT | {"files", "random_streams"}
+BASE = FRONT | {"dataset_ids", "files", "random_streams"}
 RECORDS = {"ledger", "manifest"}
 PURE = BASE | {"batches", "distributed", "sharding", "gradients", "scorers", "reference"}
 OFFLINE = BASE | RECORDS | {"database"}
@@ -31,7 +31,10 @@ MAY_IMPORT = {
     "version": set(),
     "errors": set(),
     "batches": set(),
-    **{room: {"errors", "version"} for room in ("database", "distributed", "files", "lazy", "random_streams")},
+    **{
+        room: {"errors", "version"}
+        for room in ("database", "dataset_ids", "distributed", "files", "lazy", "random_streams")
+    },
     "sharding": {"errors", "distributed"},
     "gradients": PURE - {"gradients", "scorers", "reference"},
     "scorers": PURE - {"scorers", "reference"},
@@ -49,7 +52,19 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT)
 
 #: What importing a room, with all its modules, may load of the large packages; a stage may load those before it, too.
 STAGES = {
-    "": ["", "version", "errors", "lazy", "files", "random_streams", "database", "ledger", "manifest", "curation"],
+    "": [
+        "",
+        "version",
+        "errors",
+        "lazy",
+        "dataset_ids",
+        "files",
+        "random_streams",
+        "database",
+        "ledger",
+        "manifest",
+        "curation",
+    ],
     "torch": ["batches", "sharding"],
     "torchmetrics": ["distributed", "gradients", "scorers", "reference", "reweighting", "metrics", "report"],
     "lightning.pytorch": ["trainer_package", "callbacks", "models", "data"],

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_mimic import distributed
 from lightning_mimic.batches import sample_count, to_device
+from lightning_mimic.dataset_ids import check_loader_ids
 from lightning_mimic.errors import LedgerError, MimicError, join_names
 from lightning_mimic.gradients import ModelHooks, named_parameters
 from lightning_mimic.ledger import Flag, LedgerWriter, note_run, open_run
@@ -239,6 +240,7 @@ class Reweighter:
 
         Raises:
             LedgerError: The directory holds another run, or cannot be written; on all ranks together.
+            MimicError: An id names two samples of the loader's data set.
             RuntimeError: It was started before.
         """
         if self.started:
@@ -248,6 +250,8 @@ class Reweighter:
         self._records = record and directory is not None
         self._ranks = distributed.world_size()
         if record and directory is not None:
+            if self.settings.id_from is None:
+                check_loader_ids(loader)
             self._run, self._attempt = _open_on_all_ranks(
                 directory, self.config, step, self._run, _describe_data(loader, data_module)
             )
