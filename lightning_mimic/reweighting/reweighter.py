@@ -38,6 +38,7 @@ from lightning_mimic.reweighting.messages import HOOKED
 from lightning_mimic.reweighting.methods import Reach, ScoringMethod, ScoringTask
 from lightning_mimic.reweighting.recorder import Position, ScoreRecorder
 from lightning_mimic.reweighting.reference_monitor import OnDoubtful
+from lightning_mimic.reweighting.repeated_ids import RepeatedIds
 from lightning_mimic.reweighting.settings import OnNonfinite, Settings, Uncovered
 from lightning_mimic.reweighting.step import Step, StepContext
 from lightning_mimic.reweighting.target import Target
@@ -199,6 +200,7 @@ class Reweighter:
         self._run: str | None = None
         self._attempt = 0
         self._records = False
+        self._repeated_ids = RepeatedIds()
         # Of the whole run: the process group may be gone when it ends.
         self._ranks = 1
         # Rows by rank, as the ledger's description has them.
@@ -307,6 +309,8 @@ class Reweighter:
             ids = sample_ids(batch, settings.id_from, needed=needed, wanted=settings.uses_ids)
         else:
             ids = check_ids(ids, sample_count(batch))
+        if ids is not None and self._records:
+            self._repeated_ids.check(batch, ids)
         # Once per epoch, and whenever parameters were frozen or unfrozen.
         parameters = [(id(p), p.requires_grad) for p in self.model.parameters()]
         check = self._checked_epoch != position.epoch or parameters != self._parameters
