@@ -4,8 +4,11 @@ import csv
 import errno
 import json
 import os
+import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -15,7 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from lightning_mimic import files
-from lightning_mimic.files import atomic_path, atomic_write, write_json
+from lightning_mimic.files import (
+    TemporaryFolder,
+    atomic_directory,
+    atomic_path,
+    atomic_write,
+    remove_leftovers,
+    write_json,
+)
 from support.cases import for_each
 
 WORKERS = 4
@@ -271,3 +281,146 @@ def test_a_block_that_creates_no_file_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "file"):
         pass
     assert os.listdir(tmp_path) == []
+
+
+def by_folder(path, content):
+    with atomic_directory(path) as folder:
+        (folder / "in").mkdir()
+        (folder / "in" / "it").write_bytes(content)
+
+
+EVERY_WAY = for_each("write", [by_file, by_name, as_json, by_folder])
+
+
+def killed(act, *given):
+    """Run a function in a forked process that is killed by its first rename."""
+    child = os.fork()
+    if child == 0:
+        os.replace = os.link = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        act(*given)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+@EVERY_WAY
+def test_the_next_writer_in_a_folder_removes_what_a_killed_one_left(write, tmp_path):
+    for name in ("it", "other"):
+        killed(write, tmp_path / name, b"half")
+    assert [each.name[:4] for each in tmp_path.iterdir()] == [".oth"]
+    write(tmp_path / "it", b"whole")
+    assert os.listdir(tmp_path) == ["it"]
+
+
+def test_one_of_many_files_is_written_without_listing_the_folder(tmp_path):
+    killed(by_file, tmp_path / "it", b"half")
+    by_file(tmp_path / "it", b"whole", tidy=False)
+    assert len(os.listdir(tmp_path)) == 2
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["it"]
+
+
+@EVERY_WAY
+def test_what_is_being_written_is_no_leftover_and_neither_is_a_users_file(write, tmp_path, monkeypatch):
+    users = {".it.tmp", "it.tmp", f".it.{'g' * 32}.tmp", f"it.{'a' * 32}.tmp"}
+    for name in users:
+        (tmp_path / name).touch()
+    real, seen = os.replace, []
+
+    def replace(temporary, path):
+        remove_leftovers(tmp_path)
+        seen.append(os.path.exists(temporary))
+        real(temporary, path)
+
+    monkeypatch.setattr(os, "replace", replace)
+    write(tmp_path / "it", b"content")
+    remove_leftovers(tmp_path)
+    assert (seen, set(os.listdir(tmp_path))) == ([True], {"it", *users})
+
+
+def test_leftovers_of_a_folder_that_is_not_there_are_none(tmp_path):
+    remove_leftovers(tmp_path / "missing")
+    assert os.listdir(tmp_path) == []
+
+
+@EVERY_WAY
+def test_nothing_is_written_through_a_symbolic_link(write, tmp_path):
+    for target in ("file", "folder", "missing"):
+        (tmp_path / f"to {target}").symlink_to(tmp_path / target)
+    (tmp_path / "file").write_bytes(b"of somebody else")
+    (tmp_path / "folder").mkdir()
+    there = sorted(os.listdir(tmp_path))
+    for target in ("file", "folder", "missing"):
+        with pytest.raises(OSError, match="symbolic link.*to " + target):
+            write(tmp_path / f"to {target}", b"content")
+    assert (sorted(os.listdir(tmp_path)), (tmp_path / "file").read_bytes()) == (there, b"of somebody else")
+    assert os.listdir(tmp_path / "folder") == []
+
+
+def test_a_name_that_a_killed_process_reserved_can_be_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", no_links)
+    path = tmp_path / "file"
+    child = os.fork()
+    if child == 0:
+        os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        by_file(path, b"content", exclusive=True)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert path.read_bytes() == b""
+    by_file(path, b"content", exclusive=True)
+    assert (held(path), os.listdir(tmp_path)) == (b"content", ["file"])
+
+
+def test_a_file_system_without_locks_keeps_leftovers_and_writes_as_ever(tmp_path, monkeypatch):
+    killed(by_file, tmp_path / "file", b"half")
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    for write in (by_file, by_name):
+        write(tmp_path / "file", b"content")
+    by_folder(tmp_path / "folder", b"content")
+    assert len(os.listdir(tmp_path)) == 3
+    monkeypatch.setattr(os, "link", no_links)
+    (tmp_path / "empty").touch()
+    with pytest.raises(FileExistsError):
+        by_file(tmp_path / "empty", b"content", exclusive=True)
+    by_file(tmp_path / "new", b"content", exclusive=True)
+    assert held(tmp_path / "new") == b"content"
+
+
+def test_a_folder_is_durable_with_all_that_it_holds_before_it_has_its_name(tmp_path, monkeypatch):
+    real, synced = os.fsync, []
+
+    def fsync(descriptor):
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")).split(".")[0])
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    by_folder(tmp_path / "folder", b"content")
+    assert synced == ["it", "in", "", tmp_path.name]
+
+
+def test_a_temporary_folder_goes_with_its_object_and_with_its_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "mine-notes").mkdir()
+    folder = TemporaryFolder("mine-")
+    ready, child = tmp_path / "ready", os.fork()
+    if child == 0:
+        del folder  # of the parent
+        kept = TemporaryFolder("mine-")
+        (kept.path / "file").touch()
+        ready.touch()
+        signal.pause()
+    while not ready.exists():
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    ready.unlink()
+    assert len(os.listdir(tmp_path)) == 3
+    TemporaryFolder("mine-").close()
+    assert len(os.listdir(tmp_path)) == 3
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with TemporaryFolder("mine-") as other:
+        assert {each.name for each in tmp_path.iterdir()} == {"mine-notes", folder.path.name, other.path.name}
+        assert stat.S_IMODE(other.path.stat().st_mode) == 0o700
+    assert folder.path.is_dir()
+    del folder
+    assert os.listdir(tmp_path) == ["mine-notes"]
