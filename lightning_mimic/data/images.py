@@ -53,9 +53,9 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, 
         >>> decode_image(b"<html>")
         Traceback (most recent call last):
         ...
-        lightning_mimic.data.images.ImageError: UnidentifiedImageError: cannot identify image file; begins b'<html>'
+        lightning_mimic.data.images.ImageError: cannot identify image file; begins b'<html>'
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     with warnings.catch_warnings(), _strict():
         warnings.simplefilter("ignore")  # odd metadata, and sizes that are looked at right here
@@ -68,15 +68,20 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, 
                 image.load()
                 with suppress(Exception):  # unreadable metadata have no orientation, and the picture is a right one
                     ImageOps.exif_transpose(image, in_place=True)
-                return _to_rgb(image)
+                return to_rgb(image)
         except ImageError:
             raise
         except Image.DecompressionBombError as error:
-            raise TooManyPixelsError(str(error)) from error
+            most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+            raise TooManyPixelsError(
+                f"more than the {most} pixels that PIL decodes (PIL.Image.MAX_IMAGE_PIXELS)"
+            ) from error
         except Exception as error:  # damaged files fail in every way there is
             shown = str(error).splitlines()[0].split(" <_io.")[0] if str(error) else ""
-            begins = "" if isinstance(error, OSError) and shown.startswith("image file") else f"; begins {data[:16]!r}"
-            raise ImageError(f"{type(error).__name__}: {shown[:80]}{begins}") from error
+            unknown = isinstance(error, UnidentifiedImageError) or not isinstance(error, OSError)
+            begins = f"; begins {data[:16]!r}" if unknown else ""
+            kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+            raise ImageError(f"{kind}{shown[:80]}{begins}") from error
 
 
 @contextmanager
@@ -100,7 +105,18 @@ def _check_png(data: bytes) -> None:
         image.verify()
 
 
-def _to_rgb(image: Any) -> Any:
+def to_rgb(image: Any) -> Any:
+    """Convert a PIL image of any mode to 8-bit RGB, as :func:`decode_image` does.
+
+    Raises:
+        ImageError: Its values have no known range.
+
+    Example:
+        >>> import numpy as np
+        >>> from PIL import Image
+        >>> to_rgb(Image.fromarray(np.full((1, 1), 30_000, np.uint16))).getpixel((0, 0))
+        (117, 117, 117)
+    """
     mode = image.mode
     if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
         return _eight_bits(image).convert("RGB")
