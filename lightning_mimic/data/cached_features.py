@@ -84,8 +84,8 @@ class CachedFeatures(pl.LightningDataModule):
     ``(rows, views, D)``, as ``numpy.load`` reads it, and at its end a SHA-256 of its name and content. It is named by a
     hash of data, transform, backbone and its weights, written by one process under another name first, and used by any
     number of runs and processes. Before a run uses it, its first and last rows are compared with what the backbone
-    says of these images, and its checksum with its content, which reads the file once (about a second per GiB, on one
-    process of a machine); a file that does not hold what it should is computed anew, with a warning.
+    says of these images, and its checksum with its content, which reads the file once (one to two seconds per GiB,
+    in one process of a machine); a file that does not hold what it should is computed anew, with a warning.
 
     Args:
         data: A data module of labelled images, such as those of ``lightning_mimic.data``; nothing but flipping may
