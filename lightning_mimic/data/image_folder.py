@@ -1,10 +1,10 @@
 """Your own images in folders named after their classes."""
 
+import errno
 import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lightning_mimic.data.image_splits import ImageSplits, Transform
 from lightning_mimic.data.images import MAX_PIXELS
@@ -71,25 +71,25 @@ class ImageFolderDataModule(ImageSplits):
 
     def read(self) -> Mapping[str, Source]:
         splits = ["train", "test", *(["val"] if (self.root / "val").exists() else [])]
-        opened = {split: self._opened(split) for split in splits}
-        self.class_names = opened["train"].classes
+        found = {split: self._found(split) for split in splits}
+        self.class_names, _ = found["train"]
         self.num_classes = len(self.class_names)
-        for split, dataset in opened.items():
-            if differing := sorted(set(dataset.classes) ^ set(self.class_names)):
+        for split, (classes, _) in found.items():
+            if differing := sorted(set(classes) ^ set(self.class_names)):
                 raise MimicError(
                     f"`root`: {self.root / 'train'} and {self.root / split} must have the same classes; in one of them "
                     f"alone: {', '.join(map(repr, differing))}."
                 )
-        return {split: self._source(split, dataset) for split, dataset in opened.items()}
+        return {split: self._source(split, samples) for split, (_, samples) in found.items()}
 
-    def _source(self, split: str, dataset: Any) -> Source:
-        files = [path for path, _ in dataset.samples]
+    def _source(self, split: str, samples: list[tuple[str, int]]) -> Source:
+        files = [path for path, _ in samples]
         ids = [Path(path).relative_to(self.root / split).as_posix() for path in files]
-        return self.source(dataset, dataset.targets, files, ids)
+        return self.source(None, [label for _, label in samples], files, ids)
 
-    def _opened(self, split: str) -> Any:
-        from torchvision.datasets import ImageFolder
-        from torchvision.datasets.folder import IMG_EXTENSIONS
+    def _found(self, split: str) -> tuple[list[str], list[tuple[str, int]]]:
+        """Return the classes of a split, and path and label of its images."""
+        from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
         folder = self.root / split
         expected = f"expected {self.root}/train/CLASS/NAME.jpg and {self.root}/test/CLASS/NAME.jpg"
@@ -100,17 +100,13 @@ class ImageFolderDataModule(ImageSplits):
             shown = not any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
             return shown and path.lower().endswith(IMG_EXTENSIONS)
 
-        class Folder(ImageFolder):
-            def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-                classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
-                return classes, {name: label for label, name in enumerate(classes)}
-
         try:
             files = _files_below(folder)
-            dataset = Folder(folder, is_valid_file=is_image)
+            classes = [name for name in find_classes(folder)[0] if not name.startswith(".")]
+            samples = make_dataset(folder, {name: k for k, name in enumerate(classes)}, is_valid_file=is_image)
         except OSError as error:  # no classes, a class without images, a folder that cannot be read
             raise MimicError(f"`root`: {str(error).rstrip('.')} in {folder}; {expected}.") from error
-        known = {Path(path) for path, _ in dataset.samples}
+        known = {Path(path) for path, _ in samples}
         if unwritable := sorted(path for path in known if not _is_text(str(path.relative_to(folder)))):
             raise MimicError(
                 f"`root`: {len(unwritable)} of {len(known)} images in {folder} have names that are not UTF-8, such as "
@@ -123,16 +119,22 @@ class ImageFolderDataModule(ImageSplits):
                 f"{_shown(others[0].relative_to(folder))}{' and more' if len(others) > 1 else ''}.",
                 stacklevel=2,
             )
-        return dataset
+        return classes, samples
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """Return all files; raises ``OSError`` for a folder that cannot be read, which would be left out in silence."""
+    """Return all files; raises ``OSError`` for a folder that cannot be read, or leads back to one above it."""
 
     def refuse(error: OSError) -> None:
         raise error
 
-    return [Path(path, name) for path, _, names in os.walk(folder, onerror=refuse, followlinks=True) for name in names]
+    found = []
+    for path, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        found += [Path(path, name) for name in names]
+        for each in (Path(path, name) for name in folders):
+            if each.is_symlink() and Path(path).resolve().is_relative_to(each.resolve()):
+                refuse(OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(each)))
+    return found
 
 
 def _is_text(name: str) -> bool:

@@ -30,7 +30,7 @@ class DecodedImages:
     """The images of a torchvision data set by row, decoded and transformed.
 
     Args:
-        dataset: Gives a PIL image and a label by row.
+        dataset: Gives a PIL image and a label by row, from the array ``dataset.data``; unused if there are files.
         files: Of the images, one per row; ``None``, if they are in ``dataset.data``.
         transform: ``None`` gives PIL images of mode RGB.
         max_pixels: Most pixels of an image, by its file's header.
@@ -39,14 +39,14 @@ class DecodedImages:
     def __init__(
         self, dataset: Any, files: Sequence[Path] | None, transform: Transform | None, max_pixels: int = MAX_PIXELS
     ) -> None:
-        self.dataset = dataset
+        self.dataset: Any = dataset if files is None else None
         self.files = files
         self.transform = transform
         self.max_pixels = max_pixels
         self._warned = False
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset) if self.files is None else len(self.files)
 
     def __getitem__(self, row: int) -> Any:
         try:
@@ -154,7 +154,7 @@ class ImageSplits(LabelledSplits):
         """Return the source of one split.
 
         Args:
-            dataset: One of torchvision's.
+            dataset: One of torchvision's, where it holds the images itself.
             labels: Integers, one per row.
             files: Of the images, if they are not in ``dataset.data``.
             ids: One per row, if they are not row numbers.

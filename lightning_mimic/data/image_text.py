@@ -1,11 +1,8 @@
 """Image-text pairs in webdataset shards, as img2dataset and DataComp write them."""
 
-import atexit
 import contextlib
 import dataclasses
 import math
-import shutil
-import tempfile
 import uuid
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,6 +21,7 @@ from lightning_mimic.data.rejects import Rejects, summary
 from lightning_mimic.data.shards import list_shards, scanned_ids, stated_counts
 from lightning_mimic.distributed import rank, world_size
 from lightning_mimic.errors import MimicError, join_names
+from lightning_mimic.files import TemporaryFolder
 from lightning_mimic.manifest import KeptIds
 from lightning_mimic.trainer_package import pl
 
@@ -135,6 +133,8 @@ class ImageTextDataModule(pl.LightningDataModule):
         self._train: PairLoader | None = None
         self._resumed: dict[str, Any] | None = None
         self._directory: Path | None = None
+        # Where `rejects` is left out; on the first rank.
+        self._temporary: TemporaryFolder | None = None
 
     def prepare_data(self) -> None:
         if self.zero_shot is not None:
@@ -297,8 +297,11 @@ class ImageTextDataModule(pl.LightningDataModule):
             return
         run, directory = uuid.uuid4().hex[:12], self.rejects
         if directory is None and (self.trainer is None or self.trainer.is_global_zero):
-            directory = tempfile.mkdtemp(prefix="rejects-")
-            atexit.register(shutil.rmtree, directory, ignore_errors=True)  # where teardown is not called
+            try:
+                self._temporary = TemporaryFolder("lightning-mimic-rejects-")
+            except OSError as error:
+                raise MimicError(f"no temporary folder can be made: {error}. Give `rejects=` a directory.") from error
+            directory = self._temporary.path
         if self.trainer is not None:
             run, directory = self.trainer.strategy.broadcast((run, str(directory)))
         self._run, self._directory = run, Path(str(directory))
@@ -312,10 +315,10 @@ class ImageTextDataModule(pl.LightningDataModule):
         directory, self._directory = self._directory, None
         if directory is None or (self.trainer is not None and not self.trainer.is_global_zero):
             return
-        rejects = Rejects(directory, self._run)
-        if self.rejects is None:
-            shutil.rmtree(directory, ignore_errors=True)
-        found = summary(rejects)
+        found = summary(Rejects(directory, self._run))
+        if self._temporary is not None:
+            self._temporary.close()
+            self._temporary = None
         if found:
             warnings.warn(f"{found}; {self._listed}.", stacklevel=2)
 
