@@ -207,12 +207,12 @@ class PairStream(IterableDataset):
                 times = 1 if self.config.kept is None else self.config.kept.times(name)
                 if times is None:
                     raise BrokenPairError(Reason.UNKNOWN_ID)
-                self._sources.add(name, shard, key, by_key=description.get("uid") is None)
                 if not times:
                     continue
                 pair = pair_of(shard, key, name, files, description)
                 if self.config.verify:
                     unverified += not is_verified(pair.image, description)
+                self._sources.add(name, shard, key, by_key=description.get("uid") is None)
                 yield from itertools.repeat(pair, times)
             except BrokenPairError as broken:
                 reject(shard, broken.reason, broken.detail, key=key, id=name)
