@@ -340,6 +340,7 @@ HEADERS = {
     "a long name": (tarfile.GNUTYPE_LONGNAME, 2**40),
     "an extended header": (tarfile.XHDTYPE, 2**40),
     "a negative size": (tarfile.REGTYPE, -1024),
+    "a huge size": (tarfile.REGTYPE, 2**62),
 }
 
 

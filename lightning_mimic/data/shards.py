@@ -23,6 +23,8 @@ MAX_PAIR_BYTES = 2**28
 # Most bytes of a caption or a json, and of a name in a tar.
 _MAX_TEXT_BYTES = 2**24
 _MAX_HEADER_BYTES = 2**20
+# All that the header of an ordinary tar can say.
+_MAX_MEMBER_BYTES = 2**33
 _HEADER_TYPES = (
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
 )  # fmt: skip
@@ -255,14 +257,14 @@ class _DamageError(Exception):
 class _Member(tarfile.TarInfo):
     """Keeps what ended the archive: tarfile itself stops at a damaged header as it does at a proper end.
 
-    It also trusts a header's size: a negative one makes it read the same header for ever, and a long name or an
-    extended header is read into memory whatever its length.
+    It also trusts a header's size: a negative one makes it read the same header for ever, a huge one looks for the next
+    header long after the end, and a long name or an extended header is read into memory whatever its length.
     """
 
     @classmethod
     def frombuf(cls, *args: Any) -> Any:
         member = super().frombuf(*args)
-        if member.type in _HEADER_TYPES and member.size > _MAX_HEADER_BYTES:
+        if member.type in _HEADER_TYPES and not 0 <= member.size <= _MAX_HEADER_BYTES:
             raise tarfile.InvalidHeaderError(f"a name or header of {member.size} bytes")  # type: ignore[attr-defined]
         return member
 
@@ -270,7 +272,7 @@ class _Member(tarfile.TarInfo):
     def fromtarfile(cls, tar: Any) -> Any:
         try:
             member = super().fromtarfile(tar)
-            if member.size < 0:
+            if not 0 <= member.size < _MAX_MEMBER_BYTES:
                 raise tarfile.InvalidHeaderError(f"a size of {member.size}")  # type: ignore[attr-defined]
             return member
         except tarfile.HeaderError as error:
