@@ -232,7 +232,7 @@ class ImageTextDataModule(pl.LightningDataModule):
             batches_per_worker = self._batches_per_worker(urls, argument, counts, rank, world, workers)
         loader = PairLoader(
             config, rank, world, batches_per_worker, with_replacement or world > 1, num_workers,
-            self.trainer if train else None,
+            self.trainer if train else None, self._temporary,
         )  # fmt: skip
         self._loaders.append(loader)
         return loader

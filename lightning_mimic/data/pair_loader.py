@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mimic.data.pair_stream import PairStream, ShardReaderConfig, StreamPosition, no_pairs
 from lightning_mimic.distributed import gather_objects
+from lightning_mimic.files import TemporaryFolder
 from lightning_mimic.random_streams import torch_generator
 
 
@@ -30,6 +31,7 @@ class PairLoader:
         num_workers: Processes, 0 for none.
         trainer: Knows the first epoch, and which batches have been trained; without one every pass is another epoch,
             and a batch that was given counts as done.
+        folder: Kept as long as the loader, whose rejects it holds; the data module may be gone before.
 
     Example:
         Loaders are made by :meth:`ImageTextDataModule.train_dataloader
@@ -43,6 +45,7 @@ class PairLoader:
     exact: bool
     num_workers: int
     trainer: Any = None
+    folder: TemporaryFolder | None = None
     _epoch: int = field(default=-1, init=False)
     _position: StreamPosition = field(init=False)
     _start_position: StreamPosition = field(init=False)
