@@ -2,8 +2,10 @@
 
 import errno
 import os
+import random
 import re
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mimic.data import CachedFeatures
 from lightning_mimic.data.noise import SymmetricNoise
+from lightning_mimic.errors import MimicError
 from lightning_mimic.models import ImageClassifier
 from support.small_images import TEST, TRAIN, SmallImages, classifier
 
@@ -69,6 +72,42 @@ def test_a_damaged_file_is_not_used(kind, tmp_path):
     with pytest.warns(UserWarning, match=re.escape(f"{train} {said}") + ".*its features are computed anew"):
         assert prepared(tmp_path) == ([TRAIN, TRAIN, 2] if said[0] == "i" else [2, 2, TRAIN, TRAIN, 2])
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_every_changed_byte_is_noticed_and_the_features_come_back(tmp_path):
+    def prepare():
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            prepared(tmp_path, flip=False)
+        return [str(each.message) for each in said]
+
+    prepare()
+    whole = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    first, second = whole
+    rng = random.Random(0)
+    mutants: list[tuple[Path, bytes]] = [(first, whole[second]), (second, whole[first])]  # swapped
+    for path in whole:
+        data = whole[path]
+        for _ in range(60):
+            at = rng.choice([rng.randrange(128), rng.randrange(len(data)), len(data) - 1 - rng.randrange(33)])
+            mutants.append((path, data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]))
+        mutants += [(path, data[:cut]) for cut in (0, 1, 127, len(data) - 32, len(data) - 1)]
+        mutants += [(path, data + b"\0"), (path, data[:-32] + data[-64:-32] + data[-32:])]
+    for path, changed in mutants:
+        path.write_bytes(changed)
+        (said,) = prepare()
+        assert str(path) in said
+        assert "its features are computed anew" in said
+        assert {each: each.read_bytes() for each in tmp_path.iterdir()} == whole
+    assert prepare() == []
+
+
+def test_what_was_not_computed_is_said(tmp_path):
+    with pytest.raises(MimicError, match=r"^`features`: .*\.npy is not there; `prepare_data\(\)` computes it"):
+        CachedFeatures(SmallImages(), classifier(), tmp_path).setup()
+    (tmp_path / "file").touch()
+    with pytest.raises(MimicError, match=r"^`features`: .*/file cannot be a directory: File exists\.$"):
+        CachedFeatures(SmallImages(), classifier(), tmp_path / "file").prepare_data()
 
 
 def test_a_backbone_whose_weights_do_not_say_all_is_found_out(tmp_path):

@@ -38,6 +38,31 @@ class Known:
     estimated_stepping_batches = 1
 
 
+def timm_tower(name):
+    return {"timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "avg", "timm_proj": "linear"}
+
+
+@for_each(
+    ("vision", "betas", "eps"),
+    [
+        ({"layers": 1, "width": 64, "patch_size": 8}, (0.9, 0.98), 1e-6),  # open_clip's ViT
+        (timm_tower("test_vit"), (0.9, 0.98), 1e-6),
+        ({"layers": [1, 1, 1, 1], "width": 8}, (0.9, 0.999), 1e-8),  # its ResNet
+        (timm_tower("test_convnext"), (0.9, 0.999), 1e-8),
+    ],
+)
+def test_adamw_has_the_moments_that_open_clip_trains_an_architecture_with(vision, betas, eps):
+    made = open_clip.CLIP(32, vision | {"image_size": 32}, TEXT)
+    for options, expected in (
+        ({}, (betas, eps, 5e-4)),
+        ({"optimizer": partial(torch.optim.AdamW, lr=0.1, betas=(0.5, 0.6))}, ((0.5, 0.6), eps, 0.1)),
+    ):
+        module = CLIP(made, **options)
+        module.trainer = Known()
+        groups = module.configure_optimizers()["optimizer"].param_groups
+        assert {(group["betas"], group["eps"], group["initial_lr"]) for group in groups} == {expected}
+
+
 def excluded(name, parameter):
     """From weight decay, as open_clip has it."""
     return parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))

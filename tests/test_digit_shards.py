@@ -1,8 +1,12 @@
 """The digits with captions: parts that do not overlap, captions that say what `truth.parquet` says, and the layout."""
 
+import errno
 import hashlib
 import io
 import json
+import os
+import signal
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -26,6 +30,7 @@ from lightning_mimic.data.digit_pairs import (
 )
 from lightning_mimic.data.digits import DigitsDataModule
 from lightning_mimic.data.noise import SymmetricNoise
+from lightning_mimic.errors import MimicError
 
 SEED = 10
 PARTS = {"reference": 300, "val": 100, "pool": 897}
@@ -140,6 +145,50 @@ def test_the_same_arguments_write_the_same_bytes(out: Path, tmp_path: Path) -> N
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     monkeypatch.setattr(sys, "argv", ["mimic-make-shards", *words])
     main()
+
+
+#: Writes the shards, and is killed at a file in the middle of one.
+KILLED = """
+import itertools, os, signal, sys, tarfile
+from lightning_mimic.data.digit_pairs import write_digit_shards
+add, count = tarfile.TarFile.addfile, itertools.count()
+def addfile(self, *args):
+    if next(count) == 2350:
+        self.fileobj.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return add(self, *args)
+tarfile.TarFile.addfile = addfile
+write_digit_shards(sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="no SIGKILL")
+def test_a_writer_that_is_killed_leaves_no_half_of_the_shards(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "made"], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "made").exists()
+    write_digit_shards(tmp_path / "made")
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+@pytest.mark.parametrize("files", [1, 2350])
+def test_shards_are_all_there_or_none(files, tmp_path, monkeypatch):
+    add, count = tarfile.TarFile.addfile, iter(range(1, 10**6))
+
+    def addfile(self, *args):
+        if next(count) == files:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "addfile", addfile)
+        with pytest.raises(MimicError, match=r"^`out`: .*/made cannot be written: No space left on device\.$"):
+            write_digit_shards(tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+    write_digit_shards(tmp_path / "made")
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert (tmp_path / "made" / "truth.parquet").exists()
 
 
 def test_the_command_writes_the_shards_of_the_experiment(

@@ -1,17 +1,23 @@
 """Your own images in folders: ids that stay, parts, a manifest, and what is refused."""
 
+import os
 import re
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image, ImageFile
 
 from lightning_mimic import GradMimic, Ledger
 from lightning_mimic.data.image_folder import ImageFolderDataModule
 from lightning_mimic.data.noise import SymmetricNoise
+from lightning_mimic.data.pairs import decode_image
 from lightning_mimic.data.transforms import paper_transform
+from lightning_mimic.errors import MimicError
 from lightning_mimic.models import ImageClassifier, SmallConvNet
 from lightning_mimic.scorers import Uniform
 from support.image_sets import looks_like, picture, write_folder
@@ -126,11 +132,117 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_grey_and_transparent_images_become_colours(tmp_path):
-    from PIL import Image
-
     write_folder(tmp_path)
     Image.fromarray(picture("train", 0)).convert("L").save(tmp_path / "train" / "a" / "0.png")
     Image.fromarray(picture("train", 1)).convert("RGBA").save(tmp_path / "train" / "a" / "1.png")
     found = read(opened(tmp_path).train_dataloader())
     assert all(image.shape == (3, 16, 16) for image, _ in found.values())
     assert looks_like(found["a/1.png"][0], "train", 1)
+
+
+def plain(image):
+    return torch.tensor(np.asarray(image)).permute(2, 0, 1)
+
+
+def images_of(root, **options):
+    module = ImageFolderDataModule(root, plain, batch_size=1, **options)
+    module.setup()
+    return module.sources["train"].images
+
+
+def test_sixteen_bits_transparency_and_orientation_are_what_they_are_in_pairs(tmp_path):
+    write_folder(tmp_path, classes="ab")
+    folder = tmp_path / "train" / "a"
+    Image.fromarray(np.array([[0, 30000, 65535]], np.uint16)).save(folder / "0.png")
+    Image.fromarray(np.array([[0, 30000, 65535]], np.uint16)).save(folder / "1.TIFF")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    Image.fromarray(np.array([[[9, 9, 9], [200, 0, 0]]], np.uint8)).save(folder / "1.png", exif=exif)
+    Image.fromarray(np.array([[[1, 2, 3, 0], [4, 5, 6, 255]]], np.uint8)).save(folder / "2.png")
+    images = images_of(tmp_path)
+    assert [path.name for path in images.files][:4] == ["0.png", "1.TIFF", "1.png", "2.png"]
+    for row in range(2):
+        assert images[row][:, 0].tolist() == [[0, 117, 255]] * 3
+    assert images[2].tolist() == [[[9], [200]], [[9], [0]], [[9], [0]]]
+    with pytest.warns(UserWarning, match=r"2\.png is transparent in part\. Transparency is dropped"):
+        assert images[3].tolist() == [[[1, 4]], [[2, 5]], [[3, 6]]]
+    images[3]  # said once
+    for row, file in ((0, "0.png"), (2, "1.png"), (3, "2.png")):
+        assert plain(decode_image((folder / file).read_bytes(), 9)).equal(images[row])
+
+
+BAD = {
+    "cut": lambda image, path: path.write_bytes(path.read_bytes()[:-30]),
+    "a bit": lambda image, path: path.write_bytes(path.read_bytes()[:60] + b"?" + path.read_bytes()[61:]),
+    "floats": lambda image, path: Image.fromarray(np.ones((2, 2), np.float32)).save(path, "TIFF"),
+    "32 bits": lambda image, path: Image.fromarray(np.ones((2, 2), np.int32)).save(path, "TIFF"),
+    "a program": lambda image, path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"),
+    "a folder": lambda image, path: (path.unlink(), path.mkdir()),
+    "too big": lambda image, path: Image.new("L", (101, 100)).save(path),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_an_image_that_cannot_be_right_is_named(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as other libraries set it
+    write_folder(tmp_path, classes="ab")
+    path = tmp_path / "train" / "a" / "1.png"
+    images = images_of(tmp_path, max_pixels=10_000)
+    BAD[name](images[1], path)
+    fix = "raise `max_pixels`" if name == "too big" else "Fetch it again"
+    with pytest.raises(MimicError, match=rf"^image 1 cannot be decoded: {re.escape(str(path))}: .+{fix}"):
+        images[1]
+
+
+def test_names_that_are_no_text_are_refused_before_training(tmp_path):
+    write_folder(tmp_path)
+    bad = os.fsencode(tmp_path / "train" / "a") + b"/caf\xe9.png"
+    try:
+        os.rename(tmp_path / "train" / "a" / "1.png", bad)
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    message = r"^`root`: 1 of 9 images in .*/train have names that are not UTF-8, such as 'a/caf\udce9.png'; "
+    with pytest.raises(MimicError, match=message.replace("\\u", r"\\u")):
+        opened(tmp_path)
+    os.rename(bad, bad + b".txt")
+    with pytest.warns(UserWarning, match=r"1 files in .* are left out: a/caf\\udce9\.png\.txt\."):
+        opened(tmp_path)
+
+
+def test_what_is_hidden_or_no_file_is_no_image(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/0.png", "a/._0.png", "b/.DS_Store"):
+        (tmp_path / "train" / name).write_bytes(b"\0")
+    (tmp_path / "train" / "c" / "2.png").rename(tmp_path / "train" / "c" / "2.PNG")
+    (tmp_path / "train" / "c" / "folder.png").mkdir()
+    with pytest.warns(UserWarning, match=r"3 files in .* are left out: \.ipynb_checkpoints/0\.png and more"):
+        module = opened(tmp_path)
+    assert module.class_names == ["a", "b", "c"]
+    assert module.sources["train"].ids == [*IDS[:-1], "c/2.PNG"]
+    (tmp_path / "train" / "c" / "9.png").symlink_to(tmp_path / "nowhere.png")
+    with (
+        pytest.warns(UserWarning, match="are left out"),
+        pytest.raises(MimicError, match=r"^1 of 10 images are not there, such as .*/c/9\.png"),
+    ):
+        opened(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    inner = tmp_path / "train" / "a" / "more"
+    inner.mkdir()
+    scan = os.scandir
+
+    def scandir(path):
+        if Path(path) == inner:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(MimicError, match=r"^`root`: .*Permission denied.*/train/a/more"):
+        opened(tmp_path)
+    monkeypatch.undo()
+    (inner / "round").symlink_to(tmp_path / "train" / "a")
+    with pytest.raises(MimicError, match=r"^`root`: .*Too many levels of symbolic links"):
+        opened(tmp_path)

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_mimic.data.rejects import Rejects
+from lightning_mimic.errors import MimicError
 from support.pair_shards import SIZES, Reader, data_of, flat, module, pair, trainer, write, write_shards
 
 pytestmark = pytest.mark.slow  # fits and processes
@@ -131,7 +132,7 @@ def test_whole_shards_end_in_silence(shards, tmp_path):
 
 def test_shards_that_give_nothing_are_an_error_that_names_one(tmp_path):
     write(tmp_path / "0.tar", pair(1, txt=b""))
-    with pytest.warns(UserWarning, match="1 empty caption"), pytest.raises(RuntimeError, match=r"gave a pair.*0\.tar"):
+    with pytest.warns(UserWarning, match="1 empty caption"), pytest.raises(MimicError, match=r"gave a pair.*0\.tar"):
         trainer(tmp_path).fit(Reader(), datamodule=data_of([tmp_path / "0.tar"]))
 
 

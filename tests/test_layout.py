@@ -22,7 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: Loaded by importing anything of the package.
 FRONT = {"errors", "lazy", "version"}
-BASE = FRONT | {"files", "random_streams"}
+BASE = FRONT | {"dataset_ids", "files", "random_streams"}
 RECORDS = {"ledger", "manifest"}
 PURE = BASE | {"batches", "distributed", "sharding", "gradients", "scorers", "reference"}
 TABLES = {"user_files", "database", "tables"}
@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "version": set(),
     "errors": set(),
     "batches": set(),
-    **{room: {"errors", "version"} for room in ("distributed", "files", "lazy", "random_streams")},
+    **{room: {"errors", "version"} for room in ("dataset_ids", "distributed", "files", "lazy", "random_streams")},
     "user_files": {"errors"},
     "database": {"errors", "files", "user_files"},
     "tables": {"errors", "user_files", "database"},
@@ -53,7 +53,19 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT)
 
 #: What importing a room, with all its modules, may load of the large packages; a stage may load those before it, too.
 STAGES = {
-    "": ["", "version", "errors", "lazy", "files", "random_streams", *sorted(TABLES), "ledger", "manifest", "curation"],
+    "": [
+        "",
+        "version",
+        "errors",
+        "lazy",
+        "dataset_ids",
+        "files",
+        "random_streams",
+        *sorted(TABLES),
+        "ledger",
+        "manifest",
+        "curation",
+    ],
     "torch": ["batches", "sharding"],
     "torchmetrics": ["distributed", "gradients", "scorers", "reference", "reweighting", "metrics", "report"],
     "lightning.pytorch": ["trainer_package", "callbacks", "models", "data"],
@@ -74,7 +86,7 @@ OPTIONAL = {
     "timm": {"data/transforms.py", "models/backbones.py"},
     "open_clip": {"models/zero_shot.py", "reference/open_clip_hub.py"},
     "webdataset": {"data/shards.py"},
-    "PIL": {"data/digit_pairs.py", "data/labelled.py", "data/pairs.py"},
+    "PIL": {"data/digit_pairs.py", "data/images.py", "data/labelled.py"},
 }
 TRAINERS = {"lightning", "pytorch_lightning"}
 CORE = TRAINERS | {"torch", "torchmetrics", "hydra", "omegaconf", "pyarrow", "filelock", "lightning_mimic"}

@@ -1,5 +1,6 @@
 """One pair: its picture has the right colours whatever the file's mode, and its id and caption are its own."""
 
+import hashlib
 import json
 import struct
 import zlib
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_mimic.data.pairs import BrokenPairError, decode_image, described, id_of, pair_of
+from lightning_mimic.data.pairs import BrokenPairError, decode_image, described, id_of, is_verified, pair_of
 from lightning_mimic.data.rejects import Reason
 from support.cases import for_each
 from support.pair_shards import encoded, picture_of
@@ -110,10 +111,28 @@ def test_a_jpeg_cut_short_is_not_filled_with_grey():
 
 @for_each(
     ("description", "name"),
-    [({"uid": "u"}, "u"), ({"uid": 12}, "12"), ({"uid": None}, "k"), ({}, "k"), ({"uid": ""}, "")],
+    [({"uid": "u"}, "u"), ({"uid": 12}, "12"), ({"uid": None}, "k"), ({}, "k")],
 )
 def test_the_id_is_the_uid_and_else_the_key(description, name):
     assert id_of("k", description) == name
+
+
+@for_each("uid", ['""', '" "', "NaN", "Infinity", "1.5", "[]", '["a"]', "{}", "true", "false"])
+def test_a_uid_that_could_be_that_of_many_is_no_id(uid):
+    with pytest.raises(BrokenPairError, match=r"uid is no id.*the uid is ") as caught:
+        id_of("k", described({"json": f'{{"uid": {uid}}}'.encode()}))
+    assert caught.value.reason == Reason.UNUSABLE_ID
+
+
+def test_an_image_is_compared_with_the_hash_of_what_was_downloaded():
+    stated = {"sha256": hashlib.sha256(b"image").hexdigest(), "width": 2, "height": 3}
+    assert is_verified(b"image", stated | {"original_width": 2, "original_height": 3})
+    assert is_verified(b"image", stated | {"sha256": stated["sha256"].upper()})
+    for other in ({}, {"sha256": None}, stated | {"original_width": 2, "original_height": 4}):
+        assert not is_verified(b"other", other)
+    for other in (stated, {"sha256": 7}, {"sha256": ""}):
+        with pytest.raises(BrokenPairError, match="image differs from its sha256"):
+            is_verified(b"imagf", other)
 
 
 def test_the_caption_is_the_text_and_else_that_of_the_json():

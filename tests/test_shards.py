@@ -1,16 +1,22 @@
 """What is damaged in a shard is skipped, counted and listed; what is given is whole."""
 
 import gzip
+import hashlib
 import json
+import random
 import re
 import tarfile
+import tracemalloc
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
 
+from lightning_mimic.data import shards as shards_module
 from lightning_mimic.data.rejects import Reason, Rejects, RejectWriter, summary
-from lightning_mimic.data.shards import _NO_JSON_AFTER, list_shards, scanned_ids
+from lightning_mimic.data.shards import _NO_JSON_AFTER, PairSources, list_shards, scanned_ids
+from lightning_mimic.errors import MimicError
 from support.cases import pairwise
 from support.pair_shards import batches_of, encoded, flat, module, pair, picture_of, uid, write, write_shards
 
@@ -92,7 +98,7 @@ def test_a_pair_whose_files_lie_apart_is_never_given_by_halves(name, tmp_path):
     files, lost = TWISTED[name]
     loader = module([write(tmp_path / "0.tar", files)], rejects=tmp_path / "rejects")
     if len(lost) == 3:
-        with pytest.raises(RuntimeError, match=re.escape("none of the 1 shards gave a pair")):
+        with pytest.raises(MimicError, match=re.escape("none of the 1 shards gave a pair")):
             batches_of(loader.train_dataloader())
         given = []
     else:
@@ -107,6 +113,248 @@ def test_a_pair_whose_files_lie_apart_is_never_given_by_halves(name, tmp_path):
         assert {row["reason"] for row in rows if row["key"] == key(number)} >= set(reasons)
     apart = {row["key"] for row in rows if row["reason"] == Reason.SPLIT_KEY}
     assert apart == ({key(1)} if name == "a pair twice" else set() if name == "a file twice" else set(map(key, lost)))
+
+
+def keyed(folder, name, *keys, uid=None):
+    """A shard of pairs of these keys, without a json or with one uid for all."""
+    described = [] if uid is None else [("json", json.dumps({"uid": uid}).encode())]
+    files = [("png", encoded(picture_of(1))), ("txt", b"number 1"), *described]
+    return write(folder / name, [(f"{each}.{suffix}", data) for each in keys for suffix, data in files])
+
+
+def ids_of(shards, **options):
+    return [each for batch in module(shards, **options).train_dataloader() for each in batch.ids]
+
+
+def test_keys_that_start_anew_in_every_shard_name_pairs_with_their_shard(tmp_path):
+    shards = [keyed(tmp_path, name, "0000", "0001", "folder/1") for name in ("a.0.tar", "a.1.tar.gz", "b c.tar")]
+    ids = ids_of(shards)
+    assert ids[:3] == ["a.0/0000", "a.0/0001", "a.0/folder/1"]
+    assert ids[6:] == ["b c/0000", "b c/0001", "b c/folder/1"]
+    assert len(set(ids)) == 9
+    # A command's shard has the name of the file, too.
+    assert ids_of([f"pipe:cat '{path}'" for path in shards[:2]]) == ids[:6]
+
+
+def test_keys_that_begin_with_their_shards_name_are_ids(tmp_path):
+    assert ids_of([keyed(tmp_path, "00007.tar", "000070000", "000080000")]) == ["000070000", "00007/000080000"]
+
+
+CLASHES = {
+    "one name in two folders": lambda t: [keyed(t / "a", "0.tar", "7"), keyed(t / "b", "0.tar", "8")],
+    "a key that begins with two names": lambda t: [keyed(t, "1.tar", "100"), keyed(t, "10.tar", "7")],
+    "a uid in two shards": lambda t: [keyed(t, "0.tar", "7", uid="u"), keyed(t, "1.tar", "7", uid="u")],
+    "a uid twice in a shard": lambda t: [keyed(t, "0.tar", "7", "8", uid="u"), keyed(t, "1.tar", "7")],
+    "a uid as a number": lambda t: [keyed(t, "0.tar", "7", uid="9"), keyed(t, "1.tar", "7", uid=9)],
+}
+
+
+@pytest.mark.parametrize("pipe", [False, True])
+@pytest.mark.parametrize("name", CLASHES)
+def test_an_id_that_names_two_pairs_is_refused(name, pipe, tmp_path):
+    shards = [f"pipe:cat {path}" if pipe else str(path) for path in CLASHES[name](tmp_path)]
+    data = module(shards)
+    with pytest.raises(MimicError, match=r"^`shards`: the (id|pair) .*\b7|100\b") as caught:
+        list(data.train_dataloader()) if pipe else data.train_dataloader()  # local ones are looked through at once
+    assert shards[0] in str(caught.value)
+    assert shards[1] in str(caught.value) or name == "a uid twice in a shard"
+
+
+def test_ids_that_repeat_in_bulk_are_found_in_bounded_memory(monkeypatch):
+    monkeypatch.setattr(PairSources, "MOST", 100)
+    sources = PairSources(["0.tar", "1.tar"])
+
+    def read(shard):
+        for number in range(5000):
+            sources.add(f"{number}", shard, f"{number}", by_key=False)
+            assert len(sources._pairs) <= 100
+
+    read("0.tar")
+    read("0.tar")  # another pass over it
+    with pytest.raises(MimicError, match=r"names two pairs: \d+ in 0\.tar and \d+ in 1\.tar"):
+        read("1.tar")
+
+
+NO_PAIRS = {
+    "two dots": (
+        [f for n in range(4) for f in ((f"{n}.input.jpg", b""), (f"{n}.outputs.txt", b""))],
+        "input.jpg, outp",
+    ),
+    "classes": ([f for n in range(4) for f in ((f"{n}.jpg", b""), (f"{n}.cls", b"1"))], "no caption, files: cls, jpg"),
+    "images first": ([*((f"{n}.jpg", b"") for n in range(4)), *((f"{n}.txt", b"") for n in range(4))], "lie apart"),
+    "a dot in the key": ([f for n in range(9) for f in ((f"2.{n}.jpg", b""), (f"2.{n}.txt", b""))], "and 12 more"),
+    "texts only": ([(f"{n}.txt", b"a") for n in range(4)], "no image, files: txt"),
+    "nothing": ([], "0.tar: empty"),
+}
+
+
+@pytest.mark.parametrize("pipe", [False, True])
+@pytest.mark.parametrize("name", NO_PAIRS)
+def test_shards_without_a_usable_pair_are_an_error_that_says_why(name, pipe, tmp_path):
+    files, why = NO_PAIRS[name]
+    path = write(tmp_path / "0.tar", files)
+    data = module([f"pipe:cat {path}" if pipe else path], rejects=tmp_path / "rejects")
+    with pytest.raises(MimicError, match=rf"none of the 1 shards gave a pair.*{why}.*KEY\.jpg.*listed in .*rejects"):
+        list(data.train_dataloader())  # where shards are local, by making the loader
+    assert bool(Rejects(tmp_path / "rejects").pairs) == bool(files)
+
+
+def test_a_manifest_that_keeps_no_pair_of_the_shards_is_said_to(tmp_path):
+    pq.write_table(pa.table({"id": ["x"], "keep": [True]}), tmp_path / "kept.parquet")
+    data = module([keyed(tmp_path, "0.tar", "7")], keep=tmp_path / "kept.parquet")
+    with pytest.raises(MimicError, match=r"^`keep`: .*kept\.parquet keeps none of the pairs in '.*0\.tar'\.$"):
+        data.train_dataloader()
+
+
+def test_images_are_compared_with_the_hash_in_their_json(tmp_path):
+    def described(number, **more):
+        return {"json": json.dumps({"uid": uid(number)} | more).encode()}
+
+    images = {number: encoded(picture_of(number), "BMP") for number in range(4)}
+    hashes = {number: hashlib.sha256(image).hexdigest() for number, image in images.items()}
+    images[1] = images[1][:-1] + b"\x08"  # another picture
+    resized = {"sha256": hashes[0], "width": 4, "height": 4, "original_width": 400, "original_height": 400}
+    files = [
+        *pair(0, png=images[0], **described(0, sha256=hashes[0])),
+        *pair(1, png=images[1], **described(1, sha256=hashes[1])),
+        *pair(2, png=images[2], **described(2)),
+        *pair(3, png=images[3], **described(3, **resized)),
+    ]
+    given, pairs, shards = read(tmp_path, [write(tmp_path / "00.tar", files)], verify=True)
+    assert given == [0, 2, 3]
+    assert pairs == [(key(1), Reason.CHANGED_IMAGE, uid(1))]
+    assert shards == [(Reason.NOT_VERIFIED, None, 2)]
+    assert summary(Rejects(tmp_path / "rejects")) == (
+        "1 image-text pair was skipped (1 image differs from its sha256); 2 images could not be compared with a sha256"
+    )
+
+
+def test_dropped_transparency_is_counted_and_the_pair_taken(tmp_path):
+    image = picture_of(2)
+    image.putalpha(9)
+    given, pairs, _ = read(tmp_path, [write(tmp_path / "0.tar", [*files_of(1), *pair(2, png=encoded(image))])])
+    assert (given, pairs) == ([1, 2], [(key(2), Reason.TRANSPARENT, uid(2))])
+    rejects = Rejects(tmp_path / "rejects")
+    assert rejects.pairs == {}
+    assert summary(rejects).startswith("1 image had transparency, which was dropped")
+
+
+@pytest.mark.parametrize("pipe", [False, True])
+def test_files_that_no_pair_needs_in_memory_are_not_taken_there(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "MAX_PAIR_BYTES", 5000)
+    monkeypatch.setattr(shards_module, "_MAX_TEXT_BYTES", 400)
+    big = [(name, bytes(10**5)) for name in (f"{key(3)}.mp4", f"{key(2)}.png", f"{key(1)}.txt", f"{key(0)}.json")]
+    files = [file for number in range(4) for file in pair(number)]
+    files = [next((b for b in big if b[0] == name), (name, data)) for name, data in files] + big[:1]
+    path = write(tmp_path / "0.tar", files + files_of(4))
+    given, pairs, _ = read(tmp_path, [f"pipe:cat {path}" if pipe else path])
+    assert given == [3, 4]
+    assert [(each, reason) for each, reason, _ in pairs] == [(key(number), Reason.TOO_BIG) for number in range(3)]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "txt", "bin"])
+def test_a_small_compressed_shard_cannot_fill_the_memory(suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "MAX_PAIR_BYTES", 2**24)
+    member = tarfile.TarInfo(f"0.{suffix}")
+    member.size = 2**26
+    with gzip.open(tmp_path / "0.tar.gz", "wb", compresslevel=1) as file:
+        file.write(member.tobuf())
+        for _ in range(2**6):
+            file.write(bytes(2**20))
+        for name, data in pair(1):
+            more = tarfile.TarInfo(name)
+            more.size = len(data)
+            file.write(more.tobuf() + data + bytes(-len(data) % 512))
+        file.write(bytes(1024))
+    tracemalloc.start()
+    try:
+        given, pairs, _ = read(tmp_path, [tmp_path / "0.tar.gz"])
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
+    assert given == [1]
+    assert [reason for _, reason, _ in pairs] == [Reason.NO_JSON if suffix == "bin" else Reason.TOO_BIG]
+
+
+def mutated(data, rng):
+    """Bytes of a shard with bits flipped, cut, blocks swapped, removed or repeated, or a header's field replaced."""
+    data, blocks = bytearray(data), len(data) // 512
+    first, second = (512 * rng.randrange(blocks) for _ in range(2))
+    match rng.randrange(6):
+        case 0:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        case 1:
+            del data[rng.randrange(len(data)) :]
+        case 2:
+            data[first : first + 512], data[second : second + 512] = (
+                data[second : second + 512],
+                data[first : first + 512],
+            )
+        case 3:
+            del data[first : first + 512]
+        case 4:
+            data[first:first] = data[second : second + 1024]
+        case 5:
+            head = rng.choice([at for at in range(0, len(data) - 512, 512) if data[at + 257 : at + 262] == b"ustar"])
+            sizes = [b"\xff" * 12, b"\x80" + bytes(3) + b"\x7f" * 8, b"77777777777\0", bytes(12)]
+            at, value = rng.choice([(124, rng.choice(sizes)), (156, rng.choice([b"x", b"g", b"L", b"K", b"S", b"5"]))])
+            data[head + at : head + at + len(value)] = value
+            data[head + 148 : head + 156] = b" " * 8
+            data[head + 148 : head + 156] = b"%06o\0 " % sum(data[head : head + 512])
+    return bytes(data)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_befalls_a_shard_no_picture_is_given_under_anothers_id(seed, tmp_path):
+    rng = random.Random(seed)
+    images = {number: encoded(picture_of(number)) for number in range(6)}
+    hashes = {number: hashlib.sha256(image).hexdigest() for number, image in images.items()}
+    files = [
+        file
+        for number in images
+        for file in pair(number, json=json.dumps({"uid": uid(number), "sha256": hashes[number]}).encode())
+    ]
+    whole = write(tmp_path / "whole.tar", files).read_bytes()
+    for turn in range(25):
+        changed = mutated(whole, rng)
+        (tmp_path / "0.tar").write_bytes(gzip.compress(changed) if turn % 5 == 0 else changed)
+        data = module([tmp_path / "0.tar"], verify=True, rejects=tmp_path / f"rejects {turn}")
+        try:
+            given = [
+                (each, float(image[0]))
+                for batch in data.train_dataloader()
+                for each, image in zip(batch.ids, batch[0], strict=True)
+            ]
+        except MimicError as error:
+            # A json that was copied to another pair gives two pairs one id, as far as their names tell.
+            assert re.search("none of the 1 shards gave a pair|the id .* names two pairs", str(error))  # noqa: PT017
+            continue
+        numbers = {uid(number): number for number in images}
+        # A bit of an id can flip, too, and nothing tells; it is then that of no other pair.
+        assert all(numbers.get(each, image) == image for each, image in given)
+        assert len({each for each, _ in given}) == len(given)
+        assert len(given) == 6 or Rejects(tmp_path / f"rejects {turn}").table.num_rows
+
+
+HEADERS = {
+    "a long name": (tarfile.GNUTYPE_LONGNAME, 2**40),
+    "an extended header": (tarfile.XHDTYPE, 2**40),
+    "a negative size": (tarfile.REGTYPE, -1024),
+    "a huge size": (tarfile.REGTYPE, 2**62),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_of_impossible_sizes_end_the_shard(name, tmp_path):
+    path = write(tmp_path / "0.tar", files_of(0, 1))
+    data = path.read_bytes().rstrip(b"\0")
+    data += bytes(-len(data) % 512)
+    bad = tarfile.TarInfo("2.png")
+    bad.type, bad.size = HEADERS[name]
+    path.write_bytes(data + bad.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    given, _, shards = read(tmp_path, [path])
+    assert given == [0]
+    assert shards == [(Reason.SHARD_ENDS_EARLY, None, 2)]
 
 
 def test_pairs_without_any_json_go_by_their_key(tmp_path):

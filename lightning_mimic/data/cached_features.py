@@ -3,10 +3,12 @@
 import dataclasses
 import errno
 import hashlib
+import io
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from lightning_mimic.reference import fingerprint
 from lightning_mimic.trainer_package import pl
 
 #: Of the files; what is cached under another one is not used.
-FORMAT = 1
+FORMAT = 2
 # The sources that a stage of Lightning's reads; others read all.
 _READ = {"fit": ("train", "val"), "validate": ("train", "val"), "test": ("test",)}
 _HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -79,9 +81,11 @@ class CachedFeatures(pl.LightningDataModule):
     one's rounding. Batches are features ``(B, D)`` and labels, with ids.
 
     A file holds the features of all images of one split, plain and, where training flips, flipped: float32, shape
-    ``(rows, views, D)``. It is named by a hash of data, transform, backbone and its weights, written by one process
-    under another name first, and used by any number of runs and processes. Its first and last rows are compared with
-    what the backbone says of these images.
+    ``(rows, views, D)``, as ``numpy.load`` reads it, and at its end a SHA-256 of its name and content. It is named by a
+    hash of data, transform, backbone and its weights, written by one process under another name first, and used by any
+    number of runs and processes. Before a run uses it, its first and last rows are compared with what the backbone
+    says of these images, and its checksum with its content, which reads the file once (one to two seconds per GiB,
+    in one process of a machine); a file that does not hold what it should is computed anew, with a warning.
 
     Args:
         data: A data module of labelled images, such as those of ``lightning_mimic.data``; nothing but flipping may
@@ -137,14 +141,17 @@ class CachedFeatures(pl.LightningDataModule):
         """Computes what is not there, on the trainer's device, in one process of a machine.
 
         Raises:
-            MimicError: The trainer trains another model, or the disk has no room.
+            MimicError: The trainer trains another model, or files cannot be written; the disk may have no room.
         """
         trained: Any = None if self.trainer is None else self.trainer.lightning_module
         if trained not in (None, self.model):
             raise MimicError("the features are of another model than the one that the trainer got; give both the same.")
         self.data.prepare_data()
         self.data.setup()
-        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MimicError(f"`features`: {self.directory} cannot be a directory: {error.strerror}.") from error
         self.model.backbone.to(self._device).eval()
         for name, path in self._paths(None if self.trainer is None else self.trainer.state.fn).items():
             images = self._source(name).images
@@ -156,6 +163,8 @@ class CachedFeatures(pl.LightningDataModule):
         self.data.setup(stage)
         for name, path in self._paths(stage).items():
             source = self._plain[name] = self._source(name)
+            if not path.exists():
+                raise MimicError(f"`features`: {path} is not there; `prepare_data()` computes it, on every machine.")
             self.data.sources[name] = dataclasses.replace(source, images=FeatureRows(path))
         self.model.takes_features = True
 
@@ -228,20 +237,26 @@ class CachedFeatures(pl.LightningDataModule):
         """Whether a file has the features of these images."""
         try:
             held = _opened(path)
-        except (ValueError, EOFError) as error:
-            pl.utilities.rank_zero_warn(f"{path} is damaged ({error}); its features are computed anew.")
+        except Exception as error:  # a damaged header fails in many ways
+            self._warn_of_damage(path, str(error))
             return False
         ends = [0, len(images) - 1]
         expected = self._features(torch.stack([images[row] for row in ends]), views)
-        if held.shape == (len(images), *expected.shape[1:]) and held.dtype.name == "float32":
+        if held.shape == (len(images), *expected.shape[1:]) and held.dtype.str == "<f4":
             difference = (torch.from_numpy(held[ends]) - expected).norm()
             # Another device or batch size rounds otherwise; another backbone or image differs by more.
             if difference <= 1e-2 * expected.norm():
-                return True
+                if _is_whole(path):
+                    return True
+                self._warn_of_damage(path, "its checksum is not that of its content")
+                return False
         pl.utilities.rank_zero_warn(
             f"{path} does not hold what the backbone says of these images; its features are computed anew."
         )
         return False
+
+    def _warn_of_damage(self, path: Path, why: str) -> None:
+        pl.utilities.rank_zero_warn(f"{path} is damaged ({why}); its features are computed anew.")
 
     def _write(self, path: Path, images: Any, views: int) -> None:
         shape = (len(images), views, self.model.head.in_features)
@@ -254,17 +269,23 @@ class CachedFeatures(pl.LightningDataModule):
             raise MimicError(no_room)
         try:
             with atomic_write(path) as file:
-                self._compute(file, images, shape)
+                digest = _digest(path)
+                for content in self._contents(images, shape):
+                    digest.update(content)
+                    file.write(content)
+                file.write(digest.digest())
         except OSError as error:
             if error.errno != errno.ENOSPC:
-                raise
+                raise MimicError(f"`features`: {path} cannot be written: {error.strerror or error}.") from error
             raise MimicError(no_room) from error
 
-    def _compute(self, file: IO[Any], images: Any, shape: tuple[int, int, int]) -> None:
+    def _contents(self, images: Any, shape: tuple[int, int, int]) -> Iterator[bytes]:
+        """Yield the parts of a file, which is written as a stream: to write into a memory map of a full disk kills."""
         from numpy.lib import format as npy  # torch comes without it
 
-        # Written as a stream: what is written into a memory map of a full disk kills the process.
-        npy.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        header = io.BytesIO()
+        npy.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        yield header.getvalue()
         loader = DataLoader(
             images,
             batch_size=self.data.eval_batch_size,
@@ -278,8 +299,24 @@ class CachedFeatures(pl.LightningDataModule):
             desc="Features", total=shape[0], unit="images", disable=quiet
         ) as progress:
             for batch in loader:
-                file.write(self._features(batch, shape[1]).numpy().astype("<f4", copy=False).tobytes())
+                yield self._features(batch, shape[1]).numpy().astype("<f4", copy=False).tobytes()
                 progress.update(len(batch))
+
+
+def _digest(path: Path) -> "hashlib._Hash":
+    """Return the hash of a file's name, to which its content is added: a file under another's name is noticed."""
+    return hashlib.sha256(path.name.encode())
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a file ends with the checksum of what it holds."""
+    digest = _digest(path)
+    rest = path.stat().st_size - digest.digest_size
+    with path.open("rb") as file:
+        while rest > 0 and (content := file.read(min(rest, 2**20))):
+            digest.update(content)
+            rest -= len(content)
+        return file.read() == digest.digest()
 
 
 def _opened(path: Path) -> Any:

@@ -116,7 +116,7 @@ def write_digit_shards(out: str | Path, seed: int = 0, mismatched: float = 0.4) 
         mismatched: Share of the pool whose captions name another digit, 0 to 1.
 
     Raises:
-        MimicError: The folder is not empty, or a share outside 0 to 1.
+        MimicError: The folder is not empty or cannot be written, or a share outside 0 to 1. Nothing is left then.
 
     Example:
         >>> import tempfile
@@ -132,18 +132,21 @@ def write_digit_shards(out: str | Path, seed: int = 0, mismatched: float = 0.4) 
     folder = Path(out).expanduser()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise MimicError(f"`out`: {folder} is not an empty directory; name another one, or remove what it holds.")
-    with atomic_directory(folder) as made:
-        for part, (rows, shown, named) in parts.items():
-            ids = [pair_id(seed, row) for row in rows.tolist()]
-            wordings = torch.randint(len(TEMPLATES), named.shape, generator=generator).tolist()
-            pairs = zip(wordings, named.tolist(), strict=True)
-            captions = [TEMPLATES[wording].format(CLASS_NAMES[digit]) for wording, digit in pairs]
-            _write_part(made / part, ids, digits.images(rows), captions)
-            wrong = (shown != named).tolist()
-            truth += [
-                {"id": i, "mismatched": w, "digit": d} for i, w, d in zip(ids, wrong, shown.tolist(), strict=True)
-            ]
-        pq.write_table(pa.Table.from_pylist(truth), made / "truth.parquet")
+    try:
+        with atomic_directory(folder) as made:
+            for part, (rows, shown, named) in parts.items():
+                ids = [pair_id(seed, row) for row in rows.tolist()]
+                wordings = torch.randint(len(TEMPLATES), named.shape, generator=generator).tolist()
+                pairs = zip(wordings, named.tolist(), strict=True)
+                captions = [TEMPLATES[wording].format(CLASS_NAMES[digit]) for wording, digit in pairs]
+                _write_part(made / part, ids, digits.images(rows), captions)
+                wrong = (shown != named).tolist()
+                truth += [
+                    {"id": i, "mismatched": w, "digit": d} for i, w, d in zip(ids, wrong, shown.tolist(), strict=True)
+                ]
+            pq.write_table(pa.Table.from_pylist(truth), made / "truth.parquet")
+    except OSError as error:  # a full disk; another writer was faster
+        raise MimicError(f"`out`: {folder} cannot be written: {error.strerror or error}.") from error
 
 
 def _write_part(directory: Path, ids: Sequence[str], images: Tensor, captions: Sequence[str]) -> None:

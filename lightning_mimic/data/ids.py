@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from lightning_mimic.dataset_ids import row_ids, sample_ids
 from lightning_mimic.errors import LedgerError, MimicError
 from lightning_mimic.ledger import id_array
 from lightning_mimic.trainer_package import pl
@@ -136,11 +137,13 @@ class WithIds(Dataset[SampleWithId]):
 
     Args:
         dataset: A map-style dataset.
-        ids: One int or str per sample; indices into ``dataset``, if left out (a Subset counts its own).
+        ids: One int or str per sample. If left out, they are those that the samples have already (of a ``Subset`` of a
+            ``WithIds``), or else row numbers: of a ``Subset`` those of the whole, so that a sample keeps its id.
 
     Raises:
         TypeError: An iterable-style dataset, which has no indices; put an id into its samples.
-        MimicError: The number of ids is not that of the samples, ids repeat, or are neither all int nor all str.
+        MimicError: The number of ids is not that of the samples, an id names two of them, ids are neither all int nor
+            all str, or they are left out where subsets of several data sets are joined.
 
     Example:
         >>> pairs = [(torch.zeros(2), 0), (torch.ones(2), 1)]
@@ -180,16 +183,26 @@ class WithIds(Dataset[SampleWithId]):
                 raise MimicError(f"WithIds: {error}") from error
         self.dataset = dataset
         self.ids = ids
+        self._named: Sequence[int | str] | None = ids
+        if ids is None and hasattr(dataset, "__len__"):
+            own = sample_ids(dataset)
+            self._named = row_ids(dataset) if own is None else own
+
+    #: No id names two samples; that has been looked at.
+    unique_ids = True
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def sample_ids(self) -> Sequence[int | str]:
         """The samples' ids in the data set's order."""
-        return range(len(self)) if self.ids is None else self.ids
+        return range(len(self)) if self._named is None else self._named
 
     def __getitem__(self, index: int) -> SampleWithId:
-        return SampleWithId(self.dataset[index], index if self.ids is None else self.ids[index])
+        sample = self.dataset[index]
+        if isinstance(sample, SampleWithId):  # of a data set with ids, which are given anew
+            sample = sample.sample
+        return SampleWithId(sample, index if self._named is None else self._named[index])
 
 
 def collate_with_ids(samples: Sequence[SampleWithId], collate_fn: Callable[[list[Any]], Any] = default_collate) -> Any:

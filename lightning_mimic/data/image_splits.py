@@ -1,6 +1,7 @@
 """Splits of labelled image files, decoded on access, with an optional trusted subset of each class."""
 
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_mimic.data.images import (
+    FOLDER_FORMATS,
+    MAX_PIXELS,
+    TRANSPARENT,
+    TooManyPixelsError,
+    decode_image,
+)
 from lightning_mimic.data.noise import LabelNoise
 from lightning_mimic.data.splits import LabelledSplits, Source, Split
 from lightning_mimic.errors import MimicError
@@ -22,28 +30,48 @@ class DecodedImages:
     """The images of a torchvision data set by row, decoded and transformed.
 
     Args:
-        dataset: Gives a PIL image and a label by row.
+        dataset: Gives a PIL image and a label by row, from the array ``dataset.data``; unused if there are files.
         files: Of the images, one per row; ``None``, if they are in ``dataset.data``.
         transform: ``None`` gives PIL images of mode RGB.
+        max_pixels: Most pixels of an image, by its file's header.
     """
 
-    def __init__(self, dataset: Any, files: Sequence[Path] | None, transform: Transform | None) -> None:
-        self.dataset = dataset
+    def __init__(
+        self, dataset: Any, files: Sequence[Path] | None, transform: Transform | None, max_pixels: int = MAX_PIXELS
+    ) -> None:
+        self.dataset: Any = dataset if files is None else None
         self.files = files
         self.transform = transform
+        self.max_pixels = max_pixels
+        self._warned = False
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset) if self.files is None else len(self.files)
 
     def __getitem__(self, row: int) -> Any:
         try:
-            image = self.dataset[row][0]  # of mode RGB: torchvision converts others
-        except Exception as error:  # Pillow has many types of error for a broken file
+            image = self.dataset[row][0] if self.files is None else self._decoded(self.files[row])
+        except Exception as error:  # of the system, of Pillow
             place = "" if self.files is None else f"{self.files[row]}: "
+            why = getattr(error, "strerror", None) or error
+            too_big = isinstance(error, TooManyPixelsError)
+            fix = "Make it smaller, or raise `max_pixels`" if too_big else "Fetch it again"
             raise MimicError(
-                f"image {row} cannot be decoded: {place}{error}. Fetch it again; nothing is left out in silence."
+                f"image {row} cannot be decoded: {place}{why}. {fix}; nothing is left out in silence."
             ) from error
         return image if self.transform is None else self.transform(image)
+
+    def _decoded(self, file: Path) -> Any:
+        image = decode_image(file.read_bytes(), self.max_pixels, FOLDER_FORMATS)
+        if TRANSPARENT in image.info and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{file} is transparent in part. Transparency is dropped, as torchvision does, so that such pixels "
+                "have the colour that is stored for them, often black. Put these images on a ground of your choice "
+                "to have another one. (This is said once in each process.)",
+                stacklevel=2,
+            )
+        return image
 
     def key(self) -> str:
         """Return a key that identifies the images and their transform.
@@ -95,6 +123,8 @@ class ImageSplits(LabelledSplits):
 
     #: A batch of 224 by 224 pixels takes 60 MB, and each worker holds several.
     eval_batch_size = 100
+    #: Most pixels of an image, by its file's header.
+    max_pixels = MAX_PIXELS
     #: Names of the classes, where the set has them; known after :meth:`setup`.
     class_names: list[str]
 
@@ -124,7 +154,7 @@ class ImageSplits(LabelledSplits):
         """Return the source of one split.
 
         Args:
-            dataset: One of torchvision's.
+            dataset: One of torchvision's, where it holds the images itself.
             labels: Integers, one per row.
             files: Of the images, if they are not in ``dataset.data``.
             ids: One per row, if they are not row numbers.
@@ -140,7 +170,7 @@ class ImageSplits(LabelledSplits):
             raise MimicError(
                 f"labels run from {int(found.min())} to {int(found.max())}, outside the {self.num_classes} classes"
             )
-        images = DecodedImages(dataset, paths, self.transform)
+        images = DecodedImages(dataset, paths, self.transform, self.max_pixels)
         return Source(images, found, images.key, ids)
 
     def divide(self, labels: Tensor) -> Mapping[str, Tensor]:

@@ -1,10 +1,8 @@
 """Image-text pairs in webdataset shards, as img2dataset and DataComp write them."""
 
-import atexit
 import contextlib
+import dataclasses
 import math
-import shutil
-import tempfile
 import uuid
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,13 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_mimic.data.images import MAX_PIXELS
 from lightning_mimic.data.labelled import LabelledImages
 from lightning_mimic.data.pair_loader import PairLoader
-from lightning_mimic.data.pair_stream import ShardReaderConfig, shards_for_worker
+from lightning_mimic.data.pair_stream import PairStream, ShardReaderConfig, StreamPosition, no_pairs, shards_for_worker
 from lightning_mimic.data.rejects import Rejects, summary
 from lightning_mimic.data.shards import list_shards, scanned_ids, stated_counts
 from lightning_mimic.distributed import rank, world_size
-from lightning_mimic.errors import MimicError
+from lightning_mimic.errors import MimicError, join_names
+from lightning_mimic.files import TemporaryFolder
 from lightning_mimic.manifest import KeptIds
 from lightning_mimic.trainer_package import pl
 
@@ -60,6 +60,9 @@ class ImageTextDataModule(pl.LightningDataModule):
         shuffle: Pairs that a worker holds, undecoded, to draw the next one from; 0: the order of the shards.
         seed: Of the order.
         max_pixels: Most pixels of an image, by its header.
+        verify: Skip pairs whose image differs from the ``sha256`` that img2dataset and DataComp write in the json, at
+            the cost of a hash of every image. It is that of the file that was downloaded; images that were
+            resized since, and pairs without one, are taken, and counted in the warning at the end.
         rejects: Directory for the list of skipped pairs; they are counted without one, too.
 
     Raises:
@@ -87,7 +90,8 @@ class ImageTextDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         shuffle: int = 5000,
         seed: int = 0,
-        max_pixels: int = 2**26,
+        max_pixels: int = MAX_PIXELS,
+        verify: bool = False,
         rejects: str | Path | None = None,
     ) -> None:
         super().__init__()
@@ -118,6 +122,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         self.shuffle = shuffle
         self.seed = seed
         self.max_pixels = max_pixels
+        self.verify = verify
         self.rejects = rejects
         if val_shards is None and zero_shot is None:
             # Lightning goes without validation where these methods are its own; of an empty list it would warn.
@@ -128,6 +133,8 @@ class ImageTextDataModule(pl.LightningDataModule):
         self._train: PairLoader | None = None
         self._resumed: dict[str, Any] | None = None
         self._directory: Path | None = None
+        # Where `rejects` is left out; on the first rank.
+        self._temporary: TemporaryFolder | None = None
 
     def prepare_data(self) -> None:
         if self.zero_shot is not None:
@@ -212,7 +219,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         stated = stated_counts(urls)
         config = ShardReaderConfig(
             urls, stated, transform, self.tokenizer, self.batch_size, workers, self.shuffle if train else 0, self.seed,
-            self.max_pixels, kept, with_replacement, str(self._directory), self._run,
+            self.max_pixels, kept, with_replacement, self.verify, str(self._directory), self._run, self._listed,
         )  # fmt: skip
         if with_replacement:
             assert self.samples_per_epoch is not None
@@ -220,13 +227,27 @@ class ImageTextDataModule(pl.LightningDataModule):
             batches_per_worker: list[int] | None = [batches] * workers
         else:
             counts = _counts(urls, stated, kept)
+            if not sum(counts.get(url, 1) for url in urls):
+                raise self._no_pairs(config, rank)
             batches_per_worker = self._batches_per_worker(urls, argument, counts, rank, world, workers)
         loader = PairLoader(
             config, rank, world, batches_per_worker, with_replacement or world > 1, num_workers,
-            self.trainer if train else None,
+            self.trainer if train else None, self._temporary,
         )  # fmt: skip
         self._loaders.append(loader)
         return loader
+
+    def _no_pairs(self, config: ShardReaderConfig, rank: int) -> MimicError:
+        """Return the error of shards that hold no pair by the names of their files, once it is listed why."""
+        every = dataclasses.replace(config, kept=None)
+        if PairStream(every, rank, 1, None, False, 0, StreamPosition([[0, 0]])).list_rejects():
+            return MimicError(f"`keep`: {self.keep} keeps none of the pairs in {join_names(config.shards, 3)}.")
+        return no_pairs(config)
+
+    @property
+    def _listed(self) -> str:
+        """Where the user finds what was skipped, as a phrase."""
+        return f"listed in {self.rejects}" if self.rejects is not None else "give `rejects=` a directory for the list"
 
     def _batches_per_worker(
         self, urls: list[str], argument: str, counts: dict[str, int], rank: int, world: int, workers: int
@@ -276,8 +297,11 @@ class ImageTextDataModule(pl.LightningDataModule):
             return
         run, directory = uuid.uuid4().hex[:12], self.rejects
         if directory is None and (self.trainer is None or self.trainer.is_global_zero):
-            directory = tempfile.mkdtemp(prefix="rejects-")
-            atexit.register(shutil.rmtree, directory, ignore_errors=True)  # where teardown is not called
+            try:
+                self._temporary = TemporaryFolder("lightning-mimic-rejects-")
+            except OSError as error:
+                raise MimicError(f"no temporary folder can be made: {error}. Give `rejects=` a directory.") from error
+            directory = self._temporary.path
         if self.trainer is not None:
             run, directory = self.trainer.strategy.broadcast((run, str(directory)))
         self._run, self._directory = run, Path(str(directory))
@@ -291,13 +315,12 @@ class ImageTextDataModule(pl.LightningDataModule):
         directory, self._directory = self._directory, None
         if directory is None or (self.trainer is not None and not self.trainer.is_global_zero):
             return
-        rejects = Rejects(directory, self._run)
-        place = f"listed in {directory}" if self.rejects is not None else "give `rejects=` a directory for the list"
-        if self.rejects is None:
-            shutil.rmtree(directory, ignore_errors=True)
-        found = summary(rejects)
+        found = summary(Rejects(directory, self._run))
+        if self._temporary is not None:
+            self._temporary.close()
+            self._temporary = None
         if found:
-            warnings.warn(f"{found}; {place}.", stacklevel=2)
+            warnings.warn(f"{found}; {self._listed}.", stacklevel=2)
 
 
 def _counts(urls: list[str], stated: dict[str, int], kept: KeptIds | None) -> dict[str, int]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_mimic.data.ids import SampleWithId
+from lightning_mimic.data.images import to_rgb
 
 
 class LabelledImages(Dataset[tuple[Tensor, Any]]):
@@ -34,4 +35,4 @@ class LabelledImages(Dataset[tuple[Tensor, Any]]):
 
             values = (image * 255).round().clamp(0, 255).to(torch.uint8)
             image = Image.fromarray((values[0] if len(values) == 1 else values.permute(1, 2, 0)).cpu().numpy())
-        return self.transform(image.convert("RGB")), label
+        return self.transform(to_rgb(image)), label

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_mimic.data.pair_stream import PairStream, ShardReaderConfig, StreamPosition
+from lightning_mimic.data.pair_stream import PairStream, ShardReaderConfig, StreamPosition, no_pairs
 from lightning_mimic.distributed import gather_objects
+from lightning_mimic.files import TemporaryFolder
 from lightning_mimic.random_streams import torch_generator
 
 
@@ -30,6 +31,7 @@ class PairLoader:
         num_workers: Processes, 0 for none.
         trainer: Knows the first epoch, and which batches have been trained; without one every pass is another epoch,
             and a batch that was given counts as done.
+        folder: Kept as long as the loader, whose rejects it holds; the data module may be gone before.
 
     Example:
         Loaders are made by :meth:`ImageTextDataModule.train_dataloader
@@ -43,6 +45,7 @@ class PairLoader:
     exact: bool
     num_workers: int
     trainer: Any = None
+    folder: TemporaryFolder | None = None
     _epoch: int = field(default=-1, init=False)
     _position: StreamPosition = field(init=False)
     _start_position: StreamPosition = field(init=False)
@@ -94,10 +97,7 @@ class PairLoader:
             yield batch
         self._begun = self._ended = True
         if empty and not any(given for given, _ in self._position.workers):
-            raise RuntimeError(
-                f"none of the {len(self.config.shards)} shards gave a pair to rank {self.rank}, such as "
-                f"{self.config.shards[0]}; why is listed in {self.config.rejects}"
-            )
+            raise no_pairs(self.config)
 
     def advance(self) -> None:
         """Record that the next yielded batch is being trained on; Lightning may fetch one ahead."""

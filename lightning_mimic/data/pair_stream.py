@@ -3,7 +3,7 @@
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,11 +11,16 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lightning_mimic.data.ids import SampleWithId, collate_with_ids
-from lightning_mimic.data.pairs import BrokenPairError, Pair, decode_image, described, id_of, pair_of
-from lightning_mimic.data.rejects import Reason, RejectWriter
-from lightning_mimic.data.shards import read_shard
+from lightning_mimic.data.images import TRANSPARENT
+from lightning_mimic.data.pairs import BrokenPairError, Pair, decode_image, described, id_of, is_verified, pair_of
+from lightning_mimic.data.rejects import Reason, Rejects, RejectWriter, examples, summary
+from lightning_mimic.data.shards import PairSources, name_in_shards, read_shard
+from lightning_mimic.errors import MimicError
 from lightning_mimic.manifest import KeptIds
 from lightning_mimic.random_streams import stream_seed
+
+#: Most bytes of undecoded images in a worker's shuffle buffer, however few pairs that is.
+BUFFER_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -29,13 +34,16 @@ class ShardReaderConfig:
         tokenizer: List of str to int64 tensor of shape ``(n, L)``.
         batch_size: Pairs per batch.
         workers: Processes of one rank, at least 1 (which may be the main process).
-        shuffle: Pairs in a worker's shuffle buffer; 0 keeps the order of the shards, too.
+        shuffle: Pairs in a worker's shuffle buffer, of at most :data:`BUFFER_BYTES`; 0 keeps the order of the shards,
+            too.
         seed: Of the order.
         max_pixels: Of an image.
         kept: Which ids train, and how often; all, if left out.
         with_replacement: Draw shards with replacement, all workers from all.
+        verify: Reject images that differ from the ``sha256`` in their json.
         rejects: Directory of the rejects' parts.
         run: Begins their names.
+        listed: Where the user finds the rejects, as a phrase.
     """
 
     shards: Sequence[str]
@@ -49,8 +57,10 @@ class ShardReaderConfig:
     max_pixels: int
     kept: KeptIds | None
     with_replacement: bool
+    verify: bool
     rejects: str
     run: str
+    listed: str
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,10 @@ class PairStream(IterableDataset):
     exact: bool
     epoch: int
     position: StreamPosition
+    _sources: PairSources = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._sources = PairSources(self.config.shards)
 
     def __iter__(self) -> Iterator[tuple[int, int, int, Any]]:
         """Yield the worker, its batches so far, the pairs read for them, and the batch."""
@@ -98,6 +112,11 @@ class PairStream(IterableDataset):
         with RejectWriter(self.config.rejects, name) as reject:
             for given, read, samples in self._batches(slot, reject):
                 yield slot, given, read, self._collated(samples)
+
+    def list_rejects(self) -> int:
+        """Read all shards, write what is rejected without decoding images, and return the number of other pairs."""
+        with RejectWriter(self.config.rejects, f"{self.config.run}-r{self.rank}") as reject:
+            return sum(1 for shard in self.config.shards for _ in self._pairs(shard, reject))
 
     def _batches(  # noqa: C901 -- one loop whose ends depend on each other
         self, slot: int, reject: RejectWriter
@@ -137,10 +156,8 @@ class PairStream(IterableDataset):
                 break
             if not found:
                 if len(shards) == len(self.config.shards):
-                    raise RuntimeError(
-                        f"none of the {len(shards)} shards gave a pair, such as {shards[0]}; why is listed in "
-                        f"{self.config.rejects}"
-                    )
+                    reject.flush()
+                    raise no_pairs(self.config)
                 shards = self.config.shards  # all of its own are broken, and batches are expected of it
         reject.flush()
         if batch:
@@ -154,15 +171,23 @@ class PairStream(IterableDataset):
         elif self.config.shuffle:
             shards = order.sample(shards, len(shards))
         buffer: list[Pair] = []
+        held = 0
         for shard in shards:
             for pair in self._pairs(shard, reject):
                 if not self.config.shuffle:
                     yield pair
-                elif len(buffer) < self.config.shuffle:
+                    continue
+                held += len(pair.image)
+                if len(buffer) < self.config.shuffle:
                     buffer.append(pair)
                 else:
                     chosen = order.randrange(len(buffer))
                     buffer[chosen], pair = pair, buffer[chosen]
+                    held -= len(pair.image)
+                    yield pair
+                while held > BUFFER_BYTES:
+                    pair = buffer.pop(order.randrange(len(buffer)))
+                    held -= len(pair.image)
                     yield pair
         order.shuffle(buffer)
         yield from buffer
@@ -173,18 +198,27 @@ class PairStream(IterableDataset):
         return shards_for_worker(self.config.shards, self.rank, self.world, slot, self.config.workers)
 
     def _pairs(self, shard: str, reject: RejectWriter) -> Iterator[Pair]:
+        unverified = 0
         for key, files in read_shard(shard, reject, self.config.counts.get(shard)):
             name = None
             try:
                 description = described(files)
-                name = id_of(key, description)
+                name = id_of(name_in_shards(shard, key), description)
                 times = 1 if self.config.kept is None else self.config.kept.times(name)
                 if times is None:
                     raise BrokenPairError(Reason.UNKNOWN_ID)
-                if times:
-                    yield from itertools.repeat(pair_of(shard, key, name, files, description), times)
+                if not times:
+                    continue
+                pair = pair_of(shard, key, name, files, description)
+                if self.config.verify:
+                    unverified += not is_verified(pair.image, description)
+                self._sources.add(name, shard, key, by_key=description.get("uid") is None)
+                yield from itertools.repeat(pair, times)
             except BrokenPairError as broken:
                 reject(shard, broken.reason, broken.detail, key=key, id=name)
+        if unverified:
+            detail = "no sha256 in the json, or the image was resized after it was taken"
+            reject(shard, Reason.NOT_VERIFIED, detail, found=unverified)
 
     def _sample(self, pair: Pair, reject: RejectWriter) -> SampleWithId | None:
         try:
@@ -192,6 +226,8 @@ class PairStream(IterableDataset):
         except BrokenPairError as broken:
             reject(pair.shard, broken.reason, broken.detail, key=pair.key, id=pair.id)
             return None
+        if TRANSPARENT in image.info:
+            reject(pair.shard, Reason.TRANSPARENT, key=pair.key, id=pair.id)
         return SampleWithId((self.config.transform(image), pair.caption), pair.id)
 
     def _collated(self, samples: list[SampleWithId]) -> Any:
@@ -200,6 +236,17 @@ class PairStream(IterableDataset):
     def _images_and_texts(self, samples: list[tuple[Tensor, str]]) -> tuple[Tensor, Tensor]:
         images, captions = zip(*samples, strict=True)
         return torch.stack(images), self.config.tokenizer(list(captions))
+
+
+def no_pairs(config: ShardReaderConfig) -> MimicError:
+    """Return the error of shards without a usable pair; their rejects have been written."""
+    rejects = Rejects(config.rejects, config.run)
+    why = f"{summary(rejects) or 'empty'}{examples(rejects)}"
+    return MimicError(
+        f"none of the {len(config.shards)} shards gave a pair, such as {config.shards[0]}: {why}. "
+        "Expected are KEY.jpg (or .jpeg, .png, .webp) and KEY.txt, or KEY.json with a `caption`, "
+        f"one after the other; KEY ends at the name's first dot. All that was skipped: {config.listed}."
+    )
 
 
 def _joined(batch: list[tuple[int, SampleWithId]]) -> tuple[int, list[SampleWithId]]:

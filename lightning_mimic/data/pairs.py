@@ -1,19 +1,18 @@
 """One image-text pair: from the files of its shard to id, caption and image."""
 
+import hashlib
 import json
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
+from lightning_mimic.data.images import ImageError, TooManyPixelsError
+from lightning_mimic.data.images import decode_image as decode_any_image
 from lightning_mimic.data.rejects import Reason
 from lightning_mimic.errors import MimicError
 
 #: Suffixes of a pair's image, in the order in which they are looked for.
 IMAGES = ("jpg", "jpeg", "png", "webp")
-# What the web calls .jpg. Other formats that PIL knows start programs (EPS) or have no business here.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
 class BrokenPairError(MimicError):
@@ -61,14 +60,21 @@ def described(files: Mapping[str, bytes]) -> dict[str, Any]:
 def id_of(key: str, description: Mapping[str, Any]) -> str:
     """The pair's id: ``uid`` of its json, else its key in the shard.
 
+    Args:
+        key: Its name among all shards, such as :func:`~lightning_mimic.data.shards.name_in_shards` makes it.
+        description: Of :func:`described`.
+
     Raises:
-        BrokenPairError: It is no text that a ledger could hold.
+        BrokenPairError: Its ``uid`` is neither a text nor an integer, is empty, or not UTF-8. The pair is not taken by
+            its key instead, because it would have another id elsewhere.
 
     Example:
         >>> id_of("000000007", {"uid": "9f8e"}), id_of("000000007", {})
         ('9f8e', '000000007')
     """
     uid = description.get("uid")
+    if uid is not None and (not isinstance(uid, str | int) or isinstance(uid, bool) or not str(uid).strip()):
+        raise BrokenPairError(Reason.UNUSABLE_ID, f"the uid is {str(uid)[:80]!a}, a {type(uid).__name__}")
     name = key if uid is None else str(uid)
     if not _is_text(name):
         raise BrokenPairError(Reason.UNREADABLE_JSON, f"the id {name!a} is not UTF-8")
@@ -100,7 +106,7 @@ def pair_of(shard: str, key: str, id: str, files: Mapping[str, bytes], descripti
     else:
         written = description.get("caption")
         if not isinstance(written, str):
-            raise BrokenPairError(Reason.NO_CAPTION, f"files: {', '.join(sorted(files))}")
+            raise BrokenPairError(Reason.NO_CAPTION, shown(files))
         if not _is_text(written):  # json can hold half a character
             raise BrokenPairError(Reason.CAPTION_NOT_UTF8, f"{written!a} in the json")
         caption = written
@@ -108,52 +114,58 @@ def pair_of(shard: str, key: str, id: str, files: Mapping[str, bytes], descripti
         raise BrokenPairError(Reason.EMPTY_CAPTION)
     image = next((files[suffix] for suffix in IMAGES if suffix in files), None)
     if image is None:
-        raise BrokenPairError(Reason.NO_IMAGE, f"files: {', '.join(sorted(files))}")
+        raise BrokenPairError(Reason.NO_IMAGE, shown(files))
     return Pair(shard, key, id, image, caption.strip())
 
 
 def decode_image(data: bytes, max_pixels: int) -> Any:
-    """Decode an image to 8-bit RGB.
-
-    Args:
-        data: A JPEG, PNG, WebP, GIF or BMP file.
-        max_pixels: Most pixels to decode, by the file's header; PIL has a limit of its own beyond that.
-
-    Returns:
-        PIL image of mode RGB. Grey values of 16 bits are scaled, transparency is dropped.
+    """Decode a pair's image, as :func:`lightning_mimic.data.images.decode_image` does.
 
     Raises:
         BrokenPairError: It cannot be decoded, or has more pixels.
     """
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd metadata, and sizes that are looked at right here
-        try:
-            with Image.open(BytesIO(data), formats=_FORMATS) as image:
-                if image.width * image.height > max_pixels:
-                    raise BrokenPairError(Reason.TOO_MANY_PIXELS, f"{image.width} x {image.height}")
-                if image.mode.startswith("I"):
-                    return _eight_bits(image).convert("RGB")
-                # A palette with transparency warns on the direct way.
-                return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
-        except BrokenPairError:
-            raise
-        except Image.DecompressionBombError as error:
-            raise BrokenPairError(Reason.TOO_MANY_PIXELS, str(error)) from error
-        except Exception as error:  # damaged files fail in every way there is
-            shown = str(error).splitlines()[0] if str(error) else ""
-            begins = "" if isinstance(error, OSError) and shown.startswith("image file") else f"; begins {data[:16]!r}"
-            raise BrokenPairError(Reason.UNDECODABLE_IMAGE, f"{type(error).__name__}: {shown[:80]}{begins}") from error
+    try:
+        return decode_any_image(data, max_pixels)
+    except ImageError as error:
+        too_many = isinstance(error, TooManyPixelsError)
+        reason = Reason.TOO_MANY_PIXELS if too_many else Reason.UNDECODABLE_IMAGE
+        raise BrokenPairError(reason, str(error)) from error
 
 
-def _eight_bits(image: Any) -> Any:
-    """Grey values of 16 bits, which PIL itself would cut off at 255."""
-    import numpy as np
-    from PIL import Image
+def is_verified(image: bytes, description: Mapping[str, Any]) -> bool:
+    """Compare an image with the ``sha256`` of its json.
 
-    values = np.asarray(image).astype(np.int64)
-    return Image.fromarray(((values + 128) // 257).clip(0, 255).astype(np.uint8))
+    It is that of the file as it was downloaded: where ``width`` or ``height`` differ from ``original_width`` or
+    ``original_height``, the image in the shard is another file, made from that one.
+
+    Args:
+        image: Content of the image's file.
+        description: Of :func:`described`.
+
+    Returns:
+        Whether they could be compared.
+
+    Raises:
+        BrokenPairError: The image is not the one that the json describes.
+
+    Example:
+        >>> is_verified(b"image", {}), is_verified(b"image", {"sha256": hashlib.sha256(b"image").hexdigest()})
+        (False, True)
+    """
+    stated = description.get("sha256")
+    sizes = [(description.get(f"original_{side}"), description.get(side)) for side in ("width", "height")]
+    if stated is None or any(None not in size and size[0] != size[1] for size in sizes):
+        return False
+    found = hashlib.sha256(image).hexdigest()
+    if not isinstance(stated, str) or stated.lower() != found:
+        raise BrokenPairError(Reason.CHANGED_IMAGE, f"its sha256 is {found}; the json says {str(stated)[:80]!a}")
+    return True
+
+
+def shown(files: Iterable[str]) -> str:
+    """Return the suffixes of a pair's files, as a phrase."""
+    names = sorted(files)
+    return f"files: {', '.join(names[:6])}" + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _is_text(text: str) -> bool:

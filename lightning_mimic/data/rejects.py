@@ -23,6 +23,11 @@ class Reason(enum.StrEnum):
     TOO_MANY_PIXELS = "image above the pixel cap"
     #: Its id would be another one, so the pair is not taken by its key instead.
     UNREADABLE_JSON = "json unreadable"
+    UNUSABLE_ID = "uid is no id"
+    #: With ``verify``.
+    CHANGED_IMAGE = "image differs from its sha256"
+    #: More bytes than are kept in memory for one pair.
+    TOO_BIG = "files above the size cap"
     #: Other pairs of the shard have one; this is half a pair, or one whose id is lost.
     NO_JSON = "no json"
     DUPLICATE_FILE = "duplicate file in the shard"
@@ -32,6 +37,13 @@ class Reason(enum.StrEnum):
     SHARD_ENDS_EARLY = "shard ends early"
     SHARD_UNREADABLE = "shard unreadable"
     SHARD_HAS_MORE = "shard has more than its count says"
+    #: No faults, the pairs are taken. A note of a pair, and one of a shard, which counts its pairs as ``found``.
+    TRANSPARENT = "transparency dropped"
+    NOT_VERIFIED = "not compared with a sha256"
+
+
+#: Reasons of pairs that are taken.
+_NOTES = (Reason.TRANSPARENT, Reason.NOT_VERIFIED)
 
 
 _SCHEMA = pa.schema(
@@ -159,14 +171,24 @@ class Rejects:
         return self._by_reason(of_shards=False)
 
     @property
+    def notes(self) -> dict[str, int]:
+        """Pairs that were taken, by what was noted of them."""
+        found = dict.fromkeys(_NOTES, 0)
+        for row in self.table.select(["reason", "found"]).to_pylist():
+            if row["reason"] in found:
+                found[Reason(row["reason"])] += 1 if row["found"] is None else row["found"]
+        return {reason.value: count for reason, count in found.items() if count}
+
+    @property
     def shards(self) -> dict[str, int]:
         """Damaged shards by what befell them."""
         return self._by_reason(of_shards=True)
 
     def _by_reason(self, of_shards: bool) -> dict[str, int]:
-        rows = [row for row in self.table.select(["key", "reason"]).to_pylist() if (row["key"] is None) == of_shards]
         found: dict[str, int] = {}
-        for row in rows:
+        for row in self.table.select(["key", "reason"]).to_pylist():
+            if (row["key"] is None) != of_shards or row["reason"] in _NOTES:
+                continue
             found[row["reason"]] = found.get(row["reason"], 0) + 1
         return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
@@ -193,7 +215,31 @@ def summary(rejects: Rejects) -> str:
     for reason, words in phrases.items():
         if count := shards.get(reason):
             parts.append(f"{count} {'shard' if count == 1 else 'shards'} {words}")
+    phrases = {
+        Reason.TRANSPARENT: "had transparency, which was dropped, so that it shows the colour stored below it",
+        Reason.NOT_VERIFIED: "could not be compared with a sha256",
+    }
+    for reason, words in phrases.items():
+        if count := rejects.notes.get(reason):
+            parts.append(f"{count} {'image' if count == 1 else 'images'} {words}")
     return "; ".join(parts)
+
+
+def examples(rejects: Rejects, most: int = 3) -> str:
+    """Return the first rejects, as a phrase; empty, if nothing was rejected.
+
+    Example:
+        >>> import tempfile
+        >>> examples(Rejects(tempfile.mkdtemp()))
+        ''
+    """
+    rows = rejects.table.slice(0, most).to_pylist()
+    shown = [
+        f"{'' if row['key'] is None else row['key'] + ' in '}{row['shard']}: {row['reason']}"
+        f"{', ' + row['detail'] if row['detail'] else ''}"
+        for row in rows
+    ]
+    return f" ({'; '.join(shown)})" if shown else ""
 
 
 def _writable(text: str | None) -> str | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import tarfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from lightning_mimic.data.pairs import IMAGES, BrokenPairError, described, id_of
+from lightning_mimic.data.pairs import IMAGES, BrokenPairError, described, id_of, shown
 from lightning_mimic.data.rejects import Reason
 from lightning_mimic.errors import MimicError
 
@@ -17,6 +18,16 @@ from lightning_mimic.errors import MimicError
 SCANNED_BYTES = 2**31
 # So many pairs without a json in a row, from the start of a shard, mean that it has none.
 _NO_JSON_AFTER = 64
+#: Most bytes of one pair's files together; a compressed shard can hold a thousand times its size.
+MAX_PAIR_BYTES = 2**28
+# Most bytes of a caption or a json, and of a name in a tar.
+_MAX_TEXT_BYTES = 2**24
+_MAX_HEADER_BYTES = 2**20
+# All that the header of an ordinary tar can say.
+_MAX_MEMBER_BYTES = 2**33
+_HEADER_TYPES = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
 
 
 def list_shards(shards: str | Sequence[str], argument: str = "shards") -> list[str]:
@@ -78,6 +89,100 @@ def local_path(url: str) -> Path | None:
     return Path(url) if parts.scheme == "" else Path(parts.path) if parts.scheme == "file" else None
 
 
+def shard_name(url: str) -> str:
+    """Return the name of a shard without folder and suffix.
+
+    Example:
+        >>> shard_name("pool/train.00.tar.gz"), shard_name("pipe:aws s3 cp s3://bucket/00000007.tar -")
+        ('train.00', '00000007')
+    """
+    path = local_path(url)
+    names = [path.name] if path is not None else re.findall(r"[^\s'\"=/\\]+\.tar\b", url)
+    name = names[-1] if names else url.rpartition("/")[2]
+    return name.partition(".tar")[0] or name
+
+
+def name_in_shards(shard: str, key: str) -> str:
+    """Return the name of a pair among those of all shards: its key, if it begins with the shard's name, else both.
+
+    Keys of img2dataset and DataComp begin with the shard's; many other tools number pairs anew in every shard.
+
+    Example:
+        >>> name_in_shards("pool/00000.tar", "000000007"), name_in_shards("pool/train-0.tar", "0007")
+        ('000000007', 'train-0/0007')
+    """
+    name = shard_name(shard)
+    return key if key.startswith(name) and key != name else f"{name}/{key}"
+
+
+class PairSources:
+    """The pairs that ids name, to find an id that names two.
+
+    Up to :data:`MOST` ids are known, which take 40 MB. Of more, those with the lowest hashes are, so that ids which
+    repeat in bulk are found at any size.
+
+    Args:
+        shards: All shards; two of one name give the same ids to pairs that are named by their keys.
+
+    Example:
+        >>> sources = PairSources(["0.tar", "1.tar"])
+        >>> sources.add("a", "0.tar", "7", by_key=False)
+        >>> sources.add("a", "1.tar", "7", by_key=False)
+        Traceback (most recent call last):
+        ...
+        lightning_mimic.errors.MimicError: `shards`: the id 'a' names two pairs: 7 in 0.tar and 7 in 1.tar...
+    """
+
+    MOST = 2**17
+
+    def __init__(self, shards: Sequence[str]) -> None:
+        self._pairs: dict[str, tuple[str, str]] = {}
+        self._limit = 2**61  # of hashes
+        #: All shards of a name.
+        self._shards: dict[str, list[str]] = {}
+        for shard in dict.fromkeys(shards):
+            self._shards.setdefault(shard_name(shard), []).append(shard)
+        self._lengths = {len(name) for name in self._shards}
+
+    def add(self, id: str, shard: str, key: str, *, by_key: bool) -> None:
+        """Note a pair; the same one may come again.
+
+        Args:
+            id: Of the pair.
+            shard: Where it lies.
+            key: Its name there.
+            by_key: It has no ``uid``, so that shard and key make its id.
+
+        Raises:
+            MimicError: The id names another pair, too.
+        """
+        if by_key and (others := self._others(shard, key)):
+            raise MimicError(
+                f"`shards`: the pair {key} in {shard} has no `uid`, and by its name its id {id!r} could be that of a "
+                f"pair in {others[0]}. Give the shards names of one length that differ, or put a `uid` into the json "
+                "files."
+            )
+        if hash(id) & (2**61 - 1) >= self._limit:
+            return
+        found = self._pairs.setdefault(id, (shard, key))
+        if found != (shard, key):
+            raise MimicError(
+                f"`shards`: the id {id!r} names two pairs: {found[1]} in {found[0]} and {key} in {shard}. Scores and "
+                "decisions are kept by id. Give each pair a `uid` of its own in its json, or leave it out: a pair "
+                "without one is named by its shard and key."
+            )
+        if len(self._pairs) > self.MOST:
+            self._limit //= 2
+            self._pairs = {each: pair for each, pair in self._pairs.items() if hash(each) & (2**61 - 1) < self._limit}
+
+    def _others(self, shard: str, key: str) -> list[str]:
+        """Return other shards in which a pair could have the same id."""
+        name = shard_name(shard)
+        # A pair that is named by its key alone could lie in any shard with whose name that begins.
+        begins = [key[:length] for length in self._lengths] if name_in_shards(shard, key) == key else [name]
+        return [other for each in begins for other in self._shards.get(each, []) if other != shard]
+
+
 def _tars_in(folder: Path) -> str:
     names = sorted(path.name for path in folder.glob("*.tar*"))
     return f"{len(names)} of them, {names[0]} to {names[-1]}" if names else "none"
@@ -112,11 +217,15 @@ def scanned_ids(shards: Sequence[str]) -> dict[str, list[str]]:
     """Ids of the pairs in each shard that are whole by the names of their files, from headers and json files alone.
 
     Without those that are not local or compressed; empty, if they have more than :data:`SCANNED_BYTES` together.
+
+    Raises:
+        MimicError: An id names two pairs.
     """
     paths = {url: path for url in shards if (path := local_path(url)) is not None and path.is_file()}
     if sum(path.stat().st_size for path in paths.values()) > SCANNED_BYTES:
         return {}
-    return {url: list(_ids_in(url)) for url, path in paths.items() if not _is_compressed(path)}
+    sources = PairSources(shards)
+    return {url: list(_ids_in(url, sources)) for url, path in paths.items() if not _is_compressed(path)}
 
 
 def _is_compressed(path: Path) -> bool:
@@ -124,7 +233,7 @@ def _is_compressed(path: Path) -> bool:
         return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ"))
 
 
-def _ids_in(url: str) -> Iterator[str]:
+def _ids_in(url: str, sources: PairSources) -> Iterator[str]:
     groups = _Groups(url, lambda *_, **__: None)
     whole = True
     try:
@@ -135,7 +244,10 @@ def _ids_in(url: str) -> Iterator[str]:
     for key, files in groups.end(whole):
         with contextlib.suppress(BrokenPairError):
             if ("txt" in files or "json" in files) and any(suffix in files for suffix in IMAGES):
-                yield id_of(key, described(files))
+                description = described(files)
+                name = id_of(name_in_shards(url, key), description)
+                sources.add(name, url, key, by_key=description.get("uid") is None)
+                yield name
 
 
 class _DamageError(Exception):
@@ -143,21 +255,40 @@ class _DamageError(Exception):
 
 
 class _Member(tarfile.TarInfo):
-    """Keeps what ended the archive: tarfile itself stops at a damaged header as it does at a proper end."""
+    """Keeps what ended the archive: tarfile itself stops at a damaged header as it does at a proper end.
+
+    It also trusts a header's size: a negative one makes it read the same header for ever, a huge one looks for the next
+    header long after the end, and a long name or an extended header is read into memory whatever its length.
+    """
+
+    @classmethod
+    def frombuf(cls, *args: Any) -> Any:
+        member = super().frombuf(*args)
+        if member.type in _HEADER_TYPES and not 0 <= member.size <= _MAX_HEADER_BYTES:
+            raise tarfile.InvalidHeaderError(f"a name or header of {member.size} bytes")  # type: ignore[attr-defined]
+        return member
 
     @classmethod
     def fromtarfile(cls, tar: Any) -> Any:
         try:
-            return super().fromtarfile(tar)
+            member = super().fromtarfile(tar)
+            if not 0 <= member.size < _MAX_MEMBER_BYTES:
+                raise tarfile.InvalidHeaderError(f"a size of {member.size}")  # type: ignore[attr-defined]
+            return member
         except tarfile.HeaderError as error:
             tar.ending = error
             raise
 
+    def _proc_gnusparse_10(self, *_: Any) -> None:
+        # Its map of blocks has no end where the file is cut, and tarfile looks for it for ever.
+        raise tarfile.InvalidHeaderError("a sparse file")  # type: ignore[attr-defined]
 
-def _files(url: str, heads: bool = False) -> Iterator[tuple[str, str, bytes]]:
-    """Key, suffix and content (with ``heads`` that of json files alone) of each file.
 
-    Raises _DamageError where the shard breaks off.
+def _files(url: str, heads: bool = False) -> Iterator[tuple[str, str, bytes | None]]:
+    """Key, suffix and content of each file.
+
+    Content is that of captions, images and json files (with ``heads`` that of json files alone), empty for others,
+    and ``None`` for a file with more bytes than are taken. Raises _DamageError where the shard breaks off.
     """
     from webdataset.gopen import gopen
 
@@ -170,8 +301,14 @@ def _files(url: str, heads: bool = False) -> Iterator[tuple[str, str, bytes]]:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]
                 key, suffix = _named(member)
-                content = None if key is None else tar.extractfile(member)
-                if key is not None and content is not None:
+                if key is None:
+                    continue
+                most = MAX_PAIR_BYTES if suffix in IMAGES else _MAX_TEXT_BYTES
+                if suffix not in (*IMAGES, "txt", "json"):
+                    yield key, suffix, b""
+                elif member.size > most:
+                    yield key, suffix, None
+                elif (content := tar.extractfile(member)) is not None:
                     yield key, suffix, content.read() if suffix == "json" or not heads else b""
             _check_ending(tar)
     except GeneratorExit:
@@ -257,21 +394,26 @@ class _Groups:
         self._reject = reject
         self._key: str | None = None
         self._files: dict[str, bytes] = {}
+        self._bytes = 0
         self._fault: Reason | None = None
         # Until it is known whether this shard's pairs have a json, those without it wait: they may be halves.
         self._has_json: bool | None = None
         self._waiting: list[tuple[str, dict[str, bytes]]] = []
         self._ready: deque[tuple[str, dict[str, bytes]]] = deque()
 
-    def add(self, key: str, suffix: str, content: bytes) -> None:
+    def add(self, key: str, suffix: str, content: bytes | None) -> None:
         if key != self._key:
             self._finish()
-            self._key, self._files = key, {}
+            self._key, self._files, self._bytes = key, {}, 0
             self._fault = Reason.SPLIT_KEY if key in self.keys else None
             self.keys.add(key)
         if suffix in self._files:
             self._fault = self._fault or Reason.DUPLICATE_FILE
-        self._files[suffix] = content
+        self._files[suffix] = content or b""
+        self._bytes += MAX_PAIR_BYTES + 1 if content is None else len(content)
+        if self._bytes > MAX_PAIR_BYTES:
+            self._fault = Reason.TOO_BIG
+            self._files = dict.fromkeys(self._files, b"")
 
     def ready(self) -> Iterator[tuple[str, dict[str, bytes]]]:
         while self._ready:
@@ -288,9 +430,9 @@ class _Groups:
     def _finish(self) -> None:
         if self._key is None:
             return
-        group, names = (self._key, self._files), ", ".join(sorted(self._files))
+        group = (self._key, self._files)
         if self._fault is not None:
-            self._reject(self._url, self._fault, f"files: {names}", key=self._key)
+            self._reject(self._url, self._fault, shown(self._files), key=self._key)
         elif "json" in self._files:
             self._has_json = True
             self._ready.append(group)
@@ -302,7 +444,13 @@ class _Groups:
             for key, _ in self._waiting:
                 self._reject(self._url, Reason.NO_JSON, "other pairs of the shard have one", key=key)
             self._waiting = []
-        elif self._has_json is None and len(self._waiting) >= _NO_JSON_AFTER:
+        elif self._has_json is None and (
+            len(self._waiting) >= _NO_JSON_AFTER or sum(map(_size, self._waiting)) > MAX_PAIR_BYTES
+        ):
             self._has_json = False
             self._ready.extend(self._waiting)
             self._waiting = []
+
+
+def _size(group: tuple[str, dict[str, bytes]]) -> int:
+    return sum(map(len, group[1].values()))

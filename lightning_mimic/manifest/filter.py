@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lightning_mimic.dataset_ids import SampleIds, reads_ids_from_samples, row_ids, sample_ids
 from lightning_mimic.errors import CurationError, MimicError
 from lightning_mimic.tables import checked_ids, decisions
 from lightning_mimic.user_files import open_parquet, user_path
@@ -20,12 +21,13 @@ def kept_subset(dataset: Any, manifest: str | Path) -> "Subset":
     """Return the samples that a manifest keeps, in the data set's order; one that it keeps twice is there twice.
 
     Args:
-        dataset: One with a method ``sample_ids()``, such as :class:`~lightning_mimic.WithIds`; otherwise the ids are
-            its row numbers.
+        dataset: Map-style. The ids are those of :func:`~lightning_mimic.dataset_ids.sample_ids` (``WithIds``, in
+            subsets and joined data sets, too), or else row numbers; of a ``Subset`` they are those of the whole.
         manifest: Parquet with columns ``id`` and ``keep``, as ``mimic-curate`` writes it.
 
     Raises:
-        MimicError: No manifest; it is of other samples; or it keeps none.
+        MimicError: No manifest; it is of other samples; it keeps none; or the ids cannot be known (a stream, samples
+            that carry ids of their own).
 
     Example:
         >>> import tempfile, pyarrow as pa, pyarrow.parquet as pq
@@ -38,7 +40,7 @@ def kept_subset(dataset: Any, manifest: str | Path) -> "Subset":
 
     rows = read_decisions(user_path(manifest, "manifest"))
     known, keep = rows["id"].to_pylist(), rows["keep"].to_pylist()
-    ids = list(dataset.sample_ids()) if hasattr(dataset, "sample_ids") else list(range(len(dataset)))
+    ids = _ids_of(dataset)
     unlike = sorted(set(ids) ^ set(known), key=str)
     if unlike:
         raise MimicError(
@@ -50,6 +52,24 @@ def kept_subset(dataset: Any, manifest: str | Path) -> "Subset":
     if not times:
         raise MimicError(f"{manifest} keeps none of its {len(known)} samples.")
     return Subset(dataset, [place for place, each in enumerate(ids) for _ in range(times[each])])
+
+
+def _ids_of(dataset: Any) -> SampleIds:
+    """Return the ids under which the samples of a map-style data set are scored."""
+    from torch.utils.data import IterableDataset
+
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise MimicError(
+            f"a {type(dataset).__name__} has no rows to choose from; give a map-style data set, such as "
+            "WithIds(dataset)."
+        )
+    ids = sample_ids(dataset)
+    if ids is None and reads_ids_from_samples(dataset):
+        raise MimicError(
+            f"the samples of the {type(dataset).__name__} carry ids of their own, which are not known without reading "
+            "all of them. Give it a method `sample_ids()` that returns them in its order, or WithIds(dataset, ids)."
+        )
+    return row_ids(dataset) if ids is None else ids
 
 
 class KeptIds:

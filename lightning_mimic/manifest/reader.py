@@ -79,10 +79,11 @@ class Manifest:
         """Return the samples of a data set that are kept, in its order.
 
         Args:
-            dataset: A :class:`~lightning_mimic.WithIds`, or one whose row numbers are the ids.
+            dataset: A :class:`~lightning_mimic.WithIds`, or one whose row numbers are the ids; subsets of these and
+                joined ones are looked through.
 
         Raises:
-            MimicError: The manifest is of another data set.
+            MimicError: The manifest is of another data set, or the ids of this one cannot be known.
         """
         return kept_subset(dataset, self.path)
 

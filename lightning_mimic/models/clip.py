@@ -20,8 +20,8 @@ from lightning_mimic.trainer_package import pl
 Tower = Literal["image", "text"]
 #: Cosines are multiplied with at most this, as CLIP was trained.
 MAX_SCALE = 100.0
-#: As open_clip and DataComp train.
-ADAMW = partial(torch.optim.AdamW, lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
+#: As open_clip and DataComp train; see :func:`with_open_clip_moments` for the rest.
+ADAMW = partial(torch.optim.AdamW, lr=5e-4, weight_decay=0.2)
 # Where open_clip's towers end in the space that they share; timm's, ResNet's and HuggingFace's towers included.
 _PROJECTIONS: dict[str, tuple[str, ...]] = {
     "image": ("visual.proj", "visual.head.proj", "visual.head.mlp.fc2", "visual.attnpool.c_proj"),
@@ -45,7 +45,8 @@ class CLIP(pl.LightningModule):
         grad_checkpointing: Compute activations anew in the backward pass, to save memory.
         zero_shot: Names and templates of the classes of labelled images.
         optimizer: From parameter groups to an optimizer. The groups are two: weight decay is none for biases, norms,
-            other vectors and the logit scale.
+            other vectors and the logit scale. An AdamW (a ``partial`` of it) without ``betas`` or ``eps`` gets
+            open_clip's: 0.9, 0.98 and 1e-6 where the image tower is a vision transformer, else 0.9, 0.999 and 1e-8.
         warmup_steps: Over which the learning rate rises from zero, linearly; then it falls as a cosine, to zero at
             the end of the fit.
 
@@ -92,7 +93,7 @@ class CLIP(pl.LightningModule):
         if grad_checkpointing:
             towers.set_grad_checkpointing()  # type: ignore[operator]
         self.zero_shot = zero_shot
-        self._optimizer = optimizer
+        self._optimizer = with_open_clip_moments(optimizer, towers)
         self.warmup_steps = warmup_steps
         self._classifier: Tensor | None = None
         self._evaluated: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -224,6 +225,31 @@ class CLIP(pl.LightningModule):
             inside = name.startswith("visual.") == of_images and not name.startswith("logit_")
             if inside and not any(name == path or name.startswith(f"{path}.") for path in kept):
                 parameter.requires_grad_(False)
+
+
+def with_open_clip_moments(
+    optimizer: Callable[..., torch.optim.Optimizer], towers: nn.Module
+) -> Callable[..., torch.optim.Optimizer]:
+    """Return an AdamW whose ``betas`` and ``eps``, where they are left out, are those that open_clip trains with.
+
+    open_clip goes by the architecture's name, "ViT" or not, which towers do not know; here it is the class of the image
+    tower, or of timm's model within.
+
+    Args:
+        optimizer: Any that is no ``partial`` of ``torch.optim.AdamW`` is returned as it is.
+        towers: Of the model.
+
+    Example:
+        >>> with_open_clip_moments(partial(torch.optim.AdamW, lr=0.1, eps=1e-7), nn.Module()).keywords
+        {'betas': (0.9, 0.999), 'eps': 1e-07, 'lr': 0.1}
+    """
+    if not isinstance(optimizer, partial) or optimizer.func is not torch.optim.AdamW:
+        return optimizer
+    visual = getattr(towers, "visual", None)
+    kinds = [type(each).__name__ for each in (visual, getattr(visual, "trunk", None))]
+    is_vit = any(kind.startswith("VisionTransformer") for kind in kinds)
+    moments: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-6} if is_vit else {"betas": (0.9, 0.999), "eps": 1e-8}
+    return partial(torch.optim.AdamW, *optimizer.args, **moments | optimizer.keywords)
 
 
 def _known(tower: str) -> Tower:

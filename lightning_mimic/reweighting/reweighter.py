@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_mimic import distributed
 from lightning_mimic.batches import sample_count, to_device
+from lightning_mimic.dataset_ids import check_loader_ids
 from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.gradients import ModelHooks, named_parameters
 from lightning_mimic.ledger import Flag
@@ -39,6 +40,7 @@ from lightning_mimic.reweighting.messages import HOOKED
 from lightning_mimic.reweighting.methods import Reach, ScoringMethod, ScoringTask
 from lightning_mimic.reweighting.recorder import Position, ScoreRecorder
 from lightning_mimic.reweighting.reference_monitor import OnDoubtful
+from lightning_mimic.reweighting.repeated_ids import RepeatedIds
 from lightning_mimic.reweighting.run_ledger import RunLedger
 from lightning_mimic.reweighting.settings import OnNonfinite, Settings, Uncovered
 from lightning_mimic.reweighting.step import Step, StepContext
@@ -197,6 +199,7 @@ class Reweighter:
         self._checked_epoch = -1
         self._parameters: list[tuple[int, bool]] = []
         self._closed = False
+        self._repeated_ids = RepeatedIds()
         # Of the run that is continued, until the ledger is open.
         self._progress: dict[str, Any] = {}
         self._ledger: RunLedger | None = None
@@ -238,6 +241,7 @@ class Reweighter:
 
         Raises:
             LedgerError: The directory holds another run, or cannot be written; on all ranks together.
+            MimicError: An id names two samples of the loader's data set.
             RuntimeError: It was started before.
         """
         if self.started:
@@ -245,6 +249,8 @@ class Reweighter:
         step = self._next.step if step is None else step
         directory = self._directory
         if record and directory is not None:
+            if self.settings.id_from is None:
+                check_loader_ids(loader)
             notes = _describe_data(loader, data_module)
             self._batch_size_known = "batch_size" in notes
             self._ledger = RunLedger(directory, self.config, step, self._progress, notes)
@@ -302,6 +308,8 @@ class Reweighter:
             ids = check_ids(ids, sample_count(batch))
         if self._recorder is not None:
             self._recorder.check_ids(ids)
+        if ids is not None and self._ledger is not None:
+            self._repeated_ids.check(batch, ids)
         # Once per epoch, and whenever parameters were frozen or unfrozen.
         parameters = [(id(p), p.requires_grad) for p in self.model.parameters()]
         check = self._checked_epoch != position.epoch or parameters != self._parameters
