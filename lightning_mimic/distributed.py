@@ -3,8 +3,10 @@
 All functions work without a process group, as on one rank. Those that exchange something must be called on every rank.
 """
 
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,9 +17,11 @@ from lightning_mimic.errors import MimicError
 
 Result = TypeVar("Result")
 
-#: Seconds for which an exchange of objects (start, first step of an epoch, finish) waits for the other ranks on gloo;
-#: on other backends, and for the exchanges of every step, the process group's own limit holds.
+#: Seconds for which an exchange waits for the other ranks on gloo. On other backends the process group's own limit
+#: holds, since to wait for one exchange would be to wait for the device.
 TIME_LIMIT = 600.0
+#: Seconds for which the other ranks are waited for once an exchange has failed, to find those that do not answer.
+ROLL_CALL = 5.0
 
 
 def is_distributed() -> bool:
@@ -52,7 +56,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     """
     if is_distributed():
         with _answered():
-            torch.distributed.all_reduce(tensor)
+            _wait(torch.distributed.all_reduce(tensor, async_op=_is_gloo()))
     return tensor
 
 
@@ -82,7 +86,7 @@ def gather_equal(tensor: Tensor) -> list[Tensor]:
         return [own]
     tensors = [torch.empty_like(own) for _ in range(world_size())]
     with _answered():
-        torch.distributed.all_gather(tensors, own)
+        _wait(torch.distributed.all_gather(tensors, own, async_op=_is_gloo()))
     return tensors
 
 
@@ -110,11 +114,10 @@ def gather_rows(rows: Tensor) -> list[Tensor]:
     own = rows.detach().contiguous()
     if not is_distributed():
         return [own]
-    from torchmetrics.utilities.distributed import gather_all_tensors  # here, so that scorers need torch only
-
-    with _answered():
-        gathered: list[Tensor] = gather_all_tensors(own)
-    return gathered
+    counts = torch.cat(gather_equal(torch.tensor([len(own)], device=own.device))).tolist()
+    padded = own.new_zeros((max(counts), *own.shape[1:]))
+    padded[: len(own)] = own
+    return [rows[:count] for rows, count in zip(gather_equal(padded), counts, strict=True)]
 
 
 def broadcast(value: Result) -> Result:
@@ -140,11 +143,20 @@ def gather_objects(value: Result) -> list[Result]:
     return values
 
 
+def _is_gloo() -> bool:
+    return bool(torch.distributed.get_backend() == torch.distributed.Backend.GLOO)
+
+
+def _wait(work: Any) -> None:
+    """Wait for an exchange that was started on gloo; on other backends there is nothing to wait for."""
+    if work is not None:
+        work.wait(timedelta(seconds=TIME_LIMIT))
+
+
 def _meet() -> None:
     """Wait until all ranks have come here, no longer than :data:`TIME_LIMIT`."""
-    if torch.distributed.get_backend() == torch.distributed.Backend.GLOO:
-        limit = timedelta(seconds=TIME_LIMIT)
-        torch.distributed.monitored_barrier(timeout=limit, wait_all_ranks=True)  # names the missing ranks
+    if _is_gloo():
+        torch.distributed.monitored_barrier(timeout=timedelta(seconds=TIME_LIMIT))
 
 
 @contextmanager
@@ -155,9 +167,36 @@ def _answered() -> Iterator[None]:
     except RuntimeError as error:
         first = str(error).partition("\n")[0]
         raise MimicError(
-            f"rank {rank()} of {world_size()} got no answer from another rank, which was killed, failed or hangs. What "
-            f"the ledger has of all ranks so far is kept. torch.distributed: {first}"
+            f"rank {rank()} of {world_size()} got no answer from {_silent_ranks()}, which was killed, failed or hangs. "
+            f"What the ledger has of all ranks so far is kept. torch.distributed: {first}"
         ) from error
+
+
+def _silent_ranks() -> str:
+    """Name the ranks that do not answer, once an exchange has failed, which it does on all ranks."""
+    silent: list[int] | None = None
+
+    def call() -> None:
+        nonlocal silent
+        end = time.monotonic() + ROLL_CALL
+        with suppress(RuntimeError):  # the process that keeps the store is gone
+            store = torch.distributed.distributed_c10d._get_default_store()
+            store.set(f"lightning_mimic/{rank()}", "answers")
+            silent = [other for other in range(world_size()) if not _answers(store, other, end)]
+
+    # In a thread, because the store does not answer either, where the process that keeps it hangs.
+    caller = threading.Thread(target=call, daemon=True)
+    caller.start()
+    caller.join(ROLL_CALL + 10)
+    return f"rank {', '.join(map(str, silent))}" if silent else "another rank"
+
+
+def _answers(store: Any, other: int, end: float) -> bool:
+    try:
+        store.wait([f"lightning_mimic/{other}"], timedelta(seconds=max(0.1, end - time.monotonic())))
+    except RuntimeError:
+        return False
+    return True
 
 
 def on_all_ranks(act: Callable[[], Result], problem: str) -> Result:

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
@@ -64,6 +65,11 @@ ENDS = {
     "a setting": (train, ["mimic.temprature=1"], "Could not override 'mimic.temprature'; nearest: 'temperature'"),
     "the environment": (train, ["seed=${oc.env:NOT_THERE}"], "Environment variable 'NOT_THERE' not found"),
     "a checkpoint": (train, ["experiment=digits_reference", "resume=a=1.ckpt"], "`resume`: there is no file a=1.ckpt"),
+    "a damaged checkpoint": (
+        train,
+        ["experiment=digits_reference", "resume=damaged.ckpt"],
+        "does not fit its checksum",
+    ),
     "a word": (train, ["foo"], "Error parsing override 'foo'"),
     "a value": (train, ["mimic=none", "model.pretrained=null", "data.train=nosy"], "`train` is 'nosy'"),
     "another command": (curate_main, ["ledgr=x"], "Could not override 'ledgr'; nearest: 'ledger'"),
@@ -78,6 +84,10 @@ def test_a_mistake_ends_with_one_line(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     monkeypatch.setattr(sys, "argv", ["mimic", *words, f"hydra.run.dir={tmp_path}/run"])
+    torch.save({"state_dict": {"weight": torch.ones(999)}}, tmp_path / "damaged.ckpt")
+    content = bytearray((tmp_path / "damaged.ckpt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "damaged.ckpt").write_bytes(content)
     with pytest.raises(SystemExit) as ended:
         main()
     assert isinstance(ended.value.code, str)

@@ -2,8 +2,8 @@
 
 import json
 import os
-import re
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -144,39 +144,40 @@ def test_every_function_has_its_case():
     assert public - {"Result", "end_process_group"} == names
 
 
-def _missing(rank: int, folder: Path) -> None:
-    distributed.TIME_LIMIT = 2.0
-    if rank == 1:
-        time.sleep(6)  # as one that hangs
-        return
+EXCHANGES = {
+    "objects": lambda: distributed.gather_objects(0),
+    "sum": lambda: distributed.sum_over_ranks(torch.ones(1)),
+    "rows": lambda: distributed.gather_rows(torch.ones(1, 2)),
+}
+
+
+def _without_the_other(rank: int, folder: Path, exchange: str, how: str, silent: int) -> None:
+    distributed.TIME_LIMIT, distributed.ROLL_CALL = 0.5, 0.5
+    distributed.gather_objects(rank)  # all are there
+    if rank == silent:
+        if how == "hangs":
+            time.sleep(3)
+        os._exit(0)
     began = time.monotonic()
     try:
-        distributed.gather_objects(rank)
+        EXCHANGES[exchange]()
     except MimicError as error:
         (folder / "said").write_text(f"{time.monotonic() - began:.0f} {error}")
-
-
-@pytest.mark.slow
-def test_a_rank_that_hangs_is_named_in_time(tmp_path):
-    on_two_ranks(_missing, tmp_path)
-    seconds, _, said = (tmp_path / "said").read_text().partition(" ")
-    assert int(seconds) < 6
-    assert "rank 0 of 2 got no answer from another rank" in said
-    assert re.search(r"Ranks? 1\b", said)
-
-
-def _killed(rank: int, folder: Path) -> None:
-    if rank == 1:
-        os._exit(0)  # without a word
-    time.sleep(1)
-    try:
-        distributed.sum_over_ranks(torch.ones(1))
-    except MimicError as error:
-        (folder / "said").write_text(str(error))
     os._exit(0)  # the group cannot be destroyed in order
 
 
-@pytest.mark.slow
-def test_a_rank_that_was_killed_ends_the_others_with_a_sentence(tmp_path):
-    on_two_ranks(_killed, tmp_path)
-    assert "rank 0 of 2 got no answer from another rank, which was killed" in (tmp_path / "said").read_text()
+@pytest.mark.parametrize(
+    ("exchange", "how", "silent"),
+    [
+        *((name, "hangs", 1) for name in EXCHANGES),
+        ("sum", "hangs", 0),
+        ("sum", "is killed", 1),
+        ("rows", "is killed", 1),
+    ],
+)
+def test_a_rank_that_does_not_answer_is_named_in_time(exchange, how, silent, tmp_path):
+    act = partial(_without_the_other, exchange=exchange, how=how, silent=silent)
+    on_two_ranks(act, tmp_path)
+    seconds, _, said = (tmp_path / "said").read_text().partition(" ")
+    assert int(seconds) < 3
+    assert f"rank {1 - silent} of 2 got no answer from rank {silent}, which was killed, failed or hangs" in said

@@ -226,7 +226,11 @@ def test_of_processes_at_the_same_time_each_writes_whole_files_and_one_wins(excl
     # Isolated and without site-packages: the module needs the standard library only.
     command = [sys.executable, "-I", "-S", "-c", COMPETE, files.__file__, str(tmp_path)]
     several = [subprocess.Popen([*command, str(n), str(exclusive), str(WORKERS)]) for n in range(WORKERS)]
-    assert [process.wait(60) for process in several] == [0] * WORKERS
+    try:
+        assert [process.wait(60) for process in several] == [0] * WORKERS
+    finally:
+        for process in several:  # one that fails leaves the others waiting
+            process.kill()
     for k in range(20):
         won = sorted(path.name.split("-")[1] for path in tmp_path.glob(f"won{k}-*"))
         assert len(won) == (1 if exclusive else WORKERS)

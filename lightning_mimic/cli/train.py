@@ -13,7 +13,7 @@ from lightning_mimic.cli.command import command
 from lightning_mimic.cli.errors import check_inputs_exist
 from lightning_mimic.data import CachedFeatures
 from lightning_mimic.errors import MimicError, nearest_names
-from lightning_mimic.reference import refuse_module_on_features
+from lightning_mimic.reference import check_checkpoint, refuse_module_on_features
 
 
 def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Trainer:
@@ -83,6 +83,7 @@ def _existing(resume: str | None) -> Path | None:
     if not path.is_file():
         near = nearest_names(path.name, [each.name for each in path.parent.glob("*")])
         raise MimicError(f"`resume`: there is no file {path}; {near}.")
+    check_checkpoint(path, "resume")  # neither Lightning nor torch does
     return path
 
 

@@ -3,6 +3,7 @@
 from lightning_mimic.errors import ReferenceLoadError
 from lightning_mimic.reference.aligned import Aligned, AlignedDirection
 from lightning_mimic.reference.aligned_towers import aligned_direction
+from lightning_mimic.reference.archive import check_checkpoint
 from lightning_mimic.reference.diagnose import diagnose, rest_trains, weight_similarity
 from lightning_mimic.reference.diagnosis import Diagnosis
 from lightning_mimic.reference.match import aliases_of, fingerprint, match_reference
@@ -17,6 +18,7 @@ __all__ = [
     "ReferenceSource",
     "aliases_of",
     "aligned_direction",
+    "check_checkpoint",
     "diagnose",
     "fingerprint",
     "match_reference",

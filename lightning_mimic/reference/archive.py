@@ -2,7 +2,7 @@
 
 import shlex
 import zipfile
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import IO
 
 from lightning_mimic.errors import ReferenceLoadError
@@ -33,22 +33,26 @@ def check_archive(file: IO[bytes], size: int, origin: str, argument: str) -> Non
         entries = archive.infolist()
     _refuse_other_kinds([entry.filename for entry in entries], origin, argument)
     _refuse_odd_entries(entries, size, origin, argument)
-    compare_checksums(file, size, origin, argument)
+    _compare_checksums(file, size, origin, argument)
 
 
-def compare_checksums(file: IO[bytes], size: int, origin: str, argument: str) -> None:
-    """Refuse an archive that is damaged, of whatever kind it is.
+def check_checkpoint(path: Path, argument: str) -> None:
+    """Refuse a file that is an archive of torch's and damaged, before somebody else reads it.
 
     Args:
-        file: The archive, open for reading.
-        size: Its size in bytes.
-        origin: Where it is from, for messages.
-        argument: Name of the caller's argument that holds it, for messages.
+        path: The file; one in another format has no checksums.
+        argument: Name of the caller's argument that holds the path, for messages.
 
     Raises:
         ReferenceLoadError: An entry that differs from its checksum, or no complete archive; the original error is
             chained.
     """
+    with path.open("rb") as file:
+        if file.read(2) == b"PK":
+            _compare_checksums(file, path.stat().st_size, str(path), argument)
+
+
+def _compare_checksums(file: IO[bytes], size: int, origin: str, argument: str) -> None:
     with _opened(file, size, origin, argument) as archive:
         entries = archive.infolist()
         if not any(entry.CRC for entry in entries):

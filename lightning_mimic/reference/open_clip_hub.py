@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from lightning_mimic.errors import ReferenceLoadError, nearest_names
-from lightning_mimic.reference.archive import compare_checksums
+from lightning_mimic.reference.archive import check_checkpoint
 from lightning_mimic.reference.read import PUBLISHED
 
 
@@ -47,10 +47,7 @@ def open_clip_model(name: str, *, argument: str = "reference") -> nn.Module:
     try:
         # open_clip fetches the file once and keeps it; torch, which reads it, compares no checksums.
         kept = open_clip.download_pretrained(open_clip.get_pretrained_cfg(architecture, tag))
-        file = Path(kept or tag)
-        with file.open("rb") as archive:
-            if archive.read(2) == b"PK":
-                compare_checksums(archive, file.stat().st_size, str(file), argument)
+        check_checkpoint(Path(kept or tag), argument)
         model: nn.Module = open_clip.create_model(architecture, pretrained=tag, weights_only=True)
     except ReferenceLoadError:
         raise

@@ -38,7 +38,7 @@ class Readable:
     Attributes:
         name: For the table.
         make: Writes it, and what belongs to it, into an empty folder; returns its path.
-        read: Its content, from the folder.
+        read: Its content, from the folder that holds it.
         checked: Checksums cover its values, so that other ones must never be read.
         share: Of all mutations.
     """
@@ -107,7 +107,7 @@ def _mutations(folder: Path, readable: Readable, count: int, seed: int) -> Tries
     tries = Tries("mutation", readable.name)
     path = readable.make(folder / "it")
     content, results = path.read_bytes(), folder / "results"
-    whole = readable.read(folder / "it")
+    whole = readable.read(path.parent)
     while tries.count < count:
         results.write_text("")
         first = tries.count
