@@ -71,18 +71,19 @@ class SampleOrder:
         for operation in trace.operations:
             self._follow(operation)
 
-    def differs(self, token: int) -> bool:
+    def differs(self, token: int, own: slice = slice(None)) -> bool:
         """Return whether row *i* of a tensor is known not to be sample *i*'s, nor a mixture with it.
 
         Args:
             token: The tensor's in the trace; several rows in succession may belong to each sample.
+            own: The rows of this batch, in a tensor that has those of other ranks, too.
         """
         orders = self._orders.get(token, _UNKNOWN)
-        return bool(orders) and not any(map(self._is_of_batch, orders))
+        return bool(orders) and not any(self._is_of_batch(order.samples[own]) for order in orders)
 
-    def _is_of_batch(self, order: _Order) -> bool:
-        each, rest = divmod(len(order.samples), self._count)
-        return not rest and all(sample in (_NONE, row // each) for row, sample in enumerate(order.samples))
+    def _is_of_batch(self, samples: Sequence[int]) -> bool:
+        each, rest = divmod(len(samples), self._count)
+        return not rest and all(sample in (_NONE, row // each) for row, sample in enumerate(samples))
 
     def _follow(self, operation: Operation) -> None:
         if not self._own(operation.inputs):

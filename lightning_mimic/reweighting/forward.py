@@ -98,7 +98,7 @@ class Forward:
         """Check that tensors with a row per sample hold them in the batch's order, where that is known.
 
         Args:
-            nodes: That made the tensors.
+            nodes: That made the tensors; of losses of all ranks, this rank's are checked.
 
         Raises:
             MimicError: One does not, so that scores would be recorded under other samples' ids.
@@ -107,7 +107,8 @@ class Forward:
             seen = self._seen(node)
             if self.order is None or self.trace is None or seen is None:
                 continue
-            if self.order.differs(self.trace.nodes[seen][0]):
+            own = self.own if self.losses is not None and node is self.losses.edge.node else slice(None)
+            if self.order.differs(self.trace.nodes[seen][0], own):
                 raise MimicError(REORDERED)
 
     @cached_property
