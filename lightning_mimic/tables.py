@@ -264,7 +264,9 @@ def decisions(array: Any, path: Path) -> Any:
 
 
 def checked_ids(array: Any, path: Path) -> Any:
-    """Return a column of ids, none of which is missing or empty, as whole numbers or text.
+    """Return a manifest's column of ids, none of which is missing, as whole numbers or text.
+
+    One may be empty, which is a name like another; early ledgers have it.
 
     Args:
         array: An Arrow array, whole or in pieces.
@@ -274,20 +276,20 @@ def checked_ids(array: Any, path: Path) -> Any:
         CurationError: Another type, or missing ids.
 
     Example:
-        >>> checked_ids(pa.array(["a", ""]), Path("pool.parquet"))
+        >>> checked_ids(pa.array(["a", "", ""]), Path("manifest.parquet"))
         Traceback (most recent call last):
             ...
-        lightning_mimic.errors.CurationError: pool.parquet: 1 rows have no id (it is missing or empty).
+        lightning_mimic.errors.CurationError: manifest.parquet: 2 rows have no id (it is missing or empty).
     """
     kind = plain_type(array.type)
     _check_role("id", "id", kind, path)
-    return _without_gaps(array.cast(kind) if kind != array.type else array, path)
+    return _without_gaps(array.cast(kind) if kind != array.type else array, path, empty=1)
 
 
-def _without_gaps(ids: Any, path: Path) -> Any:
-    empty = pc.sum(pc.equal(ids, "")).as_py() or 0 if ids.type == pa.string() else 0
-    if ids.null_count + empty:
-        raise CurationError(f"{path}: {ids.null_count + empty} rows have no id (it is missing or empty).")
+def _without_gaps(ids: Any, path: Path, empty: int = 0) -> Any:
+    found = pc.sum(pc.equal(ids, "")).as_py() or 0 if ids.type == pa.string() else 0
+    if ids.null_count or found > empty:
+        raise CurationError(f"{path}: {ids.null_count + found} rows have no id (it is missing or empty).")
     return ids
 
 

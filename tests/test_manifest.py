@@ -259,9 +259,9 @@ def test_ids_survive_the_way_through_csv(tmp_path):
 
 
 @for_each("bad", ["", None])
-def test_no_id_is_missing_or_empty(bad, tmp_path):
-    made = manifest(tmp_path / "a.parquet", [bad, "b"])
-    (tmp_path / "b.csv").write_text('id,keep\n"",true\nb,true\n')
+def test_no_id_is_missing_or_empty_more_than_once(bad, tmp_path):
+    made = manifest(tmp_path / "a.parquet", [bad, bad, "b"])
+    (tmp_path / "b.csv").write_text('id,keep\n"",true\n"",true\nb,true\n')
     for path, read in (
         (made.path, made.table),
         (made.path, lambda: made.to_csv(tmp_path / "a.csv")),
@@ -270,7 +270,7 @@ def test_no_id_is_missing_or_empty(bad, tmp_path):
         (made.path, lambda: select(str(made.path), tmp_path / "c.parquet")),
         (tmp_path / "b.csv", lambda: select(str(tmp_path / "b.csv"), tmp_path / "c.parquet")),
     ):
-        with pytest.raises(CurationError, match=f"^{path}: 1 rows have no id \\(it is missing or empty\\)\\.$"):
+        with pytest.raises(CurationError, match=f"^{path}: 2 rows have no id \\(it is missing or empty\\)\\.$"):
             read()
 
 

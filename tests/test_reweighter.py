@@ -228,7 +228,7 @@ def test_what_a_loop_can_do_wrong_is_refused_in_a_sentence(tmp_path):
             step.backward(loss_of(net, batch))
     with (
         Reweighter(net, reference, "head") as reweighter,
-        pytest.raises(RuntimeError, match="no gradient reached the output of the scored layer"),
+        pytest.raises(RuntimeError, match="`run` must run the backward pass from the loss"),
         reweighter.step(batch) as step,
     ):
         step.backward(loss_of(net, batch), lambda loss: None)
@@ -354,7 +354,7 @@ def one_step(net: nn.Module, batch: Any, run: Any = Tensor.backward, loss: Any =
 
 @pytest.mark.parametrize("parameters", ["head", "all"])
 def test_a_backward_pass_that_is_put_off_is_refused(parameters):
-    with pytest.raises(RuntimeError, match=r"no gradient reached|must run the backward pass from the loss"):
+    with pytest.raises(RuntimeError, match="must run the backward pass from the loss"):
         one_step(net_like(toy()), toy_data(6)[:], [].append, parameters=parameters)
 
 

@@ -16,6 +16,7 @@ from lightning_mimic.cli.train import train
 from lightning_mimic.curation import curate
 from lightning_mimic.data.digits import DigitsDataModule
 from lightning_mimic.data.noise import SymmetricNoise
+from lightning_mimic.errors import MimicError
 
 EPOCHS = 3
 # A directory of checkpoints that a second run finds is a matter of its own.
@@ -169,7 +170,7 @@ def test_any_scorer_scores_at_checkpoints(mimic, folder, tmp_path):
 
 
 def test_no_scorer_is_refused(folder, tmp_path):
-    with pytest.raises(SystemExit, match="mimic-score: mimic=none scores nothing"):
+    with pytest.raises(MimicError, match="mimic=none scores nothing"):
         scored(folder, tmp_path / "scores", "mimic=none")
     assert not (tmp_path / "scores").exists()
 

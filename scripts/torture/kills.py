@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.torture.commands import Command, copy_of
-from scripts.torture.processes import Child, Ending, kill_at
+from scripts.torture.processes import Child, Ending, FileOperations
 from scripts.torture.tries import Tries
 
 
@@ -54,7 +54,8 @@ class Arena:
     def __init__(self, folder: Path, command: Command) -> None:
         self._folder, self._command = folder, command
         self._template, self._work = folder / "template", folder / "work"
-        self._answer, self._system = folder / "answer", folder / "system"
+        # Not within the folder, where a process that is to be killed would be when it writes it.
+        self._answer, self._system = folder.with_name(f"{folder.name}.answer"), folder / "system"
 
     def __enter__(self) -> "Arena":
         for each in (self._template, self._system):
@@ -76,13 +77,14 @@ class Arena:
 
     def operations(self) -> int:
         """Number of the command's file operations."""
-        low, high = 0, 1
-        while self._killed_at(high):
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._killed_at(middle) else (low, middle)
-        return high
+        operations = FileOperations(self._folder)
+
+        def count() -> int:
+            self._command.act(self._work, "out")
+            return operations.count
+
+        copy_of(self._template, self._work)
+        return int(Child(count, self._answer, operations.begin).wait().value)
 
     def attack(self, tries: Tries, number: int, place: int | None = None, moments: Sequence[float] = ()) -> None:
         """Kill the command once or several times, let it end, and count what came of it.
@@ -96,7 +98,7 @@ class Arena:
         tries.count += 1
         copy_of(self._template, self._work)
         if place is not None:
-            self._killed_at(place, fresh=False)
+            self._run("out", FileOperations(self._folder, place)).wait()
         for moment in moments:
             child = self._run("out")
             time.sleep(moment * self._seconds)
@@ -119,7 +121,7 @@ class Arena:
         if again.kind != "value" and not (again.kind == "refused" and left == self._whole):
             return f"run again: {again.kind}: {again.value}"
         if self._content("out") != self._whole:
-            return f"run again: not what a whole run writes ({self._content('out')!r:.80})"
+            return f"run again: not what a whole run writes, {_difference(self._content('out'), self._whole)}"
         following = self._run("next").wait()
         if following.kind != "value" or self._content("next") != self._whole:
             return f"the run after it: {following.kind}: {following.value}"
@@ -129,24 +131,24 @@ class Arena:
         remain += [name for name in os.listdir(self._system) if not name.startswith("tmp")]
         return f"left behind: {remain}" if remain else ""
 
-    def _run(self, name: str, place: int | None = None) -> Child:
-        first = None if place is None else kill_at(place, self._folder)
-        return Child(lambda: self._command.act(self._work, name), self._answer_of(name), first)
-
-    def _answer_of(self, name: str) -> Path:
-        return self._folder.with_name(f"{self._folder.name}-{name}.answer")
-
-    def _killed_at(self, place: int, fresh: bool = True) -> bool:
-        if fresh:
-            copy_of(self._template, self._work)
-        return self._run("out", place).wait().kind == "killed"
+    def _run(self, name: str, operations: FileOperations | None = None) -> Child:
+        first = None if operations is None else operations.begin
+        return Child(lambda: self._command.act(self._work, name), self._answer, first)
 
     def _content(self, name: str) -> Any:
         """The output's content, read in a process of its own; an :class:`Ending` if it cannot be read."""
-        ending = Child(lambda: self._command.content(self._work, name), self._answer_of("content")).wait()
+        ending = Child(lambda: self._command.content(self._work, name), self._answer).wait()
         return ending.value if ending.kind == "value" else ending
 
     def _end(self, child: Child) -> None:
         ending = child.wait()
         if ending.kind != "value":
             raise RuntimeError(f"{self._command.name} cannot run undisturbed: {ending.kind}: {ending.value}")
+
+
+def _difference(found: Any, whole: Any) -> str:
+    if not isinstance(found, list) or len(found) != len(whole):
+        return f"{found!r:.200}"
+    return next(
+        (f"{one!r:.120} for {other!r:.120}" for one, other in zip(found, whole, strict=True) if one != other), ""
+    )

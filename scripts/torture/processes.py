@@ -16,7 +16,7 @@ from lightning_mimic.errors import MimicError
 #: Nothing here takes as long, unless it hangs.
 SECONDS = 120.0
 _WRITES = os.O_WRONLY | os.O_RDWR
-_EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.fsync"}
+_EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
 
 
 @dataclass(frozen=True)
@@ -89,36 +89,43 @@ class Child:
             os.kill(self.pid, signal.SIGKILL)
 
 
-def kill_at(place: int, folder: Path) -> Callable[[], None]:
-    """Return a function after whose call the process is killed just before a file operation.
+class FileOperations:
+    """Counts the file operations of this process that change something in a folder, and may kill it before one.
+
+    Opening to write, renaming, linking, removing, making folders and syncing count.
 
     Args:
-        place: Number of the operation, from 0, among those that change something in the folder.
-        folder: Whose operations count: opening to write, renaming, linking, removing, making folders, syncing.
+        folder: The folder.
+        last: Number of the operation, from 0, before which the process is killed; ``None``: it is not.
+
+    Attributes:
+        count: Operations so far.
     """
 
-    def begin() -> None:
-        done, own = [0], str(folder)
+    def __init__(self, folder: Path, last: int | None = None) -> None:
+        self.count = 0
+        self._folder, self._last = str(folder), last
+
+    def begin(self) -> None:
+        """Count from now on, for as long as the process lives."""
         real = os.fsync
 
         def fsync(descriptor: int) -> None:
-            count("os.fsync", (own,))
+            self._next()
             real(descriptor)
 
-        def count(event: str, given: tuple[Any, ...]) -> None:
-            if event == "open":
-                path, _, flags = given
-                if isinstance(path, int) or not (flags & _WRITES) or own not in os.fsdecode(path):
-                    return
-            elif event not in _EVENTS or not any(
-                isinstance(each, str | bytes | Path) and own in str(each) for each in given
-            ):
-                return
-            if done[0] == place:
-                os.kill(os.getpid(), signal.SIGKILL)
-            done[0] += 1
-
         os.fsync = fsync  # it has no audit event
-        sys.addaudithook(count)
+        sys.addaudithook(self._on_event)
 
-    return begin
+    def _on_event(self, event: str, given: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, _, flags = given
+            if not isinstance(path, int) and flags & _WRITES and self._folder in os.fsdecode(path):
+                self._next()
+        elif event in _EVENTS and any(isinstance(each, str | Path) and self._folder in str(each) for each in given):
+            self._next()
+
+    def _next(self) -> None:
+        if self.count == self._last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.count += 1
