@@ -2,7 +2,7 @@
 
 python -m scripts.torture --kills 500 --mutations 30000 --races 200 --markdown docs/reliability.md
 
-Prints a table of tries and failures, and ends with status 1 if there are any failures. Every try can be repeated: it
+0 leaves an attack out. Prints a table of tries and failures, and ends with status 1 if there are any failures. Every try can be repeated: it
 depends on ``--seed`` and its own number alone, but for the moments at which the processes of a race meet.
 """
 
@@ -47,20 +47,27 @@ def main() -> None:
     known, found = facts("scripts.torture"), list[Tries]()
     with tempfile.TemporaryDirectory(prefix="torture-") as name:
         folder = Path(name)
-        for attack, count in (
-            (kill_commands, options.kills),
-            (mutate_files, options.mutations),
-            (race, options.races),
-        ):
-            for tries in attack(folder / attack.__name__, COMMANDS, count, options.seed, options.only):
+        counts = {kill_commands: options.kills, mutate_files: options.mutations, race: options.races}
+        for attack, count in counts.items():
+            for tries in (
+                () if not count else attack(folder / attack.__name__, COMMANDS, count, options.seed, options.only)
+            ):
                 found.append(tries)
                 print(*_row(tries), *tries.failures[:3], sep="   ", flush=True)
-    report = Report("torture", _HEADS, [_row(each) for each in found], _CAPTION, [vars(each) for each in found], text=2)
+    chosen = [name for name in ("kills", "mutations", "races") if getattr(options, name)]
+    report = Report(
+        " ".join(["torture", *chosen]),
+        _HEADS,
+        [_row(each) for each in found],
+        _CAPTION,
+        [vars(each) for each in found],
+        text=2,
+    )
     if options.out:
         write_json(options.out, report, known)
     print(as_markdown(report, known))
     if options.markdown:
-        write_section(Path(options.markdown), "torture", as_markdown(report, known))
+        write_section(Path(options.markdown), report.section, as_markdown(report, known))
     sys.exit(any(each.failures for each in found))
 
 

@@ -15,7 +15,7 @@ from scripts.torture.tries import Tries
 
 
 def kill_commands(folder: Path, commands: Sequence[Command], count: int, seed: int, only: str) -> Iterator[Tries]:
-    """Kill each command at file operations, and fits also at random moments; a half of the kills each.
+    """Kill each command at file operations, and fits also at random moments, about half of the kills each.
 
     Args:
         folder: For everything that is written; made.
@@ -37,9 +37,13 @@ def kill_commands(folder: Path, commands: Sequence[Command], count: int, seed: i
             yield tries
     for command in fits:
         with Arena(folder / "moments", command) as arena:
-            tries, draws = Tries(moments, command.name), random.Random(seed)
-            for number in range(count // 2):
-                arena.attack(tries, number, moments=[draws.random() for _ in range(draws.randint(1, 4))])
+            draws, kills = random.Random(seed), 0
+            tries = Tries(moments, command.name)
+            while kills < count // 2:
+                shares = [draws.random() for _ in range(draws.randint(1, 4))]
+                arena.attack(tries, tries.count, moments=shares)
+                kills += len(shares)
+            tries.name += f" ({kills} kills)"
             yield tries
 
 
