@@ -2,8 +2,9 @@
 
 python -m scripts.torture --kills 500 --mutations 30000 --races 200 --markdown docs/reliability.md
 
-0 leaves an attack out. Prints a table of tries and failures, and ends with status 1 if there are any failures. Every try can be repeated: it
-depends on ``--seed`` and its own number alone, but for the moments at which the processes of a race meet.
+Prints a table of tries and failures, and ends with status 1 if there are any failures; 0 leaves an attack out. Every try
+can be repeated: it depends on ``--seed`` and its own number alone, but for the moments at which the processes of a race
+meet.
 """
 
 import argparse
@@ -49,9 +50,9 @@ def main() -> None:
         folder = Path(name)
         counts = {kill_commands: options.kills, mutate_files: options.mutations, race: options.races}
         for attack, count in counts.items():
-            for tries in (
-                () if not count else attack(folder / attack.__name__, COMMANDS, count, options.seed, options.only)
-            ):
+            if not count:
+                continue
+            for tries in attack(folder / attack.__name__, COMMANDS, count, options.seed, options.only):
                 found.append(tries)
                 print(*_row(tries), *tries.failures[:3], sep="   ", flush=True)
     chosen = [name for name in ("kills", "mutations", "races") if getattr(options, name)]
