@@ -2,9 +2,9 @@
 
 python -m scripts.torture --kills 500 --mutations 30000 --races 200 --markdown docs/reliability.md
 
-Prints a table of tries and failures, and ends with status 1 if there are any failures; 0 leaves an attack out. Every try
-can be repeated: it depends on ``--seed`` and its own number alone, but for the moments at which the processes of a race
-meet.
+Prints a table of tries and failures, and ends with status 1 if there are any failures; 0 leaves an attack out. Every
+try can be repeated: it depends on ``--seed`` and its own number alone, but for the moments at which the processes of a
+race meet.
 """
 
 import argparse
