@@ -234,6 +234,20 @@ def test_an_older_copy_of_the_ledger_is_not_continued(tmp_path):
         begin(tmp_path, 1, run, checkpoint=Checkpoint(1, (0, 0, 0)))
 
 
+def test_an_attempt_of_the_same_number_in_another_directory_is_not_continued(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    first = write(here, range(8))
+    with pytest.warns(UserWarning, match="is new"):
+        other = write(there, range(4, 8), 4, first.run, checkpoint=Checkpoint(0, (0, 3, 3), token=first.token))
+    assert (other.run, other.attempt) == (first.run, first.attempt)
+    with pytest.raises(LedgerError, match=r"attempt 0 of run \w+ in .*here is not the one that saved the checkpoint"):
+        begin(here, 6, first.run, checkpoint=Checkpoint(0, (0, 5, 5), token=other.token))
+    write(there, range(6, 8), 6, first.run, checkpoint=Checkpoint(0, (0, 5, 5), token=other.token))
+    write(here, range(6, 8), 6, first.run, checkpoint=Checkpoint(0, (0, 5, 5), token=first.token))
+    assert Ledger(here).meta["attempts"][1]["continues"] == 0
+    begin(here, 6, first.run, checkpoint=Checkpoint(0, (0, 5, 5)))  # an earlier release saved it
+
+
 def test_a_run_that_goes_on_in_a_new_directory_says_where_its_first_rows_are_not(tmp_path):
     with pytest.warns(
         UserWarning, match=re.escape(f"{tmp_path} is new, and this is run abc, resumed at step 3: the rows")
