@@ -96,6 +96,29 @@ def test_the_lock_ends_with_a_killed_process_although_its_workers_live(tmp_path)
         assert begin(tmp_path).run == run
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_copy_writes_no_rows_and_keeps_the_lock(tmp_path):
+    run = open_run(tmp_path, CONFIG, 0, None, NOTES)
+    writer = LedgerWriter(tmp_path, run.run, run.attempt, 0)
+    columns = {"id": [7], "epoch": [0], "step": [0], "batch": [0], "position": [0], "flag": ["ok"]}
+    writer.append(columns)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        with suppress(BaseException), closing(run):
+            try:
+                writer.flush()
+            except LedgerError as error:
+                code = 0 if "a forked copy of it" in str(error) else 2
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with pytest.raises(LedgerError, match="is being written by attempt 0"):
+        begin(tmp_path, 0, run.run)
+    writer.flush()
+    run.close()
+    assert [path.name[-10:] for path in tmp_path.glob("*.parquet")] == ["n1.parquet"]
+
+
 def test_where_the_file_system_has_no_locks_a_run_goes_on_with_a_warning(tmp_path, monkeypatch):
     def without(self, *args, **kwargs):
         raise OSError(errno.ENOLCK, "No locks available")
