@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_mimic import GradMimic, Ledger, Reweighter
+from lightning_mimic.errors import MimicError
 from lightning_mimic.ledger import LedgerError
 from lightning_mimic.reweighting.batch import sample_ids
 from support.cases import for_each
@@ -140,14 +141,14 @@ def test_a_checkpoint_of_a_run_that_went_on_elsewhere_is_not_mixed_with_its_firs
         trainer(mimic(tmp_path)).fit(toy(), loader(toy_data(12)), ckpt_path=later, **plain)
 
 
-@for_each("wrong", [{"run": 5}, {"attempt": -1}, {"scored": [1, 2]}, {"unwritten": b"x"}, {"token": 7}])
+@for_each("wrong", [{"run": 5}, {"attempt": -1}, {"scored": [1, 2]}, {"unwritten": b"x"}, {"token": 7}, {"position": 5}])
 def test_a_damaged_state_of_the_run_is_named(wrong, tmp_path):
     folder = tmp_path / next(iter(wrong))
     trainer(mimic(folder), saver(folder), enable_checkpointing=True).fit(toy(), loader(toy_data(8)))
     state = torch.load(folder / "c" / "at-step=1.ckpt", weights_only=True)
     state["callbacks"]["GradMimic"] |= wrong
     torch.save(state, folder / "damaged.ckpt")
-    with pytest.raises(LedgerError, match=re.escape(f"is damaged: its `{next(iter(wrong))}` is ")):
+    with pytest.raises(MimicError, match=re.escape(f"is damaged: its `{next(iter(wrong))}` is ")):
         trainer(mimic(folder)).fit(toy(), loader(toy_data(8)), ckpt_path=folder / "damaged.ckpt", weights_only=True)
 
 

@@ -446,7 +446,12 @@ class Reweighter:
         names = ("run", "attempt", "token", "scored", "unwritten")
         self._progress = {name: state[name] for name in names if state.get(name) is not None}
         if "position" in state:
-            self._next = Position(**state["position"])
+            try:
+                self._next = Position(**state["position"])
+            except TypeError as error:
+                raise MimicError(
+                    f"the state of the run is damaged: its `position` is {state['position']!r}. Take another checkpoint."
+                ) from error
         if "target" not in state:
             return
         self._compatible = state["compatible"]
