@@ -450,7 +450,7 @@ class Reweighter:
                 self._next = Position(**state["position"])
             except TypeError as error:
                 raise MimicError(
-                    f"the state of the run is damaged: its `position` is {state['position']!r}. Take another checkpoint."
+                    f"the state of the run is damaged: its `position` is {state['position']!r}. Take another."
                 ) from error
         if "target" not in state:
             return
