@@ -260,3 +260,46 @@ def test_a_sampler_may_draw_a_sample_twice():
     repeats = RepeatedIds()
     for batch in loader:
         repeats.check(batch, batch.ids)
+
+
+def test_an_id_with_two_labels_in_one_epoch_is_refused_although_never_in_one_batch():
+    x, repeats = torch.zeros(2, 3), RepeatedIds()
+    many = {"a": torch.tensor([0, 1]), "b": torch.tensor([True, False]), "y": torch.tensor([0.5, 0.25])}
+    for ids in (["a", "b"], ["b", "a"]):  # drawn twice, floats may be drawn at random
+        same = {name: values if ids[0] == "a" else values.flip(0) for name, values in many.items()}
+        repeats.remember(same | {"x": x, "y": torch.rand(2)}, ids, 0)
+    repeats.compare()
+    repeats.remember({"a": torch.tensor([1, 0])}, ["a", "b"], 1)  # another epoch may draw others
+    repeats.remember({"x": x}, ["a", "b"], 1)
+    repeats.compare()
+    repeats.remember({"a": torch.tensor([0])}, torch.tensor([2**40]), 2)
+    repeats.remember({"a": torch.tensor([1])}, torch.tensor([2**40]), 2)
+    with pytest.raises(
+        MimicError, match=rf"^the id {2**40} came twice in epoch 2, with other values in a tensor of sh"
+    ):
+        repeats.remember({}, ["z"], 3)
+    for at in range(RepeatedIds.BATCHES - 1):
+        repeats.remember({"a": torch.tensor([0])}, [at], 4)
+    with pytest.raises(MimicError, match="the id 7 came twice in epoch 4"):
+        repeats.remember({"a": torch.tensor([1])}, [7], 4)
+
+
+class Bare(Dataset):
+    """Samples with ids that only the samples show."""
+
+    def __init__(self, seed):
+        self.samples = WithIds(toy_data(6, seed))
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, row):
+        return self.samples[row]
+
+
+@pytest.mark.slow
+def test_data_sets_whose_ids_only_the_run_sees_are_not_mixed(tmp_path):
+    joined = DataLoader(ConcatDataset([Bare(0), Bare(1)]), 3, collate_fn=collate_with_ids)
+    callback = GradMimic(parameters_of(toy(seed=1)), "head", ledger=tmp_path, diagnose_reference=False)
+    with pytest.raises(MimicError, match=r"the id \d came twice in epoch 0, with other values in a tensor of shape"):
+        trainer(callback).fit(toy(), joined)

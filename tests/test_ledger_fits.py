@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_mimic import GradMimic, Ledger, Reweighter
+from lightning_mimic.errors import MimicError
 from lightning_mimic.ledger import LedgerError
 from lightning_mimic.reweighting.batch import sample_ids
 from support.cases import for_each
@@ -127,6 +128,28 @@ def test_a_checkpoint_whose_rows_are_gone_is_not_resumed(tmp_path):
         again.fit(toy(), loader(toy_data(12)), ckpt_path=tmp_path / "c" / "at-step=2.ckpt", **plain)
     again.fit(toy(), loader(toy_data(12)), ckpt_path=tmp_path / "c" / "at-step=1.ckpt", **plain)
     assert Ledger(tmp_path / "s").meta["attempts"][1]["scored"] == [0, 0, 0]
+
+
+def test_a_checkpoint_of_a_run_that_went_on_elsewhere_is_not_mixed_with_its_first_directory(tmp_path):
+    plain, first = {"weights_only": True}, tmp_path / "c" / "at-step=1.ckpt"
+    trainer(mimic(tmp_path), saver(tmp_path), enable_checkpointing=True).fit(toy(), loader(toy_data(12)))
+    there = trainer(mimic(tmp_path / "d"), saver(tmp_path / "d"), enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="is new"), pytest.warns(UserWarning, match="dirpath has changed"):
+        there.fit(toy(), loader(toy_data(12)), ckpt_path=first, **plain)
+    later = tmp_path / "d" / "c" / "at-step=2.ckpt"
+    with pytest.raises(LedgerError, match="is not the one that saved the checkpoint"):
+        trainer(mimic(tmp_path)).fit(toy(), loader(toy_data(12)), ckpt_path=later, **plain)
+
+
+@for_each("wrong", [{"run": 5}, {"attempt": -1}, {"scored": [1, 2]}, {"unwritten": b"x"}, {"position": 5}])
+def test_a_damaged_state_of_the_run_is_named(wrong, tmp_path):
+    folder = tmp_path / next(iter(wrong))
+    trainer(mimic(folder), saver(folder), enable_checkpointing=True).fit(toy(), loader(toy_data(8)))
+    state = torch.load(folder / "c" / "at-step=1.ckpt", weights_only=True)
+    state["callbacks"]["GradMimic"] |= wrong
+    torch.save(state, folder / "damaged.ckpt")
+    with pytest.raises(MimicError, match=re.escape(f"is damaged: its `{next(iter(wrong))}` is ")):
+        trainer(mimic(folder)).fit(toy(), loader(toy_data(8)), ckpt_path=folder / "damaged.ckpt", weights_only=True)
 
 
 class Dies(pl.Callback):

@@ -96,6 +96,29 @@ def test_the_lock_ends_with_a_killed_process_although_its_workers_live(tmp_path)
         assert begin(tmp_path).run == run
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_copy_writes_no_rows_and_keeps_the_lock(tmp_path):
+    run = open_run(tmp_path, CONFIG, 0, None, NOTES)
+    writer = LedgerWriter(tmp_path, run.run, run.attempt, 0)
+    columns = {"id": [7], "epoch": [0], "step": [0], "batch": [0], "position": [0], "flag": ["ok"]}
+    writer.append(columns)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        with suppress(BaseException), closing(run):
+            try:
+                writer.flush()
+            except LedgerError as error:
+                code = 0 if "a forked copy of it" in str(error) else 2
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with pytest.raises(LedgerError, match="is being written by attempt 0"):
+        begin(tmp_path, 0, run.run)
+    writer.flush()
+    run.close()
+    assert [path.name[-10:] for path in tmp_path.glob("*.parquet")] == ["n1.parquet"]
+
+
 def test_where_the_file_system_has_no_locks_a_run_goes_on_with_a_warning(tmp_path, monkeypatch):
     def without(self, *args, **kwargs):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -232,6 +255,20 @@ def test_an_older_copy_of_the_ledger_is_not_continued(tmp_path):
     run = write(tmp_path, [0, 1]).run
     with pytest.raises(LedgerError, match=f"knows 1 attempts of run {run}, and the checkpoint is of attempt 1"):
         begin(tmp_path, 1, run, checkpoint=Checkpoint(1, (0, 0, 0)))
+
+
+def test_an_attempt_of_the_same_number_in_another_directory_is_not_continued(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    first = write(here, range(8))
+    with pytest.warns(UserWarning, match="is new"):
+        other = write(there, range(4, 8), 4, first.run, checkpoint=Checkpoint(0, (0, 3, 3), token=first.token))
+    assert (other.run, other.attempt) == (first.run, first.attempt)
+    with pytest.raises(LedgerError, match=r"attempt 0 of run \w+ in .*here is not the one that saved the checkpoint"):
+        begin(here, 6, first.run, checkpoint=Checkpoint(0, (0, 5, 5), token=other.token))
+    write(there, range(6, 8), 6, first.run, checkpoint=Checkpoint(0, (0, 5, 5), token=other.token))
+    write(here, range(6, 8), 6, first.run, checkpoint=Checkpoint(0, (0, 5, 5), token=first.token))
+    assert Ledger(here).meta["attempts"][1]["continues"] == 0
+    begin(here, 6, first.run, checkpoint=Checkpoint(0, (0, 5, 5)))  # an earlier release saved it
 
 
 def test_a_run_that_goes_on_in_a_new_directory_says_where_its_first_rows_are_not(tmp_path):

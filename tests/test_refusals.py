@@ -111,6 +111,8 @@ def test_nothing_trained_before_or_in_the_layer():
         ({"reference": {"head.weight": torch.zeros(3, 8)}}, "no tensor for 'head.bias'"),
         ({"reference": {"head.weight": torch.zeros(4, 8), "head.bias": torch.zeros(3)}}, "(4, 8), the model's has (3"),
         ({"reference": "nowhere.ckpt"}, "no file nowhere.ckpt"),
+        ({"ledger": ""}, "`ledger` is ''; expected the path of a directory"),
+        ({"ledger": 5}, "`ledger` is 5; expected the path of a directory"),
     ],
 )
 def test_bad_arguments_stop_fit_before_training(options, message):

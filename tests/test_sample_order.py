@@ -105,6 +105,23 @@ class SortedLosses(WithLosses):
         return super().sample_losses((batch[0][order], batch[1][order]))
 
 
+class SortedInPython(Toy):
+    """Only the labels show the order."""
+
+    def training_step(self, batch, batch_idx):
+        order = batch[0][:, 0].argsort().flip(0)
+        rows = batch[0].tolist()
+        x = torch.tensor([rows[row] for row in order.tolist()], dtype=torch.float64)
+        return F.cross_entropy(self(x), batch[1][order])
+
+
+class Relisted(Toy):
+    """The same, in the batch's order."""
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(torch.tensor(batch[0].tolist(), dtype=torch.float64)), batch[1])
+
+
 class Recurrent(Toy):
     """Each sample is a sequence of six numbers, of which the first says how many count."""
 
@@ -159,6 +176,8 @@ def fit(kind, folder, **options):
         (Sorted, {}),
         (Sorted, {"loss": "mean"}),
         (SortedLosses, {}),
+        (SortedInPython, {}),
+        (SortedInPython, {"loss": "mean"}),
         (PackedAndLeft, {}),
         (PackedAndLeft, {"loss": "mean"}),
     ],
@@ -168,7 +187,7 @@ def test_scores_of_reordered_samples_are_refused(kind, options, tmp_path):
         fit(kind, tmp_path, **options)
 
 
-@pytest.mark.parametrize("kind", [Packed, PackedByHand])
+@pytest.mark.parametrize("kind", [Packed, PackedByHand, Relisted])
 def test_rows_that_come_back_are_scored_as_their_samples(kind, tmp_path):
     module, ledger = fit(kind, tmp_path)
     reference, data = toy(kind, seed=1), toy_data(8)

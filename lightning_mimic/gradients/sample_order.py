@@ -68,7 +68,8 @@ class SampleOrder:
         self._orders: dict[int, _Orders] = {
             ref.token: frozenset({batch}) for ref in trace.batch if ref.shape[:1] == (trace.samples,)
         }
-        for operation in trace.operations:
+        self._operations = trace.operations
+        for operation in self._operations:
             self._follow(operation)
 
     def differs(self, token: int, own: slice = slice(None)) -> bool:
@@ -80,6 +81,24 @@ class SampleOrder:
         """
         orders = self._orders.get(token, _UNKNOWN)
         return bool(orders) and not any(self._is_of_batch(order.samples[own]) for order in orders)
+
+    def meets_other_order(self, token: int) -> bool:
+        """Return whether rows whose order is not known meet labels, or others, whose order is not the batch's.
+
+        Args:
+            token: Of the rows in the trace.
+        """
+        met = {token}
+        for operation in self._operations:
+            if not any(ref.token in met for ref in operation.inputs):
+                continue
+            if not operation.pointwise and operation.name != "cross_entropy":
+                continue
+            orders = [order for order in self._own(operation.inputs) if len(order.samples) % self._count == 0]
+            if orders and not any(self._is_of_batch(order.samples) for order in orders):
+                return True
+            met.update(ref.token for ref in operation.outputs if ref.shape)
+        return False
 
     def _is_of_batch(self, samples: Sequence[int]) -> bool:
         each, rest = divmod(len(samples), self._count)

@@ -195,6 +195,7 @@ def _files(value: Any) -> bool:
 #: The fields of an attempt: whether each has one, what it must be, and that in words.
 _FIELDS: dict[str, tuple[bool, Callable[[Any], bool], str]] = {
     "attempt": (False, _count, "an int"),
+    "token": (False, _text, "text"),
     "started": (True, _text, "text"),
     "host": (False, _text, "text"),
     "start_step": (True, _count, "an int from 0 to 2^63 - 1"),

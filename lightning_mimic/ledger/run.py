@@ -50,11 +50,13 @@ class Checkpoint:
         attempt: That saved it.
         scored: Epoch, step and batch of the last micro-batch that this attempt had scored; ``None``: of none.
         unwritten: Rows of its first rank that could not be written then (:meth:`LedgerWriter.pending_rows`).
+        token: Of that attempt; ``None``: an earlier release saved it.
     """
 
     attempt: int
     scored: tuple[int, int, int] | None = None
     unwritten: bytes | None = None
+    token: str | None = None
 
 
 class OpenRun:
@@ -63,6 +65,7 @@ class OpenRun:
     Attributes:
         run: The run's id.
         attempt: The attempt's number.
+        token: Random text that no other attempt has, not even one of the same number in a copy of the ledger.
         ids: ``"int"`` or ``"str"``, the kind of the ids that the run has so far; ``None`` where that is not known.
     """
 
@@ -71,6 +74,7 @@ class OpenRun:
         self._lock = lock
         self.run: str = meta["run"]
         self.attempt = len(meta["attempts"]) - 1
+        self.token: str = meta["attempts"][-1]["token"]
         attempts = meta["attempts"] if meta["attempts"][-1].get("continues", 0) is not None else []
         self.ids: str | None = next((facts["ids"] for facts in reversed(attempts) if "ids" in facts), None)
 
@@ -255,6 +259,13 @@ def _continuation(
         _warn(f"{directory} goes on with other settings ({changed}); a reader will not mix the two.")
     if checkpoint is None:
         return {}
+    tokens = {checkpoint.token, before.get("token")}
+    if checkpoint.attempt <= latest and len(tokens - {None}) > 1:
+        raise LedgerError(
+            f"`ledger`: attempt {checkpoint.attempt} of run {meta['run']} in {directory} is not the one that saved the "
+            "checkpoint, which wrote to another directory; its rows are of another training. Give the directory that "
+            "it wrote to, or a new one."
+        )
     if checkpoint.scored is None:
         return {"continues": checkpoint.attempt}
     _check_rows(directory, checkpoint, checkpoint.scored)
@@ -283,7 +294,12 @@ def _check_rows(directory: Path, checkpoint: Checkpoint, scored: tuple[int, int,
 def _begin(meta: dict[str, Any], facts: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
     """Add an attempt to the description."""
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    begun = {"attempt": len(meta["attempts"]), "started": started, "host": f"{platform.node()}, process {os.getpid()}"}
+    begun = {
+        "attempt": len(meta["attempts"]),
+        "token": uuid.uuid4().hex[:12],
+        "started": started,
+        "host": f"{platform.node()}, process {os.getpid()}",
+    }
     columns = schema(pa.string()).names
     meta["attempts"].append({**begun, **facts, "columns": columns, "checkpointed": False})
     _note(meta, notes)

@@ -1,5 +1,6 @@
 """Append scores to a ledger: one file per rank and flush, complete or not there."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,6 +51,7 @@ class LedgerWriter:
         self._pending: list[pa.Table] = []
         self._parts = parts
         self._failed = False
+        self._process = os.getpid()
 
     @property
     def pending(self) -> int:
@@ -111,10 +113,16 @@ class LedgerWriter:
         A failed write keeps its rows and is tried again at the next flush.
 
         Raises:
-            LedgerError: The write failed twice in a row.
+            LedgerError: The write failed twice in a row; or this is a forked copy of the process that writes, whose
+                parts would have the same names.
         """
         if not self._pending:
             return
+        if os.getpid() != self._process:
+            raise LedgerError(
+                f"`ledger`: {self._directory} is written by process {self._process}, and this is {os.getpid()}, a "
+                "forked copy of it. Score in the process that began the run, or begin one of its own in each."
+            )
         table = self._table()
         name = f"part-{self._run}-a{self._attempt}-r{self._rank}-{self._parts:06d}-n{table.num_rows}.parquet"
         try:

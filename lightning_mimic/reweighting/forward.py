@@ -108,7 +108,8 @@ class Forward:
             if self.order is None or self.trace is None or seen is None:
                 continue
             own = self.own if self.losses is not None and node is self.losses.edge.node else slice(None)
-            if self.order.differs(self.trace.nodes[seen][0], own):
+            token, _ = self.trace.nodes[seen]
+            if self.order.differs(token, own) or self.order.meets_other_order(token):
                 raise MimicError(REORDERED)
 
     @cached_property

@@ -200,6 +200,8 @@ class Reweighter:
         self._parameters: list[tuple[int, bool]] = []
         self._closed = False
         self._repeated_ids = RepeatedIds()
+        # Of several loaders, one may begin anew within an epoch, beside new samples of another.
+        self._one_loader = False
         # Of the run that is continued, until the ledger is open.
         self._progress: dict[str, Any] = {}
         self._ledger: RunLedger | None = None
@@ -251,6 +253,7 @@ class Reweighter:
         if record and directory is not None:
             if self.settings.id_from is None:
                 check_loader_ids(loader)
+            self._one_loader = hasattr(loader, "dataset")
             notes = _describe_data(loader, data_module)
             self._batch_size_known = "batch_size" in notes
             self._ledger = RunLedger(directory, self.config, step, self._progress, notes)
@@ -310,6 +313,8 @@ class Reweighter:
             self._recorder.check_ids(ids)
         if ids is not None and self._ledger is not None:
             self._repeated_ids.check(batch, ids)
+            if self._one_loader:
+                self._repeated_ids.remember(batch, ids, position.epoch)
         # Once per epoch, and whenever parameters were frozen or unfrozen.
         parameters = [(id(p), p.requires_grad) for p in self.model.parameters()]
         check = self._checked_epoch != position.epoch or parameters != self._parameters
@@ -355,9 +360,14 @@ class Reweighter:
             self._ledger.note(notes)
 
     def flush(self) -> None:
-        """Write all scores so far to the ledger."""
+        """Write all scores so far to the ledger.
+
+        Raises:
+            MimicError: A loss was not the mean of its samples, or an id named two samples; or they cannot be written.
+        """
         if self._recorder is not None:
             self._recorder.flush()
+        self._repeated_ids.compare()
 
     def finish(self) -> None:
         """Write the last scores of all ranks, and warn of an alignment that did not work; on every rank.
@@ -372,6 +382,7 @@ class Reweighter:
                 self._ledger.finish(self._recorder)
             else:
                 self._recorder.commit()
+        self._repeated_ids.compare()
         if self._target.undecided and self._monitor is not None:
             self._monitor.warn_if_unaligned()
         self._target.warn_if_unaligned()
@@ -432,10 +443,15 @@ class Reweighter:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the run that a state is of; before the first step."""
-        names = ("run", "attempt", "scored", "unwritten")
+        names = ("run", "attempt", "token", "scored", "unwritten")
         self._progress = {name: state[name] for name in names if state.get(name) is not None}
         if "position" in state:
-            self._next = Position(**state["position"])
+            try:
+                self._next = Position(**state["position"])
+            except TypeError as error:
+                raise MimicError(
+                    f"the state of the run is damaged: its `position` is {state['position']!r}. Take another."
+                ) from error
         if "target" not in state:
             return
         self._compatible = state["compatible"]

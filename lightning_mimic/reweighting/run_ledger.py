@@ -43,7 +43,7 @@ class RunLedger:
         # Of the whole run: the process group may be gone when it ends.
         self._ranks = distributed.world_size()
         self._opened: OpenRun | None = None
-        facts: tuple[str, int, str | None] | str = ""
+        facts: tuple[str, int, str, str | None] | str = ""
         if distributed.rank() == 0:
             try:
                 self._opened = open_run(
@@ -54,13 +54,13 @@ class RunLedger:
                     {"package_version": __version__, "ranks": self._ranks, **notes},
                     _checkpoint(progress),
                 )
-                facts = self._opened.run, self._opened.attempt, self._opened.ids
+                facts = self._opened.run, self._opened.attempt, self._opened.token, self._opened.ids
             except LedgerError as error:
                 facts = str(error)
         facts = distributed.broadcast(facts)
         if isinstance(facts, str):
             raise LedgerError(facts)
-        self._run, self._attempt, ids = facts
+        self._run, self._attempt, self._token, ids = facts
         self._rank = distributed.rank()
         self.writer = LedgerWriter(directory, self._run, self._attempt, self._rank, ids)
         self._scored: tuple[int, int, int] | None = None
@@ -87,7 +87,7 @@ class RunLedger:
         Warns:
             UserWarning: The first rank cannot.
         """
-        state: dict[str, Any] = {"run": self._run, "attempt": self._attempt}
+        state: dict[str, Any] = {"run": self._run, "attempt": self._attempt, "token": self._token}
         try:
             recorder.commit()
         except LedgerError as error:
@@ -153,9 +153,28 @@ class RunLedger:
 def _checkpoint(progress: Mapping[str, Any]) -> Checkpoint | None:
     if "attempt" not in progress:
         return None
+    attempt, token = progress["attempt"], progress.get("token")
     scored, rows = progress.get("scored"), progress.get("unwritten")
+    known = {
+        "run": isinstance(progress.get("run"), str),
+        "attempt": _is_count(attempt),
+        "token": token is None or isinstance(token, str),
+        "scored": scored is None or (isinstance(scored, list) and len(scored) == 3 and all(map(_is_count, scored))),
+        "unwritten": rows is None or (isinstance(rows, torch.Tensor) and rows.dtype == torch.uint8),
+    }
+    wrong = next((name for name, is_right in known.items() if not is_right), None)
+    if wrong is not None:
+        raise LedgerError(
+            f"`ledger`: the checkpoint's state of the run is damaged: its `{wrong}` is {progress.get(wrong)!r}. Resume "
+            "from another checkpoint."
+        )
     return Checkpoint(
-        progress["attempt"],
+        attempt,
         None if scored is None else (scored[0], scored[1], scored[2]),
         None if rows is None else rows.cpu().numpy().tobytes(),
+        token,
     )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,5 +1,6 @@
 """The settings of a run, checked before there is a model."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,6 +62,8 @@ class Settings:
                 raise MimicError(f"`{name}` is {value!r}; {nearest_names(str(value), get_args(kind))}.")
         if self.loss not in (None, *get_args(AssertedLoss)):
             raise MimicError(f"`loss` is {self.loss!r}; expected 'mean', or nothing.")
+        if self.ledger is not None and (not isinstance(self.ledger, str | os.PathLike) or self.ledger == ""):
+            raise MimicError(f"`ledger` is {self.ledger!r}; expected the path of a directory, or None for no ledger.")
         check_scorer(
             self.make_scores,
             self.needs,
