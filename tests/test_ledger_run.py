@@ -271,6 +271,14 @@ def test_an_attempt_of_the_same_number_in_another_directory_is_not_continued(tmp
     begin(here, 6, first.run, checkpoint=Checkpoint(0, (0, 5, 5)))  # an earlier release saved it
 
 
+def test_other_data_on_resume_is_warned_of(tmp_path):
+    run = write(tmp_path, [0]).run
+    other = NOTES | {"data": {"dataset": "own.Set", "samples": 64}}
+    with pytest.warns(UserWarning, match=r"goes on with other data \(samples: 4, 64\); samples of one id"):
+        begin(tmp_path, 1, run, notes=other, checkpoint=Checkpoint(0, (0, 0, 0)))
+    begin(tmp_path, 1, run, notes=other, checkpoint=Checkpoint(1))
+
+
 def test_a_run_that_goes_on_in_a_new_directory_says_where_its_first_rows_are_not(tmp_path):
     with pytest.warns(
         UserWarning, match=re.escape(f"{tmp_path} is new, and this is run abc, resumed at step 3: the rows")

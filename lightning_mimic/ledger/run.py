@@ -98,7 +98,7 @@ class OpenRun:
                 f"attempts of run {meta['run']}, and this is attempt {self.attempt} of run {self.run}."
             )
         _note(meta, notes)
-        _warn_of_other_batches(self._directory, meta, notes)
+        _warn_of_other_data(self._directory, meta, notes)
         try:
             write_meta(path, meta)
         except OSError as error:
@@ -176,7 +176,7 @@ def open_run(
             else:
                 facts |= _continuation(directory, meta, facts, checkpoint)
             _begin(meta, facts, notes)
-            _warn_of_other_batches(directory, meta, notes)
+            _warn_of_other_data(directory, meta, notes)
             path = meta_path(directory) if len(meta["attempts"]) > 1 else directory / META_FILE
             try:
                 write_meta(path, meta, exclusive=len(meta["attempts"]) == 1 and not torn)
@@ -325,12 +325,16 @@ def _shown(names: tuple[str, ...] | None) -> str:
     return join_names(names or (), most=4)
 
 
-def _warn_of_other_batches(directory: Path, meta: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
-    """Warn if the last attempt goes on with batches of another size, as is noted just now."""
+def _warn_of_other_data(directory: Path, meta: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+    """Warn if the last attempt goes on with other data or batches of another size, as is noted just now."""
     attempts = meta["attempts"]
     before = attempts[-1].get("continues", len(attempts) - 2)
     if before is None or before < 0:
         return
+    data = [attempts[each].get("data") for each in (before, -1)]
+    changed = "" if "data" not in notes or None in data else differences(data)
+    if changed:
+        _warn(f"{directory} goes on with other data ({changed}); samples of one id are put together.")
     changed = batch_differences([attempts[before], attempts[-1]], notes.keys())
     if changed:
         _warn(
