@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from lightning_mimic.cli.arguments import arranged, settle
 from lightning_mimic.cli.curate import curate_main
 from lightning_mimic.cli.make_shards import main as make_shards
+from lightning_mimic.cli.score import main as score
 from lightning_mimic.cli.settings import check_types
 from lightning_mimic.cli.train import main as train
 from lightning_mimic.errors import MimicError
@@ -79,7 +80,6 @@ TARGETS |= {"filter": "lightning_mimic.curation.Ensemble"}
         ("seed", -1),
         ("test", "off"),
         ("optimized_metric", True),
-        ("ledger", None),
         ("checkpoints", [None]),
         ("filter.filters", ["sign"]),
     ],
@@ -168,6 +168,7 @@ ENDS = {
     "a value": (train, ["mimic=none", "model.pretrained=null", "data.train=nosy"], "`train` is 'nosy'"),
     "another command": (curate_main, ["ledgr=x"], "Could not override 'ledgr'; nearest: 'ledger'"),
     "a folder": (make_shards, ["out=/proc/none/shards"], "/proc/none"),
+    "no ledger": (score, ["experiment=digits_curation", "checkpoints=x", "ledger=null"], "`ledger` is None; expected"),
     "no folder": (make_shards, ["out=null"], "`out` is None; expected a path"),
 }
 

@@ -19,7 +19,6 @@ _OWN = _PATHS | {
     "seed": int,
     "test": bool,
     "optimized_metric": str | None,
-    "ledger": str,
     "checkpoints": str | collections.abc.Sequence[str],
 }
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}

@@ -18,7 +18,6 @@ from lightning_mimic.data.noise import SymmetricNoise
 from lightning_mimic.errors import MimicError
 from lightning_mimic.files import atomic_directory
 from lightning_mimic.random_streams import torch_generator
-from lightning_mimic.user_files import user_path
 
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
@@ -130,7 +129,7 @@ def write_digit_shards(out: str | Path, seed: int = 0, mismatched: float = 0.4) 
     digits, truth = DigitsDataModule(), []
     digits.setup()
     generator = torch_generator(seed, "captions")
-    folder = user_path(out, "out")
+    folder = Path(out).expanduser()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise MimicError(f"`out`: {folder} is not an empty directory; name another one, or remove what it holds.")
     try:
