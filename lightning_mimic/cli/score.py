@@ -28,8 +28,8 @@ def score(config: DictConfig) -> Ledger:
     """
     if OmegaConf.select(config, "mimic._target_") is None:
         raise MimicError("mimic=none scores nothing; leave it out, or name a scorer (mimic=cosine).")
-    check_inputs_exist(config)
     user_path(config.ledger, "ledger")
+    check_inputs_exist(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
     data, model = instantiate(config.data), instantiate(config.model)
     if config.features:

@@ -1,13 +1,13 @@
 """Checks of settings by the types that what they build declares, before anything is built."""
 
 import collections.abc
+import pydoc
 import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -72,8 +72,10 @@ def _typed_settings(config: DictConfig) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _hints(target: Any) -> dict[str, Any]:
+    if not isinstance(target, str):
+        return {}
     try:
-        found = get_object(target)
+        found: Any = pydoc.locate(target)
         return typing.get_type_hints(getattr(found, "__init__") if isinstance(found, type) else found)  # noqa: B009
     except Exception:  # a name that leads nowhere is reported when it is built; some types are not there at run time
         return {}
