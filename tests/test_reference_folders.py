@@ -1,6 +1,7 @@
 """References of several files: shards with an index, distributed checkpoints, and folders that are neither."""
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -170,3 +171,13 @@ def test_metadata_that_names_other_files_or_asks_for_memory_is_refused(tmp_path)
     for data in (b"", b"\x80\x04N.", b"\x80\x04}.", b"not a pickle", metadata.read_bytes()[:-1]):
         metadata.write_bytes(data)
         assert str(metadata) in refusal(folder)
+
+
+@for_each("name", [".metadata", "model.safetensors.index.json"])
+def test_a_pipe_or_a_device_in_a_folder_is_not_read(name, tmp_path):
+    place = tmp_path / name
+    os.mkfifo(place)
+    assert f"{place} is no file" in refusal(tmp_path)
+    place.unlink()
+    place.symlink_to("/dev/zero")
+    assert f"{place} is no file" in refusal(tmp_path)

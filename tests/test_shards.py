@@ -15,7 +15,7 @@ import webdataset
 
 from lightning_mimic.data import shards as shards_module
 from lightning_mimic.data.rejects import Reason, Rejects, RejectWriter, summary
-from lightning_mimic.data.shards import _NO_JSON_AFTER, PairSources, list_shards, scanned_ids
+from lightning_mimic.data.shards import _NO_JSON_AFTER, PairSources, list_shards, scanned_ids, stated_counts
 from lightning_mimic.errors import MimicError
 from support.cases import pairwise
 from support.pair_shards import batches_of, encoded, flat, module, pair, picture_of, uid, write, write_shards
@@ -533,3 +533,15 @@ def test_rejects_that_cannot_be_written_stay_and_are_said(tmp_path):
     (tmp_path / "gone").mkdir()
     writer.flush()
     assert Rejects(tmp_path / "gone").pairs == {"no image": 1}
+
+
+@pytest.mark.parametrize("count", [True, -1, 2**63, 1.5, "3", None])
+def test_a_count_that_is_none_is_not_believed(count, tmp_path):
+    (tmp_path / "sizes.json").write_text(json.dumps({"0.tar": count}))
+    assert stated_counts([f"{tmp_path}/0.tar"]) == {}
+
+
+@pytest.mark.parametrize("shards", [None, 5])
+def test_what_names_no_shards_is_refused(shards):
+    with pytest.raises(MimicError, match=f"^`shards` is {shards}; expected paths"):
+        list_shards(shards)

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_mimic.cli.arguments import arranged, settle, words_of_job
 from lightning_mimic.cli.errors import exit_on_user_error, in_one_line
+from lightning_mimic.cli.settings import check_types
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -37,19 +38,24 @@ def command(name: str, config_name: str) -> Callable[[Callable[[DictConfig], Any
         def main() -> None:
             full = os.environ.get(_FULL_ERROR)
             sys.argv[1:] = arranged(sys.argv[1:])
+            started = []
 
             @functools.wraps(task)
             def job(config: DictConfig) -> Any:
+                started.append(config)
                 with _environment(_FULL_ERROR, full), exit_on_user_error(name), _one_job():
                     settle(config)
+                    check_types(config)
                     return task(config)
 
             composed = hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name=config_name)
             try:
                 with _environment(_FULL_ERROR, "1"):  # so that Hydra raises its errors
                     composed(job)()
-            except (CompactHydraException, OmegaConfBaseException) as error:
-                if full == "1":
+            except (CompactHydraException, OmegaConfBaseException, OSError, ValueError) as error:
+                # Hydra's own folder may not be writable, its flags and words not go together.
+                its_own = isinstance(error, CompactHydraException | OmegaConfBaseException) or not started
+                if full == "1" or not its_own:
                     raise
                 raise SystemExit(f"{name}: {in_one_line(error)}") from None
 

@@ -83,5 +83,9 @@ def check_inputs_exist(config: DictConfig) -> None:
     """
     read = OmegaConf.to_yaml(OmegaConf.masked_copy(config, ["data", "model", "mimic"]))
     for name, command in config.paths.get("made_by", {}).items():
-        if f"${{paths.{name}}}" in read and not Path(config.paths[name]).expanduser().exists():
+        if f"${{paths.{name}}}" not in read:
+            continue
+        if not isinstance(config.paths[name], str):
+            raise MimicError(f"`paths.{name}` is {config.paths[name]!r}; expected a path. It is made by: {command}")
+        if not Path(config.paths[name]).expanduser().exists():
             raise MimicError(f"`paths.{name}`: there is no {config.paths[name]}. It is made by: {command}")

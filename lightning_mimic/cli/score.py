@@ -14,6 +14,7 @@ from lightning_mimic.data import CachedFeatures
 from lightning_mimic.errors import MimicError
 from lightning_mimic.ledger import Ledger
 from lightning_mimic.reference import refuse_module_on_features
+from lightning_mimic.user_files import user_path
 
 
 def score(config: DictConfig) -> Ledger:
@@ -27,6 +28,7 @@ def score(config: DictConfig) -> Ledger:
     """
     if OmegaConf.select(config, "mimic._target_") is None:
         raise MimicError("mimic=none scores nothing; leave it out, or name a scorer (mimic=cosine).")
+    user_path(config.ledger, "ledger")
     check_inputs_exist(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
     data, model = instantiate(config.data), instantiate(config.model)

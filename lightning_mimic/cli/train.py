@@ -1,7 +1,8 @@
 """``mimic-train``: train a model, with or without Grad-Mimic, from a Hydra configuration."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from hydra.utils import instantiate
@@ -13,7 +14,8 @@ from lightning_mimic.cli.command import command
 from lightning_mimic.cli.errors import check_inputs_exist
 from lightning_mimic.data import CachedFeatures
 from lightning_mimic.errors import MimicError, nearest_names
-from lightning_mimic.reference import check_checkpoint, refuse_module_on_features
+from lightning_mimic.reference import read_file, refuse_module_on_features
+from lightning_mimic.user_files import user_path
 
 
 def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Trainer:
@@ -31,9 +33,10 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
             was done.
     """
     check_inputs_exist(config)
-    resume = _existing(config.resume)
+    (resume, resumed), save_to = _existing(config.resume), _writable(config.save_to)
     L.seed_everything(config.seed, workers=True, verbose=False)
     data, model = instantiate(config.data), instantiate(config.model)
+    _check_fits(resume, resumed, model)
     if config.features:
         data = CachedFeatures(data, model, config.features)
     # Of mimic=none an experiment's own settings may be left.
@@ -47,6 +50,8 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
         callbacks.append(_every_epoch(Path(config.save_epochs_to).expanduser(), resumed=resume is not None))
     logger = instantiate(config.logger) if config.get("logger") else False
     trainer: L.Trainer = instantiate(config.trainer, callbacks=callbacks, logger=logger)
+    if trainer.accumulate_grad_batches < 1:
+        raise MimicError(f"`trainer.accumulate_grad_batches` is {trainer.accumulate_grad_batches}; expected 1 or more.")
     for each in trainer.loggers:
         # Plain containers: a checkpoint must not hold objects that need code to be read.
         each.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
@@ -54,8 +59,8 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
     _check_trained(trainer)
     if config.test:
         trainer.test(model, datamodule=data)
-    if config.save_to and not config.trainer.get("fast_dev_run"):
-        trainer.save_checkpoint(Path(config.save_to).expanduser())
+    if save_to is not None and not config.trainer.get("fast_dev_run"):
+        trainer.save_checkpoint(save_to)
     return trainer
 
 
@@ -75,15 +80,50 @@ def _every_epoch(directory: Path, *, resumed: bool) -> ModelCheckpoint:
     )
 
 
-def _existing(resume: str | None) -> Path | None:
-    """Return the path of a checkpoint to go on from."""
+def _existing(resume: str | None) -> tuple[Path | None, Mapping[str, Any]]:
+    """Return the path of a checkpoint to go on from, and what it holds."""
     if resume is None:
-        return None
+        return None, {}
     path = Path(resume).expanduser()
     if not path.is_file():
         near = nearest_names(path.name, [each.name for each in path.parent.glob("*")])
         raise MimicError(f"`resume`: there is no file {path}; {near}.")
-    check_checkpoint(path, "resume")  # neither Lightning nor torch does
+    # Lightning would unpickle whatever there is, and compares no checksums.
+    content = read_file(path, "resume")
+    if not isinstance(content, Mapping) or not {"state_dict", "loops", "optimizer_states"} <= set(content):
+        raise MimicError(
+            f"`resume`: {path} holds no run to go on from, but at most a model; expected a checkpoint that Lightning "
+            "wrote while it trained. Weights to begin with are given by `model.pretrained`."
+        )
+    return path, content
+
+
+def _check_fits(path: Path | None, resumed: Mapping[str, Any], model: L.LightningModule) -> None:
+    """Refuse a checkpoint of a run that trained another model, or other parameters of it."""
+    if path is None:
+        return
+    ours, theirs = (
+        {n: tuple(t.shape) for n, t in each.items()} for each in (model.state_dict(), resumed["state_dict"])
+    )
+    trained = sum(p.requires_grad for p in model.parameters())
+    before = [sum(len(group["params"]) for group in each["param_groups"]) for each in resumed["optimizer_states"]]
+    if ours != theirs or before != [trained]:
+        other = next((n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)), None)
+        why = f"{other!r} differs" if other else f"{', '.join(map(str, before))} tensors trained, and {trained} do here"
+        raise MimicError(
+            f"`resume`: {path} is of a run that trained another model: {why}. Give the settings of that run, or begin "
+            "anew from its weights (`model.pretrained`)."
+        )
+
+
+def _writable(save_to: str | None) -> Path | None:
+    """Return the path of a file to save a model in, which may be there already."""
+    if save_to is None:
+        return None
+    path = user_path(save_to, "save_to")
+    # Into a directory Lightning would write under a random name, and take its permissions away.
+    if path.is_symlink() or (path.exists() and not path.is_file()) or path.name == "":
+        raise MimicError(f"`save_to`: {path} is there and is no regular file; name a file, such as model.ckpt.")
     return path
 
 

@@ -47,6 +47,8 @@ def list_shards(shards: str | Sequence[str], argument: str = "shards") -> list[s
     from webdataset.gopen import gopen_schemes
     from webdataset.shardlists import expand_urls
 
+    if not isinstance(shards, str | Sequence):
+        raise MimicError(f"`{argument}` is {shards!r}; expected paths such as 'shards/{{00000000..00000127}}.tar'.")
     found: list[str] = []
     for each in [shards] if isinstance(shards, str) else shards:
         try:
@@ -200,7 +202,7 @@ def stated_counts(shards: Sequence[str]) -> dict[str, int]:
         count = sizes[path.parent].get(path.name)
         if count is None:
             count = _read_json(path.with_name(f"{path.name.split('.')[0]}_stats.json")).get("successes")
-        if isinstance(count, int):
+        if isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 2**63:
             counts[url] = count
     return counts
 

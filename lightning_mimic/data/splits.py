@@ -75,7 +75,7 @@ class LabelledSplits(pl.LightningDataModule, ABC):
         num_workers: Loader processes.
 
     Raises:
-        MimicError: Another part, or a manifest for one that is not noisy.
+        MimicError: Another part, a manifest for one that is not noisy, or a number that is none.
     """
 
     #: Set by the subclass.
@@ -98,6 +98,9 @@ class LabelledSplits(pl.LightningDataModule, ABC):
             raise MimicError(f"`train` is {train!r}; expected one of {', '.join(map(repr, get_args(Split)))}.")
         if keep is not None and train != "noisy":
             raise MimicError(f"`keep` is a choice among the noisy images, and `train` is {train!r}.")
+        for name, count, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if not isinstance(count, int) or isinstance(count, bool) or count < least:
+                raise MimicError(f"`{name}` is {count!r}; expected a whole number of {least} or more.")
         self.train = train
         self.keep = keep
         self.noise = noise if noise is not None else SymmetricNoise()

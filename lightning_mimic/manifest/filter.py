@@ -75,7 +75,7 @@ def _ids_of(dataset: Any) -> SampleIds:
 class KeptIds:
     """How often a manifest keeps an id, for as many ids as DataComp has.
 
-    Ids of 32 hex digits are two sorted columns of 64 bits (18 bytes an id, shared by forked workers), others a dict.
+    Ids of 32 hex digits are two sorted columns of 64 bits (20 bytes an id, shared by forked workers), others a dict.
 
     Args:
         manifest: Parquet with columns ``id`` (text) and ``keep``.
@@ -145,10 +145,10 @@ def _sorted_columns(ids: pa.ChunkedArray, keep: pa.ChunkedArray) -> Any:
         start += len(chunk)
     order = np.lexsort((halves[:, 1], halves[:, 0]))
     high, low = halves[order, 0], halves[order, 1]
-    stays = keep.to_numpy().astype(np.uint16)[order]
+    stays = keep.to_numpy().astype(np.uint32)[order]
     new = np.ones(len(high), dtype=bool)
     new[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
-    return high[new], low[new], np.add.reduceat(stays, np.flatnonzero(new)).astype(np.uint16)
+    return high[new], low[new], np.add.reduceat(stays, np.flatnonzero(new)).astype(np.uint32)
 
 
 def read_decisions(path: Path, columns: Sequence[str] | None = ("id", "keep")) -> pa.Table:

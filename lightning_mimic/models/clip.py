@@ -166,7 +166,10 @@ class CLIP(pl.LightningModule):
         vectors = [p for p in trained.values() if p.ndim < 2]
         matrices = [p for p in trained.values() if p.ndim >= 2]
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = self._optimizer(groups)
+        try:
+            optimizer = self._optimizer(groups)
+        except (TypeError, ValueError) as error:
+            raise MimicError(f"`optimizer` cannot be built of these settings: {error}.") from error
         steps = self.trainer.estimated_stepping_batches
         if steps < 0 or math.isinf(steps):  # it says -1 where the data has no length
             raise MimicError(

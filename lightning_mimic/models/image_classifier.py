@@ -145,7 +145,10 @@ class ImageClassifier(pl.LightningModule):
         self._evaluate(batch, "test", self.test_accuracy)
 
     def configure_optimizers(self) -> pl.utilities.types.OptimizerLRScheduler:
-        optimizer = self._optimizer([p for p in self.parameters() if p.requires_grad])
+        try:
+            optimizer = self._optimizer([p for p in self.parameters() if p.requires_grad])
+        except (TypeError, ValueError) as error:
+            raise MimicError(f"`optimizer` cannot be built of these settings: {error}.") from error
         if self._scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler(optimizer), "interval": "epoch"}}

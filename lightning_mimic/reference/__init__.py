@@ -3,12 +3,12 @@
 from lightning_mimic.errors import ReferenceLoadError
 from lightning_mimic.reference.aligned import Aligned, AlignedDirection
 from lightning_mimic.reference.aligned_towers import aligned_direction
-from lightning_mimic.reference.archive import check_checkpoint
 from lightning_mimic.reference.diagnose import diagnose, rest_trains, weight_similarity
 from lightning_mimic.reference.diagnosis import Diagnosis
 from lightning_mimic.reference.match import aliases_of, fingerprint, match_reference
 from lightning_mimic.reference.model import reference_model, refuse_module_on_features
 from lightning_mimic.reference.read import ReferenceSource, read_reference
+from lightning_mimic.reference.read_file import read_file
 
 __all__ = [
     "Aligned",
@@ -18,10 +18,10 @@ __all__ = [
     "ReferenceSource",
     "aliases_of",
     "aligned_direction",
-    "check_checkpoint",
     "diagnose",
     "fingerprint",
     "match_reference",
+    "read_file",
     "read_reference",
     "reference_model",
     "refuse_module_on_features",

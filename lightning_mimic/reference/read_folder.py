@@ -27,9 +27,12 @@ def read_folder(path: Path, argument: str) -> Any:
         ReferenceLoadError: A folder that is no one checkpoint, by what it is, or whose files cannot be read.
     """
     names = {each.name for each in path.iterdir()}
+    odd = sorted(name for name in names if (name == METADATA or is_index(path / name)) and not (path / name).is_file())
+    if odd:  # reading a pipe or a device would have no end
+        raise ReferenceLoadError(f"`{argument}`: {path / odd[0]} is no file, or leads to none. Fetch it again.")
     if METADATA in names:
         return read_distributed(path, argument)
-    indices = sorted(name for name in names if name.endswith(".index.json"))
+    indices = sorted(name for name in names if is_index(path / name))
     if len(indices) == 1:
         return read_index(path / indices[0], argument)
     start = f"`{argument}`: {path} is a directory"

@@ -1,7 +1,7 @@
 """The settings of a run, checked before there is a model."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -64,6 +64,12 @@ class Settings:
             raise MimicError(f"`loss` is {self.loss!r}; expected 'mean', or nothing.")
         if self.ledger is not None and (not isinstance(self.ledger, str | os.PathLike) or self.ledger == ""):
             raise MimicError(f"`ledger` is {self.ledger!r}; expected the path of a directory, or None for no ledger.")
+        names = [self.parameters] if isinstance(self.parameters, str | None) else self.parameters
+        if not isinstance(names, Iterable) or not all(isinstance(name, str | None) for name in names):
+            raise MimicError(
+                f"`parameters` is {self.parameters!r}; expected a module ('head'), a parameter ('head.weight'), 'all', "
+                "or a list of these."
+            )
         check_scorer(
             self.make_scores,
             self.needs,
