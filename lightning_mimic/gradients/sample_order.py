@@ -88,13 +88,17 @@ class SampleOrder:
         Args:
             token: Of the rows in the trace.
         """
+        if self._orders.get(token):
+            return False
         met = {token}
         for operation in self._operations:
             if not any(ref.token in met for ref in operation.inputs):
                 continue
             if not operation.pointwise and operation.name != "cross_entropy":
                 continue
-            orders = [order for order in self._own(operation.inputs) if len(order.samples) % self._count == 0]
+            # Rows of other ranks, which belong to no sample here, say nothing.
+            known = [order for order in self._own(operation.inputs) if _NONE not in order.samples]
+            orders = [order for order in known if len(order.samples) % self._count == 0]
             if orders and not any(self._is_of_batch(order.samples) for order in orders):
                 return True
             met.update(ref.token for ref in operation.outputs if ref.shape)
