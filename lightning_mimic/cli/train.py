@@ -14,7 +14,8 @@ from lightning_mimic.cli.command import command
 from lightning_mimic.cli.errors import check_inputs_exist
 from lightning_mimic.data import CachedFeatures
 from lightning_mimic.errors import MimicError, nearest_names
-from lightning_mimic.reference import read_file, refuse_module_on_features
+from lightning_mimic.reference import refuse_module_on_features
+from lightning_mimic.reference.read_file import read_file
 from lightning_mimic.user_files import user_path
 
 

@@ -8,7 +8,6 @@ from lightning_mimic.reference.diagnosis import Diagnosis
 from lightning_mimic.reference.match import aliases_of, fingerprint, match_reference
 from lightning_mimic.reference.model import reference_model, refuse_module_on_features
 from lightning_mimic.reference.read import ReferenceSource, read_reference
-from lightning_mimic.reference.read_file import read_file
 
 __all__ = [
     "Aligned",
@@ -21,7 +20,6 @@ __all__ = [
     "diagnose",
     "fingerprint",
     "match_reference",
-    "read_file",
     "read_reference",
     "reference_model",
     "refuse_module_on_features",
