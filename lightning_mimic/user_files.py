@@ -15,7 +15,7 @@ from lightning_mimic.errors import CurationError, MimicError
 
 #: In front of the checksum that lies between the pages of a sealed file and its footer.
 _MARK = b"\nlightning_mimic\n"
-#: Key of the metadata of files that are sealed, so that one whose seal is lost is told from one that never had any.
+#: Key of the metadata of sealed files; it distinguishes one whose seal is lost from one that never had any.
 SEALED = b"lightning_mimic.sealed"
 _SEAL = len(_MARK) + hashlib.sha256().digest_size
 
