@@ -14,6 +14,7 @@ from lightning_mimic.cli.score import main as score
 from lightning_mimic.cli.settings import check_types
 from lightning_mimic.cli.train import main as train
 from lightning_mimic.errors import MimicError
+from support.configs import QUIET, composed
 
 PATHS = ["a/epoch=0-step=35.ckpt", "run[1]/x.ckpt", "é/x#1.ckpt", "it's=a.ckpt", "~/a=b.ckpt", "two words=1", "{a}=b"]
 
@@ -205,3 +206,18 @@ def test_no_training_step_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="no training step was done, so there is no trained model"):
         train()
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.slow
+def test_a_sweeper_gets_the_figure_that_it_asks_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["experiment=digits_reference", "trainer.max_epochs=1", "save_to=model.ckpt", *QUIET]
+    returned = train.__wrapped__(composed(tmp_path, *words, "optimized_metric=train/accuracy"))
+    assert isinstance(returned, float)
+    assert 0 < returned <= 1
+    # The same as without it, where nothing is returned.
+    assert train.__wrapped__(composed(tmp_path, *words, "save_to=other.ckpt")) is None
+    with pytest.raises(
+        MimicError, match="`optimized_metric`: 'train/acuracy' was not logged; nearest: 'train/accuracy'"
+    ):
+        train.__wrapped__(composed(tmp_path, *words, "save_to=third.ckpt", "optimized_metric=train/acuracy"))
