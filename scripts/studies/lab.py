@@ -136,7 +136,7 @@ class Lab:
             given: Tuples of its arguments, which name the results.
             common: Further arguments, the same for all.
         """
-        self._settle(name, [f"{work.__module__}.{work.__qualname__}"])
+        self._settle(name, [f"{work.__module__}.{work.__qualname__}", *map(str, common)])
         paths = {self.folder(name, *arguments) / "result.json": arguments for arguments in given}
         missing = {path: arguments for path, arguments in paths.items() if not path.exists()}
         if missing:
