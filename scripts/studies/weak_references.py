@@ -14,7 +14,16 @@ from torch import Tensor
 
 from lightning_mimic import Aligned, Reweighter
 from lightning_mimic.models import ImageClassifier
-from lightning_mimic.scorers import ReferenceLoss, RhoLoss
+from lightning_mimic.scorers import (
+    HeadReferenceLoss,
+    HeadRhoLoss,
+    MimicScore,
+    Posterior,
+    ReferenceLoss,
+    ReferencePart,
+    RhoLoss,
+    Scorer,
+)
 from scripts.studies.lab import Lab
 from scripts.studies.study import Chosen, Part, Study
 from scripts.studies.tables import Cell as Figures
@@ -48,10 +57,14 @@ CORE_NOISES = ("0", "20", "40", "60", "pairs")
 CORE_REFERENCES = ("good", "weak", "one_epoch", "overconfident")
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-TEMPERATURES = (3.0, 1.0, 0.3, 0.1, 0.03)
+TEMPERATURES = (3.0, 1.0, 0.3, 0.1)
 #: Of which cells the settings are chosen.
 TRIED = (("0", "good"), ("40", "good"), ("pairs", "good"), ("40", "weak"))
 FOLDS = 3
+
+
+#: From cell, model and chosen temperatures to a reweighter.
+Begin = Callable[[Cell, ImageClassifier, Mapping[str, float]], Reweighter]
 
 
 @dataclass(frozen=True)
@@ -60,56 +73,78 @@ class Method:
 
     Attributes:
         title: In the tables.
-        begin: From cell, model and chosen temperatures to a reweighter.
+        begin: Makes its reweighter.
         decides: By what it drops samples: ``"score"`` below 0, ``"posterior"`` below 0.5, or nothing.
         settings: In which it exists.
     """
 
     title: str
-    begin: Callable[[Cell, ImageClassifier, Mapping[str, float]], Reweighter]
+    begin: Begin
     decides: str | None = "score"
     settings: tuple[Setting, ...] = ("frozen", "scratch", "same_start")
 
 
-def at_layer(**settings: Any) -> Callable[[Cell, ImageClassifier, Mapping[str, float]], Reweighter]:
+def at_layer(temperature: str | None = None, scorer: Scorer | None = None, **settings: Any) -> Begin:
     """A reweighter of the last layer, and of the whole network where the start is the reference's.
 
     Args:
-        settings: Of the reweighter; ``temperature="chosen"`` is the mimic score's.
+        temperature: The score whose chosen temperature is taken.
+        scorer: The mimic score, if left out.
+        settings: Further ones of the reweighter.
     """
 
     def begin(cell: Cell, model: ImageClassifier, temperatures: Mapping[str, float]) -> Reweighter:
-        given = dict(settings)
-        if given.get("temperature") == "chosen":
-            given["temperature"] = temperatures["mimic"]
         reference = Aligned(cell.reference) if cell.setting == "scratch" else cell.reference
         parameters = "all" if cell.setting == "same_start" else "head"
-        return Reweighter(model, reference, parameters, diagnose_reference=False, **given)
+        return Reweighter(
+            model,
+            reference,
+            parameters,
+            scorer=scorer,
+            temperature=None if temperature is None else temperatures[temperature],
+            diagnose_reference=False,
+            **settings,
+        )
 
     return begin
 
 
-def of_network(
-    name: str, scorer: Callable[[], Any]
-) -> Callable[[Cell, ImageClassifier, Mapping[str, float]], Reweighter]:
+def of_network(name: str, scorer: Scorer) -> Begin:
     """A reweighter by the losses of the whole reference.
 
     Args:
-        name: Of the temperature that was chosen.
-        scorer: Makes the scorer.
+        name: The score whose chosen temperature is taken.
+        scorer: Reads the reference's losses.
     """
 
     def begin(cell: Cell, model: ImageClassifier, temperatures: Mapping[str, float]) -> Reweighter:
         temperature = temperatures[name]
-        return Reweighter(model, cell.reference, scorer=scorer(), temperature=temperature, diagnose_reference=False)
+        return Reweighter(model, cell.reference, scorer=scorer, temperature=temperature, diagnose_reference=False)
 
     return begin
 
 
+LAYER: tuple[Setting, ...] = ("frozen", "scratch")
 METHODS = {
-    "mimic": Method("mimic score", at_layer(temperature="chosen")),
-    "rho": Method("RHO-loss, by the network", of_network("rho", RhoLoss)),
-    "reference_loss": Method("reference's loss, by the network", of_network("reference_loss", ReferenceLoss), None),
+    "mimic": Method("mimic score", at_layer("mimic")),
+    "mimic_calibrated": Method(
+        "mimic score, calibrated", at_layer("mimic", MimicScore(calibrated=True)), settings=LAYER
+    ),
+    "part": Method("reference's part, calibrated", at_layer("mimic", ReferencePart()), settings=LAYER),
+    "head_rho": Method("RHO-loss at the layer", at_layer("rho", HeadRhoLoss()), settings=LAYER),
+    "head_rho_calibrated": Method(
+        "RHO-loss at the layer, calibrated", at_layer("rho", HeadRhoLoss(calibrated=True)), settings=LAYER
+    ),
+    "head_loss": Method("reference's loss at the layer", at_layer("reference_loss", HeadReferenceLoss()), None, LAYER),
+    "head_loss_calibrated": Method(
+        "reference's loss at the layer, calibrated",
+        at_layer("reference_loss", HeadReferenceLoss(calibrated=True)),
+        None,
+        LAYER,
+    ),
+    "posterior": Method("posterior", at_layer(weighting=Posterior()), "posterior", LAYER),
+    "rho": Method("RHO-loss, by the network", of_network("rho", RhoLoss())),
+    "reference_loss": Method("reference's loss, by the network", of_network("reference_loss", ReferenceLoss()), None),
 }
 #: The method and the filter that are recommended, and those that the table compares with.
 RECOMMENDED, RHO, LOSS = "posterior", "rho", "reference_loss"
@@ -193,7 +228,7 @@ def heated(
 
 
 def choose(lab: Lab) -> Chosen:
-    """Plain training's learning rate in every setting, and then the temperature of each score, all on validation data."""
+    """Plain training's learning rate in every setting, and then each score's temperature, on validation data."""
     given = list(itertools.product(("frozen", "scratch"), CORE_NOISES, lab.seeds))
     results = lab.map("learning_rates", rated, given, lab.phase)
     rates: dict[str, float] = {}
@@ -310,10 +345,10 @@ def measured(
         of_all = dict(zip(given, plain, strict=True))
         tasks = [(*cell, seed) for seed in lab.seeds for cell in here]
         mine = [name for name in names if setting in METHODS[name].settings]
-        for task, found in zip(
+        for task, result in zip(
             tasks, lab.map(f"methods_{setting}", methods, tasks, lab.phase, chosen, mine), strict=True
         ):
-            results.add(*task, of_all[task[0], task[1], task[3]] | found)
+            results.add(*task, of_all[task[0], task[1], task[3]] | result)
     return results
 
 
