@@ -143,15 +143,15 @@ class Recipe:
     """How a reference is made of the checked images.
 
     Attributes:
-        samples: How many of them it sees; all, if ``None``.
         epochs: Of its training.
+        samples: How many of them it sees; all, if ``None``.
         smoothing: Of the labels.
         sharpened: Factor on its last layer.
         noise: Standard deviation of noise on its weights, over that of each tensor.
     """
 
+    epochs: int
     samples: int | None = None
-    epochs: int = REFERENCE_EPOCHS
     smoothing: float = 0.0
     sharpened: float = 1.0
     noise: float = 0.0
@@ -159,16 +159,16 @@ class Recipe:
 
 def recipe(setting: Setting, reference: str) -> Recipe:
     """How a reference of this name is made."""
-    long = 3 * REFERENCE_EPOCHS  # of few images, which make few steps
+    epochs, long = REFERENCE_EPOCHS, 3 * REFERENCE_EPOCHS  # few images make few steps
     return {
-        "good": Recipe(),
-        "weak": Recipe(FEW[setting], long),
-        "one_epoch": Recipe(epochs=1),
-        "overconfident": Recipe(100, sharpened=OVERCONFIDENT),
-        "n20": Recipe(20, long),
-        "n50": Recipe(50, long),
-        "smoothed": Recipe(smoothing=0.5),
-        "noised": Recipe(noise=1.0),
+        "good": Recipe(epochs),
+        "weak": Recipe(long, FEW[setting]),
+        "one_epoch": Recipe(1),
+        "overconfident": Recipe(epochs, 100, sharpened=OVERCONFIDENT),
+        "n20": Recipe(long, 20),
+        "n50": Recipe(long, 50),
+        "smoothed": Recipe(epochs, smoothing=0.5),
+        "noised": Recipe(epochs, noise=1.0),
     }[reference]
 
 
@@ -178,9 +178,9 @@ def made(recipe: Recipe, model: ImageClassifier, checked: Samples, seed: int) ->
     taught(model, seen, recipe.epochs, seed, smoothing=recipe.smoothing)
     drawn = torch_generator(seed, "reference noise")
     for p in model.parameters():
-        p += recipe.noise * p.std() * torch.randn(p.shape, generator=drawn)
+        p.add_(recipe.noise * p.std() * torch.randn(p.shape, generator=drawn))
     for p in model.head.parameters():
-        p *= recipe.sharpened
+        p.mul_(recipe.sharpened)
     return model
 
 
@@ -317,7 +317,6 @@ def fit(
     reweighter: Reweighter | None = None,
     keep: Tensor | None = None,
     rows: Tensor | None = None,
-    epochs: int = EPOCHS,
 ) -> Fit:
     """Train a network on the noisy samples of a cell, with AdamW and a cosine schedule.
 
@@ -328,16 +327,15 @@ def fit(
         reweighter: Of this model; it is closed at the end.
         keep: The samples that count where there is none; all, if left out.
         rows: The samples that train; all, if left out.
-        epochs: Of training.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
     order = torch_generator(cell.seed, "training order")
     rows = torch.arange(len(cell.train)) if rows is None else rows
     keep = torch.ones(len(cell.train)) if keep is None else keep.float()
     scores, posteriors, shares, accuracies = Means(len(keep)), Means(len(keep)), [], []
     wrong_share = None
-    for epoch in range(epochs):
+    for epoch in range(EPOCHS):
         for places in torch.randperm(len(rows), generator=order).split(BATCH):
             chosen = rows[places]
             batch = (cell.train.inputs[chosen], cell.given[chosen])
@@ -374,7 +372,7 @@ def found(scores: Tensor, dropped: Tensor | None, wrong: Tensor) -> dict[str, fl
     """How well scores and decisions find the wrong labels; of clean samples only the share that is kept.
 
     Args:
-        scores: Lower is more suspicious; a sample without one is as suspicious as the median.
+        scores: Lower is more suspicious; a sample without one is as suspicious as the median one.
         dropped: The decision; ``None`` where the scores make none.
         wrong: The truth.
     """

@@ -63,6 +63,8 @@ TRIED = (("0", "good"), ("40", "good"), ("pairs", "good"), ("40", "weak"))
 FOLDS = 3
 
 
+#: A cell of the tables: setting, noise and reference.
+Place = tuple[Setting, str, str]
 #: From cell, model and chosen temperatures to a reweighter.
 Begin = Callable[[Cell, ImageClassifier, Mapping[str, float]], Reweighter]
 
@@ -148,8 +150,10 @@ METHODS = {
 }
 #: The method and the filter that are recommended, and those that the table compares with.
 RECOMMENDED, RHO, LOSS = "posterior", "rho", "reference_loss"
-OTHERS = {
+#: Rows of the tables.
+TITLES = {
     "plain": "plain training",
+    **{name: method.title for name, method in METHODS.items()},
     "agreement": "what the reference agrees with",
     "cleanlab": f"cleanlab, {FOLDS} folds",
     "oracle": "the right labels alone",
@@ -229,18 +233,16 @@ def heated(
 
 def choose(lab: Lab) -> Chosen:
     """Plain training's learning rate in every setting, and then each score's temperature, on validation data."""
-    given = list(itertools.product(("frozen", "scratch"), CORE_NOISES, lab.seeds))
+    given = list(itertools.product(LAYER, CORE_NOISES, lab.seeds))
     results = lab.map("learning_rates", rated, given, lab.phase)
     rates: dict[str, float] = {}
-    for setting in ("frozen", "scratch"):
+    for setting in LAYER:
         of = [result for (where, *_), result in zip(given, results, strict=True) if where == setting]
         rates[setting] = max(LEARNING_RATES, key=lambda rate: statistics.fmean(each[f"{rate:g}"] for each in of))
-    tried = [
-        (setting, *place, seed) for setting, seed, place in itertools.product(("frozen", "scratch"), lab.seeds, TRIED)
-    ]
+    tried = [(setting, *place, seed) for setting, seed, place in itertools.product(LAYER, lab.seeds, TRIED)]
     heats = lab.map("temperatures", heated, tried, lab.phase, rates)
     chosen: dict[str, Any] = {}
-    for setting in ("frozen", "scratch"):
+    for setting in LAYER:
         of = [result for (where, *_), result in zip(tried, heats, strict=True) if where == setting]
         chosen[setting] = {"learning_rate": rates[setting]}
         for name in ("mimic", RHO, LOSS):
@@ -261,35 +263,37 @@ class Results:
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.seeds = list(seeds)
-        self._found: dict[tuple[str, str, str, int], dict[str, Any]] = {}
+        self._found: dict[Place, dict[int, Mapping[str, Any]]] = {}
 
-    def add(self, setting: str, noise: str, reference: str, seed: int, results: Mapping[str, Any]) -> None:
-        self._found.setdefault((setting, noise, reference, seed), {}).update(results)
+    def add(self, cell: Place, seed: int, results: Mapping[str, Any]) -> None:
+        """Take in what all methods did in a cell with a seed."""
+        self._found.setdefault(cell, {})[seed] = results
 
     @property
-    def cells(self) -> list[tuple[str, str, str]]:
+    def cells(self) -> list[Place]:
         """Setting, noise and reference."""
-        return list(dict.fromkeys(key[:3] for key in self._found))
+        return list(self._found)
 
     @property
-    def names(self) -> list[str]:
-        """Of the methods."""
-        return list(dict.fromkeys(name for of in self._found.values() for name in of if name != "truth"))
+    def rows(self) -> dict[str, str]:
+        """Methods and baselines that were run, with their titles."""
+        ran = {name for of_seeds in self._found.values() for results in of_seeds.values() for name in results}
+        return {name: title for name, title in TITLES.items() if name in ran}
 
-    def figures(self, cell: tuple[str, str, str], name: str, figure: str) -> list[float]:
+    def figures(self, cell: Place, name: str, figure: str) -> list[float]:
         """One for every seed; none where a seed has none, as of clean labels there is no AUROC."""
-        found = [self._found[*cell, seed].get(name, {}).get(figure) for seed in self.seeds]
-        return [] if any(value is None for value in found) else [100 * value for value in found]
+        values = [self._found[cell][seed].get(name, {}).get(figure) for seed in self.seeds]
+        return [] if any(value is None for value in values) else [100 * value for value in values]
 
-    def truth(self, cell: tuple[str, str, str]) -> list[float]:
+    def truth(self, cell: Place) -> list[float]:
         """The true shares of wrong labels."""
-        return [100 * self._found[*cell, seed]["truth"] for seed in self.seeds]
+        return [100 * self._found[cell][seed]["truth"] for seed in self.seeds]
 
-    def gaps(self, cell: tuple[str, str, str], name: str, other: str, figure: str = "last") -> list[float]:
+    def gaps(self, cell: Place, name: str, other: str, figure: str = "last") -> list[float]:
         """One method's figure less another's, seed by seed."""
         return less(self.figures(cell, name, figure), self.figures(cell, other, figure))
 
-    def mean(self, cells: Sequence[tuple[str, str, str]], name: str, figure: str) -> list[float]:
+    def mean(self, cells: Sequence[Place], name: str, figure: str) -> list[float]:
         """A figure's mean over the cells that have it, for every seed."""
         return averaged([self.figures(cell, name, figure) for cell in cells])
 
@@ -324,9 +328,7 @@ def difference(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):+.1f} ({error(values):.1f})" if values else "–"
 
 
-def measured(
-    lab: Lab, chosen: Chosen, cells: Sequence[tuple[Setting, str, str]], names: Sequence[str] = tuple(METHODS)
-) -> Results:
+def measured(lab: Lab, chosen: Chosen, cells: Sequence[Place], names: Sequence[str] = tuple(METHODS)) -> Results:
     """Run what is missing, and return all figures.
 
     Args:
@@ -341,14 +343,14 @@ def measured(
         here = [cell for cell in cells if cell[0] == setting]
         noises = list(dict.fromkeys(noise for _, noise, _ in here))
         given = [(setting, noise, seed) for seed in lab.seeds for noise in noises]
-        plain = lab.map("baselines", baselines, given, lab.phase, chosen[setting]["learning_rate"])
+        plain = lab.map(f"baselines_{setting}", baselines, given, lab.phase, chosen[setting]["learning_rate"])
         of_all = dict(zip(given, plain, strict=True))
         tasks = [(*cell, seed) for seed in lab.seeds for cell in here]
         mine = [name for name in names if setting in METHODS[name].settings]
         for task, result in zip(
             tasks, lab.map(f"methods_{setting}", methods, tasks, lab.phase, chosen, mine), strict=True
         ):
-            results.add(*task, of_all[task[0], task[1], task[3]] | result)
+            results.add(task[:3], task[3], of_all[task[0], task[1], task[3]] | result)
     return results
 
 
@@ -363,10 +365,10 @@ class Criterion:
     """
 
     text: str
-    values: Callable[[Results, Sequence[tuple[str, str, str]]], Mapping[str, float]]
+    values: Callable[[Results, Sequence[Place]], Mapping[str, float]]
     least: float
 
-    def row(self, results: Results, cells: Sequence[tuple[str, str, str]]) -> dict[str, Figures]:
+    def row(self, results: Results, cells: Sequence[Place]) -> dict[str, Figures]:
         """The worst cell, its figure, and whether that is enough."""
         values = self.values(results, cells)
         if not values:
@@ -377,11 +379,11 @@ class Criterion:
 
 
 def each(
-    value: Callable[[Results, tuple[str, str, str]], Sequence[float]],
+    value: Callable[[Results, Place], Sequence[float]],
     noises: Sequence[str] = CORE_NOISES,
     references: Sequence[str] = CORE_REFERENCES,
     errors: float = 0.0,
-) -> Callable[[Results, Sequence[tuple[str, str, str]]], dict[str, float]]:
+) -> Callable[[Results, Sequence[Place]], dict[str, float]]:
     """A figure of some cells.
 
     Args:
@@ -391,29 +393,29 @@ def each(
         errors: Standard errors that are added in favour of the method.
     """
 
-    def values(results: Results, cells: Sequence[tuple[str, str, str]]) -> dict[str, float]:
+    def values(results: Results, cells: Sequence[Place]) -> dict[str, float]:
         figures = {cell: value(results, cell) for cell in cells if cell[1] in noises and cell[2] in references}
         return {name(cell): statistics.fmean(of) + errors * error(of) for cell, of in figures.items() if of}
 
     return values
 
 
-def average(other: str) -> Callable[[Results, Sequence[tuple[str, str, str]]], dict[str, float]]:
+def average(other: str) -> Callable[[Results, Sequence[Place]], dict[str, float]]:
     """The recommended method's accuracy less another's, over all cells."""
 
-    def values(results: Results, cells: Sequence[tuple[str, str, str]]) -> dict[str, float]:
+    def values(results: Results, cells: Sequence[Place]) -> dict[str, float]:
         return {"all": statistics.fmean(averaged([results.gaps(cell, RECOMMENDED, other) for cell in cells]))}
 
     return values
 
 
-def name(cell: tuple[str, str, str]) -> str:
+def name(cell: Place) -> str:
     """A cell in words."""
     setting, noise, reference = cell
     return f"{setting.replace('_', ' ')}, {NOISES[noise]}, {REFERENCES[reference]}"
 
 
-def missed(results: Results, cell: tuple[str, str, str]) -> list[float]:
+def missed(results: Results, cell: Place) -> list[float]:
     """By how many points the estimated share of wrong labels is off, with a minus."""
     return [-abs(gap) for gap in less(results.figures(cell, RECOMMENDED, "estimate"), results.truth(cell))]
 
@@ -437,10 +439,13 @@ CRITERIA = (
         each(lambda results, cell: results.gaps(cell, RECOMMENDED, "reference", "auroc"), NOISY),
         -0.5,
     ),
-    Criterion(
-        "AUROC with the weak references, at least 95",
-        each(lambda results, cell: results.figures(cell, RECOMMENDED, "auroc"), NOISY, ("weak", "one_epoch")),
-        95.0,
+    *(
+        Criterion(
+            f"AUROC with references {REFERENCES[reference]}, at least 95",
+            each(lambda results, cell: results.figures(cell, RECOMMENDED, "auroc"), NOISY, (reference,)),
+            95.0,
+        )
+        for reference in ("weak", "one_epoch")
     ),
     Criterion(
         "estimated less true share of wrong labels, by at most 6 points (symmetric, good reference)",
@@ -455,26 +460,21 @@ CRITERIA = (
 )
 
 
-def titles(names: Sequence[str]) -> dict[str, str]:
-    """Of methods and baselines."""
-    return {each: METHODS[each].title if each in METHODS else OTHERS[each] for each in names}
-
-
 def summary(results: Results) -> Iterator[Table]:
     """The criteria, and all methods over all cells of a setting."""
     cells: dict[tuple[str, str], Figures] = {}
     for criterion in CRITERIA:
         cells |= {(criterion.text, head): text for head, text in criterion.row(results, results.cells).items()}
-    yield Table("weak_references_criteria", f"{titles([RECOMMENDED])[RECOMMENDED]}: what it must show", "figure", cells)
+    yield Table("weak_references_criteria", f"{TITLES[RECOMMENDED]}: what it must show", "figure", cells)
     cells = {}
     for setting in dict.fromkeys(setting for setting, *_ in results.cells):
         here = [cell for cell in results.cells if cell[0] == setting]
         head = setting.replace("_", " ")
-        for row, title in titles(results.names).items():
+        for row, title in results.rows.items():
             cells[title, f"{head}: accuracy"] = results.mean(here, row, "last")
             for other in ("plain", RHO, LOSS):
                 gaps = averaged([results.gaps(cell, row, other) for cell in here])
-                cells[title, f"{head}: less {titles([other])[other]}"] = difference(gaps) if row != other else "–"
+                cells[title, f"{head}: less {TITLES[other]}"] = difference(gaps) if row != other else "–"
             cells[title, f"{head}: AUROC"] = results.mean(here, row, "auroc")
     title = "All cells: mean and standard deviation over the seeds; differences with their standard error in brackets"
     yield Table("weak_references", title, "method", cells)
@@ -485,51 +485,65 @@ def tables(results: Results) -> Iterator[Table]:
     for setting, reference in dict.fromkeys((setting, reference) for setting, _, reference in results.cells):
         here = [cell for cell in results.cells if cell[0] == setting and cell[2] == reference]
         where = f"{SETTINGS[setting]}; the reference {REFERENCES[reference]}"
-        named = {row: title for row, title in titles(results.names).items() if results.mean(here, row, "last")}
-        learnt: dict[tuple[str, str], Figures] = {}
-        finds: dict[tuple[str, str], Figures] = {}
-        estimates: dict[tuple[str, str], Figures] = {}
-        for cell in here:
-            estimates["the truth", NOISES[cell[1]]] = results.truth(cell)
-        for row, title in named.items():
-            for cell in here:
-                learnt[title, NOISES[cell[1]]] = results.figures(cell, row, "last")
-            learnt[title, "best epoch, mean"] = results.mean(here, row, "best")
-            for other in ("plain", RHO):
-                gaps = averaged([results.gaps(cell, row, other) for cell in here])
-                learnt[title, f"less {titles([other])[other]}"] = difference(gaps) if row != other else "–"
-            for cell in here:
-                if auroc := results.figures(cell, row, "auroc"):
-                    finds[title, f"AUROC {NOISES[cell[1]]}"] = auroc
-                if estimate := results.figures(cell, row, "estimate"):
-                    estimates[title, NOISES[cell[1]]] = estimate
-            for head, figure in (("average precision", "average_precision"), ("F1", "f1")):
-                if mean := results.mean(here, row, figure):
-                    finds[title, head] = mean
-            if (clean := (setting, "0", reference)) in here and (kept := results.figures(clean, row, "kept")):
-                finds[title, "kept of clean data"] = kept
-            if share := results.mean(here, row, "ess"):
-                finds[title, "effective sample size"] = share
         place = f"weak_references_{setting}_{reference}"
+        learnt = learnt_cells(results, here)
         yield Table(f"{place}_accuracy", f"Accuracy in the last epoch, by wrong labels: {where}", "method", learnt)
-        yield Table(f"{place}_detection", f"Finding the wrong labels: {where}", "by", finds)
-        yield Table(f"{place}_share", f"Estimated share of wrong labels: {where}", "by", estimates)
+        yield Table(f"{place}_detection", f"Finding the wrong labels: {where}", "by", found_cells(results, here))
+        title = f"Estimated share of wrong labels: {where}"
+        yield Table(f"{place}_share", title, "by", estimated_cells(results, here))
+
+
+def learnt_cells(results: Results, here: Sequence[Place]) -> dict[tuple[str, str], Figures]:
+    """Accuracies of every method, and its differences from two others."""
+    cells: dict[tuple[str, str], Figures] = {}
+    for row, title in results.rows.items():
+        cells |= {(title, NOISES[cell[1]]): results.figures(cell, row, "last") for cell in here}
+        cells[title, "best epoch, mean"] = results.mean(here, row, "best")
+        for other in ("plain", RHO):
+            gaps = averaged([results.gaps(cell, row, other) for cell in here])
+            cells[title, f"less {TITLES[other]}"] = difference(gaps) if row != other else "–"
+    return cells
+
+
+def found_cells(results: Results, here: Sequence[Place]) -> dict[tuple[str, str], Figures]:
+    """How well every method finds the wrong labels, what it keeps of clean data, and how many samples have a say."""
+    cells: dict[tuple[str, str], Figures] = {}
+    clean = [cell for cell in here if cell[1] == "0"]
+    for row, title in results.rows.items():
+        cells |= {
+            (title, f"AUROC, {NOISES[cell[1]]}"): results.figures(cell, row, "auroc")
+            for cell in here
+            if cell not in clean
+        }
+        for head, figure in (("average precision", "average_precision"), ("F1", "f1")):
+            cells[title, head] = results.mean(here, row, figure)
+        cells[title, "kept of clean data"] = results.mean(clean, row, "kept")
+        cells[title, "effective sample size"] = results.mean(here, row, "ess")
+    return {place: values for place, values in cells.items() if values}
+
+
+def estimated_cells(results: Results, here: Sequence[Place]) -> dict[tuple[str, str], Figures]:
+    """The share of wrong labels by every method, below the truth."""
+    cells: dict[tuple[str, str], Figures] = {("the truth", NOISES[cell[1]]): results.truth(cell) for cell in here}
+    for row, title in results.rows.items():
+        cells |= {(title, NOISES[cell[1]]): results.figures(cell, row, "estimate") for cell in here}
+    return {place: values for place, values in cells.items() if values}
 
 
 def report_core(lab: Lab, chosen: Chosen) -> Iterator[Table]:
     """Both settings with every noise and reference of the core."""
-    cells = itertools.product(("frozen", "scratch"), CORE_NOISES, CORE_REFERENCES)
-    results = measured(lab, chosen, list(cells))
+    results = measured(lab, chosen, list(itertools.product(LAYER, CORE_NOISES, CORE_REFERENCES)))
     yield from summary(results)
     yield from tables(results)
 
 
 def report_extras(lab: Lab, chosen: Chosen) -> Iterator[Table]:
     """Other noise, other references, and a whole network from the reference's own start."""
-    cells = [
-        *itertools.product(("frozen", "scratch"), ("instance",), CORE_REFERENCES),
-        *itertools.product(("frozen", "scratch"), ("0", "40", "pairs"), ("n20", "n50", "smoothed", "noised")),
-        *itertools.product(("same_start",), ("0", "40", "pairs"), ("good", "weak", "one_epoch")),
+    start: Setting = "same_start"
+    cells: list[Place] = [
+        *itertools.product(LAYER, ("instance",), CORE_REFERENCES),
+        *itertools.product(LAYER, ("0", "40", "pairs"), ("n20", "n50", "smoothed", "noised")),
+        *itertools.product([start], ("0", "40", "pairs"), ("good", "weak", "one_epoch")),
     ]
     yield from tables(measured(lab, chosen, cells))
 
