@@ -55,6 +55,8 @@ REFERENCES = {
 }
 CORE_NOISES = ("0", "20", "40", "60", "pairs")
 CORE_REFERENCES = ("good", "weak", "one_epoch", "overconfident")
+#: Methods of the cells beside the core.
+FEW_METHODS = ("mimic", "mimic_calibrated", "head_loss_calibrated", "posterior", "rho", "reference_loss")
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 TEMPERATURES = (3.0, 1.0, 0.3, 0.1)
@@ -328,11 +330,14 @@ def difference(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):+.1f} ({error(values):.1f})" if values else "–"
 
 
-def measured(lab: Lab, chosen: Chosen, cells: Sequence[Place], names: Sequence[str] = tuple(METHODS)) -> Results:
+def measured(
+    lab: Lab, folder: str, chosen: Chosen, cells: Sequence[Place], names: Sequence[str] = tuple(METHODS)
+) -> Results:
     """Run what is missing, and return all figures.
 
     Args:
         lab: Runs it.
+        folder: Of the methods' results.
         chosen: Settings.
         cells: Setting, noise and reference.
         names: Of the methods.
@@ -348,7 +353,7 @@ def measured(lab: Lab, chosen: Chosen, cells: Sequence[Place], names: Sequence[s
         tasks = [(*cell, seed) for seed in lab.seeds for cell in here]
         mine = [name for name in names if setting in METHODS[name].settings]
         for task, result in zip(
-            tasks, lab.map(f"methods_{setting}", methods, tasks, lab.phase, chosen, mine), strict=True
+            tasks, lab.map(f"{folder}_{setting}", methods, tasks, lab.phase, chosen, mine), strict=True
         ):
             results.add(task[:3], task[3], of_all[task[0], task[1], task[3]] | result)
     return results
@@ -532,7 +537,7 @@ def estimated_cells(results: Results, here: Sequence[Place]) -> dict[tuple[str, 
 
 def report_core(lab: Lab, chosen: Chosen) -> Iterator[Table]:
     """Both settings with every noise and reference of the core."""
-    results = measured(lab, chosen, list(itertools.product(LAYER, CORE_NOISES, CORE_REFERENCES)))
+    results = measured(lab, "core", chosen, list(itertools.product(LAYER, CORE_NOISES, CORE_REFERENCES)))
     yield from summary(results)
     yield from tables(results)
 
@@ -545,7 +550,7 @@ def report_extras(lab: Lab, chosen: Chosen) -> Iterator[Table]:
         *itertools.product(LAYER, ("0", "40", "pairs"), ("n20", "n50", "smoothed", "noised")),
         *itertools.product([start], ("0", "40", "pairs"), ("good", "weak", "one_epoch")),
     ]
-    yield from tables(measured(lab, chosen, cells))
+    yield from tables(measured(lab, "extras", chosen, cells, FEW_METHODS))
 
 
 STUDY = Study(
