@@ -120,6 +120,7 @@ CASES: dict[str, tuple[type[Toy], tuple[int, int], dict[str, Any], dict[str, Any
     "uneven ranks, static_graph": (WithLosses, UNEVEN, {"static_graph": True}, {}, {}),
     "target": (Toy, EVEN, {}, {"reweight": "target"}, {}),
     "floor": (Toy, UNEVEN, {}, {"temperature": 0.01, "min_ess": 0.6}, {}),
+    "automatic temperature": (Toy, UNEVEN, {}, {"temperature": "auto"}, {}),
     "accumulated": (Toy, EVEN, {}, {}, {"accumulate_grad_batches": 2}),
     "clipped": (Toy, UNEVEN, {}, {}, {"gradient_clip_val": 0.05}),
     "broken samples on one rank": (Toy, UNEVEN, {}, {}, {}),

@@ -24,7 +24,7 @@ from lightning_mimic.reweighting.messages import SEVERAL_PASSES
 from lightning_mimic.reweighting.recorder import Position
 from lightning_mimic.reweighting.reference_monitor import OnDoubtful
 from lightning_mimic.reweighting.settings import OnNonfinite, Settings, Uncovered
-from lightning_mimic.scorers import Scorer, Weighting
+from lightning_mimic.scorers import Scorer, Temperature, Weighting
 from lightning_mimic.trainer_package import package_of, pl
 
 
@@ -53,8 +53,10 @@ class GradMimic(pl.Callback):
             no gradient takes no ``parameters``, one that needs no reference, or uses a ``loader`` of its own, no
             ``reference``.
         weighting: Makes weights of scores, in the place of the softmax that the next two arguments set.
-        temperature: τ of the softmax, in the score's unit, loss per unit of weight distance; 1.0, if left out. Neither
-            this nor ``min_ess`` with a scorer that makes weights itself.
+        temperature: τ of the softmax, in the score's unit, loss per unit of weight distance; 1.0, if left out.
+            ``"auto"``: for each batch that which makes the effective sample size the share of positive scores, see
+            :class:`~lightning_mimic.scorers.SoftmaxWeighting`. Neither this nor ``min_ess`` with a scorer that makes
+            weights itself.
         min_ess: Floor on the effective sample size as a fraction of the batch; raises τ for a batch that would
             fall below. 0: none; 0.25, if left out.
         reweight: ``"all"``: weights reach all that a sample's gradient reaches. ``"target"``: the chosen parameters
@@ -100,7 +102,7 @@ class GradMimic(pl.Callback):
         *,
         scorer: Scorer | None = None,
         weighting: Weighting | None = None,
-        temperature: float | None = None,
+        temperature: Temperature | None = None,
         min_ess: float | None = None,
         reweight: Reweight = "all",
         uncovered: Uncovered = "error",

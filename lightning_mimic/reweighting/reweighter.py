@@ -46,7 +46,7 @@ from lightning_mimic.reweighting.settings import OnNonfinite, Settings, Uncovere
 from lightning_mimic.reweighting.step import Step, StepContext
 from lightning_mimic.reweighting.target import Target
 from lightning_mimic.reweighting.weigh import StepResult
-from lightning_mimic.scorers import Scorer, Weighting
+from lightning_mimic.scorers import KeepsState, RunWeighting, Scorer, Temperature, Weighting
 from lightning_mimic.sharding import whole_parameters
 
 _log = logging.getLogger("lightning_mimic")
@@ -72,7 +72,7 @@ class Reweighter:
         parameters: Parameters over which scores are computed.
         scorer: Makes scores of products with the samples' gradients.
         weighting: Makes weights of scores.
-        temperature: τ of the softmax.
+        temperature: τ of the softmax, or ``"auto"``.
         min_ess: Floor on the effective sample size, as a fraction of the batch.
         reweight: What the weights reach.
         uncovered: What to do about trainable parameters that the weights do not reach.
@@ -117,7 +117,7 @@ class Reweighter:
         *,
         scorer: Scorer | None = None,
         weighting: Weighting | None = None,
-        temperature: float | None = None,
+        temperature: Temperature | None = None,
         min_ess: float | None = None,
         reweight: Reweight = "all",
         uncovered: Uncovered = "error",
@@ -209,6 +209,8 @@ class Reweighter:
         self._recorder: ScoreRecorder | None = None
         # Of the next micro-batch, if it belongs to the same epoch.
         self._next = Position(0, 0, 0)
+        # If it keeps state over the batches.
+        self._weighting: RunWeighting | None = None
         self._closing = ExitStack()
         self._context = self._attach()
 
@@ -433,6 +435,8 @@ class Reweighter:
             state = dict(self._progress)
             if self._recorder is not None:
                 self._recorder.commit()
+        if self._weighting is not None and (kept := self._weighting.state_dict()):
+            state["weighting"] = kept
         if "run" in state:
             state["position"] = asdict(self._next)
         if self._target.aligns or self._monitor is None:
@@ -452,6 +456,8 @@ class Reweighter:
                 raise MimicError(
                     f"the state of the run is damaged: its `position` is {state['position']!r}. Take another."
                 ) from error
+        if self._weighting is not None:
+            self._weighting.load_state_dict(state.get("weighting", {}))
         if "target" not in state:
             return
         self._compatible = state["compatible"]
@@ -487,7 +493,11 @@ class Reweighter:
             self._closing.callback(capture.remove)
         ambiguous = settings.masks and settings.on_nonfinite is None
         loss_check = LossCheck(self.model, settings.loss, captured=capture is not None, ambiguous=ambiguous)
-        return StepContext(settings, task, self._target, capture, loss_check, self._choose)
+        weighting = settings.make_weights
+        if isinstance(weighting, KeepsState):
+            weighting = weighting.for_run()
+            self._weighting = weighting
+        return StepContext(settings, task, self._target, capture, loss_check, weighting, self._choose)
 
     def _refuse_replaced(self) -> None:
         for name, parameter in self.targets.items():

@@ -15,7 +15,15 @@ from lightning_mimic.reweighting.checks import check_scorer
 from lightning_mimic.reweighting.gate import Reweight
 from lightning_mimic.reweighting.loss_check import AssertedLoss
 from lightning_mimic.reweighting.reference_monitor import OnDoubtful
-from lightning_mimic.scorers import MimicScore, Need, Scorer, Weighting, choose_weighting, validate_needs
+from lightning_mimic.scorers import (
+    MimicScore,
+    Need,
+    Scorer,
+    Temperature,
+    Weighting,
+    choose_weighting,
+    validate_needs,
+)
 
 #: What to do about trainable parameters that the weights do not reach.
 Uncovered = Literal["error", "mean"]
@@ -41,7 +49,7 @@ class Settings:
     parameters: str | Sequence[str] | None
     scorer: Scorer | None
     weighting: Weighting | None
-    temperature: float | None
+    temperature: Temperature | None
     min_ess: float | None
     reweight: Reweight
     uncovered: Uncovered

@@ -34,7 +34,7 @@ from lightning_mimic.reweighting.recorder import Position
 from lightning_mimic.reweighting.settings import Settings
 from lightning_mimic.reweighting.target import Target
 from lightning_mimic.reweighting.weigh import StepResult, weigh_batch
-from lightning_mimic.scorers import Products, validate_scores
+from lightning_mimic.scorers import Products, Weighting, validate_scores
 
 # Models with an open step: a second one would score gradients that the first has weighted.
 _OPEN: WeakSet[nn.Module] = WeakSet()
@@ -50,6 +50,7 @@ class StepContext:
         target: The direction towards the reference.
         capture: Captures per-sample losses; ``None`` for a module without ``sample_losses``.
         loss_check: Shows that the losses of such a module are means over the samples.
+        weighting: The settings' own, or one of this run where it keeps state.
         choose: Returns the method that scores a micro-batch; looks at its graph first, if the second argument is true.
     """
 
@@ -58,6 +59,7 @@ class StepContext:
     target: Target
     capture: LossCapture | None
     loss_check: LossCheck
+    weighting: Weighting
     choose: Callable[[Forward, bool], ScoringMethod]
 
 
@@ -321,7 +323,7 @@ class Step:
             reference_losses=self._reference_losses,
             **products,
         )
-        scorer, weighting = settings.make_scores, settings.make_weights
+        scorer, weighting = settings.make_scores, self._context.weighting
         scores = validate_scores(scorer, scorer(known_products.for_reader(scorer)), known_products)
         result = weigh_batch(
             scores,
