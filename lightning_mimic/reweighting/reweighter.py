@@ -42,7 +42,7 @@ from lightning_mimic.reweighting.recorder import Position, ScoreRecorder
 from lightning_mimic.reweighting.reference_monitor import OnDoubtful
 from lightning_mimic.reweighting.repeated_ids import RepeatedIds
 from lightning_mimic.reweighting.run_ledger import RunLedger
-from lightning_mimic.reweighting.settings import OnNonfinite, Settings, Uncovered
+from lightning_mimic.reweighting.settings import OnNonfinite, Origin, Settings, Uncovered
 from lightning_mimic.reweighting.step import Step, StepContext
 from lightning_mimic.reweighting.target import Target
 from lightning_mimic.reweighting.weigh import StepResult
@@ -68,7 +68,7 @@ class Reweighter:
         model: The model that is trained, as a module; a ``DistributedDataParallel`` or a compiled
             module is unwrapped. If it has a method
             ``sample_losses(batch)`` that returns one loss per sample, the loss must be the mean of what it returns.
-        reference: See :class:`~lightning_mimic.GradMimic`, as for all arguments down to ``diagnose_reference``.
+        reference: See :class:`~lightning_mimic.GradMimic`, as for all arguments down to ``direction``.
         parameters: Parameters over which scores are computed.
         scorer: Makes scores of products with the samples' gradients.
         weighting: Makes weights of scores.
@@ -84,6 +84,7 @@ class Reweighter:
         loss: ``"mean"`` asserts that the loss is the plain mean of the samples' own losses.
         on_doubtful: What to do about a reference that the diagnosis does not find compatible.
         diagnose_reference: Diagnose the reference on the first 512 samples.
+        direction: ``"current"``, or ``"start"`` for the direction from the starting weights.
         grad_scaler: The gradient scaler that the backward pass uses, if any.
         prepare: Moves a batch of the scorer's own loader to the model's device and precision; by default to its device.
 
@@ -128,6 +129,7 @@ class Reweighter:
         loss: AssertedLoss | None = None,
         on_doubtful: OnDoubtful = "warn",
         diagnose_reference: bool = True,
+        direction: Origin = "current",
         grad_scaler: "torch.amp.GradScaler | None" = None,
         prepare: Callable[[Any], Any] | None = None,
     ) -> None:
@@ -147,6 +149,7 @@ class Reweighter:
             loss=loss,
             on_doubtful=on_doubtful,
             diagnose_reference=diagnose_reference,
+            direction=direction,
         )
         self._set_up(model, settings, grad_scaler, prepare)
 
@@ -184,11 +187,7 @@ class Reweighter:
         self._scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._target = Target(
             self.model,
-            settings.make_scores,
-            settings.needs,
-            settings.parameters,
-            settings.reference,
-            align_doubtful=settings.on_doubtful == "align",
+            settings,
             prepare=(lambda batch: to_device(batch, device)) if prepare is None else prepare,
         )
         self._monitor = (
@@ -251,6 +250,7 @@ class Reweighter:
         if self.started:
             raise RuntimeError("this run was started before; make another Reweighter for another run.")
         step = self._next.step if step is None else step
+        self._target.start()
         directory = self._directory
         if record and directory is not None:
             if self.settings.id_from is None:
@@ -439,7 +439,7 @@ class Reweighter:
             state["weighting"] = kept
         if "run" in state:
             state["position"] = asdict(self._next)
-        if self._target.aligns or self._monitor is None:
+        if self._target.aligns or self._monitor is None or self.settings.direction == "start":
             state["diagnosed"] = self._monitor is None
             state["compatible"] = self._compatible
             state["target"] = self._target.state_dict()

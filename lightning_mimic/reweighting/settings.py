@@ -11,7 +11,7 @@ from lightning_mimic.errors import MimicError, nearest_names
 from lightning_mimic.reference import Aligned, ReferenceSource
 from lightning_mimic.reference.diagnose import SAMPLES
 from lightning_mimic.reweighting.batch import Ids
-from lightning_mimic.reweighting.checks import check_scorer
+from lightning_mimic.reweighting.checks import check_scorer, check_start_direction
 from lightning_mimic.reweighting.gate import Reweight
 from lightning_mimic.reweighting.loss_check import AssertedLoss
 from lightning_mimic.reweighting.reference_monitor import OnDoubtful
@@ -31,7 +31,10 @@ Uncovered = Literal["error", "mean"]
 #: What to do about samples whose loss is not finite.
 OnNonfinite = Literal["mask", "mask_loss", "raise"]
 
-_CHOICES = {"reweight": Reweight, "uncovered": Uncovered, "on_doubtful": OnDoubtful}
+#: The weights from which the direction to the reference is taken.
+Origin = Literal["current", "start"]
+
+_CHOICES = {"reweight": Reweight, "uncovered": Uncovered, "on_doubtful": OnDoubtful, "direction": Origin}
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Settings:
     loss: AssertedLoss | None
     on_doubtful: OnDoubtful
     diagnose_reference: bool
+    direction: Origin = "current"
     diagnosis_samples: int = SAMPLES
 
     def __post_init__(self) -> None:
@@ -86,6 +90,8 @@ class Settings:
         )
         if self.reweight == "target" and self.parameters is None:
             raise MimicError("`reweight='target'` weights the target parameters, and this scorer has none.")
+        if self.direction == "start":
+            check_start_direction(self.make_scores, self.needs, self.reference, self.on_doubtful)
         if self.on_doubtful == "align" and not self.diagnose_reference:
             raise MimicError("`on_doubtful='align'` needs the diagnosis that `diagnose_reference=False` leaves out.")
 
@@ -129,6 +135,8 @@ class Settings:
             **softmax,
             "reweight": self.reweight,
             "align_doubtful": self.on_doubtful == "align",
+            # Left out by default, so that older ledgers go on.
+            **({} if self.direction == "current" else {"direction": self.direction}),
         }
 
 
