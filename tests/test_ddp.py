@@ -126,6 +126,7 @@ CASES: dict[str, tuple[type[Toy], tuple[int, int], dict[str, Any], dict[str, Any
     "broken samples on one rank": (Toy, UNEVEN, {}, {}, {}),
     "only scored": (Toy, EVEN, {}, {"reweight": "none"}, {}),
     "all": (Toy, UNEVEN, {}, {"parameters": "all"}, {}),
+    "all, from the start": (Toy, UNEVEN, {}, {"parameters": "all", "direction": "start"}, {}),
     "all, accumulated": (Toy, EVEN, {}, {"parameters": "all"}, {"accumulate_grad_batches": 2}),
     "all, find_unused_parameters": (Unused, EVEN, {"find_unused_parameters": True}, {"parameters": USED}, {}),
     "all, static_graph": (WithLosses, EVEN, {"static_graph": True}, {"parameters": "all"}, {}),

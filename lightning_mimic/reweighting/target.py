@@ -229,12 +229,13 @@ class Target:
             Whether the diagnosis still holds.
         """
         if self._from_start and isinstance(self.direction, Direction):
-            if state.get("start") is None:
+            if "start" not in state:
                 raise MimicError(
                     "`direction` is 'start', but the state of the run does not hold the weights that it started with, "
                     "because it was saved with `direction='current'`. Resume with that, or begin another run."
                 )
-            self.direction.set_start(state["start"])
+            if state["start"] is not None:  # of a run that had begun
+                self.direction.set_start(state["start"])
         if self._batches is not None and state["batches"]:
             self._batches.load_state_dict(state["batches"])
         if self._aligned is not None and state["aligned"] is not None:
