@@ -11,7 +11,7 @@ from torch import nn
 from lightning_mimic import Aligned, AtCheckpoints, GradMimic, Ledger, Reweighter
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import Direction
-from lightning_mimic.scorers import Influence, RhoLoss
+from lightning_mimic.scorers import Influence, Posterior, RhoLoss
 from oracles import mimic_scores, per_sample_gradients
 from support.cases import for_each
 from support.toys import WithLosses, loader, losses_of, parameters_of, toy, toy_data, trainer
@@ -75,6 +75,16 @@ def test_scores_are_taken_along_the_way_from_the_start(parameters):
             expected = mimic_scores({n: gradients[n] for n in names}, reference(), {n: start[n] for n in names})
             torch.testing.assert_close(trained(net, reweighter, [batch]), expected)
             assert not torch.equal(net.head.weight, start["head.weight"])
+
+
+def test_no_outputs_are_taken_for_the_references():
+    net, batches = toy(), list(zip(*(part.split(16) for part in toy_data(48).tensors), strict=True))
+    with Reweighter(net, reference(), "head", direction="start", diagnose_reference=False) as reweighter:
+        for batch in batches:
+            with reweighter.step(batch) as step:
+                result = step.backward(losses_of(net, step.batch).mean())
+            assert "reference_predicted" not in result.columns()
+            assert result.wrong_share is None
 
 
 def test_a_resumed_run_goes_on_from_the_first_start_and_its_state_holds_no_more_than_the_target(tmp_path):
@@ -157,6 +167,7 @@ def test_a_checkpoint_of_a_fit_holds_the_start_and_another_fit_has_its_own(tmp_p
         ({"reference": Aligned(toy(seed=1))}, "an aligned reference is fitted to the model's current features"),
         ({"on_doubtful": "align"}, "`on_doubtful='align'` may align the reference"),
         ({"scorer": RhoLoss(), "parameters": None}, "RhoLoss takes no direction"),
+        ({"weighting": Posterior()}, "'posteriors' rest on the reference's outputs"),
         (
             {"scorer": Influence([toy_data(4)[:]]), "reference": None},
             "Influence takes its direction from the batches of its `loader`",

@@ -85,6 +85,11 @@ class Direction(Mapping[str, Tensor]):
             held[name] = given.detach().to(parameter.device, parameter.dtype, copy=True)
         self._start = held
 
+    @property
+    def reference(self) -> Mapping[str, Tensor]:
+        """The reference's tensors by name, float32 or higher."""
+        return self._reference
+
     @torch.no_grad()
     def __getitem__(self, name: str) -> Tensor:
         reference = self._reference[name]
