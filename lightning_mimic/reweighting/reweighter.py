@@ -19,7 +19,7 @@ from lightning_mimic.dataset_ids import check_loader_ids
 from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.gradients import ModelHooks, named_parameters
 from lightning_mimic.ledger import Flag
-from lightning_mimic.reference import Aligned, ReferenceSource
+from lightning_mimic.reference import Aligned, Diagnosis, ReferenceSource
 from lightning_mimic.reweighting.batch import (
     Ids,
     batch_size_of,
@@ -40,7 +40,7 @@ from lightning_mimic.reweighting.loss_check import AssertedLoss, LossCheck
 from lightning_mimic.reweighting.messages import HOOKED
 from lightning_mimic.reweighting.methods import Reach, ScoringMethod, ScoringTask
 from lightning_mimic.reweighting.recorder import Position, ScoreRecorder
-from lightning_mimic.reweighting.reference_monitor import OnDoubtful
+from lightning_mimic.reweighting.reference_monitor import OnDoubtful, report_unsure
 from lightning_mimic.reweighting.repeated_ids import RepeatedIds
 from lightning_mimic.reweighting.run_ledger import RunLedger
 from lightning_mimic.reweighting.settings import OnNonfinite, Origin, Settings, Uncovered
@@ -195,6 +195,8 @@ class Reweighter:
             self._target.monitor(device, settings.diagnosis_samples) if settings.diagnose_reference else None
         )
         self._compatible = False
+        # Of this process; not of the run that is continued.
+        self._diagnosis: Diagnosis | None = None
         self._choice: Choice | None = None
         self._checked_epoch = -1
         self._parameters: list[tuple[int, bool]] = []
@@ -374,6 +376,7 @@ class Reweighter:
         if self._recorder is not None:
             self._recorder.flush()
         self._repeated_ids.compare()
+        self._look_for_unsure()
 
     def finish(self) -> None:
         """Write the last scores of all ranks, and warn of an alignment that did not work; on every rank.
@@ -383,6 +386,7 @@ class Reweighter:
         Raises:
             MimicError: The last scores of some rank could not be written; on all ranks together.
         """
+        self._look_for_unsure()
         if self._recorder is not None:
             if self._ledger is not None:
                 self._ledger.finish(self._recorder)
@@ -505,7 +509,7 @@ class Reweighter:
         if isinstance(weighting, KeepsState):
             weighting = weighting.for_run()
             self._weighting = weighting
-        head = Head(settings.needs)
+        head = Head(settings.needs, settings.rests_on_margins)
         return StepContext(settings, task, self._target, capture, loss_check, weighting, self._choose, head)
 
     def _refuse_replaced(self) -> None:
@@ -551,13 +555,36 @@ class Reweighter:
         if diagnosis is None:
             return result
         monitor, self._monitor = self._monitor, None
+        self._diagnosis = diagnosis = replace(diagnosis, **self._margin_facts())
         self._compatible = diagnosis.verdict == "compatible"
         self._target.choose_direction(diagnosis)
         self.note({"diagnosis": diagnosis.facts()})
         report = monitor.report(
-            diagnosis, self.settings.on_doubtful, aligned=self._target.aligns, uniform=self._target.undecided
+            diagnosis,
+            self.settings.on_doubtful,
+            aligned=self._target.aligns,
+            uniform=self._target.undecided,
+            rests_on_margins=self.settings.rests_on_margins,
         )
         return result.with_report(report)
+
+    def _margin_facts(self) -> dict[str, Any]:
+        """Return what the outputs of both networks show, as fields of the diagnosis (a host sync)."""
+        margins = self._context.head.margins
+        return {} if margins is None else margins.facts()
+
+    def _look_for_unsure(self) -> None:
+        """Note and warn of a reference that has turned out unsure since its diagnosis; on every rank."""
+        known = Diagnosis() if self._diagnosis is None else self._diagnosis
+        if not self.settings.diagnose_reference or known.unsure or self._monitor is not None:
+            return
+        diagnosis = replace(known, **self._margin_facts())
+        if not diagnosis.unsure:
+            return
+        self._diagnosis = diagnosis
+        self._compatible = False
+        self.note({"diagnosis": diagnosis.facts()})
+        report_unsure(diagnosis, self.settings.on_doubtful, rests_on_margins=self.settings.rests_on_margins)
 
 
 def _describe_data(loader: Any, data_module: Any) -> dict[str, Any]:

@@ -116,6 +116,13 @@ class Settings:
         return validate_needs(self.make_scores) | validate_needs(self.make_weights, "weighting")
 
     @property
+    def rests_on_margins(self) -> bool:
+        """The weights rest on a score that holds the model's outputs beside the reference's uncalibrated ones."""
+        of_scorer = self.make_scores.needs
+        holds_both = "dot" in of_scorer or {"outputs", "reference_outputs"} <= of_scorer
+        return holds_both and "posteriors" not in self.make_weights.needs
+
+    @property
     def uses_ids(self) -> bool:
         """Samples are told apart by their ids: in the ledger, or in a cache of the reference's outputs."""
         return self.ledger is not None or (isinstance(self.reference, Aligned) and self.reference.cache)

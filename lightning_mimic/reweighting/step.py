@@ -342,6 +342,7 @@ class Step:
             vanishes,
             weighting,
             scaled=self._scaled,
+            distrusted=head.distrusted if head is not None and settings.diagnose_reference else None,
             products=known_products.for_reader(weighting),
         )
         # By the flag, not by the mask: when no sample is finite nothing is masked, and it must stop all the same.
@@ -374,7 +375,8 @@ class Step:
             self.direction,
             self.clean,
             vanishes,
-            unseen=self.position.epoch == 0,
+            unseen=self.position.epoch == 0 and self.backward_follows,
+            trains=self.backward_follows,
             check=self._check,
         )
         if found is not None and self._problem is not None:
