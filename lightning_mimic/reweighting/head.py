@@ -75,8 +75,7 @@ class Head:
         clean: Tensor | None,
         vanishes: Tensor,
         *,
-        unseen: bool,
-        trains: bool,
+        epoch: int | None,
         check: bool,
     ) -> HeadProducts | None:
         """Return what is known of a micro-batch; on every rank.
@@ -87,8 +86,7 @@ class Head:
             direction: From the model's parameters to them, by name.
             clean: Rows that are finite; all, if ``None``.
             vanishes: There is no reference (yet), a boolean scalar.
-            unseen: The model has not trained on these samples before.
-            trains: It is about to train on them.
+            epoch: In which the model trains on these samples, in the first one anew; ``None`` if it does not.
             check: Look whether the loss is a cross-entropy (a host sync).
 
         Returns:
@@ -109,11 +107,11 @@ class Head:
             if self._state:
                 self._calibration.load_state_dict(self._state)
                 self.margins.load_state_dict(self._state["margins"])
-        calibration, margins = self._calibration, self.margins
+        calibration, margins, unseen = self._calibration, self.margins, epoch == 0
         counted = torch.where(vanishes, -1, labels)
         calibration.update(theirs, counted, outputs if unseen else None)
         judged = calibration.calibrated(theirs) if unseen and calibration.ready else None
-        if trains:
+        if epoch is not None:
             margins.update(outputs, theirs, counted, judged)
         products = {"outputs": outputs, "reference_outputs": theirs, "labels": labels}
         products["output_gradients"] = found["output_gradients"]

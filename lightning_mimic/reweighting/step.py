@@ -375,8 +375,7 @@ class Step:
             self.direction,
             self.clean,
             vanishes,
-            unseen=self.position.epoch == 0 and self.backward_follows,
-            trains=self.backward_follows,
+            epoch=self.position.epoch if self.backward_follows else None,
             check=self._check,
         )
         if found is not None and self._problem is not None:
