@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lightning_mimic import Ledger, Reweighter
 from lightning_mimic.errors import MimicError
-from lightning_mimic.scorers import GradNorm, MimicScore, ReferenceLoss, SoftmaxWeighting, choose_weighting
+from lightning_mimic.scorers import GradNorm, MimicScore, Products, ReferenceLoss, SoftmaxWeighting, choose_weighting
 from oracles import softmax_weights
 from support.cases import case, for_each
 from support.examples import examples
@@ -88,6 +88,16 @@ def test_one_far_score_on_either_side_leaves_the_effective_sample_size_to_the_ot
         with case(far):
             ess = effective(SoftmaxWeighting("auto")(torch.cat([scores, torch.tensor([far]).double()])).weights)
             assert 64 <= ess <= 66.5
+
+
+def test_where_posteriors_are_known_their_mean_is_the_share():
+    scores = drawn(100, 0.3)
+    posteriors = torch.full((100,), 0.8)
+    for known, expected in ((100, 80.0), (50, 40.0)):  # where they are not known the signs count, here negative ones
+        posteriors[known:] = NAN
+        products = Products(scores, posteriors=posteriors).for_reader(SoftmaxWeighting())
+        ess = effective(SoftmaxWeighting("auto", 0)(scores, products).weights)
+        torch.testing.assert_close(ess, expected, rtol=0.02, atol=0)
 
 
 def test_rows_left_out_get_nothing_and_change_nothing():

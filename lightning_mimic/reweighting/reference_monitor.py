@@ -113,8 +113,10 @@ class ReferenceMonitor:
         fix = " Give it as lightning_mimic.Aligned(...), or compare losses with the scorer RhoLoss."
         if diagnosis.verdict != "unsure":
             message += fix if diagnosis.alignable and not aligned else " Use another reference."
-        message += unsure_response(diagnosis, rests_on_margins=rests_on_margins)
-        message += " Weights stay uniform." * uniform
+        if uniform:
+            message += " Weights stay uniform."
+        else:
+            message += unsure_response(diagnosis, rests_on_margins=rests_on_margins)
         if on_doubtful == "raise":
             raise MimicError(message)
         warn_once_for_all_ranks(message)
@@ -138,13 +140,14 @@ def unsure_response(diagnosis: Diagnosis, *, rests_on_margins: bool) -> str:
     """
     if not diagnosis.unsure:
         return ""
+    uniform = diagnosis.knows_less or rests_on_margins
+    response = " Weights are uniform as long as it is so unsure." if uniform else ""
+    if diagnosis.verdict != "unsure":
+        return response
     if diagnosis.knows_less:
-        return " It cannot judge these labels, and weights are uniform as long as that is so. Use another reference."
+        return f"{response} Use another reference."
     if rests_on_margins:
-        return (
-            " Its scores would be upside down, and weights are uniform as long as that is so. Calibrate it: "
-            "`weighting=Posterior()`, or `scorer=MimicScore(calibrated=True)`."
-        )
+        return f"{response} Calibrate it: `weighting=Posterior()`, or `scorer=MimicScore(calibrated=True)`."
     return " The weights go by what is calibrated, and are not affected."
 
 

@@ -51,6 +51,8 @@ from lightning_mimic.scorers import KeepsState, RunWeighting, Scorer, Temperatur
 from lightning_mimic.sharding import whole_parameters
 
 _log = logging.getLogger("lightning_mimic")
+# Micro-batches between two looks at the figures that show an unsure reference; each is a host sync.
+_LOOK_EVERY = 64
 
 
 class Reweighter:
@@ -195,6 +197,8 @@ class Reweighter:
             self._target.monitor(device, settings.diagnosis_samples) if settings.diagnose_reference else None
         )
         self._compatible = False
+        # Micro-batches since the diagnosis, if there was one.
+        self._steps = 0
         # Of this process; not of the run that is continued.
         self._diagnosis: Diagnosis | None = None
         self._choice: Choice | None = None
@@ -376,7 +380,6 @@ class Reweighter:
         if self._recorder is not None:
             self._recorder.flush()
         self._repeated_ids.compare()
-        self._look_for_unsure()
 
     def finish(self) -> None:
         """Write the last scores of all ranks, and warn of an alignment that did not work; on every rank.
@@ -548,7 +551,12 @@ class Reweighter:
 
     def _diagnose(self, step: Step, result: StepResult) -> StepResult:
         """Return the result with what is found about the reference in this step."""
-        if self._monitor is None or not step.backward_follows:
+        if not step.backward_follows:
+            return result
+        if self._monitor is None:
+            self._steps += 1
+            if self._steps % _LOOK_EVERY == 0:
+                self._look_for_unsure()
             return result
         scores = self._target.scores_for_diagnosis(result.mimic_scores)
         diagnosis = self._monitor.update(step.given_batch, result, scores)

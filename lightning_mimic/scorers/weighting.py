@@ -126,12 +126,11 @@ class SoftmaxWeighting:
     Ranks exchange one small tensor (log-sum-exps and counts; three with an automatic temperature), never their scores;
     uneven ranks are exact.
 
-    With ``temperature="auto"``, τ is chosen for each micro-batch, up or down, so that the effective sample size is that
-    share of the valid rows whose scores are positive, over about the last 2,000 samples of all ranks; the share is kept
+    With ``temperature="auto"``, τ is chosen for each micro-batch, up or down, so that the effective sample size is the
+    share of good samples among about the last 2,000 of all ranks: the mean of the probabilities that their labels are
+    right, where the target is a last layer under cross-entropy, and otherwise the share of positive scores. It is kept
     between 0.1, or ``min_ess``, and 0.95. The unit of the score has no effect. A batch of few valid rows, or with equal
-    scores at its top, may have a larger effective sample size, and none has less. It trusts the scores as far as
-    their sign: it suits scorers whose positive scores mean good samples, and a reference that the diagnosis finds
-    compatible.
+    scores at its top, may have a larger effective sample size, and none has less.
 
     Args:
         temperature: τ, in the unit of the score; smaller trusts the scores more. Or ``"auto"``.
@@ -149,6 +148,8 @@ class SoftmaxWeighting:
     """
 
     needs: frozenset[Need] = frozenset()
+    #: Products that are read where they are known.
+    optional: frozenset[Need] = frozenset({"posteriors"})
 
     def __init__(self, temperature: Temperature = 1.0, min_ess: float = 0.25) -> None:
         is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
@@ -158,7 +159,7 @@ class SoftmaxWeighting:
             raise MimicError(f"`min_ess` is a fraction of the batch between 0 and 1, not {min_ess!r}.")
         self.temperature: Temperature = "auto" if temperature == "auto" else float(temperature)
         self.min_ess = float(min_ess)
-        # Positive scores and valid rows so far, the older the less; None before the first batch.
+        # Good samples and valid rows so far, the older the less; None before the first batch.
         self._seen: Tensor | None = None
 
     def for_run(self) -> "SoftmaxWeighting":
@@ -181,8 +182,8 @@ class SoftmaxWeighting:
         is_right = isinstance(seen, Tensor) and seen.shape == (2,) and bool((torch.isfinite(seen) & (seen >= 0)).all())
         if seen is not None and not is_right:
             raise MimicError(
-                f"the state of the weighting is damaged: `seen` is {seen!r}; expected the numbers of positive scores "
-                "and of samples, a tensor of shape (2,). Take another checkpoint."
+                f"the state of the weighting is damaged: `seen` is {seen!r}; expected the numbers of good samples and "
+                "of all, a tensor of shape (2,). Take another checkpoint."
             )
         self._seen = seen
 
@@ -203,7 +204,11 @@ class SoftmaxWeighting:
             return _softmax(scores, valid, scores.new_full((1,), torch.inf), 1.0)[0]
         if self.temperature != "auto":
             return _softmax(scores, valid, self._temperatures(scores, self.temperature), self.min_ess)[0]
-        spread, share = self._look(scores, valid, uniform)
+        posteriors = None if products is None else products.find("posteriors")
+        good = (scores > 0).to(scores.dtype)
+        if posteriors is not None:
+            good = torch.where(torch.isnan(posteriors), good, posteriors.to(scores.dtype))
+        spread, share = self._look(scores, good, valid, uniform)
         doublings = torch.linspace(
             _LOWEST_DOUBLING, _HIGHEST_DOUBLING, _LOOKS, device=scores.device, dtype=scores.dtype
         )
@@ -213,11 +218,18 @@ class SoftmaxWeighting:
         steps = torch.linspace(0, 1, _LOOKS, device=scores.device, dtype=scores.dtype)
         return _softmax(scores, valid, low * (high / low) ** steps, share)[0]
 
-    def _look(self, scores: Tensor, valid: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the range of all ranks' scores, and the share of the batch that its effective size shall be."""
+    def _look(self, scores: Tensor, good: Tensor, valid: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the range of all ranks' scores, and the share of the batch that its effective size shall be.
+
+        Args:
+            scores: Shape ``(B,)``.
+            good: From 0 to 1, how good each sample is, shape ``(B,)``.
+            valid: As for :class:`Weighting`.
+            uniform: As for :class:`Weighting`.
+        """
         lowest = scores.new_full((1,), -torch.inf)
         ends = [torch.cat([lowest, torch.where(valid, each, -torch.inf)]).amax() for each in (scores, -scores)]
-        counts = [(valid & (scores > 0)).sum(dtype=scores.dtype), valid.sum(dtype=scores.dtype)]
+        counts = [torch.where(valid, good, 0.0).sum(), valid.sum(dtype=scores.dtype)]
         ranks = stack_over_ranks(torch.stack([*ends, *counts]))
         top, bottom = ranks[:, :2].amax(0)
         spread = top + bottom
@@ -229,8 +241,8 @@ class SoftmaxWeighting:
         later = seen * torch.exp(-here[1] / _REMEMBERED) + here
         # Scores without information are zero, and no evidence against the samples.
         self._seen = later if uniform is None else torch.where(uniform, seen, later)
-        positives, samples = self._seen
-        share = (positives / samples.clamp(min=1)).clamp(_LOWEST_SHARE, _HIGHEST_SHARE)
+        total, samples = self._seen
+        share = (total / samples.clamp(min=1)).clamp(_LOWEST_SHARE, _HIGHEST_SHARE)
         return spread, share.clamp(min=self.min_ess)
 
     def _temperatures(self, scores: Tensor, temperature: float) -> Tensor:
