@@ -56,7 +56,16 @@ REFERENCES = {
 CORE_NOISES = ("0", "20", "40", "60", "pairs")
 CORE_REFERENCES = ("good", "weak", "one_epoch", "overconfident")
 #: Methods of the cells beside the core.
-FEW_METHODS = ("mimic", "mimic_calibrated", "head_loss_calibrated", "posterior", "rho", "reference_loss")
+FEW_METHODS = (
+    "mimic",
+    "mimic_auto",
+    "mimic_start",
+    "mimic_calibrated",
+    "head_loss_calibrated",
+    "posterior",
+    "rho",
+    "reference_loss",
+)
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 TEMPERATURES = (3.0, 1.0, 0.3, 0.1)
@@ -92,7 +101,7 @@ def at_layer(temperature: str | None = None, scorer: Scorer | None = None, **set
     """A reweighter of the last layer, and of the whole network where the start is the reference's.
 
     Args:
-        temperature: The score whose chosen temperature is taken.
+        temperature: The score whose chosen temperature is taken, or ``"auto"``.
         scorer: The mimic score, if left out.
         settings: Further ones of the reweighter.
     """
@@ -105,7 +114,7 @@ def at_layer(temperature: str | None = None, scorer: Scorer | None = None, **set
             reference,
             parameters,
             scorer=scorer,
-            temperature=None if temperature is None else temperatures[temperature],
+            temperature=None if temperature is None else temperatures.get(temperature, temperature),
             diagnose_reference=False,
             **settings,
         )
@@ -135,6 +144,14 @@ METHODS = {
         "mimic score, calibrated", at_layer("mimic", MimicScore(calibrated=True)), settings=LAYER
     ),
     "part": Method("reference's part, calibrated", at_layer("mimic", ReferencePart()), settings=LAYER),
+    "mimic_auto": Method("mimic score, automatic τ", at_layer("auto")),
+    "mimic_start": Method(
+        "mimic score from the start, automatic τ", at_layer("auto", direction="start"), settings=("same_start",)
+    ),
+    "mimic_calibrated_auto": Method(
+        "mimic score, calibrated, automatic τ", at_layer("auto", MimicScore(calibrated=True)), settings=LAYER
+    ),
+    "part_auto": Method("reference's part, calibrated, automatic τ", at_layer("auto", ReferencePart()), settings=LAYER),
     "head_rho": Method("RHO-loss at the layer", at_layer("rho", HeadRhoLoss()), settings=LAYER),
     "head_rho_calibrated": Method(
         "RHO-loss at the layer, calibrated", at_layer("rho", HeadRhoLoss(calibrated=True)), settings=LAYER
