@@ -71,13 +71,10 @@ class Calibration:
 
     def __str__(self) -> str:
         if not self.informative:
-            than = (
-                ""
-                if self.model_agreement is None
-                else f", the model {self.model_agreement:.0%} before training on them"
-            )
+            own = self.model_agreement
+            than = "" if own is None else f", the model {own:.0%} before it trained on them"
             return (
-                f"the reference does not explain the labels, so none is held to be wrong (it predicts "
+                "the reference does not explain the labels, so none is held to be wrong (it predicts "
                 f"{self.agreement:.0%} of them{than}; {self.samples} samples)"
             )
         return (
