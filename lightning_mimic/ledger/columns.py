@@ -47,6 +47,10 @@ COLUMNS = (
     Column("flag", pa.string(), "", "`ok`, or what was special about the row: a name of `Flag` in lower case"),
     Column("label", pa.int64(), "", "index of the given class", True, "last"),
     Column("predicted", pa.int64(), "", "index of the class that the model predicted", True, "last"),
+    Column("posterior", pa.float32(), "", "probability that the given class is right, by the reference", True, "mean"),
+    Column("reference_predicted", pa.int64(), "", "index of the class that the reference predicted", True, "last"),
+    Column("reference_confidence", pa.float32(), "", "the reference's probability of that class", True, "mean"),
+    Column("reference_loss", pa.float32(), "loss", "the reference's loss on the given class", True, "mean"),
 )
 
 
@@ -61,6 +65,10 @@ def schema(id_type: pa.DataType) -> pa.Schema:
         ['id', 'epoch', 'step']
     """
     return pa.schema([(each.name, id_type if each.type == ID else each.type) for each in COLUMNS])
+
+
+#: Names of the columns of the first ledgers, whose descriptions do not list them.
+FIRST_COLUMNS = tuple(each.name for each in COLUMNS[: [each.name for each in COLUMNS].index("predicted") + 1])
 
 
 def nullable_columns() -> tuple[str, ...]:
