@@ -288,7 +288,7 @@ def test_manifests_without_names_are_refused_in_a_sentence(word, run):
     assert refused(run, "mimic-compare", word).startswith("mimic-compare: `manifests`")
 
 
-COMMANDS = {"mimic-curate": ["filter: ensemble, gmm, kmeans, sign, threshold, top_k", "unscored: fail"],
+COMMANDS = {"mimic-curate": ["filter: ensemble, gmm, kmeans, posterior, sign, threshold, top_k", "unscored: fail"],
             "mimic-select": ["mimic-select 'recipe=clip.parquet:clip_score top 30% minus", "allow_unknown: false"],
             "mimic-compare": ["mimic-compare 'manifests={old: a/manifest.parquet,", "noise: null"]}  # fmt: skip
 
