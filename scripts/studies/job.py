@@ -166,7 +166,7 @@ class Watch(L.Callback):
 
 def picked(seed: int, study: Mapping[str, Any], path: Path) -> Path:
     """Keeps a fraction of the scored samples: those of the highest mean scores, or as many drawn at random."""
-    table = curate(study["scored"], TopK(fraction=study["fraction"])).manifest.table()
+    table = curate(study["scored"], TopK(fraction=study["fraction"]), accept_verdict=True).manifest.table()
     keep = torch.tensor(table["keep"].to_pylist())
     if study["pick"] == "random":
         keep = keep[torch.randperm(len(keep), generator=torch_generator(seed, "random selection"))]
@@ -192,18 +192,26 @@ def scored(trainer: L.Trainer, folder: Path, study: Mapping[str, Any]) -> dict[s
     diagnosis = ledger.meta["attempts"][-1].get("diagnosis") or {}
     found: dict[str, Any] = {"ess": effective_share(ledger), "verdict": diagnosis.get("verdict"), "filters": {}}
     wrong = wrong_ids(trainer.datamodule, study)
-    for name in FILTERS if study.get("filters") == "all" else ("sign",):
+    rows = ledger.table()
+    means = rows.group_by("id").aggregate([("score", "mean")]).rename_columns(["id", "score"])
+    # Not by `curate`, which refuses an unrelated reference, and a scorer whose sign means nothing: here that is shown.
+    found["filters"]["sign"] = judged(by_sign(means), wrong)
+    for name in [*FILTERS][1:] if study.get("filters") == "all" else ():
         try:
-            table = curate(folder / "scores", FILTERS[name], unscored="keep").manifest.table()
-        except CurationError as error:  # a label model whose voters all say the same
+            table = curate(folder / "scores", FILTERS[name], unscored="keep", accept_verdict=True).manifest.table()
+        except CurationError as error:  # an unrelated reference, a label model whose voters all say the same
             found["filters"][name] = {"refused": str(error)}
             continue
         found["filters"][name] = judged(table, wrong)
-    rows = ledger.table()
     first = rows.filter(pc.equal(rows["epoch"], pc.min(rows["epoch"])))
-    found["first_auroc"] = judged(first.append_column("keep", pc.greater_equal(first["score"], 0)), wrong).get("auroc")
+    found["first_auroc"] = judged(by_sign(first), wrong).get("auroc")
     found["auroc"] = found["filters"]["sign"].get("auroc")
     return found
+
+
+def by_sign(rows: pa.Table) -> pa.Table:
+    """Rows with a score, kept where it is 0 or more."""
+    return rows.append_column("keep", pc.greater_equal(rows["score"], 0))
 
 
 def judged(table: pa.Table, wrong: set[Any]) -> dict[str, float]:
