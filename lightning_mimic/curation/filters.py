@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+from lightning_mimic.curation.reference_facts import last_calibration
 from lightning_mimic.curation.scorer_meaning import Basis, missing_basis
 from lightning_mimic.curation.scores import Scores, ScoreTable
 from lightning_mimic.database import Database
@@ -136,12 +137,22 @@ class Posterior(Filter):
 
     Raises:
         CurationError: The ledger has no posteriors, none of more than half of its samples, or some that are no
-            probabilities.
+            probabilities; or its reference does not explain the labels, so that none is held to be wrong.
 
     Example:
         >>> Posterior()
         Posterior()
     """
+
+    def check(self, scores: Scores) -> None:
+        """Raise :class:`CurationError` if the reference could not be calibrated."""
+        calibration = last_calibration(scores.attempts)
+        if isinstance(calibration, dict) and calibration.get("informative") is False:
+            raise CurationError(
+                f"`filter`: Posterior() cannot decide on {scores.ledger.directory}: the reference does not explain the "
+                "given labels better than their frequencies do, so that none is held to be wrong. Take another "
+                "reference."
+            )
 
     def vote(self, table: ScoreTable) -> Vote:
         """Posterior against 0.5."""
@@ -150,6 +161,7 @@ class Posterior(Filter):
 
     def decide(self, scores: Scores) -> Decision:
         """Return the vote on the samples' mean posterior, also of those without a score."""
+        self.check(scores)
         _check_posteriors(scores.database, scores.samples)
         query = (
             "SELECT id, posterior >= 0.5 AS keep, NULL::BIGINT AS votes_keep, NULL::BIGINT AS votes "

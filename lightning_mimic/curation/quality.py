@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_mimic.curation.reference_facts import last_calibration
 from lightning_mimic.curation.scorer_meaning import missing_basis
 from lightning_mimic.curation.scores import Scores
 from lightning_mimic.errors import CurationError
@@ -23,7 +24,8 @@ def calibrated_quality(
 
     Where all ledgers hold the labels that the reference predicted, a sample counts as kept if that is the given one. A
     reference treats trusted samples as it does the data; a model that was trained on the data does not, as it memorises
-    them. Elsewhere a sample counts as kept by the sign of its mean score.
+    them. Posteriors would not do: each ledger's rest on the share of wrong labels in that ledger. Elsewhere a sample
+    counts as kept by the sign of its mean score.
 
     Args:
         data: The data's scores.
@@ -44,7 +46,7 @@ def calibrated_quality(
     for scores in calibrating:
         _check_same(data, scores)
     _check_paired(calibrating)
-    if all(_knows_predictions(scores) for scores in (data, *calibrating)):
+    if _predicted_alike([data, *calibrating]):
         kept, samples = _counted(data, _AGREES)
         return estimate_quality(kept, samples, *_answers(calibrating, _AGREES), basis="agreement")
     missing = missing_basis(data.config, "zero")
@@ -97,6 +99,13 @@ def _scored_when(scores: Scores) -> str:
     if checkpoints is None:
         return "while a model trained on it"
     return "at checkpoints " + ", ".join(each["sha256"][:8] for each in checkpoints)
+
+
+def _predicted_alike(ledgers: Sequence[Scores]) -> bool:
+    """Whether all ledgers know what the reference predicted, by the same class biases."""
+    calibrations = [last_calibration(scores.attempts) for scores in ledgers]
+    biases = [each.get("biases") if isinstance(each, dict) else each for each in calibrations]
+    return all(each == biases[0] for each in biases) and all(map(_knows_predictions, ledgers))
 
 
 def _knows_predictions(scores: Scores) -> bool:

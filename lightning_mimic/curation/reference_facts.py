@@ -127,12 +127,28 @@ class WrongShare:
         return f"{self.estimate:.1%} (95 % interval {self.low:.1%} to {self.high:.1%})"
 
 
+def last_calibration(attempts: Sequence[Mapping[str, Any]]) -> Any:
+    """Return the calibration of the reference that the last attempt noted which has one; empty if none has.
+
+    Args:
+        attempts: The descriptions of those whose rows count.
+
+    Example:
+        >>> last_calibration([{"calibration": {"wrong_share": 0.3}}, {}])
+        {'wrong_share': 0.3}
+    """
+    return next((facts["calibration"] for facts in reversed(attempts) if facts.get("calibration") is not None), {})
+
+
 def wrong_share(place: str, attempts: Sequence[Mapping[str, Any]]) -> WrongShare | None:
-    """Return the estimate of the last attempt that has one; ``None`` if none has.
+    """Return the estimate of the last attempt that has one.
 
     Args:
         place: The ledger, for messages.
         attempts: The descriptions of those whose rows count.
+
+    Returns:
+        ``None`` if none has, or if the reference does not explain the labels.
 
     Raises:
         CurationError: A calibration that holds something else.
@@ -142,10 +158,9 @@ def wrong_share(place: str, attempts: Sequence[Mapping[str, Any]]) -> WrongShare
         >>> print(wrong_share("scores", [{"calibration": facts}]))
         36.0% (95 % interval 31.0% to 40.0%)
     """
-    found = [facts["calibration"] for facts in attempts if facts.get("calibration") is not None]
-    if not found:
+    facts = last_calibration(attempts)
+    if facts == {} or (isinstance(facts, dict) and facts.get("informative") is False):
         return None
-    facts = found[-1]
     names = ("wrong_share", "low", "high", "samples")
     values = [facts.get(name) for name in names] if isinstance(facts, dict) else []
     numbers = [float(each) for each in values if isinstance(each, int | float) and not isinstance(each, bool)]
