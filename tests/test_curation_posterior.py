@@ -68,7 +68,10 @@ def test_a_sample_without_a_score_is_judged_by_its_posterior(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({}, "`filter`: Posterior() needs posteriors, and none were recorded. They are recorded where the scored layer"),
+        (
+            {},
+            "`filter`: Posterior() needs posteriors, and none were recorded. They are recorded where the scored layer",
+        ),
         ({"posterior": [0.9, NONE, NONE, NONE]}, "`filter`: Posterior() needs posteriors, and 3 of 4 rows have none."),
         ({"posterior": [0.9, 1.5, 0.5, 0.5]}, "`filter`: the posteriors lie between 0.5 and 1.5; expected 0 to 1."),
     ],
@@ -90,7 +93,7 @@ def test_an_infinite_posterior_counts_as_missing(tmp_path):
 def test_a_reference_that_does_not_explain_the_labels_decides_nothing(one, tmp_path):
     write_scores(tmp_path / "scores", [1.0, -1.0], posterior=1.0)
     note(tmp_path / "scores", 0, {"calibration": {"informative": False, "wrong_share": 0.0}})
-    with pytest.raises(CurationError, match=r"^`filter`: Posterior\(\) cannot decide on .*scores: the reference does not"):
+    with pytest.raises(CurationError, match=r"^`filter`: Posterior\(\) cannot decide on .*: the reference does not"):
         curate(tmp_path / "scores", one)
     assert curate(tmp_path / "scores", Sign()).wrong_share is None
 
@@ -144,7 +147,7 @@ MEANINGLESS = {
     "declared": (
         {"scorer": "Mine", "scorer_settings": {"signed": False}}, [Sign()], "scores of Mine, which declares", [KMeans()]
     ),
-    "another weighting": ({"scorer": "Uniform", "weighting": "Posterior"}, [Sign()], "scores of Uniform", [Threshold()]),
+    "its own weights": ({"scorer": "Uniform", "weighting": "Posterior"}, [Sign()], "scores of Uniform", [Threshold()]),
     "their own": ({"scorer": "Mine", "scorer_settings": {"signed": True}}, [], "", [Sign(), Mixture(), Threshold()]),
 }  # fmt: skip
 

@@ -77,7 +77,11 @@ def show(console: Console, done: Curation) -> None:
         "coverage", f"{scored / done.samples:.1%}", rest[policy] if done.unscored else "every sample has a score"
     )
     sign = "share kept by the sign of the mean score, whatever the filter"
-    table.add_row("by sign", _percent(done.share_kept), sign if done.share_kept is not None else "these have no sign")
+    table.add_row(
+        "by sign",
+        _percent(done.share_kept),
+        sign if done.share_kept is not None else "0 does not divide the scores of this scorer",
+    )
     table.add_row("mean score", _score(done.mean_score_kept), f"of what is kept; {_score(done.mean_score)} of all")
     if done.quality is None:
         table.add_row("quality", "–", "unknown without trusted samples")

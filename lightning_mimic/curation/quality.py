@@ -15,6 +15,7 @@ from lightning_mimic.user_files import user_path
 _SAME = ("scorer", "reference", "aligned_every", "aligned_rotate", "parameters")
 #: Whether a row of a table of samples is kept, null where that is not known.
 _AGREES, _SIGN = "reference_predicted = label", "score >= 0"
+_PREDICTED = "reference_predicted"
 
 
 def calibrated_quality(
@@ -22,7 +23,7 @@ def calibrated_quality(
 ) -> Quality | None:
     """Estimate the share of good samples in a ledger; ``None`` without trusted samples.
 
-    Where all ledgers hold the labels that the reference predicted, a sample counts as kept if that is the given one. A
+    Where the ledgers hold the labels that the reference predicted, a sample counts as kept if that is the given one. A
     reference treats trusted samples as it does the data; a model that was trained on the data does not, as it memorises
     them. Posteriors would not do: each ledger's rest on the share of wrong labels in that ledger. Elsewhere a sample
     counts as kept by the sign of its mean score.
@@ -46,9 +47,9 @@ def calibrated_quality(
     for scores in calibrating:
         _check_same(data, scores)
     _check_paired(calibrating)
-    if _predicted_alike([data, *calibrating]):
+    if _predicted_alike(data, calibrating):
         kept, samples = _counted(data, _AGREES)
-        return estimate_quality(kept, samples, *_answers(calibrating, _AGREES), basis="agreement")
+        return estimate_quality(kept, samples, *_agreements(calibrating), basis="agreement")
     missing = missing_basis(data.config, "zero")
     if missing is not None:
         raise CurationError(
@@ -58,8 +59,8 @@ def calibrated_quality(
     kept, samples = _counted(data, _SIGN)
     if not samples:
         raise CurationError(f"{data.ledger.directory}: none of its samples has a score.")
-    at_first = tells_apart(*_answers(calibrating, _SIGN, first=True))
-    return estimate_quality(kept, samples, *_answers(calibrating, _SIGN), told_apart_at_first=at_first)
+    at_first = tells_apart(*_signs(calibrating, first=True))
+    return estimate_quality(kept, samples, *_signs(calibrating), told_apart_at_first=at_first)
 
 
 def _check_same(data: Scores, scores: Scores) -> None:
@@ -101,19 +102,23 @@ def _scored_when(scores: Scores) -> str:
     return "at checkpoints " + ", ".join(each["sha256"][:8] for each in checkpoints)
 
 
-def _predicted_alike(ledgers: Sequence[Scores]) -> bool:
-    """Whether all ledgers know what the reference predicted, by the same class biases."""
-    calibrations = [last_calibration(scores.attempts) for scores in ledgers]
-    biases = [each.get("biases") if isinstance(each, dict) else each for each in calibrations]
-    return all(each == biases[0] for each in biases) and all(map(_knows_predictions, ledgers))
+def _predicted_alike(data: Scores, calibrating: Sequence[Scores]) -> bool:
+    """Whether labels are known, and what the reference predicted, for the data as for the trusted samples.
 
-
-def _knows_predictions(scores: Scores) -> bool:
-    """Whether most samples have a label and one that the reference predicted."""
-    if "reference_predicted" not in scores.columns:
+    Class biases change what a reference predicts; those of two ledgers are estimates of the same ones.
+    """
+    calibrations = [last_calibration(scores.attempts) for scores in (data, calibrating[0])]
+    biased = [isinstance(each, dict) and each.get("biases") is not None for each in calibrations]
+    if biased[0] != biased[1] or not all(_PREDICTED in scores.columns for scores in (data, calibrating[0])):
         return False
-    _, known = _counted(scores, _AGREES)
-    return 2 * known > int(scores.database.value(f"SELECT count(*) FROM {scores.samples}"))
+    known = all(_most_have(scores, _AGREES) for scores in (data, calibrating[0]))
+    return known and all(_most_have(scores, "label") for scores in calibrating)
+
+
+def _most_have(scores: Scores, value: str) -> bool:
+    """Whether an SQL value is known of more than half of the samples."""
+    known, samples = scores.database.row(f"SELECT count({value}), count(*) FROM {scores.samples}")
+    return bool(2 * known > samples)
 
 
 def _counted(scores: Scores, keeps: str) -> tuple[int, int]:
@@ -122,23 +127,40 @@ def _counted(scores: Scores, keeps: str) -> tuple[int, int]:
     return int(kept), int(known)
 
 
-def _answers(calibrating: Sequence[Scores], keeps: str, *, first: bool = False) -> tuple[list[bool], list[list[bool]]]:
-    """Whether each trusted sample is kept with its true label, and with each of its wrong ones.
+def _agreements(calibrating: Sequence[Scores]) -> tuple[list[bool], list[list[bool]]]:
+    """Whether the reference predicts each trusted sample's true label, and each of its wrong ones.
+
+    All by the ledger with true labels: with wrong labels alone a reference cannot be calibrated.
+    """
+    first = calibrating[0]
+    joined = " ".join(
+        f"JOIN (SELECT id, label AS label{k} FROM {scores.samples}) AS part{k} USING (id)"
+        for k, scores in enumerate(calibrating)
+    )
+    labels = [f"label{k}" for k in range(len(calibrating))]
+    known = " AND ".join(f"{each} IS NOT NULL" for each in (_PREDICTED, *labels))
+    answers = ", ".join(f"{_PREDICTED} = {each}" for each in labels)
+    return _split(first.database.rows(f"SELECT {answers} FROM {first.samples} {joined} WHERE {known}"))
+
+
+def _signs(calibrating: Sequence[Scores], *, first: bool = False) -> tuple[list[bool], list[list[bool]]]:
+    """Whether each trusted sample's mean score is 0 or more with its true label, and with each of its wrong ones.
 
     Args:
         calibrating: With true labels, and with wrong ones.
-        keeps: SQL over a table of samples.
-        first: By the first epoch's scores instead of the means.
+        first: The first epoch's scores instead of the means.
     """
-    database = calibrating[0].database
     parts = []
     for k, scores in enumerate(calibrating):
         rows = scores.samples
         if first:
             rows = f"{scores.scorings().name} QUALIFY row_number() OVER (PARTITION BY id ORDER BY epoch) = 1"
-        parts.append(f"(SELECT id, {keeps} AS keeps{k} FROM {rows}) AS part{k}")
-    names = [f"keeps{k}" for k in range(len(parts))]
+        parts.append(f"(SELECT id, {_SIGN} AS sign{k} FROM {rows}) AS part{k}")
+    names = [f"sign{k}" for k in range(len(parts))]
     joined = " ".join([parts[0], *(f"JOIN {part} USING (id)" for part in parts[1:])])
     known = " AND ".join(f"{name} IS NOT NULL" for name in names)
-    answers = database.rows(f"SELECT {', '.join(names)} FROM {joined} WHERE {known}")
+    return _split(calibrating[0].database.rows(f"SELECT {', '.join(names)} FROM {joined} WHERE {known}"))
+
+
+def _split(answers: Sequence[tuple[bool, ...]]) -> tuple[list[bool], list[list[bool]]]:
     return [row[0] for row in answers], [list(row[1:]) for row in answers]
