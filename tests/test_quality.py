@@ -1,5 +1,6 @@
 """Calibrated quality against its formula and simulated truth, from ledgers and as a metric; detection's metrics."""
 
+import contextlib
 import re
 
 import numpy as np
@@ -18,7 +19,7 @@ from lightning_mimic.curation import (
     estimate_quality,
 )
 from support.cases import for_each
-from support.ledgers import write_ledger
+from support.ledgers import note, write_ledger
 
 NONE, ALL = [False] * 20, [True] * 20
 
@@ -279,12 +280,23 @@ def test_without_predictions_and_labels_the_sign_decides(lacking, tmp_path):
 
 def test_predictions_with_class_biases_and_without_do_not_compare(tmp_path):
     biased, plain = {"biases": [0.5, -0.5]}, {"biases": None}
-    facts = {"scale": 1.0, "wrong_share": 0.5, "low": 0.25, "high": 0.75, "samples": 300}
+    facts = {"scale": 1.0, "wrong_share": 0.0, "low": 0.0, "high": 0.75, "samples": 300}
     right = of_reference(tmp_path / "right", RIGHT, PREDICTED, score=1.0, calibration=facts | plain)
     wrong = of_reference(tmp_path / "wrong", OTHER, PREDICTED, calibration=facts | plain)
     for name, biases, basis in (("a", biased, "sign"), ("b", plain, "agreement")):
         data = of_reference(tmp_path / name, RIGHT, PREDICTED, score=1.0, calibration=facts | biases)
         assert curate(data, trusted=right, mislabelled=wrong).quality.basis == basis
+
+
+@for_each(("low", "high", "contradicts"), [(0.0, 0.1, True), (0.9, 1.0, True), (0.3, 0.5, False), (0.0, 0.95, False)])
+def test_a_quality_by_the_sign_that_the_calibration_contradicts_is_warned_of(low, high, contradicts, tmp_path):
+    data = scored(tmp_path / "data", [1.0] * 120 + [-1.0] * 80)
+    right = scored(tmp_path / "right", [1.0] * 38 + [-1.0] * 2)
+    wrong = scored(tmp_path / "wrong", [-1.0] * 38 + [1.0] * 2)
+    note(data, 0, {"calibration": {"wrong_share": low, "low": low, "high": high, "samples": 300}})
+    message = r"^by the sign of scores 61\.1% .* of the samples are good, and by the calibrated reference .* are wrong"
+    with pytest.warns(UserWarning, match=message) if contradicts else contextlib.nullcontext():
+        assert curate(data, trusted=right, mislabelled=wrong).quality.basis == "sign"
 
 
 def test_a_reference_that_does_not_know_the_classes_is_blamed(tmp_path):

@@ -1,6 +1,7 @@
 """From a ledger to a manifest."""
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -104,6 +105,9 @@ def curate(  # noqa: PLR0913
             ledger's scorer; a reference that is unrelated, or doubtful or unsure and not accepted.
         LedgerError: A ledger that is not there, is damaged, lacks rows or mixes runs.
 
+    Warns:
+        UserWarning: The quality by the sign of scores and the share of wrong labels contradict each other.
+
     Example:
         >>> curate("nowhere")
         Traceback (most recent call last):
@@ -125,6 +129,7 @@ def curate(  # noqa: PLR0913
             check_verdict(place, verdict, accepted=accept_verdict)
             wrong = wrong_share(place, data.attempts)
             quality = calibrated_quality(data, trusted, mislabelled)
+            _warn_of_contradiction(quality, wrong)
             for name in exports:
                 EXPORTS[name].check(database, data.samples)
             all_samples = _all_samples(data, pool)
@@ -194,6 +199,21 @@ def _check_options(unscored: str, **flags: bool) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise CurationError(f"`{name}` is {value!r}; expected true or false.")
+
+
+def _warn_of_contradiction(quality: Quality | None, wrong: WrongShare | None) -> None:
+    """Warn of a quality by the sign that the calibrated reference contradicts."""
+    if quality is None or wrong is None or quality.basis != "sign":
+        return
+    if quality.high < 1 - wrong.high or quality.low > 1 - wrong.low:
+        warnings.warn(
+            f"by the sign of scores {quality} of the samples are good, and by the calibrated reference {wrong} are "
+            "wrong. One of the two is off: a model that has memorised its data, or overtaken its reference, keeps "
+            "held-out samples more often; noise that follows the classes can look like the reference's own partiality. "
+            "Score more trusted samples, so that their ledgers hold what the reference predicts: the quality then "
+            "rests on that.",
+            stacklevel=3,
+        )
 
 
 def _share_by_sign(data: Scores, chosen: DecisionRule) -> float | None:
