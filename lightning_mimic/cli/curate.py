@@ -60,8 +60,7 @@ def compare_main(config: DictConfig) -> None:
 
 def show(console: Console, done: Curation) -> None:
     """Print the verdict on a ledger's reference, and what came of the ledger as a table."""
-    accepted = "" if done.verdict in (None, "compatible") else "; decided all the same"
-    console.print(f"{done.manifest.provenance['diagnosis']}{accepted}.", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{done.manifest.provenance['diagnosis']}.", highlight=False, markup=False, soft_wrap=True)
     table = Table(show_header=False, title=f"by {done.manifest.provenance['filter']}", title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
@@ -107,8 +106,7 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
     console.print(f"References: {', '.join(verdicts)}.", highlight=False, markup=False, soft_wrap=True)
     table = Table()
     shares = ("score of 0 or more", "quality", "95 % interval", "truly good")
-    estimated = any(each.wrong_share is not None for each in comparison.datasets)
-    for head in ("data set", "samples", "kept", "mean score", *shares, *["wrong labels"] * estimated):
+    for head in ("data set", "samples", "kept", "mean score", *shares):
         table.add_column(head, justify="left" if head == "data set" else "right", no_wrap=head == "data set")
     for each in comparison.datasets:
         known = each.low is not None and each.high is not None
@@ -121,9 +119,13 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
             _percent(each.quality),
             f"{_percent(each.low)} to {_percent(each.high)}" if known else "–",
             _percent(each.right),
-            *[_percent(each.wrong_share)] * estimated,
         )
     console.print(table)
+    wrong = [f"{each.name}: {each.wrong_share:.1%}" for each in comparison.datasets if each.wrong_share is not None]
+    if wrong:
+        console.print(
+            f"Wrong labels, as the calibrated references estimate: {', '.join(wrong)}.", markup=False, soft_wrap=True
+        )
     if comparison.pearson is not None:
         console.print(
             f"Correlation with the truth: {comparison.pearson:.3f} (Pearson), {comparison.spearman:.3f} (Spearman)."

@@ -151,7 +151,7 @@ def curate(  # noqa: PLR0913
                     **{each: data.attempts[-1].get(each) for each in _NOTED},
                 },
                 "verdict": verdict.verdict,
-                "diagnosis": str(verdict),
+                "diagnosis": f"{verdict}{'' if verdict.stands in (None, 'compatible') else '; decided all the same'}",
                 "filter": repr(chosen),
                 "facts": decision.facts,
                 "pool": None if pool is None else str(pool),
