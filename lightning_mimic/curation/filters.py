@@ -165,7 +165,7 @@ class Posterior(Filter):
         _check_posteriors(scores.database, scores.samples)
         query = (
             "SELECT id, posterior >= 0.5 AS keep, NULL::BIGINT AS votes_keep, NULL::BIGINT AS votes "
-            f"FROM {scores.samples} WHERE posterior IS NOT NULL"
+            f"FROM {scores.samples}"
         )
         return Decision(query, "mean posterior below 0.5", {}, "no posterior")
 
