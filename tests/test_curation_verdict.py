@@ -1,6 +1,7 @@
 """The verdict on the reference and the estimated share of wrong labels, from the ledger to what is decided by it."""
 
 import re
+from dataclasses import fields
 
 import pytest
 
@@ -13,10 +14,7 @@ from support.ledgers import CONFIG, note, write_ledger, write_scores
 
 DOUBTFUL = Diagnosis(samples=512, weight_cosine=0.3)
 UNRELATED = Diagnosis(samples=512, label_gap=Estimate(0.0, 1.0, 512))
-CALIBRATION = Calibration(
-    scale=2.0, biases=None, wrong_share=0.375, low=0.25, high=0.5, samples=900, classes=10, agreement=0.6,
-    informative=True,
-)  # fmt: skip
+CALIBRATION = {"wrong_share": 0.375, "low": 0.25, "high": 0.5, "samples": 900, "biases": None, "informative": True}
 
 
 def scored(folder, diagnosis=None, *, config=CONFIG, calibration=None):
@@ -116,8 +114,12 @@ def test_what_is_no_verdict_and_no_calibration_is_refused(facts, message, tmp_pa
         curate(tmp_path, accept_verdict=True)
 
 
+def test_what_is_read_of_a_calibration_is_what_one_has():
+    assert CALIBRATION.keys() <= {each.name for each in fields(Calibration)}
+
+
 def test_the_estimated_share_of_wrong_labels_travels(tmp_path):
-    done = curate(scored(tmp_path / "scores", "compatible", calibration=CALIBRATION.facts()))
+    done = curate(scored(tmp_path / "scores", "compatible", calibration=CALIBRATION))
     assert done.wrong_share == WrongShare(0.375, 0.25, 0.5, 900)
     assert str(done.wrong_share) == "37.5% (95 % interval 25.0% to 50.0%)"
     said = done.manifest.provenance["wrong_share"]
@@ -128,14 +130,14 @@ def test_the_last_attempt_that_has_a_calibration_tells_the_share(tmp_path):
     rows = [{"id": k, "score": 1.0, "attempt": k, "step": k} for k in range(3)]
     write_ledger(tmp_path, rows, starts=(0, 1, 2))
     for number, share in ((0, 0.125), (1, 0.25)):
-        note(tmp_path, number, {"calibration": CALIBRATION.facts() | {"wrong_share": share, "low": 0.0}})
+        note(tmp_path, number, {"calibration": CALIBRATION | {"wrong_share": share, "low": 0.0}})
     assert curate(tmp_path).wrong_share.estimate == 0.25
 
 
 def test_a_verdict_and_a_share_reach_what_is_made_of_manifests(tmp_path):
     made = {}
     for name, verdict in (("a", "compatible"), ("b", "unsure"), ("c", None)):
-        folder = scored(tmp_path / name, verdict, calibration=CALIBRATION.facts() if name == "a" else None)
+        folder = scored(tmp_path / name, verdict, calibration=CALIBRATION if name == "a" else None)
         made[name] = curate(folder, None, tmp_path / f"{name}_out", accept_verdict=True).manifest
     found = {each.name: (each.verdict, each.wrong_share) for each in compare(made).datasets}
     assert found == {"a": ("compatible", 0.375), "b": ("unsure", None), "c": (None, None)}
