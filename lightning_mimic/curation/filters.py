@@ -150,8 +150,8 @@ class Posterior(Filter):
         if isinstance(calibration, dict) and calibration.get("informative") is False:
             raise CurationError(
                 f"`filter`: Posterior() cannot decide on {scores.ledger.directory}: the reference does not explain the "
-                "given labels, or knows far less of them than the model, so that none is held to be wrong. Take another "
-                "reference."
+                "given labels, or knows far less of them than the model, so that none is held to be wrong. Take "
+                "another reference."
             )
 
     def vote(self, table: ScoreTable) -> Vote:
