@@ -21,7 +21,7 @@ from scripts.studies.lab import StudyError
 from scripts.studies.study import Study, carry_out
 from scripts.studies.tables import markdown, show, write
 
-STUDIES = ("demo", "aligned", "depth", "curation", "reference_quality", "diagnosis", "clip", "paper")
+STUDIES = ("demo", "aligned", "start", "depth", "curation", "reference_quality", "diagnosis", "clip", "paper")
 
 
 def main() -> None:
