@@ -36,7 +36,6 @@ def test_the_ratio_is_that_of_the_margins_at_what_the_model_predicts():
             torch.testing.assert_close(float(running.ratio), ratio, rtol=1e-4, atol=0)
             assert bool(running.unsure) == (ratio < 0.5)
             assert running.facts()["margin_ratio"] == pytest.approx(ratio, rel=1e-4)
-            assert running.facts()["agreement"] is None
 
 
 def test_rows_without_a_label_or_with_infinite_outputs_do_not_count():
@@ -61,25 +60,6 @@ def test_nothing_is_said_of_few_samples_and_old_ones_are_forgotten():
     torch.testing.assert_close(float(running.ratio), 0.947, rtol=0.01, atol=0)
 
 
-@for_each(("theirs", "own", "less"), [(0.6, 0.4, False), (0.4, 0.5, False), (0.3, 0.5, True), (0.1, 0.12, False)])
-def test_who_predicts_fewer_of_the_given_labels_knows_less(theirs, own, less):
-    labels = torch.arange(400) % 4
-    place = torch.arange(400) / 400
-
-    def right(share):
-        return F.one_hot(torch.where(place < share, labels, (labels + 1) % 4), 4).float()
-
-    running = RunningMargins(CPU)
-    running.update(right(own), 5 * right(theirs), labels, right(theirs))
-    facts = running.facts()
-    torch.testing.assert_close([facts["agreement"], facts["model_agreement"]], [theirs, own], rtol=0.02, atol=0)
-    assert bool(running.knows_less) == Diagnosis(512, **facts).knows_less == less
-    # Samples that the model has trained on say nothing.
-    for _ in range(3):
-        running.update(right(1.0), 5 * right(0.0), labels)
-    assert bool(running.knows_less) == less
-
-
 def test_two_ranks_are_as_one_and_a_state_goes_on(monkeypatch):
     own, labels = outputs(3.0, 300)
     one, two = RunningMargins(CPU), RunningMargins(CPU)
@@ -101,7 +81,7 @@ def test_the_verdict_is_between_doubtful_and_unrelated():
     assert [verdict for verdict, _ in unsure.findings] == ["unsure", "doubtful"]
     assert "(0.49 of its margin)" in str(unsure)
     assert Diagnosis(512, margin_ratio=0.51).verdict == "compatible"
-    assert Diagnosis(512, agreement=0.2, model_agreement=0.4).verdict == "unsure"
+    assert Diagnosis(512, agreement=0.2, model_agreement=0.4, knows_less=True).verdict == "unsure"
     assert Diagnosis(512, margin_ratio=0.1, weight_cosine=0.0).verdict == "unrelated"
     ignorant = Diagnosis(512, margin_ratio=0.1, label_gap=Estimate(0.01, 0.01, 500))
     assert (ignorant.verdict, ignorant.unsure) == ("unrelated", True)

@@ -563,7 +563,7 @@ class Reweighter:
         if diagnosis is None:
             return result
         monitor, self._monitor = self._monitor, None
-        self._diagnosis = diagnosis = replace(diagnosis, **self._margin_facts())
+        self._diagnosis = diagnosis = replace(diagnosis, **self._context.head.facts())
         self._compatible = diagnosis.verdict == "compatible"
         self._target.choose_direction(diagnosis)
         self.note({"diagnosis": diagnosis.facts()})
@@ -576,17 +576,12 @@ class Reweighter:
         )
         return result.with_report(report)
 
-    def _margin_facts(self) -> dict[str, Any]:
-        """Return what the outputs of both networks show, as fields of the diagnosis (a host sync)."""
-        margins = self._context.head.margins
-        return {} if margins is None else margins.facts()
-
     def _look_for_unsure(self) -> None:
         """Note and warn of a reference that has turned out unsure since its diagnosis; on every rank."""
         known = Diagnosis() if self._diagnosis is None else self._diagnosis
         if not self.settings.diagnose_reference or known.unsure or self._monitor is not None:
             return
-        diagnosis = replace(known, **self._margin_facts())
+        diagnosis = replace(known, **self._context.head.facts())
         if not diagnosis.unsure:
             return
         self._diagnosis = diagnosis
