@@ -1,4 +1,4 @@
-"""The share of mismatched pairs and each pair's probability of a match, from similarities that mismatches have."""
+"""The share of mismatched pairs, and each pair's probability of a match, from a reference's similarities."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,17 +13,19 @@ from lightning_mimic.distributed import gather_rows, rank, sum_over_ranks
 BINS = 400
 #: Pairs after which what was counted has lost 63 % of its weight, because similarities change while a model learns.
 MEMORY = 4096
-#: Pairs of which the share of mismatches is estimated at all.
+#: Pairs below which nothing is estimated.
 MIN_PAIRS = 256
-#: Captions (images) whose cosine exceeds this are the same one, so that exchanging them makes no mismatch.
-SAME = 0.9999
-#: Shares of the mismatches that lie in the tails by which the share of mismatched pairs is estimated.
-TAILS = (0.1, 0.8)
-ERRORS = 3.0
-#: Standard deviation of the smoothing along the similarities, in units of that of mismatches.
-_BANDWIDTH = 0.15
-#: Below this area under the curve of own pairs against mismatches, there is nothing to calibrate.
+#: Probability that a pair is more similar than a mismatch below which nothing is estimated: by chance it is 0.5, and
+#: 0.7 where a perfect reference sees 60 % mismatched pairs.
 MIN_SEPARATION = 0.6
+#: Texts (images) whose cosine exceeds this are the same one, so that to exchange them makes no mismatch.
+SAME = 0.9999
+#: Smallest and largest share of the mismatches in the tails by which the share of mismatched pairs is estimated.
+TAILS = (0.1, 0.8)
+#: Standard errors by which the estimate by one tail may exceed that by a smaller one, which has fewer matches in it.
+ERRORS = 3.0
+#: Standard deviation of the smoothing along the similarities, in units of the mismatches'.
+BANDWIDTH = 0.15
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,13 @@ class PairCalibration:
     """What is known of a reference's similarities.
 
     Attributes:
-        wrong_share: Estimated share of mismatched pairs; 0 to 1. An upper bound in expectation: matches that the
-            reference finds less similar than most mismatches count as mismatched.
+        wrong_share: Estimated share of mismatched pairs, 0 to 1. Under a weak reference too high rather than too low:
+            matches less similar than most mismatches count as mismatched.
         low: Lower end of its 95 % interval.
         high: Upper end.
-        separation: Probability that a pair is more similar than its image with another pair's caption: 0.5 by chance,
-            and ``1 - wrong_share / 2`` under a perfect reference.
-        samples: Pairs, each by its weight.
+        separation: Probability that a pair is more similar than its image with the caption of another pair: 0.5 by
+            chance, ``1 - wrong_share / 2`` under a perfect reference.
+        samples: Pairs that were counted, each by its weight.
     """
 
     wrong_share: float
@@ -48,166 +50,168 @@ class PairCalibration:
 
     @property
     def informative(self) -> bool:
-        """Whether the similarities tell pairs from mismatches at all."""
+        """Whether the similarities distinguish pairs from mismatches; if not, all posteriors are 1."""
         return self.samples >= MIN_PAIRS and self.separation >= MIN_SEPARATION
 
     def facts(self) -> dict[str, Any]:
-        """Return all figures as plain numbers, for a file."""
+        """Return all figures as plain numbers, for a file.
+
+        Example:
+            >>> PairCalibration(0.25, 0.2, 0.3, 0.87, 500.0).facts()["informative"]
+            True
+        """
         return asdict(self) | {"informative": self.informative}
 
 
 class RunningPairCalibration:
     """Running histograms of the similarities of pairs, and of images with the captions of other pairs.
 
-    The latter are mismatches by construction: an empirical null distribution, in every batch. What is left of them in
-    the similarities of the pairs themselves are the mismatched pairs.
+    The latter are mismatches by construction, an empirical null distribution in every batch. The share of mismatched
+    pairs is the share of pairs in the tail of small similarities over the mismatches' share there, as in Storey, *A
+    direct approach to false discovery rates* (2002); of all tails, the largest one whose estimate does not exceed those
+    of smaller ones. The posterior probability of a match is ``1 - r f0(s) / f(s)`` with the densities of mismatches and
+    of pairs, made monotone in the similarity ``s``.
 
     Example:
-        >>> calibration = RunningPairCalibration()
         >>> generator = torch.Generator().manual_seed(0)
         >>> images = torch.nn.functional.normalize(torch.randn(400, 16, generator=generator))
         >>> texts = torch.cat([images[:300], images[300:].roll(1, 0)])  # a quarter does not match
+        >>> calibration = RunningPairCalibration()
         >>> calibration.update(images, texts)
-        >>> round(calibration.calibration().wrong_share, 1)
-        0.2
-        >>> posteriors = calibration.posteriors(images, texts)
-        >>> int((posteriors[:300] > 0.5).sum()), int((posteriors[300:] < 0.5).sum())
-        (300, 99)
+        >>> round(calibration.calibration().wrong_share, 2)
+        0.25
+        >>> calibration.posteriors(images, texts)[[0, 399]].round(decimals=2)
+        tensor([1., 0.])
     """
 
     def __init__(self) -> None:
-        self._counts: Tensor | None = None
+        # Of the pairs and of the mismatches, shape (2, BINS); empty before the first update.
+        self._counts = torch.zeros(2, 0)
 
     @torch.no_grad()
     def update(self, images: Tensor, texts: Tensor) -> None:
-        """Count the similarities of the pairs of all ranks; every rank must call it.
+        """Count the similarities among the pairs of all ranks; every rank must call it.
 
         Args:
-            images: Embeddings of length 1, shape ``(B, K)``. A row that is not finite, or whose text's is not, is left
-                out. B may differ between ranks.
-            texts: Of their captions.
+            images: Embeddings of length 1, shape ``(B, K)``; B may differ between ranks. A pair of which anything is
+                not finite is left out.
+            texts: Those of their captions.
         """
-        finite = (torch.isfinite(images).all(1) & torch.isfinite(texts).all(1)).unsqueeze(1)
-        both = torch.cat([torch.where(finite, each, 0) for each in (images, texts)] + [finite.to(images.dtype)], 1)
-        parts = gather_rows(both)
-        start = sum(map(len, parts[: rank()]))
-        width = images.shape[1]
-        all_images, all_texts, known = torch.cat(parts).split([width, width, 1], 1)
-        own = slice(start, start + len(images))
+        images, texts = images.float(), texts.float()
+        finite = (torch.isfinite(images) & torch.isfinite(texts)).all(1, keepdim=True)
+        images, texts = (torch.where(finite, each, 0) for each in (images, texts))
+        parts = gather_rows(torch.cat([images, texts, finite], 1))
+        width, start = images.shape[1], sum(map(len, parts[: rank()]))
+        others, captions, known = torch.cat(parts).split([width, width, 1], 1)
         with torch.autocast(images.device.type, enabled=False):
-            similar = all_images[own] @ all_texts.T
-            same = (all_images[own] @ all_images.T > SAME) | (all_texts[own] @ all_texts.T > SAME)
-        valid = (known[own] * known.T) > 0
-        mine = torch.zeros_like(valid)
-        mine[torch.arange(len(mine)), torch.arange(own.start, own.stop)] = True
-        places = _places(similar)
+            similarities = images @ captions.T
+            repeated = (images @ others.T > SAME) | (texts @ captions.T > SAME)
+        valid = finite & (known.T > 0)
+        columns = torch.arange(len(known), device=images.device)
+        own = columns == (start + torch.arange(len(images), device=images.device)).unsqueeze(1)
+        places = _places(similarities).flatten()
         zeros = torch.zeros(BINS, dtype=torch.float64, device=images.device)
         counts = [
-            zeros.index_add(0, places.flatten(), (chosen & valid).double().flatten()) for chosen in (mine, ~same)
+            zeros.index_add(0, places, (valid & chosen).double().flatten()) for chosen in (own, ~own & ~repeated)
         ]
-        new = sum_over_ranks(torch.stack(counts))
-        if self._counts is None:
-            self._counts = torch.zeros_like(new)
-        # Mismatches count by pair, so that large batches weigh no more than small ones.
-        new[1] *= new[0].sum() / new[1].sum().clamp(min=1)
-        self._counts = self._counts * torch.exp(-new[0].sum() / MEMORY) + new
+        pairs, mismatches = sum_over_ranks(torch.stack(counts))
+        count = pairs.sum()
+        # Per pair, so that a large batch weighs no more than its pairs.
+        mismatches = mismatches * (count / mismatches.sum().clamp(min=1))
+        new = torch.stack([pairs, mismatches])
+        old = self._counts if self._counts.numel() else torch.zeros_like(new)
+        self._counts = old * torch.exp(-count / MEMORY) + new
 
     @torch.no_grad()
     def posteriors(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Return each pair's probability of a match, shape ``(B,)``; equal for all where nothing is known.
+        """Return each pair's probability of a match; no host sync.
 
         Args:
-            images: As for :meth:`update`.
-            texts: Of their captions.
+            images: Embeddings of length 1, shape ``(B, K)``.
+            texts: Those of their captions.
+
+        Returns:
+            Shape ``(B,)``. All 1 while too few pairs were counted, or where their similarities do not distinguish
+            them from mismatches; NaN for a pair that is not finite.
         """
-        similar = (images * texts).sum(1)
-        if self._counts is None:
-            return torch.ones_like(similar)
-        table = _posterior_table(self._counts)
-        found = table.to(similar.dtype)[_places(torch.nan_to_num(similar))]
-        return torch.where(torch.isfinite(similar), found, torch.nan)
+        similarities = (images.float() * texts.float()).sum(1)
+        if not self._counts.numel():
+            return torch.where(torch.isfinite(similarities), 1.0, torch.nan)
+        found = _posteriors(self._counts).float()[_places(similarities.nan_to_num(0, 0, 0))]
+        return torch.where(torch.isfinite(similarities), found, torch.nan)
 
     def calibration(self) -> PairCalibration | None:
-        """Return what is known so far (a host sync); ``None`` before the first update."""
-        if self._counts is None:
+        """Return what is known so far (a host sync); ``None`` before the first :meth:`update`."""
+        if not self._counts.numel():
             return None
-        counts = self._counts
-        share, error = (float(each) for each in _wrong_share(counts))
-        return PairCalibration(
-            share,
-            max(share - 1.96 * error, 0.0),
-            min(share + 1.96 * error, 1.0),
-            float(_separation(counts)),
-            float(counts[0].sum()),
-        )
+        share, error = _wrong_share(self._counts)
+        figures = [share, share - 1.96 * error, share + 1.96 * error, _separation(self._counts)]
+        return PairCalibration(*torch.stack(figures).clamp(0, 1).tolist(), float(self._counts[0].sum()))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the histograms; empty before the first :meth:`update`."""
-        return {} if self._counts is None else {"counts": self._counts}
+        """Return the histograms."""
+        return {"counts": self._counts}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the histograms from a state."""
-        self._counts = state.get("counts")
+        self._counts = state["counts"]
 
 
-def _places(similar: Tensor) -> Tensor:
-    return ((similar + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
+def _places(similarities: Tensor) -> Tensor:
+    return ((similarities + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
+
+
+def _shares(counts: Tensor) -> Tensor:
+    return counts / counts.sum(1, keepdim=True).clamp(min=torch.finfo(counts.dtype).tiny)
 
 
 def _separation(counts: Tensor) -> Tensor:
-    """Area under the curve of pairs against mismatches."""
-    pairs, null = counts / counts.sum(1, keepdim=True).clamp(min=1e-300)
-    return (pairs * (null.cumsum(0) - null / 2)).sum()
+    pairs, mismatches = _shares(counts)
+    return (pairs * (mismatches.cumsum(0) - mismatches / 2)).sum()
 
 
 def _wrong_share(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The share of mismatched pairs and its standard error, by the tail of dissimilar pairs that bounds it best.
-
-    Storey's estimate, ``P(s < t) / P0(s < t)``, exceeds the share by what matches have below t and spreads the more the
-    fewer pairs lie there; the t with the lowest upper limit is taken.
-    """
+    """Return the share of mismatched pairs and its standard error."""
     samples = counts[0].sum().clamp(min=1)
-    pairs, null = counts.cumsum(1) / counts.sum(1, keepdim=True).clamp(min=1e-300)
-    tail = null.clamp(min=1e-12)
+    pairs, mismatches = _shares(counts).cumsum(1)
+    usable = (mismatches >= TAILS[0]) & (mismatches <= TAILS[1])
+    tail = torch.where(usable, mismatches, 1)
     share = pairs / tail
-    # A pair more, for tails in which none was seen.
-    error = ((pairs * (1 - pairs)).clamp(min=0) / samples + 1 / samples**2).sqrt() / tail
-    usable = (null >= TAILS[0]) & (null <= TAILS[1])
-    upper = torch.where(usable, share + ERRORS * error, torch.inf).cummin(0).values
-    last = torch.arange(BINS, device=counts.device)
-    chosen = torch.where(usable & (share <= upper), last, 0).amax(0, keepdim=True)
-    return share.gather(0, chosen)[0].clamp(max=1), error.gather(0, chosen)[0]
+    # One pair more, for tails that are empty so far.
+    error = ((pairs * (1 - pairs)).clamp(min=0) / samples + samples.pow(-2)).sqrt() / tail
+    # The larger the tail, the smaller the error, and the more matches in it (Lepski's choice between the two).
+    bound = torch.where(usable, share + ERRORS * error, torch.inf).cummin(0).values
+    fits = usable & (share <= bound)
+    chosen = torch.where(fits, torch.arange(BINS, device=counts.device), 0).amax(0, keepdim=True)
+    # Where all mismatches lie in one bin there is no such tail.
+    share, error = (torch.where(fits.any(), each.gather(0, chosen)[0], 1) for each in (share, error))
+    return share.clamp(max=1), error
 
 
-def _posterior_table(counts: Tensor) -> Tensor:
-    """The probability of a match in each bin, from 0 to 1 and never falling with the similarity."""
-    samples = counts[0].sum()
+def _posteriors(counts: Tensor) -> Tensor:
+    """Return the probability of a match in each bin."""
     share, _ = _wrong_share(counts)
-    pairs, null = _smoothed(counts)
-    mismatch = share * null / pairs.clamp(min=1e-300)
-    table = 1 - _antitonic(mismatch.clamp(max=1), pairs)
-    known = (samples >= MIN_PAIRS) & (_separation(counts) >= MIN_SEPARATION)
-    return torch.where(known, table, torch.ones_like(table))
+    pairs, mismatches = _smoothed(counts)
+    mismatched = (share * mismatches / pairs.clamp(min=torch.finfo(pairs.dtype).tiny)).clamp(max=1)
+    known = (counts[0].sum() >= MIN_PAIRS) & (_separation(counts) >= MIN_SEPARATION)
+    return torch.where(known, 1 - _falling(mismatched, pairs), 1)
 
 
 def _smoothed(counts: Tensor) -> Tensor:
-    """Densities over the bins."""
-    at = torch.arange(BINS, dtype=counts.dtype, device=counts.device)
-    shares = counts / counts.sum(1, keepdim=True).clamp(min=1e-300)
-    mean = (shares[1] * at).sum()
-    width = _BANDWIDTH * ((shares[1] * (at - mean).square()).sum().sqrt()).clamp(min=1)
-    kernel = torch.exp(-0.5 * ((at[:, None] - at) / width).square())
-    kernel = kernel / kernel.sum(0, keepdim=True)
-    return shares @ kernel.T
+    shares, places = _shares(counts), torch.arange(BINS, dtype=counts.dtype, device=counts.device)
+    mean = (shares[1] * places).sum()
+    width = BANDWIDTH * (shares[1] * (places - mean).square()).sum().sqrt().clamp(min=1)
+    kernel = torch.exp(-0.5 * ((places[:, None] - places) / width).square())
+    return shares @ (kernel / kernel.sum(0)).T
 
 
-def _antitonic(values: Tensor, weights: Tensor) -> Tensor:
-    """Return the falling sequence nearest to the values by weighted squares: the least of the highest means."""
-    weights = weights + 1e-12  # of bins in which nothing lies
-    sums, totals = ((x.cumsum(0)) for x in (weights, weights * values))
-    before = [torch.cat([x.new_zeros(1), x[:-1]])[:, None] for x in (sums, totals)]
-    means = (totals - before[1]) / (sums - before[0])  # [a, b]: over the bins from a to b
-    means = torch.where(torch.ones_like(means, dtype=torch.bool).triu(), means, -torch.inf)
-    highest = means.flip(1).cummax(1).values.flip(1)  # [a, k]: of those that begin at a and end at k or later
-    highest = torch.where(torch.ones_like(means, dtype=torch.bool).triu(), highest, torch.inf)
-    return highest.amin(0)
+def _falling(values: Tensor, weights: Tensor) -> Tensor:
+    """Return the falling sequence nearest to the values, by weighted squares: the least of the highest means."""
+    weights = weights + 1e-12  # for bins without any
+    sums = torch.stack([weights, weights * values]).cumsum(1)
+    before = torch.cat([sums.new_zeros(2, 1), sums[:, :-1]], 1)
+    width, total = sums[:, None, :] - before[:, :, None]  # [a, b]: of the bins from a to b
+    ordered = torch.ones_like(width, dtype=torch.bool).triu()
+    means = torch.where(ordered, total / width, -torch.inf)
+    highest = means.flip(1).cummax(1).values.flip(1)  # [a, k]: of all that begin at a and end at k or later
+    return torch.where(ordered, highest, torch.inf).amin(0)
