@@ -44,6 +44,11 @@ class Direction(Mapping[str, Tensor]):
         rounding = max(torch.finfo(p.dtype).eps / 2 for p in self._parameters.values())
         self._zero = max(RELATIVE_ZERO, rounding) * norm_of(self._reference) + torch.finfo(torch.float32).tiny
 
+    @property
+    def reference(self) -> Mapping[str, Tensor]:
+        """The reference's tensors by name, float32 or higher."""
+        return self._reference
+
     @torch.no_grad()
     def __getitem__(self, name: str) -> Tensor:
         reference = self._reference[name]

@@ -37,6 +37,7 @@ class LayerCall:
     _args: tuple[Any, ...] = field(repr=False)
     _kwargs: Mapping[str, Any] = field(repr=False)
     _versions: tuple[tuple[Tensor, int], ...] = field(repr=False)
+    _output: tuple[Tensor, int] | None = field(default=None, repr=False)
 
     #: The batch's axis in ``shape``.
     axis: ClassVar[int] = 0
@@ -57,6 +58,14 @@ class LayerCall:
         """
         self._check_versions()
         return self._versions[0][0]
+
+    @property
+    def output(self) -> Tensor | None:
+        """The layer's output, detached; ``None`` where it was not kept, or was changed in place since."""
+        if self._output is None:
+            return None
+        output, version = self._output
+        return output if output._version == version else None
 
     def without(self, names: Collection[str]) -> "LayerCall | None":
         """Return the call with fewer observed parameters; ``None`` if none is left."""
@@ -157,6 +166,8 @@ class LayerHooks:
         self.name, self.layer, self.parts = name, layer, dict(parts)
         #: Where calls are recorded; nowhere between forward passes.
         self.into: LayerCalls | None = None
+        #: Keep the output of each call until the gradients have been computed.
+        self.keeps_output = False
 
         # A plain function: deepcopy of the module (SWA, EMA) takes it along as it is, and the copy's calls
         # are told apart by their module. Outside of compiled graphs, in which it could not look.
@@ -204,5 +215,6 @@ class LayerHooks:
                 _args=inputs,
                 _kwargs=named,
                 _versions=tuple(versions),
+                _output=(kept := output.detach(), kept._version) if self.keeps_output else None,
             )
         )

@@ -84,6 +84,11 @@ class LayerGradients:
         """
         return frozenset({"dot", "norms", "gram"} if is_linear(layer) else {"dot"})
 
+    @property
+    def output_gradients(self) -> Tensor:
+        """``∂ℓᵢ/∂output`` of the unreduced losses, the output's shape."""
+        return self._output_gradients
+
     @staticmethod
     def batch_first(layer: nn.Module, shape: Sequence[int]) -> bool:
         """Whether an output of this shape has a batch axis before the axes that one sample takes."""
@@ -117,12 +122,27 @@ class LayerGradients:
         for name in vectors:
             if name not in self._rule.parameters:
                 raise MimicError(f"{type(self._layer).__name__} has no {name!r}; {nearest_names(name, self._parts)}.")
+        return self.along(self.output_change(vectors))
+
+    @torch.no_grad()
+    def output_change(self, vectors: Mapping[str, Tensor]) -> Tensor:
+        """Return the change of the layer's output if its parameters moved by the vectors, which :meth:`dot` rests on.
+
+        Args:
+            vectors: As for :meth:`dot`.
+
+        Returns:
+            The output's shape, in the dtype of ``vectors`` or higher.
+        """
         dtype = torch.promote_types(next(iter(vectors.values())).dtype, torch.float32)
-        gradients = self._output_gradients.to(dtype)
-        with _full_precision(gradients):
-            moved = self._linear_part({part: vector.to(dtype) for part, vector in vectors.items()}, dtype)
-            product = gradients * moved
-            return product.flatten(1).sum(1) if product.ndim > 1 else product
+        with _full_precision(self._output_gradients):
+            return self._linear_part({part: vector.to(dtype) for part, vector in vectors.items()}, dtype)
+
+    @torch.no_grad()
+    def along(self, change: Tensor) -> Tensor:
+        """Return the inner product of each sample's output gradient with a change of the output, shape ``(B,)``."""
+        product = self._output_gradients.to(change.dtype) * change
+        return product.flatten(1).sum(1) if product.ndim > 1 else product
 
     @torch.no_grad()
     def norms(self) -> Tensor:

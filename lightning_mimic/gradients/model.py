@@ -12,6 +12,7 @@ from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients.functional_use import FunctionalUse, functional_use
 from lightning_mimic.gradients.graph import Graph, Terminal, is_compiled, normalises_batch
 from lightning_mimic.gradients.layer_hooks import CallWatch, LayerCall, LayerCalls, LayerHooks
+from lightning_mimic.gradients.layer_rules import is_linear
 from lightning_mimic.gradients.layers import LayerGradients
 from lightning_mimic.gradients.nodes import BatchAxis, gate_rows, hook_gradient, kind_of, leaf_below
 from lightning_mimic.gradients.sample_gradients import DotOnly
@@ -86,6 +87,9 @@ class ModelHooks:
                 continue
             self.layers.append(LayerHooks(path, layer, own))
         self._hooks += self.layers
+        if len(self.layers) == 1:
+            # That of several layers would be held much longer than a forward pass holds them.
+            self.layers[0].keeps_output = is_linear(self.layers[0].layer)
 
     def start(self) -> LayerCalls:
         """Begin to record calls.

@@ -31,6 +31,9 @@ class Column:
     summary: Literal["mean", "last"] | None = None
 
 
+#: Stands for null in an array of class indices, which has no NaN.
+NO_CLASS = -(2**63)
+
 #: In the order of the file. A new column is nullable, so that ledgers that lack it stay readable.
 COLUMNS = (
     Column("id", ID, "", "the sample's id, an int or a str"),
@@ -47,6 +50,10 @@ COLUMNS = (
     Column("flag", pa.string(), "", "`ok`, or what was special about the row: a name of `Flag` in lower case"),
     Column("label", pa.int64(), "", "index of the given class", True, "last"),
     Column("predicted", pa.int64(), "", "index of the class that the model predicted", True, "last"),
+    Column("posterior", pa.float32(), "", "probability that the label is right, by the reference", True, "mean"),
+    Column("reference_predicted", pa.int64(), "", "index of the class that the reference predicted", True, "last"),
+    Column("reference_confidence", pa.float32(), "", "its probability of that class, calibrated", True, "mean"),
+    Column("reference_loss", pa.float32(), "loss", "its cross-entropy on the label, calibrated", True, "mean"),
 )
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from lightning_mimic.errors import LedgerError
 from lightning_mimic.files import atomic_write
-from lightning_mimic.ledger.columns import nullable_columns, schema
+from lightning_mimic.ledger.columns import NO_CLASS, nullable_columns, schema
 from lightning_mimic.ledger.ids import id_array, unified
 
 #: run, attempt, rank, number, rows: the count in the name tells what a damaged part has lost.
@@ -103,9 +103,11 @@ class LedgerWriter:
             return
         ids = self.check_ids(columns["id"])
         ours = {"id": ids, "attempt": [self._attempt] * rows, "rank": [self._rank] * rows}
-        arrays = dict.fromkeys(nullable_columns()) | dict(columns) | ours
+        nullable = nullable_columns()
+        arrays = dict.fromkeys(nullable) | dict(columns) | ours
         form = schema(ids.type)
-        self._pending.append(pa.Table.from_arrays([_column(arrays[f.name], f.type, rows) for f in form], schema=form))
+        made = [_column(arrays[f.name], f.type, rows, nullable=f.name in nullable) for f in form]
+        self._pending.append(pa.Table.from_arrays(made, schema=form))
 
     def flush(self) -> None:
         """Commits what is in memory as one part.
@@ -178,9 +180,11 @@ class LedgerWriter:
         return pa.concat_tables(table.cast(schema(id_type)) for table in self._pending)
 
 
-def _column(values: Any, kind: pa.DataType, rows: int) -> pa.Array:
+def _column(values: Any, kind: pa.DataType, rows: int, *, nullable: bool) -> pa.Array:
     if values is None:
         return pa.nulls(rows, kind)
     # NaN stands for "no value" on the device; null is its name on disk.
     array = pa.array(values, from_pandas=True)
+    if nullable and array.type == pa.int64():
+        array = pc.if_else(pc.equal(array, NO_CLASS), None, array)
     return array.cast(kind)

@@ -4,17 +4,22 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lightning_mimic.errors import MimicError
-from lightning_mimic.gradients import LayerGradients, owning_layer
+from lightning_mimic.errors import MimicError, join_names
+from lightning_mimic.gradients import is_linear, owning_layer
 from lightning_mimic.reference import Aligned, ReferenceSource
 from lightning_mimic.reweighting.gate import Reweight
 from lightning_mimic.reweighting.reference_monitor import OnDoubtful
-from lightning_mimic.scorers import Need, Scorer, UsesLoader
+from lightning_mimic.scorers import WEIGHT_NEEDS, Need, Scorer, UsesLoader
 
 #: Products that only one layer's gradients offer, in words.
 ONE_LAYER_PRODUCTS: dict[Need, str] = {
     "norms": "the norms of per-sample gradients",
     "gram": "the inner products of per-sample gradients",
+    "outputs": "the outputs of the last layer",
+    "reference_outputs": "the reference's outputs of the last layer",
+    "labels": "the labels of a cross-entropy",
+    "calibrated_outputs": "the calibrated reference's outputs of the last layer",
+    "posteriors": "the probabilities that labels are right",
 }
 
 
@@ -31,14 +36,19 @@ def check_scorer(scorer: Scorer, needs: frozenset[Need], *, reference: bool, par
         MimicError: Something is missing, or given in vain.
     """
     name = type(scorer).__name__
-    of_reference = {"reference_losses"} if isinstance(scorer, UsesLoader) else {"dot", "reference_losses"}
+    of_reference = {"reference_losses"} if isinstance(scorer, UsesLoader) else WEIGHT_NEEDS | {"reference_losses"}
+    if isinstance(scorer, UsesLoader) and needs & (WEIGHT_NEEDS - {"dot"}):
+        raise MimicError(
+            f"{join_names(sorted(needs & (WEIGHT_NEEDS - {'dot'})))} come from the weights of a reference, and {name} "
+            "takes its direction from the batches of its `loader`; take another scorer or weighting."
+        )
     if reference and "dot" in needs - of_reference:
         raise MimicError(
             f"`reference` is given, but {name} takes its direction from the batches of its `loader`; leave it out."
         )
     for argument, given, needed, example in (
         ("reference", reference, of_reference, "a checkpoint's path"),
-        ("parameters", parameters, {"dot", "norms", "gram"}, "a layer's path or 'all'"),
+        ("parameters", parameters, WEIGHT_NEEDS | ONE_LAYER_PRODUCTS.keys(), "a layer's path or 'all'"),
     ):
         if given and not needs & needed:
             raise MimicError(f"`{argument}` is given, but {name} takes none; leave it out.")
@@ -67,7 +77,7 @@ def check_needs(scorer: Scorer, needs: frozenset[Need], module: nn.Module, targe
         )
     for need in sorted(needs & ONE_LAYER_PRODUCTS.keys()):
         path, layer = owning_layer(module, targets)
-        if need not in LayerGradients.products_of(layer):
+        if not is_linear(layer):
             raise MimicError(
                 f"{name} needs {ONE_LAYER_PRODUCTS[need]}, which are known for nn.Linear; {path!r} is a "
                 f"{type(layer).__name__}."
@@ -96,7 +106,8 @@ def check_sharded(
         MimicError: It would.
     """
     name = type(scorer).__name__
-    unseen = not needs & {"dot", "norms", "gram"} and not callable(getattr(module, "sample_losses", None))
+    layerless = not needs & (WEIGHT_NEEDS | ONE_LAYER_PRODUCTS.keys())
+    unseen = layerless and not callable(getattr(module, "sample_losses", None))
     for given, instead in (
         (isinstance(reference, Aligned), "An aligned reference is fitted from whole layers; give one as it is"),
         (on_doubtful == "align", "`on_doubtful='align'` fits whole layers; take 'warn' or 'raise'"),

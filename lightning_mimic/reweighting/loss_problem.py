@@ -2,7 +2,7 @@
 
 import enum
 
-from lightning_mimic.reweighting.messages import MEANT_NAN, NOT_THE_MEAN, UNEQUAL_TARGETS
+from lightning_mimic.reweighting.messages import MEANT_NAN, NOT_CROSS_ENTROPY, NOT_THE_MEAN, UNEQUAL_TARGETS
 
 
 class LossProblem(enum.IntFlag):
@@ -15,10 +15,14 @@ class LossProblem(enum.IntFlag):
     NOT_THE_MEAN = 2
     #: The batch holds NaN, which the module may mean, and samples that hold it were taken out of the batch.
     MEANT_NAN = 4
+    #: Labels are needed, and the loss is not the cross-entropy that shows them.
+    NOT_CROSS_ENTROPY = 8
 
     @property
     def message(self) -> str:
         """The problem and its fix."""
         if LossProblem.NOT_THE_MEAN in self:
             return NOT_THE_MEAN
+        if LossProblem.NOT_CROSS_ENTROPY in self:
+            return NOT_CROSS_ENTROPY
         return MEANT_NAN if LossProblem.MEANT_NAN in self else UNEQUAL_TARGETS

@@ -16,6 +16,12 @@ MEANT_NAN = (
     "as it is, or `on_nonfinite='mask'`, which takes these samples out."
 )
 
+NOT_CROSS_ENTROPY = (
+    "the loss was a cross-entropy of the last layer's outputs with one class per sample at the start of the epoch, and "
+    "is no longer (mixed labels, ignored ones or another loss in some batches), so that labels are not known. Take a "
+    "scorer or weighting that does not need them."
+)
+
 NOT_PLAIN = (
     "the loss is not shown to be a plain mean over samples: {}. Give the module a method `sample_losses(batch)` that "
     "returns one loss per sample, and average it in training_step; or, if the loss is the plain mean of losses of "

@@ -13,7 +13,14 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError, join_names
-from lightning_mimic.gradients import Graph, LayerGradients, LossGradients, ModelHooks, WholeModelGradients
+from lightning_mimic.gradients import (
+    Graph,
+    LayerGradients,
+    LossGradients,
+    ModelHooks,
+    WholeModelGradients,
+    is_linear,
+)
 from lightning_mimic.gradients.compiled import compiled_parameters
 from lightning_mimic.gradients.graph import (
     is_compiled,
@@ -35,7 +42,7 @@ from lightning_mimic.reweighting.messages import COMPILED_TWICE, HOOKED
 from lightning_mimic.reweighting.products import GradientProducts, layer_products
 from lightning_mimic.reweighting.reference_monitor import warn_once_for_all_ranks
 from lightning_mimic.reweighting.weigh import StepResult
-from lightning_mimic.scorers import NEEDS, Need
+from lightning_mimic.scorers import HEAD_NEEDS, NEEDS, Need
 from lightning_mimic.sharding import unshard
 
 #: What the weights must reach: all trainable parameters, all that some tensor with a row per sample leads to, or the
@@ -100,8 +107,11 @@ class ScoringTask:
     def layer_products(self) -> frozenset[Need]:
         """The products of the one target layer; none where there are several."""
         layers = self.hooks.layers
-        offered = LayerGradients.products_of(layers[0].layer) if len(layers) == 1 else frozenset()
-        return frozenset(need for need in NEEDS if need in offered)
+        if len(layers) != 1:
+            return frozenset()
+        offered = LayerGradients.products_of(layers[0].layer)
+        head = HEAD_NEEDS if is_linear(layers[0].layer) else frozenset[Need]()
+        return head | {need for need in NEEDS if need in offered}
 
     def target_nodes(self, forward: Forward, graph: Graph) -> set[Node]:
         """Return where the target parameters meet the batch, of the nodes of a graph."""

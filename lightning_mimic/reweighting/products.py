@@ -19,6 +19,9 @@ class GradientProducts(TypedDict, total=False):
     norms: Tensor
     gram: Tensor
     own: slice
+    outputs: Tensor
+    output_gradients: Tensor
+    reference_outputs: Tensor
 
 
 def layer_products(
@@ -38,8 +41,18 @@ def layer_products(
         clean: Samples of this rank that are finite, shape ``(B,)``; all, if ``None``.
     """
     found: GradientProducts = {}
+    output = call.output
+    if output is not None and output.ndim == 2:
+        found["outputs"], found["output_gradients"] = output, rows.output_gradients
     if vectors:
-        found["dot"] = rows.dot(call.local(vectors))
+        change = rows.output_change(call.local(vectors))
+        found["dot"] = rows.along(change)
+        if (
+            output is not None
+            and "outputs" in found
+            and len(vectors) == len(list(call.layer.parameters(recurse=False)))
+        ):
+            found["reference_outputs"] = output + change
     if "norms" in needs:
         found["norms"] = rows.norms()
     if "gram" in needs:

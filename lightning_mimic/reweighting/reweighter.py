@@ -34,6 +34,7 @@ from lightning_mimic.reweighting.checks import check_sharded
 from lightning_mimic.reweighting.choice import Choice, choose_method
 from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.gate import Reweight
+from lightning_mimic.reweighting.head import Head
 from lightning_mimic.reweighting.hooks import LossCapture
 from lightning_mimic.reweighting.loss_check import AssertedLoss, LossCheck
 from lightning_mimic.reweighting.messages import HOOKED
@@ -258,7 +259,8 @@ class Reweighter:
             self._batch_size_known = "batch_size" in notes
             self._ledger = RunLedger(directory, self.config, step, self._progress, notes)
         writer = None if self._ledger is None else self._ledger.writer
-        self._recorder = ScoreRecorder(writer, {Flag.ZERO_DIRECTION} if self._target.aligns else ())
+        later = self._target.aligns or "calibrated_outputs" in self.settings.needs
+        self._recorder = ScoreRecorder(writer, {Flag.ZERO_DIRECTION} if later else ())
         self._closing.callback(weakref.finalize(self, _warn_of_unwritten, self._recorder, directory).detach)
         self._next = replace(self._next, step=step)
         if self._target.at_reference():
@@ -348,6 +350,8 @@ class Reweighter:
                 notes["ids"] = kind_of(step.ids)
                 self._ledger.note(notes if self._batch_size_known else notes | {"batch_size": len(result)})
             self._ledger.scored(here)
+        if here.epoch != self._checked_epoch:
+            self._note_calibration()
         self._checked_epoch = here.epoch
         self._next = Position(here.epoch, here.step + 1, here.batch + 1)
         columns = result.columns() | class_columns(outputs, len(result))
@@ -383,6 +387,7 @@ class Reweighter:
             else:
                 self._recorder.commit()
         self._repeated_ids.compare()
+        self._note_calibration()
         if self._target.undecided and self._monitor is not None:
             self._monitor.warn_if_unaligned()
         self._target.warn_if_unaligned()
@@ -439,6 +444,8 @@ class Reweighter:
             state["diagnosed"] = self._monitor is None
             state["compatible"] = self._compatible
             state["target"] = self._target.state_dict()
+        if head := self._context.head.state_dict():
+            state["head"] = head
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -452,6 +459,7 @@ class Reweighter:
                 raise MimicError(
                     f"the state of the run is damaged: its `position` is {state['position']!r}. Take another."
                 ) from error
+        self._context.head.load_state_dict(state.get("head", {}))
         if "target" not in state:
             return
         self._compatible = state["compatible"]
@@ -487,7 +495,7 @@ class Reweighter:
             self._closing.callback(capture.remove)
         ambiguous = settings.masks and settings.on_nonfinite is None
         loss_check = LossCheck(self.model, settings.loss, captured=capture is not None, ambiguous=ambiguous)
-        return StepContext(settings, task, self._target, capture, loss_check, self._choose)
+        return StepContext(settings, task, self._target, capture, loss_check, self._choose, Head(settings.needs))
 
     def _refuse_replaced(self) -> None:
         for name, parameter in self.targets.items():
@@ -516,6 +524,12 @@ class Reweighter:
             distributed.on_all_ranks(forward.check_observed, problem)
             choice = self._choice = distributed.on_all_ranks(chosen, problem)
         return choice.method
+
+    def _note_calibration(self) -> None:
+        """Note the calibration of the reference in the ledger, where there is one (a host sync)."""
+        calibration = self._context.head.calibration() if self._ledger is not None else None
+        if calibration is not None:
+            self.note({"calibration": calibration.facts()})
 
     def _diagnose(self, step: Step, result: StepResult) -> StepResult:
         """Return the result with what is found about the reference in this step."""

@@ -24,6 +24,7 @@ from lightning_mimic.reweighting.batch import Ids, blank_nan_samples
 from lightning_mimic.reweighting.features import target_features
 from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.gate import ClosedGate, FullGate, Gate, TargetGate
+from lightning_mimic.reweighting.head import Head, HeadProducts
 from lightning_mimic.reweighting.hooks import GradientHooks, LossCapture, SampleLosses
 from lightning_mimic.reweighting.loss_check import LossCheck
 from lightning_mimic.reweighting.loss_problem import LossProblem
@@ -39,6 +40,9 @@ from lightning_mimic.scorers import Products, validate_scores
 # Models with an open step: a second one would score gradients that the first has weighted.
 _OPEN: WeakSet[nn.Module] = WeakSet()
 
+# Products of the layer that a scorer gets only where they are those of a last layer under cross-entropy.
+_OF_HEAD = frozenset({"outputs", "output_gradients", "reference_outputs"})
+
 
 @dataclass(frozen=True)
 class StepContext:
@@ -51,6 +55,7 @@ class StepContext:
         capture: Captures per-sample losses; ``None`` for a module without ``sample_losses``.
         loss_check: Shows that the losses of such a module are means over the samples.
         choose: Returns the method that scores a micro-batch; looks at its graph first, if the second argument is true.
+        head: The last layer, where the target is one under cross-entropy.
     """
 
     settings: Settings
@@ -59,6 +64,7 @@ class StepContext:
     capture: LossCapture | None
     loss_check: LossCheck
     choose: Callable[[Forward, bool], ScoringMethod]
+    head: Head
 
 
 class Step:
@@ -314,12 +320,17 @@ class Step:
                 known = ~vanishes if clean is None else clean & ~vanishes
                 mimic_scores = torch.where(known, -dot / direction_norm, torch.nan)
             vanishes = vanishes | target.undecided
+        head = self._head(products, vanishes)
+        fields: dict[str, Any] = {name: value for name, value in products.items() if name not in _OF_HEAD}
+        if head is not None:
+            fields |= head.products
+            vanishes = vanishes | head.unknown
         known_products = Products(
             samples=torch.zeros(self._rows or 0, device=self._unit.device),
             direction_norm=direction_norm,
             losses=self._losses,
             reference_losses=self._reference_losses,
-            **products,
+            **fields,
         )
         scorer, weighting = settings.make_scores, settings.make_weights
         scores = validate_scores(scorer, scorer(known_products.for_reader(scorer)), known_products)
@@ -336,10 +347,35 @@ class Step:
             bad := (result.flags == Flag.NONFINITE_LOSS).nonzero().flatten().tolist()
         ):
             raise FloatingPointError(f"samples at positions {bad} of the batch have a loss that is not finite.")
-        self._result = replace(result, losses=self._losses, mimic_scores=mimic_scores, direction_norm=norm)
+        self._result = replace(
+            result,
+            losses=self._losses,
+            mimic_scores=mimic_scores,
+            direction_norm=norm,
+            head=None if head is None else head.columns,
+            wrong_share=self._context.head.wrong_share,
+        )
         return self._result
 
     # The rest
+
+    def _head(self, products: GradientProducts, vanishes: Tensor) -> HeadProducts | None:
+        """Return what is known of the last layer, if the one target is such a layer under cross-entropy."""
+        head, reference = self._context.head, self._context.target.reference
+        if not head.required and (reference is None or "reference_outputs" not in products):
+            return None
+        found = head.products(
+            products,
+            {} if reference is None else reference,
+            self.direction,
+            self.clean,
+            vanishes,
+            unseen=self.position.epoch == 0,
+            check=self._check,
+        )
+        if found is not None and self._problem is not None:
+            self._problem = self._problem + found.unrecognised * LossProblem.NOT_CROSS_ENTROPY
+        return found
 
     def _stop(self) -> None:
         self._recording.close()

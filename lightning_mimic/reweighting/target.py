@@ -29,7 +29,7 @@ from lightning_mimic.reweighting.batch import Ids, describe
 from lightning_mimic.reweighting.checks import check_needs
 from lightning_mimic.reweighting.reference_batches import ReferenceBatches
 from lightning_mimic.reweighting.reference_monitor import ReferenceMonitor, warn_once_for_all_ranks
-from lightning_mimic.scorers import Need, Scorer, UsesLoader
+from lightning_mimic.scorers import WEIGHT_NEEDS, Need, Scorer, UsesLoader
 from lightning_mimic.sharding import sharded_modules
 
 
@@ -84,11 +84,12 @@ class Target:
         if isinstance(reference, Aligned) and not reference.rotate:
             # Left out by default, so that older ledgers go on.
             self._config["aligned_rotate"] = False
-        if isinstance(scorer, UsesLoader) and "dot" in needs:
+        directed = bool(needs & WEIGHT_NEEDS)
+        if isinstance(scorer, UsesLoader) and directed:
             self._follow_batches(scorer.loader, module, type(scorer).__name__, prepare)
         if reference is None:
             return
-        if isinstance(reference, Aligned) and "dot" not in needs:
+        if isinstance(reference, Aligned) and not directed:
             raise MimicError(
                 f"`reference`: {type(scorer).__name__} takes no direction, so there is nothing to align; give it the "
                 "reference itself, without Aligned."
@@ -99,7 +100,7 @@ class Target:
             self.fingerprint = fingerprint(self._reference.state_dict())
         if isinstance(reference, Aligned):
             self._align(reference, module)
-        elif "dot" in needs:
+        elif directed:
             self.facts = self._set_direction(source, module)
         self._whole = whole_reference(source, module) if self._reference is None else self._reference
 
@@ -112,6 +113,11 @@ class Target:
     def aligns(self) -> bool:
         """A direction is fitted while the model trains, so that there is none at first."""
         return self._aligned is not None
+
+    @property
+    def reference(self) -> Mapping[str, Tensor] | None:
+        """The reference's parameters by name, aligned or not; ``None`` where the direction leads to none."""
+        return self.direction.reference if isinstance(self.direction, Direction) else None
 
     def monitor(self, device: torch.device, samples: int) -> ReferenceMonitor | None:
         """Return a monitor of the reference on so many samples; ``None`` where there is nothing to look at."""

@@ -1,5 +1,6 @@
 """The weights of a micro-batch, and flags for rows without a score."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +23,8 @@ class StepResult:
         mimic_scores: The mimic score of each sample, whatever the scorer; NaN without a direction. ``None`` where
             scoring needs no direction.
         direction_norm: ``‖v‖``, a scalar; ``None`` without a direction.
+        head: Ledger columns of the last layer under cross-entropy; ``None`` where the target is no such layer.
+        wrong_share: The estimated share of wrong labels, a scalar; ``None`` where it is not known.
         report: What was found about the reference, in the step in which that became known; else empty.
     """
 
@@ -32,6 +35,8 @@ class StepResult:
     losses: Tensor | None = None
     mimic_scores: Tensor | None = None
     direction_norm: Tensor | None = None
+    head: Mapping[str, Tensor] | None = None
+    wrong_share: Tensor | None = None
     report: str = ""
 
     def __len__(self) -> int:
@@ -50,7 +55,9 @@ class StepResult:
             "flag": self.flags,
             "batch_size": self.weights.batch_size.expand_as(self.flags),
         }
-        return columns if self.losses is None else columns | {"loss": self.losses.float()}
+        if self.losses is not None:
+            columns["loss"] = self.losses.float()
+        return columns | dict(self.head or {})
 
     def figures(self) -> dict[str, Tensor]:
         """Return what is logged, scalars by name."""
@@ -59,8 +66,8 @@ class StepResult:
             "mimic/ess": self.weights.ess,
             "mimic/negative_share": self.weights.negative_share,
         }
-        norm = self.direction_norm
-        return figures if norm is None else figures | {"mimic/direction_norm": norm}
+        more = {"mimic/direction_norm": self.direction_norm, "mimic/wrong_share": self.wrong_share}
+        return figures | {name: value for name, value in more.items() if value is not None}
 
 
 def weigh_batch(

@@ -30,7 +30,7 @@ def validate_needs(reader: object, argument: str = "scorer") -> frozenset[Need]:
         Traceback (most recent call last):
         ...
         lightning_mimic.errors.MimicError: `scorer`: Typo declares 'dots' in its `needs`, which is no product; nearest:
-        'dot', 'norms', 'losses'.
+        'dot', 'outputs', 'norms', 'losses'.
     """
     if isinstance(reader, type):
         raise MimicError(f"`{argument}` is the class {reader.__name__}; expected an object: {reader.__name__}(...).")

@@ -7,14 +7,52 @@ from torch import Tensor
 
 from lightning_mimic.errors import MimicError, nearest_names
 
-#: A product that a scorer or a weighting may need: three products with per-sample gradients, and two kinds of loss.
-Need = Literal["dot", "norms", "gram", "losses", "reference_losses"]
+#: A product that a scorer or a weighting may need: three products with per-sample gradients, two kinds of loss, and
+#: what is known of a last linear layer under cross-entropy.
+Need = Literal[
+    "dot",
+    "norms",
+    "gram",
+    "losses",
+    "reference_losses",
+    "outputs",
+    "reference_outputs",
+    "labels",
+    "calibrated_outputs",
+    "posteriors",
+]
 #: All products that can be declared.
 NEEDS: tuple[Need, ...] = get_args(Need)
+#: Those of a last linear layer whose outputs are the logits of a cross-entropy.
+HEAD_NEEDS: frozenset[Need] = frozenset({"outputs", "reference_outputs", "labels", "calibrated_outputs", "posteriors"})
+#: Those that come from the weights of a reference.
+WEIGHT_NEEDS: frozenset[Need] = frozenset({"dot", "reference_outputs", "calibrated_outputs", "posteriors"})
 
 # Fields that come with a declared product.
-_COMPANIONS = {"direction_norm": "dot", "own": "gram"}
-_OPTIONAL = ("dot", "direction_norm", "norms", "gram", "own", "losses", "reference_losses")
+_COMPANIONS = {
+    "direction_norm": "dot",
+    "own": "gram",
+    "output_gradients": "outputs",
+    "calibrated_norm": "calibrated_outputs",
+    "calibrated_direction_norm": "calibrated_outputs",
+}
+_OPTIONAL = (
+    "dot",
+    "direction_norm",
+    "norms",
+    "gram",
+    "own",
+    "losses",
+    "reference_losses",
+    "outputs",
+    "output_gradients",
+    "reference_outputs",
+    "labels",
+    "calibrated_outputs",
+    "calibrated_norm",
+    "calibrated_direction_norm",
+    "posteriors",
+)
 
 
 class Products:
@@ -33,6 +71,15 @@ class Products:
         own: The slice of these N that holds this rank's B; comes with ``gram``.
         losses: The model's unreduced losses, shape ``(B,)``.
         reference_losses: The reference's losses on the same samples and labels, shape ``(B,)``.
+        outputs: The logits of the target layer, shape ``(B, C)``.
+        output_gradients: ``∂ℓᵢ/∂outputs``, shape ``(B, C)``; comes with ``outputs``.
+        reference_outputs: The logits of the reference's layer on the same features, shape ``(B, C)``.
+        labels: Given classes, shape ``(B,)``; −1 where a row is not of a cross-entropy with one class.
+        calibrated_outputs: Logits of the calibrated reference, shape ``(B, C)``.
+        calibrated_norm: Length of its weights and biases, a scalar; comes with ``calibrated_outputs``.
+        calibrated_direction_norm: Length of the direction to them, a scalar; comes with ``calibrated_outputs``.
+        posteriors: Probability that the given label is right, by the calibrated reference, shape ``(B,)``; NaN where it
+            is not known.
 
     Example:
         >>> import torch
@@ -53,6 +100,14 @@ class Products:
     own: slice
     losses: Tensor
     reference_losses: Tensor
+    outputs: Tensor
+    output_gradients: Tensor
+    reference_outputs: Tensor
+    labels: Tensor
+    calibrated_outputs: Tensor
+    calibrated_norm: Tensor
+    calibrated_direction_norm: Tensor
+    posteriors: Tensor
 
     def __init__(
         self,
@@ -65,8 +120,19 @@ class Products:
         own: slice | None = None,
         losses: Tensor | None = None,
         reference_losses: Tensor | None = None,
+        outputs: Tensor | None = None,
+        output_gradients: Tensor | None = None,
+        reference_outputs: Tensor | None = None,
+        labels: Tensor | None = None,
+        calibrated_outputs: Tensor | None = None,
+        calibrated_norm: Tensor | None = None,
+        calibrated_direction_norm: Tensor | None = None,
+        posteriors: Tensor | None = None,
     ) -> None:
-        values = (dot, direction_norm, norms, gram, own, losses, reference_losses)
+        of_gradients = (dot, direction_norm, norms, gram, own)
+        of_head = (outputs, output_gradients, reference_outputs, labels)
+        of_calibration = (calibrated_outputs, calibrated_norm, calibrated_direction_norm, posteriors)
+        values = (*of_gradients, losses, reference_losses, *of_head, *of_calibration)
         given = {name: value for name, value in zip(_OPTIONAL, values, strict=True) if value is not None}
         # Past __setattr__; what is absent falls through to __getattr__.
         vars(self).update(given, samples=samples, _reader=None, _needs=frozenset())

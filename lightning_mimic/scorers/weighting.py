@@ -200,6 +200,39 @@ class ShareWeighting:
         return normalised_weights(self._weigh(scores), scores, valid=valid, uniform=uniform)
 
 
+class Posterior:
+    """Weights in proportion to the probability that the given label is right, by the calibrated reference.
+
+    ``wᵢ = πᵢ / Σⱼ πⱼ`` over the micro-batch of all ranks together, with
+    ``π = (1 − r) q_y / ((1 − r) q_y + r (1 − q_y)/(C − 1))``: q is the calibrated reference's softmax and r the
+    estimated share of wrong labels, both found while the model trains. Where no label is wrong, or as long as nothing
+    is known, the weights are uniform. The scores are those of the scorer, which has no part in the weights.
+
+    Example:
+        >>> scores = torch.zeros(2)
+        >>> Posterior()(scores, Products(scores, posteriors=torch.tensor([0.9, 0.3]))).weights
+        tensor([0.7500, 0.2500])
+    """
+
+    needs: frozenset[Need] = frozenset({"posteriors"})
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        scores: Tensor,
+        products: Products | None = None,
+        *,
+        valid: Tensor | None = None,
+        uniform: Tensor | None = None,
+    ) -> BatchWeights:
+        """Return the weights of this rank's rows; see :class:`Weighting`."""
+        if products is None:
+            raise MimicError("Posterior weighs by the product `posteriors`, and was called without products.")
+        posteriors = products.posteriors
+        known = torch.where(torch.isnan(posteriors), torch.ones_like(posteriors), posteriors)
+        return normalised_weights(known, scores, valid=valid, uniform=uniform)
+
+
 @torch.no_grad()
 def normalised_weights(
     raw: Tensor, scores: Tensor, *, valid: Tensor | None = None, uniform: Tensor | None = None

@@ -1,0 +1,223 @@
+"""What is known of a last linear layer under cross-entropy: labels, the reference's outputs, and its calibration."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_mimic import distributed
+from lightning_mimic.errors import MimicError, join_names
+from lightning_mimic.gradients.direction import norm_of
+from lightning_mimic.ledger import NO_CLASS
+from lightning_mimic.reference.calibration import Calibration, RunningCalibration
+from lightning_mimic.reweighting.products import GradientProducts
+from lightning_mimic.scorers import HEAD_NEEDS, Need
+
+#: The least probability of a given class among a row's targets, below which label smoothing leaves no one label.
+_LEAST_TARGET = 0.5
+
+
+@dataclass(frozen=True)
+class HeadProducts:
+    """The products of the last layer in one micro-batch.
+
+    Attributes:
+        products: Fields of :class:`~lightning_mimic.scorers.Products`.
+        columns: The ledger's columns.
+        unknown: Scores that rest on the calibrated reference have no meaning yet, a boolean scalar.
+        unrecognised: Some rows are needed and are not of a cross-entropy, a boolean scalar.
+    """
+
+    products: Mapping[str, Tensor]
+    columns: dict[str, Tensor]
+    unknown: Tensor
+    unrecognised: Tensor
+
+
+@dataclass
+class Head:
+    """The last layer of one run, if its outputs are the logits of a cross-entropy.
+
+    That is recognised by numbers: the gradient of a cross-entropy is ``softmax(z) − y``, so that ``softmax(z)`` less
+    the gradient is one label, smoothed or not.
+
+    Args:
+        needs: The products that scorer and weighting need.
+    """
+
+    needs: frozenset[Need]
+    #: Whether the loss is a cross-entropy of the layer's outputs; ``None`` before the first step.
+    recognised: bool | None = None
+    _calibration: RunningCalibration | None = None
+    _state: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def required(self) -> bool:
+        """Something is needed that only such a layer has."""
+        return bool(self.needs & HEAD_NEEDS)
+
+    @torch.no_grad()
+    def products(
+        self,
+        found: GradientProducts,
+        reference: Mapping[str, Tensor],
+        direction: Mapping[str, Tensor],
+        clean: Tensor | None,
+        vanishes: Tensor,
+        *,
+        unseen: bool,
+        check: bool,
+    ) -> HeadProducts | None:
+        """Return what is known of a micro-batch; on every rank.
+
+        Args:
+            found: The products of the layer.
+            reference: The reference's parameters of the layer, by name.
+            direction: From the model's parameters to them, by name.
+            clean: Rows that are finite; all, if ``None``.
+            vanishes: There is no reference (yet), a boolean scalar.
+            unseen: The model has not trained on these samples before.
+            check: Look whether the loss is a cross-entropy (a host sync).
+
+        Returns:
+            ``None`` where it is not, and nothing is needed.
+
+        Raises:
+            MimicError: Something is needed, and it is not.
+        """
+        if check or self.recognised is None:
+            self.recognised = self._recognise(found, clean)
+        if not self.recognised:
+            return None
+        outputs, theirs = found["outputs"].float(), found["reference_outputs"].float()
+        labels = labels_of(outputs, found["output_gradients"], clean)
+        if self._calibration is None:
+            self._calibration = RunningCalibration(outputs.shape[1], outputs.device)
+            if self._state:
+                self._calibration.load_state_dict(self._state)
+        calibration = self._calibration
+        calibration.update(theirs, torch.where(vanishes, -1, labels), outputs if unseen else None)
+        products = {"outputs": outputs, "reference_outputs": theirs, "labels": labels}
+        products["output_gradients"] = found["output_gradients"]
+        known = labels >= 0
+        columns = {
+            "label": torch.where(known, labels, NO_CLASS),
+            "predicted": torch.where(known, outputs.argmax(1), NO_CLASS),
+        }
+        unknown = torch.ones_like(vanishes)
+        if calibration.ready:
+            scale, biases = calibration.parameters
+            unknown = ~calibration.informative
+            calibrated = calibration.calibrated(theirs)
+            weights = {name: scale * tensor.float() for name, tensor in reference.items()}
+            # Without a bias of the layer, c is one of the calibrated reference's own.
+            bias = next((name for name, tensor in weights.items() if tensor.ndim == 1), "")
+            weights[bias] = weights.get(bias, torch.zeros_like(biases)) + biases
+            steps = {n: t - (reference[n] - direction[n]).float() if n in reference else t for n, t in weights.items()}
+            products |= {
+                "calibrated_outputs": calibrated,
+                "calibrated_norm": norm_of(weights),
+                "calibrated_direction_norm": norm_of(steps),
+            }
+            log_q = calibrated.log_softmax(1)
+            shown = known & ~vanishes
+            columns |= {
+                "reference_predicted": torch.where(shown, log_q.argmax(1), NO_CLASS),
+                "reference_confidence": _or_nan(log_q.amax(1).exp(), shown),
+                "reference_loss": _or_nan(-log_q.gather(1, labels.clamp(min=0)[:, None])[:, 0], shown),
+            }
+        else:
+            # The scores are not used, but their shape is.
+            one = torch.ones((), device=outputs.device)
+            products |= {"calibrated_outputs": theirs, "calibrated_norm": one, "calibrated_direction_norm": one}
+        posteriors = _or_nan(calibration.posteriors(theirs, labels), ~vanishes)
+        products["posteriors"] = posteriors
+        if calibration.ready:
+            columns["posterior"] = posteriors
+        missing = ~known if clean is None else ~known & clean
+        missing = missing & torch.isfinite(found["output_gradients"]).all(1)
+        unrecognised = missing.any() if self.required else torch.zeros_like(vanishes)
+        needs_calibrated = "calibrated_outputs" in self.needs
+        unknown = unknown if needs_calibrated else torch.zeros_like(unknown)
+        return HeadProducts(products, columns, unknown, unrecognised)
+
+    def calibration(self) -> Calibration | None:
+        """Return the latest calibration (a host sync); ``None`` where there is none."""
+        return None if self._calibration is None else self._calibration.calibration()
+
+    @property
+    def wrong_share(self) -> Tensor | None:
+        """The estimated share of wrong labels, a scalar on the device; ``None`` where there is no calibration."""
+        return None if self._calibration is None else self._calibration.wrong_share
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return what a resumed run needs."""
+        return self._state if self._calibration is None else self._calibration.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state."""
+        self._state = state
+
+    def _recognise(self, found: GradientProducts, clean: Tensor | None) -> bool:
+        reason = ""
+        if "reference_outputs" not in found:
+            reason = (
+                "`parameters` must name one whole nn.Linear (weight and bias) with one row of outputs per sample, and "
+                "the reference must be given as weights or Aligned"
+            )
+        else:
+            labels = labels_of(found["outputs"].float(), found["output_gradients"], clean)
+            finite = torch.isfinite(found["output_gradients"]).all(1)
+            counted = finite if clean is None else finite & clean
+            if bool((counted & (labels < 0)).any()):
+                reason = (
+                    "softmax of the layer's outputs less their gradient is not one label per sample: the loss is "
+                    "another one, has class weights or soft targets, or the outputs are changed before it"
+                )
+        # Of all ranks, because they calibrate together.
+        device = found["dot"].device if "dot" in found else torch.device("cpu")
+        if not distributed.any_rank(bool(reason), device):
+            return True
+        if self.required:
+            raise MimicError(
+                f"{join_names(sorted(self.needs & HEAD_NEEDS))} are known for the last linear layer under a "
+                "cross-entropy with one class per sample, and this is not such a case: "
+                f"{reason or 'on another rank'}. Take a scorer or weighting that does not need them."
+            )
+        return False
+
+
+def labels_of(outputs: Tensor, output_gradients: Tensor, clean: Tensor | None = None) -> Tensor:
+    """Return the labels of a cross-entropy, from its logits and their gradient.
+
+    Args:
+        outputs: Logits, shape ``(B, C)``.
+        output_gradients: ``∂ℓᵢ/∂outputs``, shape ``(B, C)``.
+        clean: Rows that are finite; all, if ``None``.
+
+    Returns:
+        Shape ``(B,)``; −1 where the row is not of a cross-entropy with one label, smoothed or not.
+
+    Example:
+        >>> logits = torch.zeros(2, 2)
+        >>> labels_of(logits, torch.tensor([[0.5, -0.5], [0.9, -0.1]]))
+        tensor([ 1, -1])
+    """
+    classes = outputs.shape[1]
+    if classes < 2:
+        return torch.full((len(outputs),), -1, device=outputs.device)
+    targets = outputs.softmax(1) - output_gradients
+    highest, labels = targets.max(1)
+    expected = ((1 - highest) / (classes - 1))[:, None].expand_as(targets).scatter(1, labels[:, None], highest[:, None])
+    # Half precision rounds the gradient; whatever is not a cross-entropy differs by far more.
+    close = (targets - expected).abs().amax(1) <= 1e-2
+    known = close & (highest > _LEAST_TARGET) & (highest < 1 + 1e-2)
+    if clean is not None:
+        known = known & clean
+    return torch.where(known, labels, -1)
+
+
+def _or_nan(values: Tensor, known: Tensor) -> Tensor:
+    return torch.where(known, values, torch.full_like(values, torch.nan))
