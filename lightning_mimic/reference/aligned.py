@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import Direction
 from lightning_mimic.reference.match import fingerprint
+from lightning_mimic.reference.pair_calibration import RunningPairCalibration
 from lightning_mimic.reference.read import ReferenceSource
 from lightning_mimic.reference.ridge import RIDGE
 from lightning_mimic.reference.running_statistics import DECAY, RunningStatistics
@@ -84,6 +85,7 @@ class AlignedDirection(Direction):
         targets: The target parameters, by full name.
         features: As many as the widest of their layers takes.
         statistics: The running statistics of the fit, by name.
+        asks_always: Ask the reference for its outputs of every micro-batch, not only of those that are fitted.
     """
 
     def __init__(
@@ -93,6 +95,8 @@ class AlignedDirection(Direction):
         targets: Mapping[str, nn.Parameter],
         features: int,
         statistics: Mapping[str, RunningStatistics],
+        *,
+        asks_always: bool = False,
     ) -> None:
         super().__init__(targets, targets)
         some = next(iter(targets.values()))
@@ -102,8 +106,11 @@ class AlignedDirection(Direction):
         self._needed = aligned.samples_per_feature * features
         self._statistics = dict(statistics)
         self._outputs: dict[int | str, Tensor] = {}
+        self._asks_always = asks_always
         self._steps = 0
         self._enough = False
+        #: Of the similarities of pairs; ``None`` where the samples are none.
+        self.calibration: RunningPairCalibration | None = None
         self._fitted = torch.zeros((), dtype=torch.bool, device=some.device)
         #: Of the reference's weights.
         self.fingerprint = fingerprint(self._model.state_dict())
@@ -116,7 +123,7 @@ class AlignedDirection(Direction):
         batch: Any,
         ids: Tensor | Sequence[int] | Sequence[str] | None,
         inputs: Callable[[], Mapping[str, Tensor]],
-    ) -> None:
+    ) -> Tensor | None:
         """Takes in a micro-batch where its turn has come; after its forward pass, on every rank.
 
         Args:
@@ -125,25 +132,22 @@ class AlignedDirection(Direction):
             inputs: Gives what each target parameter was multiplied with, by name, shape ``(B, ..., D)``; called if
                 it is needed.
 
+        Returns:
+            The probability that each sample's label is right, shape ``(B,)``, where the reference's outputs alone give
+            it; ``None`` elsewhere.
+
         Raises:
             MimicError: The reference does not give what the model gives.
         """
         due = not self._enough or self._steps % self._aligned.every == 0
         self._steps += 1
-        if not due:
-            return
+        if not (due or self._asks_always):
+            return None
         features = inputs()
-        decay = DECAY if self._enough else 1.0
-        held = self._add(features, self._ask(batch, ids, features), decay)
-        # A host sync, in the first steps only; of all ranks' samples, so that they agree.
-        count = next(iter(self._statistics.values())).count
-        self._enough = self._enough or bool(count >= self._needed)
-        if self._enough:
-            fitted, sound = self._fit()
-            sound = sound & held
-            self.set_reference({name: torch.where(sound, t, self._reference[name]) for name, t in fitted.items()})
-            self._fitted = self._fitted | sound
-            self.failed = self.failed + ~sound
+        outputs = self._ask(batch, ids, features)
+        if due:
+            self._align(features, outputs)
+        return self._judge(features, outputs)
 
     def vanishes(self, norm: Tensor) -> Tensor:
         """Whether there is no direction yet, or none any more (a boolean scalar, no host sync)."""
@@ -174,7 +178,7 @@ class AlignedDirection(Direction):
             "failed": self.failed,
             "statistics": {name: statistics.state_dict() for name, statistics in self._statistics.items()},
             "reference": dict(self._reference),
-        }
+        } | ({} if self.calibration is None else {"calibration": self.calibration.state_dict()})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from there; begins anew, with a warning, if that was another alignment."""
@@ -191,6 +195,9 @@ class AlignedDirection(Direction):
         for name, statistics in self._statistics.items():
             statistics.load_state_dict({key: tensor.to(device) for key, tensor in state["statistics"][name].items()})
         self.set_reference({name: tensor.to(device) for name, tensor in state["reference"].items()})
+        if self.calibration is not None and "calibration" in state:  # not in those of older versions
+            counts = {name: tensor.to(device) for name, tensor in state["calibration"].items()}
+            self.calibration.load_state_dict(counts)
 
     @abstractmethod
     def _run(self, batch: Any, features: Mapping[str, Tensor]) -> Tensor:
@@ -203,6 +210,23 @@ class AlignedDirection(Direction):
     @abstractmethod
     def _fit(self) -> tuple[dict[str, Tensor], Tensor]:
         """The parameters that would give the reference's outputs, and whether that worked, a boolean scalar."""
+
+    def _align(self, features: Mapping[str, Tensor], outputs: Tensor) -> None:
+        decay = DECAY if self._enough else 1.0
+        held = self._add(features, outputs, decay)
+        # A host sync, in the first steps only; of all ranks' samples, so that they agree.
+        count = next(iter(self._statistics.values())).count
+        self._enough = self._enough or bool(count >= self._needed)
+        if self._enough:
+            fitted, sound = self._fit()
+            sound = sound & held
+            self.set_reference({name: torch.where(sound, t, self._reference[name]) for name, t in fitted.items()})
+            self._fitted = self._fitted | sound
+            self.failed = self.failed + ~sound
+
+    def _judge(self, features: Mapping[str, Tensor], outputs: Tensor) -> Tensor | None:
+        """The probability that each sample's label is right, shape ``(B,)``, where the outputs alone give it."""
+        return None
 
     def _key(self) -> str:
         shapes = " ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(self._reference.items()))

@@ -13,15 +13,31 @@ from lightning_mimic.gradients.layer_rules import find_rule, is_linear
 from lightning_mimic.reference.aligned import Aligned, AlignedDirection
 from lightning_mimic.reference.aligned_layer import AlignedLayer
 from lightning_mimic.reference.model import reference_model
+from lightning_mimic.reference.pair_calibration import RunningPairCalibration
 from lightning_mimic.reference.procrustes import procrustes
 from lightning_mimic.reference.ridge import ridge_fit
 from lightning_mimic.reference.running_statistics import RunningStatistics
 
 
-def aligned_direction(aligned: Aligned, module: nn.Module, targets: Mapping[str, nn.Parameter]) -> AlignedDirection:
-    """The direction to an aligned reference: of a CLIP both projections are fitted, else one linear layer."""
-    clip = all(callable(getattr(module, f"encode_{tower}", None)) for tower in ("image", "text"))
-    return AlignedTowers(aligned, module, targets) if clip else AlignedLayer(aligned, module, targets)
+def has_towers(module: nn.Module) -> bool:
+    """Whether a module is a CLIP, with ``encode_image`` and ``encode_text``."""
+    return all(callable(getattr(module, f"encode_{tower}", None)) for tower in ("image", "text"))
+
+
+def aligned_direction(
+    aligned: Aligned, module: nn.Module, targets: Mapping[str, nn.Parameter], *, posteriors: bool = False
+) -> AlignedDirection:
+    """The direction to an aligned reference: of a CLIP both projections are fitted, else one linear layer.
+
+    Args:
+        aligned: The reference and how to ask it.
+        module: The module that is trained.
+        targets: The target parameters by name.
+        posteriors: Of a CLIP, ask the reference for the probability of a match of every pair.
+    """
+    if has_towers(module):
+        return AlignedTowers(aligned, module, targets, posteriors=posteriors)
+    return AlignedLayer(aligned, module, targets)
 
 
 @dataclass(frozen=True)
@@ -47,12 +63,20 @@ class AlignedTowers(AlignedDirection):
         aligned: The reference and how to ask it.
         module: The module that is trained; has ``encode_image`` and ``encode_text``.
         targets: The two projections, by full name: that of the images below a part called ``visual``.
+        posteriors: Ask the reference for every micro-batch, and give each pair's probability of a match.
 
     Raises:
         MimicError: The targets are not two whole projections.
     """
 
-    def __init__(self, aligned: Aligned, module: nn.Module, targets: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        aligned: Aligned,
+        module: nn.Module,
+        targets: Mapping[str, nn.Parameter],
+        *,
+        posteriors: bool = False,
+    ) -> None:
         self._images, self._texts = _projections(module, targets)
         self._both = (self._images, self._texts)
         widths = [targets[p.weight].shape[1 if p.transposed else 0] for p in self._both]
@@ -60,7 +84,8 @@ class AlignedTowers(AlignedDirection):
         statistics = {"image_frame": self._images.frame, "text_frame": self._texts.frame}
         statistics |= {"image_layer": self._images.layer, "text_layer": self._texts.layer}
         model = reference_model(aligned.reference, module, method="encode_image")
-        super().__init__(aligned, model, targets, max(widths), statistics)
+        super().__init__(aligned, model, targets, max(widths), statistics, asks_always=posteriors)
+        self.calibration = RunningPairCalibration()
 
     def _run(self, batch: Any, features: Mapping[str, Tensor]) -> Tensor:
         images, texts = (self._aligned.inputs or _pair)(batch)
@@ -106,6 +131,14 @@ class AlignedTowers(AlignedDirection):
                 fitted[projection.bias] = bias
             sound.append(fit.sound & torch.isfinite(weight).all())
         return fitted, torch.stack(sound).all()
+
+    def _judge(self, features: Mapping[str, Tensor], outputs: Tensor) -> Tensor | None:
+        # The features of a sample that held NaN are NaN; what the reference says of it is of a blank.
+        clean = torch.stack([torch.isfinite(features[each.weight]).all(1) for each in self._both]).all(0)
+        images, texts = torch.where(clean[:, None], outputs, torch.nan).chunk(2, dim=1)
+        assert self.calibration is not None
+        self.calibration.update(images, texts)
+        return self.calibration.posteriors(images, texts) if self._asks_always else None
 
     def _projected(self, projection: _Projection, features: Tensor) -> Tensor:
         weight = self._parameters[projection.weight].detach()

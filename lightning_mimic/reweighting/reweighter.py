@@ -478,6 +478,8 @@ class Reweighter:
     def _attach(self) -> StepContext:
         """Put hooks on the model, all of which :meth:`close` removes."""
         settings, targets = self.settings, {n: self._whole.get(n, p) for n, p in self.targets.items()}
+        # Those of pairs come from the reference's similarities, and from no gradient.
+        needs = settings.needs - {"posteriors"} if self._target.has_pairs else settings.needs
         frozen = [n for n, p in targets.items() if not p.requires_grad]
         if settings.reweight == "target" and frozen:
             raise MimicError(f"`reweight='target'` weights the gradients of {frozen[0]!r}, but they are frozen.")
@@ -485,7 +487,7 @@ class Reweighter:
         named = set() if settings.parameters is None else named_parameters(self.model, settings.parameters)
         optional = frozenset(targets.keys() - named)
         task = ScoringTask(
-            self.model, ModelHooks(self.model, targets), targets, self._whole, settings.needs, reach, optional
+            self.model, ModelHooks(self.model, targets), targets, self._whole, needs, reach, optional
         )
         self._closing.callback(task.hooks.remove)
         if settings.reweight == "target" and task.hooked:
@@ -495,7 +497,7 @@ class Reweighter:
             self._closing.callback(capture.remove)
         ambiguous = settings.masks and settings.on_nonfinite is None
         loss_check = LossCheck(self.model, settings.loss, captured=capture is not None, ambiguous=ambiguous)
-        return StepContext(settings, task, self._target, capture, loss_check, self._choose, Head(settings.needs))
+        return StepContext(settings, task, self._target, capture, loss_check, self._choose, Head(needs))
 
     def _refuse_replaced(self) -> None:
         for name, parameter in self.targets.items():
@@ -527,7 +529,10 @@ class Reweighter:
 
     def _note_calibration(self) -> None:
         """Note the calibration of the reference in the ledger, where there is one (a host sync)."""
-        calibration = self._context.head.calibration() if self._ledger is not None else None
+        if self._ledger is None:
+            return
+        of_pairs = self._target.pair_calibration
+        calibration = self._context.head.calibration() if of_pairs is None else of_pairs.calibration()
         if calibration is not None:
             self.note({"calibration": calibration.facts()})
 

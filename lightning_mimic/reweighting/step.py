@@ -117,6 +117,7 @@ class Step:
         self._recording = ExitStack()
         self._losses: Tensor | None = None
         self._reference_losses: Tensor | None = None
+        self._match_posteriors: Tensor | None = None
         self._factor: Tensor | None = None
         self._problem: Tensor | None = None
         self._result: StepResult | None = None
@@ -193,7 +194,7 @@ class Step:
         like = None if forward.losses is None else forward.losses.values
         reference_losses = target.reference_losses(self.batch, like)
         self._reference_losses = None if reference_losses is None else forward.own_rows(reference_losses)
-        target.observe(
+        self._match_posteriors = target.observe(
             self.batch, self.ids, lambda: target_features(task.hooks, target.parameters, forward), self._not_nan
         )
         # Under DDP here, within its forward, and not later: beyond it lies a node that must be passed once.
@@ -325,6 +326,10 @@ class Step:
         if head is not None:
             fields |= head.products
             vanishes = vanishes | head.unknown
+        columns = {} if head is None else head.columns
+        if self._match_posteriors is not None:
+            fields["posteriors"] = self._match_posteriors
+            columns["posterior"] = self._match_posteriors
         known_products = Products(
             samples=torch.zeros(self._rows or 0, device=self._unit.device),
             direction_norm=direction_norm,
@@ -347,13 +352,14 @@ class Step:
             bad := (result.flags == Flag.NONFINITE_LOSS).nonzero().flatten().tolist()
         ):
             raise FloatingPointError(f"samples at positions {bad} of the batch have a loss that is not finite.")
+        of_pairs = target.pair_calibration
         self._result = replace(
             result,
             losses=self._losses,
             mimic_scores=mimic_scores,
             direction_norm=norm,
-            head=None if head is None else head.columns,
-            wrong_share=self._context.head.wrong_share,
+            head=columns or None,
+            wrong_share=self._context.head.wrong_share if of_pairs is None else of_pairs.wrong_share,
         )
         return self._result
 

@@ -18,6 +18,7 @@ from lightning_mimic.reference import (
     aliases_of,
     aligned_direction,
     fingerprint,
+    has_towers,
     match_reference,
     read_reference,
     reference_model,
@@ -25,6 +26,7 @@ from lightning_mimic.reference import (
     weight_similarity,
 )
 from lightning_mimic.reference.diagnose import whole_reference
+from lightning_mimic.reference.pair_calibration import RunningPairCalibration
 from lightning_mimic.reweighting.batch import Ids, describe
 from lightning_mimic.reweighting.checks import check_needs
 from lightning_mimic.reweighting.reference_batches import ReferenceBatches
@@ -62,7 +64,14 @@ class Target:
     ) -> None:
         #: The scored parameters by full name; empty for a scorer that needs no gradient.
         self.parameters = {} if parameters is None else select_parameters(module, parameters)
-        check_needs(scorer, needs, module, self.parameters)
+        #: The posteriors are those of pairs, which the aligned reference of a CLIP gives, and no layer's.
+        self.has_pairs = "posteriors" in needs and has_towers(module)
+        if self.has_pairs and not isinstance(reference, Aligned):
+            raise MimicError(
+                "`reference`: the probability that a pair matches comes from the reference's own similarities; give it "
+                "as lightning_mimic.Aligned(reference), with `rotate=False` if it started from the model's weights."
+            )
+        check_needs(scorer, needs - {"posteriors"} if self.has_pairs else needs, module, self.parameters)
         #: Towards the reference, or against the gradient of a reference batch; ``None`` if none is needed.
         self.direction: Direction | GradientDirection | None = None
         #: Of the reference; ``None`` without one.
@@ -158,7 +167,7 @@ class Target:
 
     def observe(
         self, batch: Any, ids: Ids | None, inputs: Callable[[], Mapping[str, Tensor]], clean: Tensor | None
-    ) -> None:
+    ) -> Tensor | None:
         """Take in what the target parameters were multiplied with, of the clean samples, for the alignment.
 
         Args:
@@ -166,9 +175,12 @@ class Target:
             ids: Of its samples.
             inputs: Returns the features by parameter name.
             clean: Samples that hold no NaN; all, if ``None``.
+
+        Returns:
+            Of a CLIP, each pair's probability of a match, shape ``(B,)``, if it is needed.
         """
         if self._aligned is None:
-            return
+            return None
 
         def known() -> Mapping[str, Tensor]:
             if clean is None:
@@ -177,7 +189,12 @@ class Target:
             views = {name: (x, clean.view(-1, *[1] * (x.ndim - 1))) for name, x in inputs().items()}
             return {name: torch.where(valid, x, torch.nan) for name, (x, valid) in views.items()}
 
-        self._aligned.observe(batch, ids, known)
+        return self._aligned.observe(batch, ids, known)
+
+    @property
+    def pair_calibration(self) -> RunningPairCalibration | None:
+        """The calibration of an aligned CLIP's similarities; ``None`` without one."""
+        return None if self._aligned is None else self._aligned.calibration
 
     def scores_for_diagnosis(self, scores: Tensor | None) -> Tensor | None:
         """Return the mimic scores where they say something about the reference.
@@ -276,5 +293,7 @@ class Target:
         }
 
     def _align(self, aligned: Aligned, module: nn.Module) -> None:
-        self.direction = self._aligned = aligned_direction(aligned, module, self.parameters)
+        self.direction = self._aligned = aligned_direction(
+            aligned, module, self.parameters, posteriors=self.has_pairs
+        )
         self.fingerprint = self._aligned.fingerprint
