@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import Direction
 from lightning_mimic.reference.match import fingerprint
-from lightning_mimic.reference.pair_calibration import RunningPairCalibration
 from lightning_mimic.reference.read import ReferenceSource
 from lightning_mimic.reference.ridge import RIDGE
 from lightning_mimic.reference.running_statistics import DECAY, RunningStatistics
@@ -109,8 +108,6 @@ class AlignedDirection(Direction):
         self._asks_always = asks_always
         self._steps = 0
         self._enough = False
-        #: Of the similarities of pairs; ``None`` where the samples are none.
-        self.calibration: RunningPairCalibration | None = None
         self._fitted = torch.zeros((), dtype=torch.bool, device=some.device)
         #: Of the reference's weights.
         self.fingerprint = fingerprint(self._model.state_dict())
@@ -145,9 +142,10 @@ class AlignedDirection(Direction):
             return None
         features = inputs()
         outputs = self._ask(batch, ids, features)
+        posteriors = self._judge(features, outputs)
         if due:
             self._align(features, outputs)
-        return self._judge(features, outputs)
+        return posteriors
 
     def vanishes(self, norm: Tensor) -> Tensor:
         """Whether there is no direction yet, or none any more (a boolean scalar, no host sync)."""
@@ -168,6 +166,15 @@ class AlignedDirection(Direction):
             )
         return None
 
+    @property
+    def wrong_share(self) -> Tensor | None:
+        """The estimated share of mismatched pairs, a scalar; ``None`` where the samples are no pairs."""
+        return None
+
+    def calibration_facts(self) -> dict[str, Any] | None:
+        """Return what is known of the reference's similarities, for a file (a host sync); ``None`` without any."""
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed fit needs to go on as if it had not stopped."""
         return {
@@ -178,7 +185,7 @@ class AlignedDirection(Direction):
             "failed": self.failed,
             "statistics": {name: statistics.state_dict() for name, statistics in self._statistics.items()},
             "reference": dict(self._reference),
-        } | ({} if self.calibration is None else {"calibration": self.calibration.state_dict()})
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from there; begins anew, with a warning, if that was another alignment."""
@@ -195,9 +202,6 @@ class AlignedDirection(Direction):
         for name, statistics in self._statistics.items():
             statistics.load_state_dict({key: tensor.to(device) for key, tensor in state["statistics"][name].items()})
         self.set_reference({name: tensor.to(device) for name, tensor in state["reference"].items()})
-        if self.calibration is not None and "calibration" in state:  # not in those of older versions
-            counts = {name: tensor.to(device) for name, tensor in state["calibration"].items()}
-            self.calibration.load_state_dict(counts)
 
     @abstractmethod
     def _run(self, batch: Any, features: Mapping[str, Tensor]) -> Tensor:
@@ -225,7 +229,10 @@ class AlignedDirection(Direction):
             self.failed = self.failed + ~sound
 
     def _judge(self, features: Mapping[str, Tensor], outputs: Tensor) -> Tensor | None:
-        """The probability that each sample's label is right, shape ``(B,)``, where the outputs alone give it."""
+        """The probability that each sample's label is right, shape ``(B,)``, where the outputs alone give it.
+
+        Called before the samples enter the fit.
+        """
         return None
 
     def _key(self) -> str:

@@ -111,9 +111,7 @@ class RunningPairCalibration:
         own = columns == (start + torch.arange(len(images), device=images.device)).unsqueeze(1)
         places = _places(similarities).flatten()
         zeros = torch.zeros(BINS, dtype=torch.float64, device=images.device)
-        counts = [
-            zeros.index_add(0, places, (valid & chosen).double().flatten()) for chosen in (own, ~own & ~repeated)
-        ]
+        counts = [zeros.index_add(0, places, (valid & chosen).double().flatten()) for chosen in (own, ~own & ~repeated)]
         pairs, mismatches = sum_over_ranks(torch.stack(counts))
         count = pairs.sum()
         # Per pair, so that a large batch weighs no more than its pairs.
@@ -154,7 +152,8 @@ class RunningPairCalibration:
             return None
         share, error = _wrong_share(self._counts)
         figures = [share, share - 1.96 * error, share + 1.96 * error, _separation(self._counts)]
-        return PairCalibration(*torch.stack(figures).clamp(0, 1).tolist(), float(self._counts[0].sum()))
+        wrong, low, high, separation = torch.stack(figures).clamp(0, 1).tolist()
+        return PairCalibration(wrong, low, high, separation, float(self._counts[0].sum()))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the histograms."""
@@ -175,7 +174,7 @@ def _shares(counts: Tensor) -> Tensor:
 
 def _separation(counts: Tensor) -> Tensor:
     pairs, mismatches = _shares(counts)
-    return (pairs * (mismatches.cumsum(0) - mismatches / 2)).sum()
+    return torch.dot(pairs, mismatches.cumsum(0) - mismatches / 2)
 
 
 def _is_informative(counts: Tensor) -> Tensor:
@@ -218,7 +217,7 @@ def _smoothed(counts: Tensor) -> Tensor:
 
 def _falling(values: Tensor, weights: Tensor) -> Tensor:
     """Return the falling sequence nearest to the values, by weighted squares: the least of the highest means."""
-    weights = weights + 1e-12  # for bins without any
+    weights = weights + 1e-9  # for bins without any
     sums = torch.stack([weights, weights * values]).cumsum(1)
     before = torch.cat([sums.new_zeros(2, 1), sums[:, :-1]], 1)
     width, total = sums[:, None, :] - before[:, :, None]  # [a, b]: of the bins from a to b

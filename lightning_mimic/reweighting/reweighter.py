@@ -486,9 +486,7 @@ class Reweighter:
         reach: Reach = "targets" if settings.reweight != "all" else "all" if settings.uncovered == "error" else "around"
         named = set() if settings.parameters is None else named_parameters(self.model, settings.parameters)
         optional = frozenset(targets.keys() - named)
-        task = ScoringTask(
-            self.model, ModelHooks(self.model, targets), targets, self._whole, needs, reach, optional
-        )
+        task = ScoringTask(self.model, ModelHooks(self.model, targets), targets, self._whole, needs, reach, optional)
         self._closing.callback(task.hooks.remove)
         if settings.reweight == "target" and task.hooked:
             raise MimicError(HOOKED.format(join_names(task.hooked)))
@@ -531,10 +529,10 @@ class Reweighter:
         """Note the calibration of the reference in the ledger, where there is one (a host sync)."""
         if self._ledger is None:
             return
-        of_pairs = self._target.pair_calibration
-        calibration = self._context.head.calibration() if of_pairs is None else of_pairs.calibration()
-        if calibration is not None:
-            self.note({"calibration": calibration.facts()})
+        calibration = self._context.head.calibration()
+        facts = self._target.calibration_facts() if calibration is None else calibration.facts()
+        if facts is not None:
+            self.note({"calibration": facts})
 
     def _diagnose(self, step: Step, result: StepResult) -> StepResult:
         """Return the result with what is found about the reference in this step."""

@@ -352,14 +352,13 @@ class Step:
             bad := (result.flags == Flag.NONFINITE_LOSS).nonzero().flatten().tolist()
         ):
             raise FloatingPointError(f"samples at positions {bad} of the batch have a loss that is not finite.")
-        of_pairs = target.pair_calibration
         self._result = replace(
             result,
             losses=self._losses,
             mimic_scores=mimic_scores,
             direction_norm=norm,
             head=columns or None,
-            wrong_share=self._context.head.wrong_share if of_pairs is None else of_pairs.wrong_share,
+            wrong_share=self._context.head.wrong_share if target.wrong_share is None else target.wrong_share,
         )
         return self._result
 

@@ -26,7 +26,6 @@ from lightning_mimic.reference import (
     weight_similarity,
 )
 from lightning_mimic.reference.diagnose import whole_reference
-from lightning_mimic.reference.pair_calibration import RunningPairCalibration
 from lightning_mimic.reweighting.batch import Ids, describe
 from lightning_mimic.reweighting.checks import check_needs
 from lightning_mimic.reweighting.reference_batches import ReferenceBatches
@@ -192,9 +191,13 @@ class Target:
         return self._aligned.observe(batch, ids, known)
 
     @property
-    def pair_calibration(self) -> RunningPairCalibration | None:
-        """The calibration of an aligned CLIP's similarities; ``None`` without one."""
-        return None if self._aligned is None else self._aligned.calibration
+    def wrong_share(self) -> Tensor | None:
+        """The estimated share of mismatched pairs, a scalar; ``None`` without an aligned CLIP."""
+        return None if self._aligned is None else self._aligned.wrong_share
+
+    def calibration_facts(self) -> dict[str, Any] | None:
+        """Return the calibration of an aligned CLIP's similarities (a host sync); ``None`` without one."""
+        return None if self._aligned is None else self._aligned.calibration_facts()
 
     def scores_for_diagnosis(self, scores: Tensor | None) -> Tensor | None:
         """Return the mimic scores where they say something about the reference.
@@ -293,7 +296,5 @@ class Target:
         }
 
     def _align(self, aligned: Aligned, module: nn.Module) -> None:
-        self.direction = self._aligned = aligned_direction(
-            aligned, module, self.parameters, posteriors=self.has_pairs
-        )
+        self.direction = self._aligned = aligned_direction(aligned, module, self.parameters, posteriors=self.has_pairs)
         self.fingerprint = self._aligned.fingerprint
