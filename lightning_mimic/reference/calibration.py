@@ -206,6 +206,7 @@ class RunningCalibration:
         self._fitter = _Fitter(classes, device)
         self._fit: _Fit | None = None
         self._samples = 0
+        self._seen = 0
         self._steps = 0
         self._next_fit = 1
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -289,6 +290,7 @@ class RunningCalibration:
             "predicted": self._predicted,
             "offsets": self._fitter.offsets,
             "most_wrong": self._most_wrong,
+            "seen": self._seen,
             "steps": self._steps,
             "next_fit": self._next_fit,
         }
@@ -308,7 +310,7 @@ class RunningCalibration:
         self._predicted = state["predicted"].to(device)
         self._fitter.offsets = state["offsets"].to(device)
         self._most_wrong = state["most_wrong"]
-        self._steps, self._next_fit = state["steps"], state["next_fit"]
+        self._seen, self._steps, self._next_fit = state["seen"], state["steps"], state["next_fit"]
         pending = [each.to(device) for each in state["pending"]]
         self._pending = [(pending[0], pending[1], pending[2])] if pending else []
         self._refit()
@@ -323,8 +325,11 @@ class RunningCalibration:
         self._pending = []
         known = (labels >= 0) & torch.isfinite(logits).all(1)
         new = [torch.cat(gather_rows(each[known])) for each in (logits, labels, predicted)]
+        # While the model is young, its features change and so do the outputs of an aligned reference.
+        self._seen += len(new[0])
+        keep = min(max(self._seen // 2, MIN_SAMPLES), self._window)
         self._logits, self._labels, self._predicted = (
-            torch.cat([old, more])[-self._window :]
+            torch.cat([old, more])[-keep:]
             for old, more in zip((self._logits, self._labels, self._predicted), new, strict=True)
         )
         self._refit()
