@@ -32,7 +32,7 @@ def calibrated(images, texts, batch=BATCH):
 @pytest.mark.parametrize("noise", [0.2, 0.4])
 def test_the_share_of_mismatched_pairs_is_found(wrong_share, noise):
     for seed in range(3):
-        images, texts, wrong = embeddings(3000, wrong_share, seed, noise)
+        images, texts, _ = embeddings(3000, wrong_share, seed, noise)
         found = calibrated(images, texts).calibration()
         assert found.informative
         assert abs(found.wrong_share - wrong_share) < 0.04
@@ -55,7 +55,7 @@ def test_posteriors_are_shares_of_matches(wrong_share):
 
 
 def test_clean_pairs_are_kept_and_mismatches_found():
-    images, texts, wrong = embeddings(3000, 0.0)
+    images, texts, _ = embeddings(3000, 0.0)
     assert (calibrated(images, texts).posteriors(images, texts) > 0.5).float().mean() > 0.99
     images, texts, wrong = embeddings(3000, 0.4)
     keep = calibrated(images, texts).posteriors(images, texts) > 0.5
@@ -91,7 +91,7 @@ def test_nothing_is_known_of_few_pairs():
 
 
 def test_repeated_captions_and_images_are_no_mismatches():
-    images, texts, wrong = embeddings(3000, 0.3)
+    images, texts, _ = embeddings(3000, 0.3)
     plain = calibrated(images, texts)
     # Every batch holds each pair four times: exchanging captions among these makes matches, which are left out.
     four = [torch.cat([each.view(-1, 16, WIDTH)] * 4, 1).flatten(0, 1) for each in (images[:2992], texts[:2992])]

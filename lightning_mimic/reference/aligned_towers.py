@@ -18,7 +18,6 @@ from lightning_mimic.reference.procrustes import procrustes
 from lightning_mimic.reference.ridge import ridge_fit
 from lightning_mimic.reference.running_statistics import RunningStatistics
 
-
 #: Part of the reference's separation of pairs and mismatches, beyond chance, that its alignment must keep.
 LEAST_KEPT = 0.5
 
