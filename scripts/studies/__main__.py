@@ -21,7 +21,7 @@ from scripts.studies.lab import StudyError
 from scripts.studies.study import Study, carry_out
 from scripts.studies.tables import markdown, show, write
 
-STUDIES = ("demo", "aligned", "depth", "curation", "reference_quality", "diagnosis", "clip", "paper")
+STUDIES = ("demo", "aligned", "depth", "curation", "reference_quality", "diagnosis", "clip", "pairs", "paper")
 
 
 def main() -> None:
