@@ -23,7 +23,7 @@ from scripts.studies.study import Chosen, Part, Study
 from scripts.studies.tables import Table
 
 PROJECTIONS = ["towers.visual.head.proj", "towers.text_projection"]
-PAIRS, HELD_OUT = 1200, 300
+PAIRS, HELD_OUT = 900, 300
 #: Added to a seed for the reference, its pairs, and those that are held out.
 OTHER_START, HELD = 1000, 5000
 #: As in experiment=clip_digits.
@@ -64,14 +64,14 @@ ALL = ("plain", "mimic", "posterior")
 SETTINGS = (
     Setting("1,800 captions", ALL),
     Setting("1,800 captions, none wrong", ALL, wrong=0.0),
-    Setting("1,800 captions, a weak reference (200 pairs)", ALL, reference_pairs=200),
+    Setting("1,800 captions, a weak reference (200 pairs)", ("plain", "posterior"), reference_pairs=200),
     Setting(
         "1,800 captions, an overfitted one (120 pairs, 120 epochs)",
         ("plain",),
         reference_pairs=120,
         reference_epochs=120,
     ),
-    Setting("10 captions", ALL, captions=10),
+    Setting("10 captions", ("plain", "posterior"), captions=10),
     Setting("1,800 captions, batches of 128", ("plain",), batch=128),
     Setting("1,800 captions, 3 epochs", ("plain",), epochs=3),
 )
@@ -183,4 +183,4 @@ def auroc(values: Tensor, wrong: Tensor) -> float:
     return float(binary_auroc(-values, wrong.long()))
 
 
-STUDY = Study("Pairs with many captions", {"scenes": Part(report)}, seeds=(50, 51, 52), chosen_on=(40, 41, 42))
+STUDY = Study("Pairs with many captions", {"scenes": Part(report)}, seeds=(50, 51), chosen_on=(40, 41, 42))
