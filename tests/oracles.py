@@ -161,3 +161,23 @@ def matched(rows: Tensor, most: int, ridge: float, fit: Callable[..., Tensor] = 
         chosen.append(best)
         weights = torch.zeros_like(weights).index_copy(0, torch.tensor(chosen), fit(rows[chosen], target, ridge))
     return weights
+
+
+def label_posteriors(logits: Tensor, labels: Tensor, wrong_share: float) -> Tensor:
+    """The probability that each label is right, where wrong ones are drawn evenly from the other classes."""
+    rows = []
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        top = max(row)
+        q = math.exp(row[label] - top) / sum(math.exp(each - top) for each in row)
+        right, wrong = (1 - wrong_share) * q, wrong_share * (1 - q) / (len(row) - 1)
+        rows.append(right / (right + wrong))
+    return torch.tensor(rows, dtype=logits.dtype)
+
+
+def head_products(layer: nn.Linear, reference: Named, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Logits of a last layer and of the reference's on the same features, and the losses of both."""
+    outputs = features @ layer.weight.T + layer.bias
+    theirs = features @ reference["weight"].T + reference["bias"]
+    losses = {"losses": F.cross_entropy(outputs, labels, reduction="none")}
+    losses["reference_losses"] = F.cross_entropy(theirs, labels, reduction="none")
+    return {"outputs": outputs.detach(), "reference_outputs": theirs, **{n: t.detach() for n, t in losses.items()}}

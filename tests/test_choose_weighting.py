@@ -101,12 +101,13 @@ def test_a_given_weighting_is_taken_as_it_is(weighting):
         (
             {"weighting": Undeclared()},
             "`weighting`: Undeclared has no `needs`; expected a frozenset of the products it reads, of 'dot', 'norms', "
-            "'gram', 'losses', 'reference_losses', such as frozenset({'dot'}).",
+            "'gram', 'losses', 'reference_losses', 'outputs', 'reference_outputs', 'labels', 'calibrated_outputs', "
+            "'posteriors', such as frozenset({'dot'}).",
         ),
         (
             {"weighting": Typo()},
             "`weighting`: Typo declares 'reference_loss' in its `needs`, which is no product; nearest: "
-            "'reference_losses', 'losses'.",
+            "'reference_losses', 'reference_outputs', 'losses'.",
         ),
         (
             {"weighting": Positional()},

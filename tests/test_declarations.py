@@ -120,7 +120,7 @@ class NotCallable:
         ),
         (
             Reader({"dot", "xyz"}),
-            "Reader declares 'xyz' in its `needs`, which is no product; there are: 'dot', 'gram', ",
+            "Reader declares 'xyz' in its `needs`, which is no product; there are: 'calibrated_outputs', 'dot', ",
         ),
         (Reader({"direction_norm"}), "Reader declares 'direction_norm' in its `needs`, which is no product; "),
         (Reader({3}), "Reader declares 3 in its `needs`, which is no product; "),

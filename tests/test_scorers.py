@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -16,12 +17,17 @@ from lightning_mimic.gradients import Direction, LayerGradients
 from lightning_mimic.scorers import (
     NEEDS,
     CosineSimilarity,
+    EndpointScore,
     GradMatch,
     GradNorm,
+    HeadReferenceLoss,
+    HeadRhoLoss,
     MimicScore,
     Need,
+    Posterior,
     Products,
     ReferenceLoss,
+    ReferencePart,
     RhoLoss,
     Uniform,
 )
@@ -43,11 +49,73 @@ NUMBERS = {
     "norms": [2.5, 1.5, 5.0],
     "losses": [0.25, 3.0, 9.0],
     "reference_losses": [2.0, 0.5, 9.0],
+    "outputs": [[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]],
+    "output_gradients": [[-0.25, 0.25], [0.125, -0.125], [0.5, -0.5]],
+    "reference_outputs": [[2.0, -1.0], [1.0, 0.0], [0.0, 3.0]],
+    "labels": [0, 1, 1],
+    "calibrated_outputs": [[4.0, -2.0], [2.0, 0.0], [0.0, 6.0]],
+    "calibrated_norm": 2.0,
+    "calibrated_direction_norm": 4.0,
+    "posteriors": [0.9, 0.5, 0.1],
+}
+
+
+def softmax(row):
+    return [math.exp(each) / sum(map(math.exp, row)) for each in row]
+
+
+def cross_entropies(rows, labels):
+    return [-math.log(softmax(row)[label]) for row, label in zip(rows, labels, strict=True)]
+
+
+def end(p, rows):
+    """``(y − q)·(z' − z)``, class by class."""
+    return [
+        sum(((label == k) - q) * (theirs[k] - own[k]) for k, q in enumerate(softmax(theirs)))
+        for theirs, own, label in zip(rows, p["outputs"], p["labels"], strict=True)
+    ]
+
+
+def along(p, rows, norm):
+    return [
+        -sum(g * each for g, each in zip(gradient, row, strict=True)) / norm
+        for gradient, row in zip(p["output_gradients"], rows, strict=True)
+    ]
+
+
+def changes(p):
+    return [
+        [c - z for c, z in zip(*rows, strict=True)] for rows in zip(p["calibrated_outputs"], p["outputs"], strict=True)
+    ]
+
+
+def of(kind, rows):
+    """The formula of a scorer of the reference's logits."""
+
+    def formula(p):
+        losses = cross_entropies(p[rows], p["labels"])
+        if kind is HeadReferenceLoss:
+            return [-each for each in losses]
+        if kind is EndpointScore:
+            return end(p, p[rows])
+        own = cross_entropies(p["outputs"], p["labels"])
+        return [a - b for a, b in zip(own, losses, strict=True)]
+
+    return formula
+
+
+FORMULAS |= {ReferencePart: lambda p: along(p, p["calibrated_outputs"], p["calibrated_norm"])}
+FORMULAS |= {partial(MimicScore, calibrated=True): lambda p: along(p, changes(p), p["calibrated_direction_norm"])}
+FORMULAS |= {kind: of(kind, "reference_outputs") for kind in (HeadReferenceLoss, HeadRhoLoss, EndpointScore)}
+FORMULAS |= {
+    partial(kind, calibrated=True): of(kind, "calibrated_outputs")
+    for kind in (HeadReferenceLoss, HeadRhoLoss, EndpointScore)
 }
 
 
 def products_of(dtype=torch.float32, **numbers):
-    return Products(**{name: torch.tensor(number, dtype=dtype) for name, number in numbers.items()})
+    kinds = {"labels": torch.int64}
+    return Products(**{name: torch.tensor(number, dtype=kinds.get(name, dtype)) for name, number in numbers.items()})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -60,11 +128,18 @@ def test_a_scorer_is_its_formula(kind, dtype):
 
 def brought(need):
     """A need's fields: the direction's norm comes with the dot, and which rows are this rank's with the Gram matrix."""
-    return {need} | {"dot": {"direction_norm"}, "gram": {"own"}}.get(need, set())
+    more = {
+        "dot": {"direction_norm"},
+        "gram": {"own"},
+        "outputs": {"output_gradients"},
+        "calibrated_outputs": {"calibrated_norm", "calibrated_direction_norm"},
+    }
+    return {need} | more.get(need, set())
 
 
-@for_each("kind", FORMULAS)
-def test_what_is_declared_is_enough_and_a_scorer_reads_all_of_it_and_nothing_else(kind):
+def fields_read(kind, fields):
+    """The fields that a scorer reads of products that hold these."""
+
     class Watched(Products):
         def __getattribute__(self, name):
             if not name.startswith("__"):
@@ -72,18 +147,25 @@ def test_what_is_declared_is_enough_and_a_scorer_reads_all_of_it_and_nothing_els
             return super().__getattribute__(name)
 
     read: set[str] = set()
-    fields = set().union({"samples"}, *map(brought, kind().needs))
-    watched = Watched(**{name: torch.tensor(NUMBERS[name]) for name in fields})
-    torch.testing.assert_close(kind()(watched), kind()(products_of(**NUMBERS)))
-    assert read - {"samples"} == fields - {"samples"}
-    torch.testing.assert_close(
-        kind()(products_of(**NUMBERS).for_reader(kind())), kind()(watched), rtol=0, atol=0, equal_nan=True
-    )
+    held = products_of(**{name: NUMBERS[name] for name in fields})
+    kind()(Watched(**{name: getattr(held, name) for name in fields}))
+    return read - {"samples"}
 
 
-@for_each(("kind", "need"), [(kind, need) for kind in FORMULAS for need in sorted(kind().needs)])
-def test_a_scorer_without_one_of_its_needs_fails_with_the_name_of_the_missing_field(kind, need):
-    for field in brought(need):
+@for_each("kind", FORMULAS)
+def test_what_is_declared_is_enough_and_a_scorer_reads_something_of_each_need_and_nothing_else(kind):
+    needs = kind().needs
+    fields = set().union({"samples"}, *map(brought, needs))
+    read = fields_read(kind, fields)
+    assert all(brought(need) & read for need in needs)
+    held = products_of(**{name: NUMBERS[name] for name in fields})
+    torch.testing.assert_close(kind()(held), kind()(products_of(**NUMBERS)))
+    torch.testing.assert_close(kind()(products_of(**NUMBERS).for_reader(kind())), kind()(held), equal_nan=True)
+
+
+@for_each("kind", FORMULAS)
+def test_a_scorer_without_something_it_reads_fails_with_the_name_of_the_missing_field(kind):
+    for field in fields_read(kind, NUMBERS):
         rest = products_of(**{name: number for name, number in NUMBERS.items() if name != field})
         with pytest.raises(MimicError, match=f"^`{field}` is not among these products; they hold `"):
             kind()(rest)
@@ -92,7 +174,7 @@ def test_a_scorer_without_one_of_its_needs_fails_with_the_name_of_the_missing_fi
 def test_needs_are_named_as_products_are():
     fields = set(inspect.signature(Products).parameters)
     assert set(NEEDS) == set(get_args(Need)) <= fields
-    assert set().union(GradMatch.needs, *(kind().needs for kind in FORMULAS)) == set(get_args(Need))
+    assert set().union(GradMatch.needs, Posterior.needs, *(kind().needs for kind in FORMULAS)) == set(get_args(Need))
     assert set().union(*map(brought, get_args(Need))) == fields - {"samples"}
     assert all(isinstance(kind().needs, frozenset) for kind in FORMULAS)
 

@@ -104,7 +104,7 @@ def calibrate(reference_outputs: Tensor, labels: Tensor) -> Calibration:
     """
     _check(reference_outputs, labels)
     state = _Fitter(reference_outputs.shape[1], reference_outputs.device)
-    fit = state.fit(reference_outputs.detach().float(), labels, iterations=40)
+    fit = state.fit(reference_outputs.detach().float(), labels, iterations=20)
     return fit.calibration(len(labels))
 
 
@@ -289,6 +289,7 @@ class RunningCalibration:
             "labels": self._labels,
             "predicted": self._predicted,
             "offsets": self._fitter.offsets,
+            "fit": None if self._fit is None else vars(self._fit),
             "most_wrong": self._most_wrong,
             "seen": self._seen,
             "steps": self._steps,
@@ -313,7 +314,9 @@ class RunningCalibration:
         self._seen, self._steps, self._next_fit = state["seen"], state["steps"], state["next_fit"]
         pending = [each.to(device) for each in state["pending"]]
         self._pending = [(pending[0], pending[1], pending[2])] if pending else []
-        self._refit()
+        self._samples = len(self._labels)
+        if state["fit"] is not None:
+            self._fit = _Fit(**{name: tensor.to(device) for name, tensor in state["fit"].items()})
 
     def _require(self) -> "_Fit":
         if self._fit is None:
@@ -321,10 +324,13 @@ class RunningCalibration:
         return self._fit
 
     def _take_in(self) -> None:
+        # In the order of the micro-batches and then of the ranks, whichever rank had which rows.
+        steps = torch.cat([torch.full_like(labels, step) for step, (_, labels, _) in enumerate(self._pending)])
         logits, labels, predicted = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
         self._pending = []
         known = (labels >= 0) & torch.isfinite(logits).all(1)
-        new = [torch.cat(gather_rows(each[known])) for each in (logits, labels, predicted)]
+        order = torch.cat(gather_rows(steps[known])).argsort(stable=True)
+        new = [torch.cat(gather_rows(each[known]))[order] for each in (logits, labels, predicted)]
         # While the model is young, its features change and so do the outputs of an aligned reference.
         self._seen += len(new[0])
         keep = min(max(self._seen // 2, MIN_SAMPLES), self._window)
