@@ -27,10 +27,10 @@ class Knows(nn.Module):
         generator = torch.Generator().manual_seed(7)
         self.meanings = nn.Parameter(torch.randn(LENGTH, WORDS, KNOWN, generator=generator).double())
 
-    def encode_image(self, images):
+    def encode_image(self, images, normalize=False):
         return images[:, 0, 0, :KNOWN]
 
-    def encode_text(self, texts):
+    def encode_text(self, texts, normalize=False):
         return self.meanings[torch.arange(LENGTH), texts].sum(1) / LENGTH**0.5
 
 
@@ -52,7 +52,8 @@ def scored(images, texts, folder, reference=None, batches=None, state=None, **se
     model = clip()
     batches = [slice(place, place + ROWS) for place in range(0, len(images), ROWS)] if batches is None else batches
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=LESS)
+        if settings["weighting"] is None:
+            warnings.filterwarnings("ignore", message=LESS)
         warnings.filterwarnings("ignore", message=".*never aligned")
         warnings.filterwarnings("ignore", message=".*held NaN")
         with Reweighter(model, reference or Aligned(Knows()), BARE, ledger=folder, **settings) as reweighter:
@@ -142,9 +143,25 @@ def test_without_need_there_are_no_posteriors_but_the_share(tmp_path):
 def test_an_alignment_that_says_less_than_the_reference_is_warned_of():
     images, texts, _ = matching()
     data = torch.utils.data.TensorDataset(images, texts)
-    callback = GradMimic(Aligned(Knows()), BARE, weighting=Posterior(), diagnose_reference=False)
+    callback = GradMimic(Aligned(Knows(), every=1), BARE, diagnose_reference=False)
     with pytest.warns(UserWarning, match=rf"{LESS}: .*0\.7\d, .*0\.[45]\d\. .*weighting=Posterior\(\)"):
         trainer(callback).fit(clip(), loader(data, ROWS))
+    callback = GradMimic(Aligned(Knows()), BARE, weighting=Posterior(), diagnose_reference=False)
+    trainer(callback).fit(clip(), loader(data, ROWS))  # weighs as it should
+
+
+@pytest.mark.parametrize(("weighting", "verdict"), [(None, "doubtful"), (Posterior(), "compatible")])
+def test_the_verdict_on_scores_by_such_an_alignment_is_doubtful(weighting, verdict, tmp_path):
+    images, texts, _ = matching(0.2)
+    reference = clip()
+    reference.towers = Knows()
+    reference.towers.logit_scale = nn.Parameter(torch.tensor(2.0).double())
+    aligned = Aligned(reference, every=1)
+    rows, _ = scored(images, texts, tmp_path, aligned, weighting=weighting, diagnose_reference=True)
+    diagnosis = Ledger(tmp_path).meta["attempts"][-1]["diagnosis"]
+    assert diagnosis["verdict"] == verdict
+    assert len(rows) == COUNT
+    assert [LESS in finding for finding in diagnosis["findings"]] == [True] * (verdict == "doubtful")
 
 
 NOT_ALIGNED = "give it as lightning_mimic.Aligned(reference), with `rotate=False` if it started from the model's"

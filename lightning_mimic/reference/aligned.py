@@ -175,6 +175,10 @@ class AlignedDirection(Direction):
         """Return what is known of the reference's similarities, for a file (a host sync); ``None`` without any."""
         return None
 
+    def objection(self) -> str | None:
+        """Return why scores towards the alignment say less than the reference does, as a phrase (a host sync)."""
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed fit needs to go on as if it had not stopped."""
         return {

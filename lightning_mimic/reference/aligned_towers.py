@@ -19,7 +19,7 @@ from lightning_mimic.reference.ridge import ridge_fit
 from lightning_mimic.reference.running_statistics import RunningStatistics
 
 #: Part of the reference's separation of pairs and mismatches, beyond chance, that its alignment must keep.
-LEAST_KEPT = 0.5
+LEAST_KEPT = 0.75
 
 
 def has_towers(module: nn.Module) -> bool:
@@ -103,19 +103,27 @@ class AlignedTowers(AlignedDirection):
             return None
         return known.facts() | {"aligned_separation": None if aligned is None else aligned.separation}
 
-    def failure_message(self) -> str | None:
-        """Return why alignment failed or says less than the reference, as a sentence (a host sync)."""
+    def objection(self) -> str | None:
+        """Return why scores towards the alignment say less than the reference does, as a phrase (a host sync)."""
+        if self._asks_always:  # the weights do not rest on it
+            return None
         known, aligned = self._similarities.calibration(), self._aligned_similarities.calibration()
-        message = super().failure_message()
-        if message is not None or known is None or aligned is None or not known.informative:
-            return message
-        if aligned.samples < MIN_PAIRS or aligned.separation - 0.5 >= LEAST_KEPT * (known.separation - 0.5):
+        if known is None or aligned is None or not known.informative or aligned.samples < MIN_PAIRS:
+            return None
+        if aligned.separation - 0.5 >= LEAST_KEPT * (known.separation - 0.5):
             return None
         return (
             f"the mimic scores say less than the reference does: to it, a pair is more similar than a mismatch with "
             f"probability {known.separation:.2f}, and to its alignment in the model's features with "
-            f"{aligned.separation:.2f}. Weigh and filter by the reference's own similarities (`weighting=Posterior()`)."
+            f"{aligned.separation:.2f}"
         )
+
+    def failure_message(self) -> str | None:
+        """Return why alignment failed or says less than the reference, as a sentence (a host sync)."""
+        objection = self.objection()
+        if objection is None:
+            return super().failure_message()
+        return f"{objection}. Weigh and filter by the reference's own similarities (`weighting=Posterior()`)."
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed fit needs to go on as if it had not stopped."""

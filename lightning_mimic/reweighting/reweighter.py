@@ -196,6 +196,8 @@ class Reweighter:
             self._target.monitor(device, settings.diagnosis_samples) if settings.diagnose_reference else None
         )
         self._compatible = False
+        # What was found of the reference in this process; of a resumed run nothing.
+        self._diagnosed: dict[str, Any] = {}
         self._choice: Choice | None = None
         self._checked_epoch = -1
         self._parameters: list[tuple[int, bool]] = []
@@ -533,6 +535,9 @@ class Reweighter:
         facts = self._target.calibration_facts() if calibration is None else calibration.facts()
         if facts is not None:
             self.note({"calibration": facts})
+        objection = self._target.objection()
+        if objection is not None and self._diagnosed.get("verdict") == "compatible":
+            self.note({"diagnosis": self._diagnosed | {"verdict": "doubtful", "findings": [objection]}})
 
     def _diagnose(self, step: Step, result: StepResult) -> StepResult:
         """Return the result with what is found about the reference in this step."""
@@ -545,7 +550,8 @@ class Reweighter:
         monitor, self._monitor = self._monitor, None
         self._compatible = diagnosis.verdict == "compatible"
         self._target.choose_direction(diagnosis)
-        self.note({"diagnosis": diagnosis.facts()})
+        self._diagnosed = diagnosis.facts()
+        self.note({"diagnosis": self._diagnosed})
         report = monitor.report(
             diagnosis, self.settings.on_doubtful, aligned=self._target.aligns, uniform=self._target.undecided
         )

@@ -218,6 +218,10 @@ class Target:
         # A reference that knows nothing is no better for being aligned.
         self.undecided = not diagnosis.alignable
 
+    def objection(self) -> str | None:
+        """Return why the scores say less than the aligned reference does, as a phrase (a host sync)."""
+        return None if self._aligned is None else self._aligned.objection()
+
     def warn_if_unaligned(self) -> None:
         """Warn, at the end of a run, of an alignment that did not work."""
         message = self._aligned.failure_message() if self._aligned is not None and not self.undecided else None
