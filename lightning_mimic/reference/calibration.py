@@ -33,6 +33,8 @@ _LOG_ODDS = torch.arange(-15.0, 15.01, 0.25)
 _HALF_QUANTILE = 1.92
 #: By which the log-likelihood must exceed that of labels which the reference says nothing about.
 _LEAST_GAIN = 10.0
+#: Share of the model's agreement with the labels, less that of chance, below which the reference knows far less.
+_LEAST_KNOWLEDGE = 0.5
 #: Elements of a temporary tensor.
 _CHUNK = 1 << 22
 
@@ -50,8 +52,10 @@ class Calibration:
         samples: That were looked at.
         classes: C.
         agreement: Share of the given labels that the calibrated reference predicts.
-        informative: The reference explains the labels better than their frequencies do. Where it does not, no label is
-            held to be wrong.
+        model_agreement: Share of them that the model had predicted before it trained on the samples, at its highest;
+            ``None`` where that is not known.
+        informative: The reference explains the labels better than their frequencies do, and does not know far less of
+            them than the model. Where it does not explain them, no label is held to be wrong.
     """
 
     scale: float
@@ -62,11 +66,20 @@ class Calibration:
     samples: int
     classes: int
     agreement: float
+    model_agreement: float | None
     informative: bool
 
     def __str__(self) -> str:
         if not self.informative:
-            return f"the reference does not explain the labels ({self.samples} samples), so none is held to be wrong"
+            than = (
+                ""
+                if self.model_agreement is None
+                else f", the model {self.model_agreement:.0%} before training on them"
+            )
+            return (
+                f"the reference does not explain the labels, so none is held to be wrong (it predicts "
+                f"{self.agreement:.0%} of them{than}; {self.samples} samples)"
+            )
         return (
             f"about {self.wrong_share:.1%} of the labels are wrong (95 % interval {self.low:.1%} to {self.high:.1%}, "
             f"{self.samples} samples; the reference's logits times {self.scale:.3g}"
@@ -83,7 +96,7 @@ def calibrate(reference_outputs: Tensor, labels: Tensor) -> Calibration:
 
     β and r maximise the likelihood of the labels. The class biases c make the mean of q equal to the classes' shares
     among the right labels, which follow from those among the given ones and r; they are used if the likelihood rises by
-    more than the Bayesian information criterion asks for C − 1 parameters.
+    more than Akaike's information criterion asks for C − 1 parameters.
 
     Args:
         reference_outputs: Logits of samples that did not train the reference, shape ``(n, C)``.
@@ -214,7 +227,8 @@ class RunningCalibration:
         self._labels = torch.zeros(0, dtype=torch.int64, device=device)
         # Whether the model predicted the label before it trained on the sample: 1, 0, or -1 where that is not known.
         self._predicted = torch.zeros(0, dtype=torch.int8, device=device)
-        self._most_wrong = 1.0
+        # Share of the given labels that the model predicted before it had trained on them, at its highest.
+        self._model_agreement = 0.0
 
     @property
     def ready(self) -> bool:
@@ -290,7 +304,7 @@ class RunningCalibration:
             "predicted": self._predicted,
             "offsets": self._fitter.offsets,
             "fit": None if self._fit is None else vars(self._fit),
-            "most_wrong": self._most_wrong,
+            "model_agreement": self._model_agreement,
             "seen": self._seen,
             "steps": self._steps,
             "next_fit": self._next_fit,
@@ -310,13 +324,14 @@ class RunningCalibration:
         self._logits, self._labels = state["logits"].to(device), state["labels"].to(device)
         self._predicted = state["predicted"].to(device)
         self._fitter.offsets = state["offsets"].to(device)
-        self._most_wrong = state["most_wrong"]
+        self._model_agreement = state["model_agreement"]
         self._seen, self._steps, self._next_fit = state["seen"], state["steps"], state["next_fit"]
         pending = [each.to(device) for each in state["pending"]]
         self._pending = [(pending[0], pending[1], pending[2])] if pending else []
         self._samples = len(self._labels)
         if state["fit"] is not None:
-            self._fit = _Fit(**{name: tensor.to(device) for name, tensor in state["fit"].items()})
+            moved: dict[str, Any] = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in state["fit"].items()}
+            self._fit = _Fit(**moved)
 
     def _require(self) -> "_Fit":
         if self._fit is None:
@@ -344,19 +359,11 @@ class RunningCalibration:
         self._samples = len(self._labels)
         if self._samples < MIN_SAMPLES:
             return
-        self._bound()
-        first = self._fit is None
-        self._fit = self._fitter.fit(
-            self._logits, self._labels, iterations=10 if first else 1, most_wrong=self._most_wrong
-        )
-
-    def _bound(self) -> None:
-        """Lower the largest share of wrong labels to what the model's own predictions leave."""
-        own = self._predicted[self._predicted >= 0][-MIN_SAMPLES * 2 :].double()
-        if len(own) >= MIN_SAMPLES:
-            mean = float(own.mean())
-            error = math.sqrt(mean * (1 - mean) / len(own))
-            self._most_wrong = min(self._most_wrong, 1 - (mean - 2 * error))
+        own = self._predicted[self._predicted >= 0][-MIN_SAMPLES:].double()
+        if len(own) == MIN_SAMPLES:
+            self._model_agreement = max(self._model_agreement, float(own.mean()))
+        iterations = 10 if self._fit is None else 1
+        self._fit = self._fitter.fit(self._logits, self._labels, iterations, self._model_agreement)
 
 
 @dataclass(frozen=True)
@@ -370,6 +377,7 @@ class _Fit:
     least: Tensor
     most: Tensor
     agreement: Tensor
+    model_agreement: float
     informative: Tensor
 
     def calibration(self, samples: int) -> Calibration:
@@ -383,6 +391,7 @@ class _Fit:
             samples=samples,
             classes=len(self.biases),
             agreement=float(self.agreement),
+            model_agreement=self.model_agreement or None,
             informative=informative,
         )
 
@@ -408,12 +417,21 @@ class _Fitter:
         self.offsets = torch.zeros(len(_SCALES), classes, device=device)
 
     @torch.no_grad()
-    def fit(self, logits: Tensor, labels: Tensor, *, iterations: int, most_wrong: float = 1.0) -> _Fit:
+    def fit(self, logits: Tensor, labels: Tensor, iterations: int, model_agreement: float = 0.0) -> _Fit:
+        """Return the fit.
+
+        Args:
+            logits: The reference's, shape ``(n, C)``.
+            labels: Given classes, shape ``(n,)``.
+            iterations: Corrections of the biases.
+            model_agreement: Share of the labels that the model predicts without having trained on them; 0: not known.
+        """
         count = len(labels)
+        # What the model predicts so is right but for chance, within two standard errors.
+        most_wrong = 1 - model_agreement + 2 * math.sqrt(model_agreement * (1 - model_agreement) / MIN_SAMPLES)
         counts = torch.bincount(labels, minlength=self._classes).to(torch.float32)
         given = counts / count
-        allowed = self._shares <= max(most_wrong, 0.0)
-        allowed[0] = True
+        allowed = self._shares <= most_wrong
         centres = -self._scales[:, None] * logits.mean(0)
         for _ in range(iterations):
             biases = centres + self.offsets
@@ -424,7 +442,7 @@ class _Fitter:
         plain, _ = self._evaluate(logits, labels, torch.zeros_like(self.offsets))
         both = torch.stack([plain, biased]).masked_fill(~allowed, -torch.inf)  # (2, scales, shares)
         gains = both.flatten(1).amax(1)
-        uses_biases = gains[1] - gains[0] > 0.5 * (self._classes - 1) * math.log(count)
+        uses_biases = gains[1] - gains[0] > self._classes - 1
         chosen = torch.where(uses_biases, both[1], both[0])
         profile = chosen.amax(0)  # over the scales
         best = profile.argmax()
@@ -434,8 +452,10 @@ class _Fitter:
         biases = torch.where(uses_biases, biases[place], torch.zeros_like(given))
         scale = self._scales[place]
         by_frequency = (counts * given.clamp(min=1 / count).log()).sum()
-        needed = torch.where(uses_biases, 0.5 * (self._classes - 1) * math.log(count), 0.0) + _LEAST_GAIN
-        predicted = (scale * logits + biases).argmax(1)
+        needed = torch.where(uses_biases, self._classes - 1.0, 0.0) + _LEAST_GAIN
+        agreement = ((scale * logits + biases).argmax(1) == labels).float().mean()
+        by_chance = given.square().sum()
+        knows_less = agreement - by_chance < _LEAST_KNOWLEDGE * (model_agreement - by_chance)
         return _Fit(
             scale=scale,
             biases=biases,
@@ -443,8 +463,9 @@ class _Fitter:
             wrong_share=self._shares[best],
             least=self._shares[least],
             most=self._shares[most],
-            agreement=(predicted == labels).float().mean(),
-            informative=profile[best] - by_frequency > needed,
+            agreement=agreement,
+            model_agreement=model_agreement,
+            informative=(profile[best] - by_frequency > needed) & ~knows_less,
         )
 
     def _correction(self, likelihoods: Tensor, means: Tensor, given: Tensor, count: int) -> Tensor:
