@@ -114,7 +114,7 @@ def test_a_given_weighting_is_taken_as_it_is(weighting):
             "`weighting`: Positional cannot be called as weighting(scores, products, valid=..., uniform=...): too many "
             "positional arguments.",
         ),
-        ({"temperature": 0}, "`temperature` must be a positive finite number, not 0."),
+        ({"temperature": 0}, "`temperature` must be a positive finite number or 'auto', not 0."),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused_with_the_fix(options, message):

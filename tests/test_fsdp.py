@@ -59,6 +59,7 @@ CASES: dict[str, tuple[type[Toy], tuple[int, int], str, dict[str, Any], int]] = 
     "last layer, accumulated": (Toy, EVEN, "layers", {}, 3),
     "body": (Deep, UNEVEN, "resharded", {"parameters": "body"}, 1),
     "all": (Deep, UNEVEN, "layers", {"parameters": "all"}, 1),
+    "all, from the start": (Deep, UNEVEN, "resharded", {"parameters": "all", "direction": "start"}, 1),
     "all, one group": (Deep, EVEN, "root", {"parameters": "all"}, 1),
     "all, scores alone": (Deep, EVEN, "resharded", {"parameters": "all", "reweight": "none"}, 1),
     "all, accumulated": (Deep, EVEN, "resharded", {"parameters": "all"}, 3),
@@ -92,6 +93,7 @@ FITS: dict[str, tuple[type[Toy], dict[str, Any], dict[str, Any]]] = {
     "accumulated": (Sharded, {}, {"accumulate_grad_batches": 2}),
     "clipped": (Sharded, {"reweight": "none"}, {"gradient_clip_val": 0.1}),
     "resumed": (ShardedDeep, {}, {}),
+    "resumed, from the start": (ShardedDeep, {"parameters": "all", "direction": "start"}, {}),
 }
 PLAIN = {Sharded: Toy, ShardedDeep: Deep}
 
@@ -200,7 +202,7 @@ def on_rank(rank: int, folder: Path) -> None:
         batches = torch.utils.data.DataLoader(
             WithIds(data), batch_sampler=mine(rank, EVEN), collate_fn=collate_with_ids
         )
-        path = folder / "checkpoint" if case == "resumed" else None
+        path = folder / f"{case}.checkpoint" if case.startswith("resumed") else None
         if path is not None:
             first = trainer(callback_of(kind, options, folder / "two" / case), **on_two())
             first.fit(toy(kind), batches)

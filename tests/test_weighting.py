@@ -162,10 +162,10 @@ def test_weights_sum_to_one_rise_with_the_score_and_ignore_a_shift(scores, tau, 
         torch.testing.assert_close(weighting(scores + shift).weights, weights, rtol=1e-9, atol=1e-12)
 
 
-@for_each("bad", [0, -1, NAN, INF, -INF, "1", None])
+@for_each("bad", [0, -1, NAN, INF, -INF, "1", "Auto", True, None])
 def test_a_temperature_that_is_none_is_refused(bad):
     with pytest.raises(
-        ValueError, match=f"^`temperature` must be a positive finite number, not {re.escape(repr(bad))}.$"
+        ValueError, match=f"^`temperature` must be a positive finite number or 'auto', not {re.escape(repr(bad))}.$"
     ):
         SoftmaxWeighting(temperature=bad)
 

@@ -138,6 +138,11 @@ class AtCheckpoints(pl.Callback):
                 "an aligned reference is fitted to one state of the model; score one checkpoint at a time, each into a "
                 "ledger of its own. (The same one twice gives scores to the samples before the fit as well.)"
             )
+        if mimic.settings.direction == "start":
+            raise MimicError(
+                "`direction='start'` takes the weights with which a training begins, and AtCheckpoints trains nothing; "
+                "leave it out."
+            )
         if mimic.settings.on_doubtful == "align":
             raise MimicError(
                 "`on_doubtful='align'` decides while a model begins to train; for scoring give the reference as it is, "

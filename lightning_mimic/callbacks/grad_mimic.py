@@ -23,8 +23,8 @@ from lightning_mimic.reweighting.loss_check import AssertedLoss
 from lightning_mimic.reweighting.messages import SEVERAL_PASSES
 from lightning_mimic.reweighting.recorder import Position
 from lightning_mimic.reweighting.reference_monitor import OnDoubtful
-from lightning_mimic.reweighting.settings import OnNonfinite, Settings, Uncovered
-from lightning_mimic.scorers import Scorer, Weighting
+from lightning_mimic.reweighting.settings import OnNonfinite, Origin, Settings, Uncovered
+from lightning_mimic.scorers import Scorer, Temperature, Weighting
 from lightning_mimic.trainer_package import package_of, pl
 
 
@@ -53,8 +53,10 @@ class GradMimic(pl.Callback):
             no gradient takes no ``parameters``, one that needs no reference, or uses a ``loader`` of its own, no
             ``reference``.
         weighting: Makes weights of scores, in the place of the softmax that the next two arguments set.
-        temperature: τ of the softmax, in the score's unit, loss per unit of weight distance; 1.0, if left out. Neither
-            this nor ``min_ess`` with a scorer that makes weights itself.
+        temperature: τ of the softmax, in the score's unit, loss per unit of weight distance; 1.0, if left out.
+            ``"auto"``: for each batch that which makes the effective sample size the share of positive scores, see
+            :class:`~lightning_mimic.scorers.SoftmaxWeighting`. Neither this nor ``min_ess`` with a scorer that makes
+            weights itself.
         min_ess: Floor on the effective sample size as a fraction of the batch; raises τ for a batch that would
             fall below. 0: none; 0.25, if left out.
         reweight: ``"all"``: weights reach all that a sample's gradient reaches. ``"target"``: the chosen parameters
@@ -79,6 +81,9 @@ class GradMimic(pl.Callback):
             labels, and whether moving towards it lowers the loss (:class:`~lightning_mimic.Diagnosis`). If not:
             ``"warn"``, ``"raise"``, or ``"align"`` it, for which weights stay uniform until that is known.
         diagnose_reference: Make this diagnosis.
+        direction: From which weights the direction to the reference is taken: ``"current"``, ``v = θ_ref − θ`` anew at
+            every step, or ``"start"``, ``θ_ref − θ₀`` from those with which the run began; checkpoints hold θ₀. The
+            latter is for a reference that began from the same weights, and for scores over the whole model.
 
     Raises:
         MimicError: An argument, or at the start of ``fit`` the reference, the parameters, the trainer or the
@@ -100,7 +105,7 @@ class GradMimic(pl.Callback):
         *,
         scorer: Scorer | None = None,
         weighting: Weighting | None = None,
-        temperature: float | None = None,
+        temperature: Temperature | None = None,
         min_ess: float | None = None,
         reweight: Reweight = "all",
         uncovered: Uncovered = "error",
@@ -111,6 +116,7 @@ class GradMimic(pl.Callback):
         loss: AssertedLoss | None = None,
         on_doubtful: OnDoubtful = "warn",
         diagnose_reference: bool = True,
+        direction: Origin = "current",
     ) -> None:
         self.settings = Settings(
             reference=reference,
@@ -128,6 +134,7 @@ class GradMimic(pl.Callback):
             loss=loss,
             on_doubtful=on_doubtful,
             diagnose_reference=diagnose_reference,
+            direction=direction,
         )
         self._fit: _Fit | None = None
         # What a checkpoint gave for the next fit, and what the last fit left.

@@ -1,10 +1,11 @@
-"""The direction from the trained weights to the reference."""
+"""The direction from the trained weights, or from those that the training started with, to the reference."""
 
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from lightning_mimic.errors import MimicError
 from lightning_mimic.sharding import full_tensor
 
 #: Below this length, relative to the reference's own, a direction is rounding error and not a direction.
@@ -14,7 +15,8 @@ RELATIVE_ZERO = 1e-6
 class Direction(Mapping[str, Tensor]):
     """``v = θ_ref − θ`` over the chosen parameters, by name; fresh whenever it is looked up.
 
-    Only the reference is kept: the direction of a whole model would be another copy of it.
+    Only the reference is kept: the direction of a whole model would be another copy of it. After :meth:`set_start` it
+    is ``θ_ref − θ₀`` from given weights, which are kept, too, and no longer changes with the parameters.
 
     Args:
         reference: Name to reference tensor; the shapes of ``parameters``.
@@ -29,6 +31,7 @@ class Direction(Mapping[str, Tensor]):
 
     def __init__(self, reference: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = dict(parameters)
+        self._start: dict[str, Tensor] | None = None
         # Half precision would round v away long before the weights meet; float64 models keep float64.
         self.set_reference(
             {
@@ -45,6 +48,44 @@ class Direction(Mapping[str, Tensor]):
         self._zero = max(RELATIVE_ZERO, rounding) * norm_of(self._reference) + torch.finfo(torch.float32).tiny
 
     @property
+    def start(self) -> dict[str, Tensor] | None:
+        """θ₀ by name, if the direction is from there; whole tensors of the parameters' dtypes."""
+        return self._start
+
+    @torch.no_grad()
+    def set_start(self, start: Mapping[str, Tensor] | None = None) -> None:
+        """Take the direction from given weights from here on, or from what the parameters are now.
+
+        Args:
+            start: θ₀ by name; on any device.
+
+        Raises:
+            MimicError: A tensor is missing, or has another shape than its parameter.
+
+        Example:
+            >>> weight = nn.Parameter(torch.zeros(2))
+            >>> direction = Direction({"w": torch.tensor([3.0, 4.0])}, {"w": weight})
+            >>> direction.set_start()
+            >>> with torch.no_grad():
+            ...     weight += 3
+            >>> direction["w"]
+            tensor([3., 4.])
+        """
+        if start is None:
+            self._start = {name: full_tensor(p.detach()).clone() for name, p in self._parameters.items()}
+            return
+        held = {}
+        for name, parameter in self._parameters.items():
+            given = start.get(name)
+            if not isinstance(given, Tensor) or given.shape != parameter.shape:
+                shape = f"has shape {tuple(given.shape)}" if isinstance(given, Tensor) else "is missing"
+                raise MimicError(
+                    f"{name!r} {shape} among the weights that the run started with; expected {tuple(parameter.shape)}."
+                )
+            held[name] = given.detach().to(parameter.device, parameter.dtype, copy=True)
+        self._start = held
+
+    @property
     def reference(self) -> Mapping[str, Tensor]:
         """The reference's tensors by name, float32 or higher."""
         return self._reference
@@ -52,7 +93,8 @@ class Direction(Mapping[str, Tensor]):
     @torch.no_grad()
     def __getitem__(self, name: str) -> Tensor:
         reference = self._reference[name]
-        return reference - full_tensor(self._parameters[name].detach()).to(reference.dtype)
+        origin = self._parameters[name].detach() if self._start is None else self._start[name]
+        return reference - full_tensor(origin).to(reference.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._reference)

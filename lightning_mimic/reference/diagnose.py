@@ -130,7 +130,9 @@ def weight_similarity(
         others = {}
     # One at a time: whole matrices of a sharded model are copies.
     compared = ((full_tensor(matrices[name].detach()).to(tensor), tensor) for name, tensor in others.items())
-    own = (pair for pair in pairs.values() if pair[0].ndim > 1)
+    own = [pair for pair in pairs.values() if pair[0].ndim > 1]
+    if len(own) == 1 and not matrices:
+        own = []  # a single layer takes the data as they are, whatever the start
     return {
         "cosines": {name: _cosine([pair]) for name, pair in pairs.items()},
         "distances": {name: float((theirs - own).norm() / own.norm()) for name, (own, theirs) in pairs.items()},

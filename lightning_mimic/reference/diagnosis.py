@@ -4,7 +4,9 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Verdict = Literal["compatible", "doubtful", "unrelated"]
+from lightning_mimic.reference.margins import LEAST_RATIO
+
+Verdict = Literal["compatible", "doubtful", "unsure", "unrelated"]
 
 #: Cosine between weight matrices below which two networks are unrelated: trained apart, they lie within 0.05 of 0.
 UNRELATED_COSINE = 0.2
@@ -56,9 +58,10 @@ class Diagnosis:
     """The figures of a diagnosis; ``None`` or empty where they could not be computed.
 
     The verdict on it: ``"unrelated"`` if it does not fit the model, shares nothing with it, or knows nothing of the
-    data; ``"doubtful"`` if it shares little, if moving towards it does not lower the loss, or if the target is late and
-    what lies below it is not the reference's and still trains; otherwise ``"compatible"``. The thresholds were set on
-    digits, see docs/results.md.
+    data; ``"unsure"`` if it is so much less sure than the model that its scores are upside down, or knows less than the
+    model; ``"doubtful"`` if it shares little, if moving towards it does not lower the loss, or if the target is late
+    and what lies below it is not the reference's and still trains; otherwise ``"compatible"``. The thresholds were set
+    on digits, see docs/results.md.
 
     Attributes:
         samples: How many were looked at.
@@ -73,6 +76,12 @@ class Diagnosis:
         loss: The model's mean loss.
         reference_loss: The reference's.
         path_losses: Mean loss at θ + t (θ_ref − θ), by t.
+        margin_ratio: How far the reference's outputs for the class that the model predicts stand out from their mean,
+            over how far the model's do, at the last layer.
+        agreement: Share of given labels that the calibrated reference predicts.
+        model_agreement: Share that the model predicted before it trained on the samples.
+        knows_less: The reference predicts so many fewer than the model that it can judge none.
+        objection: Why scores towards its alignment are doubtful.
     """
 
     samples: int = 0
@@ -86,6 +95,11 @@ class Diagnosis:
     loss: float | None = None
     reference_loss: float | None = None
     path_losses: dict[float, float] = field(default_factory=dict)
+    margin_ratio: float | None = None
+    agreement: float | None = None
+    model_agreement: float | None = None
+    knows_less: bool = False
+    objection: str | None = None
 
     @property
     def findings(self) -> list[tuple[Verdict, str]]:
@@ -100,6 +114,15 @@ class Diagnosis:
         if self.label_gap is not None and self.label_gap.small:
             rise = f"exchanging them raises its loss by {self.label_gap}"
             found.append(("unrelated", f"it does not know the samples' labels from each other's ({rise})"))
+        if self.margin_ratio is not None and self.margin_ratio < LEAST_RATIO:
+            reason = (
+                f"it is less sure of what the model predicts than the model ({self.margin_ratio:.2f} of its margin)"
+            )
+            found.append(("unsure", reason))
+        if self.knows_less:
+            shares = [f"{share:.0%}" for share in (self.agreement, self.model_agreement) if share is not None]
+            reason = f"they predict {' and '.join(shares)} of the given labels"
+            found.append(("unsure", f"it knows less than the model ({reason})"))
         if self.weight_cosine is not None and UNRELATED_COSINE <= self.weight_cosine < RELATED_COSINE:
             found.append(("doubtful", f"its weights have little in common with the model's {cosine}"))
         if self.score is not None and self.score.missing:
@@ -107,7 +130,14 @@ class Diagnosis:
         if self.rest_trains and self.weight_cosine is not None and RELATED_COSINE <= self.weight_cosine < SHARED_COSINE:
             reason = f"what lies below the target is not the reference's {cosine} and trains; score 'all' parameters"
             found.append(("doubtful", reason))
+        if self.objection is not None:
+            found.append(("doubtful", self.objection))
         return found
+
+    @property
+    def unsure(self) -> bool:
+        """Whether that is among the objections, so that weights of uncalibrated scores are uniform."""
+        return any(verdict == "unsure" for verdict, _ in self.findings)
 
     @property
     def alignable(self) -> bool:
@@ -116,7 +146,7 @@ class Diagnosis:
 
     @property
     def verdict(self) -> Verdict:
-        """``"compatible"``, ``"doubtful"`` or ``"unrelated"``."""
+        """``"compatible"``, ``"doubtful"``, ``"unsure"`` or ``"unrelated"``."""
         return self.findings[0][0] if self.findings else "compatible"
 
     def __str__(self) -> str:
@@ -126,6 +156,7 @@ class Diagnosis:
             "mean mimic score": self.score,
             "its loss": None if self.reference_loss is None else f"{self.reference_loss:.3g}",
             "the model's": None if self.loss is None else f"{self.loss:.3g}",
+            "margin over the model's": None if self.margin_ratio is None else f"{self.margin_ratio:.2f}",
         }
         facts = "".join(f"; {name} {value}" for name, value in known.items() if value is not None)
         return f"the reference is {self.verdict}{': ' * bool(reasons)}{reasons} ({self.samples} samples{facts})"

@@ -9,7 +9,7 @@ from lightning_mimic.gradients import is_linear, owning_layer
 from lightning_mimic.reference import Aligned, ReferenceSource
 from lightning_mimic.reweighting.gate import Reweight
 from lightning_mimic.reweighting.reference_monitor import OnDoubtful
-from lightning_mimic.scorers import WEIGHT_NEEDS, Need, Scorer, UsesLoader
+from lightning_mimic.scorers import HEAD_NEEDS, WEIGHT_NEEDS, Need, Scorer, UsesLoader
 
 #: Products that only one layer's gradients offer, in words.
 ONE_LAYER_PRODUCTS: dict[Need, str] = {
@@ -54,6 +54,39 @@ def check_scorer(scorer: Scorer, needs: frozenset[Need], *, reference: bool, par
             raise MimicError(f"`{argument}` is given, but {name} takes none; leave it out.")
         if not given and needs & needed:
             raise MimicError(f"`{argument}` is missing; {name} needs one: {example}.")
+
+
+def check_start_direction(
+    scorer: Scorer, needs: frozenset[Need], reference: ReferenceSource | Aligned | None, on_doubtful: OnDoubtful
+) -> None:
+    """Check that there are starting weights from which a direction to the reference can be taken.
+
+    Args:
+        scorer: The scorer.
+        needs: The products that scorer and weighting need.
+        reference: As the user gave it.
+        on_doubtful: What to do about a reference that is not found compatible.
+
+    Raises:
+        MimicError: There are none.
+    """
+    name = type(scorer).__name__
+    for given, why in (
+        ("dot" not in needs, f"{name} takes no direction"),
+        (isinstance(scorer, UsesLoader), f"{name} takes its direction from the batches of its `loader`"),
+        (
+            bool(needs & HEAD_NEEDS),
+            f"{join_names(sorted(needs & HEAD_NEEDS))} rest on the reference's outputs, to which that direction does "
+            "not lead from the current ones",
+        ),
+        (
+            isinstance(reference, Aligned),
+            "an aligned reference is fitted to the model's current features and has no start in common with it",
+        ),
+        (on_doubtful == "align", "`on_doubtful='align'` may align the reference, which has no start in common then"),
+    ):
+        if given:
+            raise MimicError(f"`direction` is 'start', but {why}; leave it out.")
 
 
 def check_needs(scorer: Scorer, needs: frozenset[Need], module: nn.Module, targets: Mapping[str, nn.Parameter]) -> None:

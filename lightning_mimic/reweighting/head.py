@@ -12,6 +12,7 @@ from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.gradients.direction import norm_of
 from lightning_mimic.ledger import NO_CLASS
 from lightning_mimic.reference.calibration import Calibration, RunningCalibration
+from lightning_mimic.reference.margins import RunningMargins
 from lightning_mimic.reweighting.products import GradientProducts
 from lightning_mimic.scorers import HEAD_NEEDS, Need
 
@@ -27,12 +28,14 @@ class HeadProducts:
         products: Fields of :class:`~lightning_mimic.scorers.Products`.
         columns: The ledger's columns.
         unknown: Scores that rest on the calibrated reference have no meaning yet, a boolean scalar.
+        distrusted: The weights would rest on a reference that is unsure or knows less than the model, a boolean scalar.
         unrecognised: Some rows are needed and are not of a cross-entropy, a boolean scalar.
     """
 
     products: Mapping[str, Tensor]
     columns: dict[str, Tensor]
     unknown: Tensor
+    distrusted: Tensor
     unrecognised: Tensor
 
 
@@ -45,12 +48,16 @@ class Head:
 
     Args:
         needs: The products that scorer and weighting need.
+        rests_on_margins: The weights rest on a score that holds the model's own outputs beside the reference's, which
+            are not calibrated.
     """
 
     needs: frozenset[Need]
+    rests_on_margins: bool
     #: Whether the loss is a cross-entropy of the layer's outputs; ``None`` before the first step.
     recognised: bool | None = None
     _calibration: RunningCalibration | None = None
+    _margins: RunningMargins | None = None
     _state: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -67,7 +74,7 @@ class Head:
         clean: Tensor | None,
         vanishes: Tensor,
         *,
-        unseen: bool,
+        epoch: int | None,
         check: bool,
     ) -> HeadProducts | None:
         """Return what is known of a micro-batch; on every rank.
@@ -78,7 +85,7 @@ class Head:
             direction: From the model's parameters to them, by name.
             clean: Rows that are finite; all, if ``None``.
             vanishes: There is no reference (yet), a boolean scalar.
-            unseen: The model has not trained on these samples before.
+            epoch: In which the model trains on these samples, in the first one anew; ``None`` if it does not.
             check: Look whether the loss is a cross-entropy (a host sync).
 
         Returns:
@@ -93,12 +100,17 @@ class Head:
             return None
         outputs, theirs = found["outputs"].float(), found["reference_outputs"].float()
         labels = labels_of(outputs, found["output_gradients"], clean)
-        if self._calibration is None:
+        if self._calibration is None or self._margins is None:
             self._calibration = RunningCalibration(outputs.shape[1], outputs.device)
+            self._margins = RunningMargins(outputs.device)
             if self._state:
                 self._calibration.load_state_dict(self._state)
-        calibration = self._calibration
-        calibration.update(theirs, torch.where(vanishes, -1, labels), outputs if unseen else None)
+                self._margins.load_state_dict(self._state["margins"])
+        calibration, margins = self._calibration, self._margins
+        counted = torch.where(vanishes, -1, labels)
+        calibration.update(theirs, counted, outputs if epoch == 0 else None)
+        if epoch is not None:
+            margins.update(outputs, theirs, counted)
         products = {"outputs": outputs, "reference_outputs": theirs, "labels": labels}
         products["output_gradients"] = found["output_gradients"]
         known = labels >= 0
@@ -106,6 +118,8 @@ class Head:
             "label": torch.where(known, labels, NO_CLASS),
             "predicted": torch.where(known, outputs.argmax(1), NO_CLASS),
         }
+        shown = known & ~vanishes
+        columns["reference_predicted"] = torch.where(shown, theirs.argmax(1), NO_CLASS)
         unknown = torch.ones_like(vanishes)
         if calibration.ready:
             scale, biases = calibration.parameters
@@ -122,7 +136,6 @@ class Head:
                 "calibrated_direction_norm": norm_of(steps),
             }
             log_q = calibrated.log_softmax(1)
-            shown = known & ~vanishes
             columns |= {
                 "reference_predicted": torch.where(shown, log_q.argmax(1), NO_CLASS),
                 "reference_confidence": _or_nan(log_q.amax(1).exp(), shown),
@@ -141,11 +154,23 @@ class Head:
         unrecognised = missing.any() if self.required else torch.zeros_like(vanishes)
         needs_calibrated = "calibrated_outputs" in self.needs
         unknown = unknown if needs_calibrated else torch.zeros_like(unknown)
-        return HeadProducts(products, columns, unknown, unrecognised)
+        distrusted = calibration.knows_less if calibration.ready else torch.zeros_like(vanishes)
+        if self.rests_on_margins:
+            distrusted = distrusted | margins.unsure
+        return HeadProducts(products, columns, unknown, distrusted, unrecognised)
 
     def calibration(self) -> Calibration | None:
         """Return the latest calibration (a host sync); ``None`` where there is none."""
         return None if self._calibration is None else self._calibration.calibration()
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the outputs show of the reference, as fields of the diagnosis (a host sync)."""
+        facts: dict[str, Any] = {} if self._margins is None else self._margins.facts()
+        found = self.calibration()
+        if found is None:
+            return facts
+        names = ("agreement", "model_agreement", "knows_less")
+        return facts | {name: getattr(found, name) for name in names}
 
     @property
     def wrong_share(self) -> Tensor | None:
@@ -154,7 +179,9 @@ class Head:
 
     def state_dict(self) -> Mapping[str, Any]:
         """Return what a resumed run needs."""
-        return self._state if self._calibration is None else self._calibration.state_dict()
+        if self._calibration is None or self._margins is None:
+            return self._state
+        return self._calibration.state_dict() | {"margins": self._margins.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state."""

@@ -81,7 +81,15 @@ class ReferenceMonitor:
             **self._facts,
         )
 
-    def report(self, diagnosis: Diagnosis, on_doubtful: OnDoubtful, *, aligned: bool, uniform: bool) -> str:
+    def report(
+        self,
+        diagnosis: Diagnosis,
+        on_doubtful: OnDoubtful,
+        *,
+        aligned: bool,
+        uniform: bool,
+        rests_on_margins: bool,
+    ) -> str:
         """Warn of a reference that is not compatible.
 
         Args:
@@ -89,6 +97,7 @@ class ReferenceMonitor:
             on_doubtful: What to do in this case.
             aligned: The reference is aligned.
             uniform: Weights stay uniform, because no direction means anything.
+            rests_on_margins: The weights are of scores that are not calibrated.
 
         Returns:
             What was found, if that is no problem; else an empty string.
@@ -102,8 +111,12 @@ class ReferenceMonitor:
         if on_doubtful == "align" and aligned and not uniform:
             return f"{message} It is aligned from here on."
         fix = " Give it as lightning_mimic.Aligned(...), or compare losses with the scorer RhoLoss."
-        message += fix if diagnosis.alignable and not aligned else " Use another reference."
-        message += " Weights stay uniform." * uniform
+        if diagnosis.verdict != "unsure":
+            message += fix if diagnosis.alignable and not aligned else " Use another reference."
+        if uniform:
+            message += " Weights stay uniform."
+        else:
+            message += unsure_response(diagnosis, rests_on_margins=rests_on_margins)
         if on_doubtful == "raise":
             raise MimicError(message)
         warn_once_for_all_ranks(message)
@@ -116,6 +129,43 @@ class ReferenceMonitor:
                 f"the fit ended after {self.seen} of the {self._samples} samples that it takes to judge the "
                 "reference, so all weights were uniform. Train longer, or give it as lightning_mimic.Aligned(...)."
             )
+
+
+def unsure_response(diagnosis: Diagnosis, *, rests_on_margins: bool) -> str:
+    """Return what an unsure reference means for the weights, as sentences after a blank; empty if it is none.
+
+    Args:
+        diagnosis: With figures on both networks' outputs.
+        rests_on_margins: The weights are of scores that are not calibrated.
+    """
+    if not diagnosis.unsure:
+        return ""
+    uniform = diagnosis.knows_less or rests_on_margins
+    response = " Weights are uniform as long as it is so unsure." if uniform else ""
+    if diagnosis.verdict != "unsure":
+        return response
+    if diagnosis.knows_less:
+        return f"{response} Use another reference."
+    if rests_on_margins:
+        return f"{response} Calibrate it: `weighting=Posterior()`, or `scorer=MimicScore(calibrated=True)`."
+    return " The weights go by what is calibrated, and are not affected."
+
+
+def report_unsure(diagnosis: Diagnosis, on_doubtful: OnDoubtful, *, rests_on_margins: bool) -> None:
+    """Warn of a reference that has turned out unsure after its diagnosis; on every rank.
+
+    Args:
+        diagnosis: With the verdict.
+        on_doubtful: What to do in this case.
+        rests_on_margins: The weights are of scores that are not calibrated.
+
+    Raises:
+        MimicError: ``on_doubtful`` is ``"raise"``.
+    """
+    message = f"{diagnosis}.{unsure_response(diagnosis, rests_on_margins=rests_on_margins)}"
+    if on_doubtful == "raise":
+        raise MimicError(message)
+    warn_once_for_all_ranks(message)
 
 
 def warn_once_for_all_ranks(message: str) -> None:

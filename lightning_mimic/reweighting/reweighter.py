@@ -19,7 +19,7 @@ from lightning_mimic.dataset_ids import check_loader_ids
 from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.gradients import ModelHooks, named_parameters
 from lightning_mimic.ledger import Flag
-from lightning_mimic.reference import Aligned, ReferenceSource
+from lightning_mimic.reference import Aligned, Diagnosis, ReferenceSource
 from lightning_mimic.reweighting.batch import (
     Ids,
     batch_size_of,
@@ -40,17 +40,19 @@ from lightning_mimic.reweighting.loss_check import AssertedLoss, LossCheck
 from lightning_mimic.reweighting.messages import HOOKED
 from lightning_mimic.reweighting.methods import Reach, ScoringMethod, ScoringTask
 from lightning_mimic.reweighting.recorder import Position, ScoreRecorder
-from lightning_mimic.reweighting.reference_monitor import OnDoubtful
+from lightning_mimic.reweighting.reference_monitor import OnDoubtful, report_unsure
 from lightning_mimic.reweighting.repeated_ids import RepeatedIds
 from lightning_mimic.reweighting.run_ledger import RunLedger
-from lightning_mimic.reweighting.settings import OnNonfinite, Settings, Uncovered
+from lightning_mimic.reweighting.settings import OnNonfinite, Origin, Settings, Uncovered
 from lightning_mimic.reweighting.step import Step, StepContext
 from lightning_mimic.reweighting.target import Target
 from lightning_mimic.reweighting.weigh import StepResult
-from lightning_mimic.scorers import Scorer, Weighting
+from lightning_mimic.scorers import KeepsState, RunWeighting, Scorer, Temperature, Weighting
 from lightning_mimic.sharding import whole_parameters
 
 _log = logging.getLogger("lightning_mimic")
+# Micro-batches between two looks at the figures that show an unsure reference; each is a host sync.
+_LOOK_EVERY = 64
 
 
 class Reweighter:
@@ -69,11 +71,11 @@ class Reweighter:
         model: The model that is trained, as a module; a ``DistributedDataParallel`` or a compiled
             module is unwrapped. If it has a method
             ``sample_losses(batch)`` that returns one loss per sample, the loss must be the mean of what it returns.
-        reference: See :class:`~lightning_mimic.GradMimic`, as for all arguments down to ``diagnose_reference``.
+        reference: See :class:`~lightning_mimic.GradMimic`, as for all arguments down to ``direction``.
         parameters: Parameters over which scores are computed.
         scorer: Makes scores of products with the samples' gradients.
         weighting: Makes weights of scores.
-        temperature: τ of the softmax.
+        temperature: τ of the softmax, or ``"auto"``.
         min_ess: Floor on the effective sample size, as a fraction of the batch.
         reweight: What the weights reach.
         uncovered: What to do about trainable parameters that the weights do not reach.
@@ -85,6 +87,7 @@ class Reweighter:
         loss: ``"mean"`` asserts that the loss is the plain mean of the samples' own losses.
         on_doubtful: What to do about a reference that the diagnosis does not find compatible.
         diagnose_reference: Diagnose the reference on the first 512 samples.
+        direction: ``"current"``, or ``"start"`` for the direction from the starting weights.
         grad_scaler: The gradient scaler that the backward pass uses, if any.
         prepare: Moves a batch of the scorer's own loader to the model's device and precision; by default to its device.
 
@@ -118,7 +121,7 @@ class Reweighter:
         *,
         scorer: Scorer | None = None,
         weighting: Weighting | None = None,
-        temperature: float | None = None,
+        temperature: Temperature | None = None,
         min_ess: float | None = None,
         reweight: Reweight = "all",
         uncovered: Uncovered = "error",
@@ -129,6 +132,7 @@ class Reweighter:
         loss: AssertedLoss | None = None,
         on_doubtful: OnDoubtful = "warn",
         diagnose_reference: bool = True,
+        direction: Origin = "current",
         grad_scaler: "torch.amp.GradScaler | None" = None,
         prepare: Callable[[Any], Any] | None = None,
     ) -> None:
@@ -148,6 +152,7 @@ class Reweighter:
             loss=loss,
             on_doubtful=on_doubtful,
             diagnose_reference=diagnose_reference,
+            direction=direction,
         )
         self._set_up(model, settings, grad_scaler, prepare)
 
@@ -185,19 +190,17 @@ class Reweighter:
         self._scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._target = Target(
             self.model,
-            settings.make_scores,
-            settings.needs,
-            settings.parameters,
-            settings.reference,
-            align_doubtful=settings.on_doubtful == "align",
+            settings,
             prepare=(lambda batch: to_device(batch, device)) if prepare is None else prepare,
         )
         self._monitor = (
             self._target.monitor(device, settings.diagnosis_samples) if settings.diagnose_reference else None
         )
         self._compatible = False
-        # What was found of the reference in this process; of a resumed run nothing.
-        self._diagnosed: dict[str, Any] = {}
+        # Micro-batches since the diagnosis, if there was one.
+        self._steps = 0
+        # Of this process; not of the run that is continued.
+        self._diagnosis: Diagnosis | None = None
         self._choice: Choice | None = None
         self._checked_epoch = -1
         self._parameters: list[tuple[int, bool]] = []
@@ -212,6 +215,8 @@ class Reweighter:
         self._recorder: ScoreRecorder | None = None
         # Of the next micro-batch, if it belongs to the same epoch.
         self._next = Position(0, 0, 0)
+        # If it keeps state over the batches.
+        self._weighting: RunWeighting | None = None
         self._closing = ExitStack()
         self._context = self._attach()
 
@@ -252,6 +257,7 @@ class Reweighter:
         if self.started:
             raise RuntimeError("this run was started before; make another Reweighter for another run.")
         step = self._next.step if step is None else step
+        self._target.start()
         directory = self._directory
         if record and directory is not None:
             if self.settings.id_from is None:
@@ -383,6 +389,7 @@ class Reweighter:
         Raises:
             MimicError: The last scores of some rank could not be written; on all ranks together.
         """
+        self._look_for_unsure()
         if self._recorder is not None:
             if self._ledger is not None:
                 self._ledger.finish(self._recorder)
@@ -440,9 +447,11 @@ class Reweighter:
             state = dict(self._progress)
             if self._recorder is not None:
                 self._recorder.commit()
+        if self._weighting is not None and (kept := self._weighting.state_dict()):
+            state["weighting"] = kept
         if "run" in state:
             state["position"] = asdict(self._next)
-        if self._target.aligns or self._monitor is None:
+        if self._target.aligns or self._monitor is None or self.settings.direction == "start":
             state["diagnosed"] = self._monitor is None
             state["compatible"] = self._compatible
             state["target"] = self._target.state_dict()
@@ -461,6 +470,8 @@ class Reweighter:
                 raise MimicError(
                     f"the state of the run is damaged: its `position` is {state['position']!r}. Take another."
                 ) from error
+        if self._weighting is not None:
+            self._weighting.load_state_dict(state.get("weighting", {}))
         self._context.head.load_state_dict(state.get("head", {}))
         if "target" not in state:
             return
@@ -497,7 +508,12 @@ class Reweighter:
             self._closing.callback(capture.remove)
         ambiguous = settings.masks and settings.on_nonfinite is None
         loss_check = LossCheck(self.model, settings.loss, captured=capture is not None, ambiguous=ambiguous)
-        return StepContext(settings, task, self._target, capture, loss_check, self._choose, Head(needs))
+        weighting = settings.make_weights
+        if isinstance(weighting, KeepsState):
+            weighting = weighting.for_run()
+            self._weighting = weighting
+        head = Head(needs, settings.rests_on_margins)
+        return StepContext(settings, task, self._target, capture, loss_check, weighting, self._choose, head)
 
     def _refuse_replaced(self) -> None:
         for name, parameter in self.targets.items():
@@ -536,26 +552,48 @@ class Reweighter:
         if facts is not None:
             self.note({"calibration": facts})
         objection = self._target.objection()
-        if objection is not None and self._diagnosed.get("verdict") == "compatible":
-            self.note({"diagnosis": self._diagnosed | {"verdict": "doubtful", "findings": [objection]}})
+        if objection is not None and self._diagnosis is not None:
+            self.note({"diagnosis": replace(self._diagnosis, objection=objection).facts()})
 
     def _diagnose(self, step: Step, result: StepResult) -> StepResult:
         """Return the result with what is found about the reference in this step."""
-        if self._monitor is None or not step.backward_follows:
+        if not step.backward_follows:
+            return result
+        if self._monitor is None:
+            self._steps += 1
+            if self._steps % _LOOK_EVERY == 0:
+                self._look_for_unsure()
             return result
         scores = self._target.scores_for_diagnosis(result.mimic_scores)
         diagnosis = self._monitor.update(step.given_batch, result, scores)
         if diagnosis is None:
             return result
         monitor, self._monitor = self._monitor, None
+        self._diagnosis = diagnosis = replace(diagnosis, **self._context.head.facts())
         self._compatible = diagnosis.verdict == "compatible"
         self._target.choose_direction(diagnosis)
-        self._diagnosed = diagnosis.facts()
-        self.note({"diagnosis": self._diagnosed})
+        self.note({"diagnosis": diagnosis.facts()})
         report = monitor.report(
-            diagnosis, self.settings.on_doubtful, aligned=self._target.aligns, uniform=self._target.undecided
+            diagnosis,
+            self.settings.on_doubtful,
+            aligned=self._target.aligns,
+            uniform=self._target.undecided,
+            rests_on_margins=self.settings.rests_on_margins,
         )
         return result.with_report(report)
+
+    def _look_for_unsure(self) -> None:
+        """Note and warn of a reference that has turned out unsure since its diagnosis; on every rank."""
+        known = Diagnosis() if self._diagnosis is None else self._diagnosis
+        if not self.settings.diagnose_reference or known.unsure or self._monitor is not None:
+            return
+        diagnosis = replace(known, **self._context.head.facts())
+        if not diagnosis.unsure:
+            return
+        self._diagnosis = diagnosis
+        self._compatible = False
+        self.note({"diagnosis": diagnosis.facts()})
+        report_unsure(diagnosis, self.settings.on_doubtful, rests_on_margins=self.settings.rests_on_margins)
 
 
 def _describe_data(loader: Any, data_module: Any) -> dict[str, Any]:

@@ -11,11 +11,19 @@ from lightning_mimic.errors import MimicError, nearest_names
 from lightning_mimic.reference import Aligned, ReferenceSource
 from lightning_mimic.reference.diagnose import SAMPLES
 from lightning_mimic.reweighting.batch import Ids
-from lightning_mimic.reweighting.checks import check_scorer
+from lightning_mimic.reweighting.checks import check_scorer, check_start_direction
 from lightning_mimic.reweighting.gate import Reweight
 from lightning_mimic.reweighting.loss_check import AssertedLoss
 from lightning_mimic.reweighting.reference_monitor import OnDoubtful
-from lightning_mimic.scorers import MimicScore, Need, Scorer, Weighting, choose_weighting, validate_needs
+from lightning_mimic.scorers import (
+    MimicScore,
+    Need,
+    Scorer,
+    Temperature,
+    Weighting,
+    choose_weighting,
+    validate_needs,
+)
 
 #: What to do about trainable parameters that the weights do not reach.
 Uncovered = Literal["error", "mean"]
@@ -23,7 +31,10 @@ Uncovered = Literal["error", "mean"]
 #: What to do about samples whose loss is not finite.
 OnNonfinite = Literal["mask", "mask_loss", "raise"]
 
-_CHOICES = {"reweight": Reweight, "uncovered": Uncovered, "on_doubtful": OnDoubtful}
+#: The weights from which the direction to the reference is taken.
+Origin = Literal["current", "start"]
+
+_CHOICES = {"reweight": Reweight, "uncovered": Uncovered, "on_doubtful": OnDoubtful, "direction": Origin}
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class Settings:
     parameters: str | Sequence[str] | None
     scorer: Scorer | None
     weighting: Weighting | None
-    temperature: float | None
+    temperature: Temperature | None
     min_ess: float | None
     reweight: Reweight
     uncovered: Uncovered
@@ -52,6 +63,7 @@ class Settings:
     loss: AssertedLoss | None
     on_doubtful: OnDoubtful
     diagnose_reference: bool
+    direction: Origin = "current"
     diagnosis_samples: int = SAMPLES
 
     def __post_init__(self) -> None:
@@ -78,6 +90,8 @@ class Settings:
         )
         if self.reweight == "target" and self.parameters is None:
             raise MimicError("`reweight='target'` weights the target parameters, and this scorer has none.")
+        if self.direction == "start":
+            check_start_direction(self.make_scores, self.needs, self.reference, self.on_doubtful)
         if self.on_doubtful == "align" and not self.diagnose_reference:
             raise MimicError("`on_doubtful='align'` needs the diagnosis that `diagnose_reference=False` leaves out.")
 
@@ -102,6 +116,13 @@ class Settings:
         return validate_needs(self.make_scores) | validate_needs(self.make_weights, "weighting")
 
     @property
+    def rests_on_margins(self) -> bool:
+        """The weights rest on a score that holds the model's outputs beside the reference's uncalibrated ones."""
+        of_scorer = self.make_scores.needs
+        holds_both = "dot" in of_scorer or {"outputs", "reference_outputs"} <= of_scorer
+        return holds_both and "posteriors" not in self.make_weights.needs
+
+    @property
     def uses_ids(self) -> bool:
         """Samples are told apart by their ids: in the ledger, or in a cache of the reference's outputs."""
         return self.ledger is not None or (isinstance(self.reference, Aligned) and self.reference.cache)
@@ -121,6 +142,8 @@ class Settings:
             **softmax,
             "reweight": self.reweight,
             "align_doubtful": self.on_doubtful == "align",
+            # Left out by default, so that older ledgers go on.
+            **({} if self.direction == "current" else {"direction": self.direction}),
         }
 
 

@@ -35,7 +35,7 @@ from lightning_mimic.reweighting.recorder import Position
 from lightning_mimic.reweighting.settings import Settings
 from lightning_mimic.reweighting.target import Target
 from lightning_mimic.reweighting.weigh import StepResult, weigh_batch
-from lightning_mimic.scorers import Products, validate_scores
+from lightning_mimic.scorers import Products, Weighting, validate_scores
 
 # Models with an open step: a second one would score gradients that the first has weighted.
 _OPEN: WeakSet[nn.Module] = WeakSet()
@@ -54,6 +54,7 @@ class StepContext:
         target: The direction towards the reference.
         capture: Captures per-sample losses; ``None`` for a module without ``sample_losses``.
         loss_check: Shows that the losses of such a module are means over the samples.
+        weighting: The settings' own, or one of this run where it keeps state.
         choose: Returns the method that scores a micro-batch; looks at its graph first, if the second argument is true.
         head: The last layer, where the target is one under cross-entropy.
     """
@@ -63,6 +64,7 @@ class StepContext:
     target: Target
     capture: LossCapture | None
     loss_check: LossCheck
+    weighting: Weighting
     choose: Callable[[Forward, bool], ScoringMethod]
     head: Head
 
@@ -337,7 +339,7 @@ class Step:
             reference_losses=self._reference_losses,
             **fields,
         )
-        scorer, weighting = settings.make_scores, settings.make_weights
+        scorer, weighting = settings.make_scores, self._context.weighting
         scores = validate_scores(scorer, scorer(known_products.for_reader(scorer)), known_products)
         result = weigh_batch(
             scores,
@@ -345,6 +347,7 @@ class Step:
             vanishes,
             weighting,
             scaled=self._scaled,
+            distrusted=head.distrusted if head is not None and settings.diagnose_reference else None,
             products=known_products.for_reader(weighting),
         )
         # By the flag, not by the mask: when no sample is finite nothing is masked, and it must stop all the same.
@@ -369,13 +372,15 @@ class Step:
         head, reference = self._context.head, self._context.target.reference
         if not head.required and (reference is None or "reference_outputs" not in products):
             return None
+        if self._context.settings.direction == "start":
+            return None  # the model's outputs and that direction do not add up to the reference's
         found = head.products(
             products,
             {} if reference is None else reference,
             self.direction,
             self.clean,
             vanishes,
-            unseen=self.position.epoch == 0,
+            epoch=self.position.epoch if self.backward_follows else None,
             check=self._check,
         )
         if found is not None and self._problem is not None:

@@ -1,6 +1,6 @@
 """The scored parameters, the direction towards the reference, and the reference's losses."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ from lightning_mimic.reweighting.batch import Ids, describe
 from lightning_mimic.reweighting.checks import check_needs
 from lightning_mimic.reweighting.reference_batches import ReferenceBatches
 from lightning_mimic.reweighting.reference_monitor import ReferenceMonitor, warn_once_for_all_ranks
-from lightning_mimic.scorers import WEIGHT_NEEDS, Need, Scorer, UsesLoader
+from lightning_mimic.reweighting.settings import Settings
+from lightning_mimic.scorers import WEIGHT_NEEDS, UsesLoader
 from lightning_mimic.sharding import sharded_modules
 
 
@@ -39,11 +40,8 @@ class Target:
 
     Args:
         module: The module that is trained.
-        scorer: Declares what it needs.
-        needs: The products that scorer and weighting need.
-        parameters: As :func:`~lightning_mimic.gradients.select_parameters` takes them.
-        reference: As the callback takes it.
-        align_doubtful: Prepare to align the reference; until it is known whether that is needed there is no direction.
+        settings: The user's. To align a doubtful reference is prepared; until it is known whether that is needed there
+            is no direction.
         prepare: Applied to the batches of a scorer's own loader.
 
     Raises:
@@ -53,14 +51,15 @@ class Target:
     def __init__(
         self,
         module: nn.Module,
-        scorer: Scorer,
-        needs: frozenset[Need],
-        parameters: str | Sequence[str] | None,
-        reference: ReferenceSource | Aligned | None,
-        *,
-        align_doubtful: bool,
+        settings: Settings,
         prepare: Callable[[Any], Any],
     ) -> None:
+        scorer, needs, parameters, reference = (
+            settings.make_scores,
+            settings.needs,
+            settings.parameters,
+            settings.reference,
+        )
         #: The scored parameters by full name; empty for a scorer that needs no gradient.
         self.parameters = {} if parameters is None else select_parameters(module, parameters)
         #: The posteriors are those of pairs, which the aligned reference of a CLIP gives, and no layer's.
@@ -84,7 +83,8 @@ class Target:
         # The reference as a model that gives losses, where it is one.
         self._whole: nn.Module | None = None
         self._batches: ReferenceBatches | None = None
-        self._align_doubtful = align_doubtful
+        self._align_doubtful = settings.on_doubtful == "align"
+        self._from_start = settings.direction == "start"
         self._config: dict[str, Any] = {
             "aligned_every": reference.every if isinstance(reference, Aligned) else None,
             "parameters": list(self.parameters),
@@ -115,7 +115,10 @@ class Target:
     @property
     def config(self) -> dict[str, Any]:
         """What decides the meaning of the scores."""
-        return self._config | {"reference": self.fingerprint}
+        held = self.direction.start if isinstance(self.direction, Direction) else None
+        # Scores towards one reference from two starts are not of one kind.
+        start = {} if held is None else {"start": fingerprint(held)}
+        return self._config | {"reference": self.fingerprint} | start
 
     @property
     def aligns(self) -> bool:
@@ -132,6 +135,11 @@ class Target:
         if self._whole is None and not self.facts:
             return None
         return ReferenceMonitor(self.facts, self._whole, device, samples)
+
+    def start(self) -> None:
+        """Hold the weights with which the run begins, if the direction is from there and no state had them."""
+        if self._from_start and isinstance(self.direction, Direction) and self.direction.start is None:
+            self.direction.set_start()
 
     def at_reference(self) -> bool:
         """Return whether the model stands at its reference now (a host sync)."""
@@ -230,11 +238,14 @@ class Target:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs of alignment and reference batches."""
-        return {
+        state = {
             "undecided": self.undecided,
             "aligned": None if self._aligned is None else self._aligned.state_dict(),
             "batches": None if self._batches is None else self._batches.state_dict(),
         }
+        if self._from_start and isinstance(self.direction, Direction):
+            state["start"] = self.direction.start
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any], *, diagnosed: bool, compatible: bool) -> bool:
         """Continue from a state; what was decided stays so.
@@ -247,6 +258,14 @@ class Target:
         Returns:
             Whether the diagnosis still holds.
         """
+        if self._from_start and isinstance(self.direction, Direction):
+            if "start" not in state:
+                raise MimicError(
+                    "`direction` is 'start', but the state of the run does not hold the weights that it started with, "
+                    "because it was saved with `direction='current'`. Resume with that, or begin another run."
+                )
+            if state["start"] is not None:  # of a run that had begun
+                self.direction.set_start(state["start"])
         if self._batches is not None and state["batches"]:
             self._batches.load_state_dict(state["batches"])
         if self._aligned is not None and state["aligned"] is not None:

@@ -77,6 +77,7 @@ def weigh_batch(
     weighting: Weighting,
     *,
     scaled: bool,
+    distrusted: Tensor | None = None,
     products: Products | None = None,
 ) -> StepResult:
     """Weigh the rows whose score can be trusted, and flag the others.
@@ -88,6 +89,7 @@ def weigh_batch(
         weighting: Makes weights of scores.
         scaled: A gradient scaler is at work: a row that is not finite has then overflowed and must pass, so
             that the scaler sees it and lowers its scale.
+        distrusted: Boolean scalar, the weights shall be uniform although there are scores.
         products: What the weighting declares to need.
 
     Returns:
@@ -98,7 +100,8 @@ def weigh_batch(
     broken = ~clean if scaled else ~(clean & finite)
     valid = clean & finite
     # Without a direction no sample is better than another.
-    weights = validate_weights(weighting, weighting(scores, products, valid=valid, uniform=vanishes), len(scores))
+    uniform = vanishes if distrusted is None else vanishes | distrusted
+    weights = validate_weights(weighting, weighting(scores, products, valid=valid, uniform=uniform), len(scores))
     flags = torch.full_like(scores, Flag.OK, dtype=torch.int8)
     # The later ones take precedence; torch.where, because an assignment through a mask waits for the device.
     for flag, rows in (

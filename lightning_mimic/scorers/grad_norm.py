@@ -20,6 +20,8 @@ class GradNorm:
     """
 
     needs: frozenset[Need] = frozenset({"norms"})
+    #: A positive score does not mean a good sample.
+    signed = False
 
     def __call__(self, products: Products) -> Tensor:
         """Return the scores, shape ``(B,)``."""

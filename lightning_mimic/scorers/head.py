@@ -69,6 +69,9 @@ class HeadReferenceLoss(_OfReference):
         tensor([-0.1269, -2.1269])
     """
 
+    #: A positive score does not mean a good sample.
+    signed = False
+
     @property
     def needs(self) -> frozenset[Need]:
         """The labels and the reference's logits."""

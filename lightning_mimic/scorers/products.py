@@ -156,11 +156,16 @@ class Products:
             lightning_mimic.errors.MimicError: GradNorm reads `losses`, which it does not declare; add it to its
             `needs`.
         """
-        needs: frozenset[Need] = reader.needs  # type: ignore[attr-defined]
+        needs: frozenset[Need] = reader.needs | getattr(reader, "optional", frozenset())  # type: ignore[attr-defined]
         mine = vars(self)
         view = Products(self.samples, **{n: mine[n] for n in _OPTIONAL if n in mine and _COMPANIONS.get(n, n) in needs})
         vars(view).update(_reader=type(reader).__name__, _needs=frozenset(needs))
         return view
+
+    def find(self, name: Need) -> Tensor | None:
+        """Return a product that its reader names in ``optional``; ``None`` where it is not known."""
+        found: Tensor | None = vars(self).get(name)
+        return found
 
     def __getattr__(self, name: str) -> NoReturn:
         if name not in _OPTIONAL:
@@ -187,7 +192,8 @@ class Products:
 class Scorer(Protocol):
     """A formula from products to one score per sample; the higher the score, the more weight.
 
-    To write your own, declare the products it reads and return a floating-point tensor of shape ``(B,)``.
+    To write your own, declare the products it reads and return a floating-point tensor of shape ``(B,)``. Give it
+    ``signed = False`` if positive scores do not mean good samples: an automatic temperature is refused then.
 
     Example:
         >>> import torch

@@ -20,6 +20,8 @@ class ReferenceLoss:
     """
 
     needs: frozenset[Need] = frozenset({"reference_losses"})
+    #: A positive score does not mean a good sample.
+    signed = False
 
     def __call__(self, products: Products) -> Tensor:
         """Return the scores, shape ``(B,)``."""

@@ -1,5 +1,7 @@
 """A weighting over several ranks, in one process."""
 
+import copy
+
 import torch
 
 import lightning_mimic.scorers.weighting as weighting_module
@@ -8,10 +10,36 @@ FIGURES = ("ess", "temperature", "batch_size", "counted", "score_mean", "negativ
 
 
 def over_ranks(monkeypatch, weighting, parts, valid):
-    """What each rank gets: a first pass collects what the ranks send, a second answers with all of it."""
-    sent = []
-    monkeypatch.setattr(weighting_module, "stack_over_ranks", lambda row: sent.append(row) or row[None])
-    for part, mask in zip(parts, valid, strict=True):
-        weighting(part, valid=mask)
-    monkeypatch.setattr(weighting_module, "stack_over_ranks", lambda row: torch.stack(sent))
-    return [weighting(part, valid=mask) for part, mask in zip(parts, valid, strict=True)]
+    """What each rank gets; the ranks exchange rows one after the other, and each pass collects one row more of each.
+
+    The weighting sees the last pass alone, of the first rank.
+    """
+    exchanges = []
+    while True:
+        sent, results = [], []
+        for number, (part, mask) in enumerate(zip(parts, valid, strict=True)):
+            answers = iter(exchanges)
+
+            def exchange(row, answers=answers):
+                stacked = next(answers, None)
+                if stacked is None:
+                    raise _UnansweredError(row)
+                return stacked
+
+            monkeypatch.setattr(weighting_module, "stack_over_ranks", exchange)
+            own = copy.deepcopy(weighting)
+            try:
+                results.append(own(part, valid=mask))
+            except _UnansweredError as row:
+                sent.append(row.args[0])
+            if number == 0:
+                first = own
+        if not sent:
+            if hasattr(first, "state_dict"):
+                weighting.load_state_dict(first.state_dict())
+            return results
+        exchanges.append(torch.stack(sent))
+
+
+class _UnansweredError(Exception):
+    """A row to be exchanged, which no other rank has answered yet."""
