@@ -81,6 +81,7 @@ class Diagnosis:
         agreement: Share of given labels that the calibrated reference predicts.
         model_agreement: Share that the model predicted before it trained on the samples.
         knows_less: The reference predicts so many fewer than the model that it can judge none.
+        objection: Why scores towards its alignment are doubtful.
     """
 
     samples: int = 0
@@ -98,6 +99,7 @@ class Diagnosis:
     agreement: float | None = None
     model_agreement: float | None = None
     knows_less: bool = False
+    objection: str | None = None
 
     @property
     def findings(self) -> list[tuple[Verdict, str]]:
@@ -128,6 +130,8 @@ class Diagnosis:
         if self.rest_trains and self.weight_cosine is not None and RELATED_COSINE <= self.weight_cosine < SHARED_COSINE:
             reason = f"what lies below the target is not the reference's {cosine} and trains; score 'all' parameters"
             found.append(("doubtful", reason))
+        if self.objection is not None:
+            found.append(("doubtful", self.objection))
         return found
 
     @property

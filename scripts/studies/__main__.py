@@ -21,7 +21,9 @@ from scripts.studies.lab import StudyError
 from scripts.studies.study import Study, carry_out
 from scripts.studies.tables import markdown, show, write
 
-STUDIES = ("demo", "aligned", "start", "depth", "curation", "reference_quality", "diagnosis", "clip", "paper")
+STUDIES = (
+    "demo", "aligned", "start", "depth", "curation", "reference_quality", "diagnosis", "clip", "pairs", "paper",
+)  # fmt: skip
 
 
 def main() -> None:
