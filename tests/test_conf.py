@@ -115,14 +115,16 @@ def tiny(folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-WAYS = [*((experiment, "") for experiment in PAIRS), ("clip_digits", "clip_same_start"), ("clip_digits", "none")]
+WAYS = [(experiment, "") for experiment in PAIRS]
+WAYS += [("clip_digits", mimic) for mimic in ("clip_posterior", "clip_same_start", "none")]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("experiment", "mimic"), WAYS)
 def test_every_experiment_on_pairs_trains_a_batch(experiment, mimic, tmp_path):
     how = [*tiny(tmp_path), "trainer.fast_dev_run=true", *QUIET, *([f"mimic={mimic}"] if mimic else [])]
-    aligns = not mimic and experiment != "clip_digits_reference"
+    how += ["mimic.temperature=null"] * (mimic == "clip_posterior")
+    aligns = mimic in ("", "clip_posterior") and experiment != "clip_digits_reference"
     with pytest.warns(UserWarning, match="never aligned") if aligns else contextlib.nullcontext():
         trainer = train(composed(tmp_path, f"experiment={experiment}", *how))
     assert trainer.global_step == 1

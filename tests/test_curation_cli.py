@@ -13,7 +13,7 @@ import pytest
 
 from lightning_mimic.cli.curate import compare_main, curate_main, select_main
 from lightning_mimic.curation import Manifest, curate, estimate_quality
-from support.ledgers import write_ledger, write_scores
+from support.ledgers import note, write_ledger, write_scores
 
 MAINS = {"mimic-curate": curate_main, "mimic-select": select_main, "mimic-compare": compare_main}
 
@@ -99,6 +99,41 @@ def test_curate_shows_a_calibrated_quality_and_what_is_left_out(run, tmp_path):
         ["left out", "1", "damaged, missing or in doubt: attempt 0, rank 0, part 0 (missing)"],
     ]
     assert text.splitlines()[-1] == "  a/b/manifest.parquet"
+
+
+DOUBTFUL = {"verdict": "doubtful", "findings": ["its weights have [little] in common"]}
+SHARE = {"wrong_share": 0.25, "low": 0.125, "high": 0.375, "samples": 900, "biases": None}
+
+
+def test_curate_begins_with_the_verdict_and_shows_the_share_of_wrong_labels(run, tmp_path):
+    ledger = f"ledger={scored(tmp_path / 'scores')}"
+    assert run("mimic-curate", ledger, "unscored=drop", "out=a").startswith("The reference was not diagnosed.\n")
+    note(tmp_path / "scores", 0, {"diagnosis": DOUBTFUL, "calibration": SHARE})
+    said = refused(run, "mimic-curate", ledger, "unscored=drop")
+    assert said.startswith(f"mimic-curate: {tmp_path}/scores: the reference is doubtful: its weights have [little] in")
+    assert said.endswith("`accept_verdict=true` decides all the same.")
+    text = run("mimic-curate", ledger, "unscored=drop", "accept_verdict=true")
+    first = "The reference is doubtful: its weights have [little] in common; decided all the same."
+    assert text.splitlines()[0] == first
+    estimate = "95 % interval 12.5% to 37.5%, as the calibrated reference estimates"
+    assert cells(text)[-1] == ["wrong labels", "25.0%", estimate]
+    note(tmp_path / "scores", 0, {"diagnosis": {"verdict": "unrelated"}})
+    said = refused(run, "mimic-curate", ledger, "unscored=drop", "accept_verdict=true", "out=b")
+    assert said.startswith(f"mimic-curate: {tmp_path}/scores: the reference is unrelated. Its scores may say the opp")
+
+
+def test_curate_says_where_the_sign_means_nothing_and_what_the_quality_rests_on(run, tmp_path):
+    config = {"scorer": "ReferenceLoss"}
+    for name, labels in (("data", 0), ("right", 0), ("wrong", 1)):
+        rows = {"id": range(20), "score": -1.0, "label": labels, "reference_predicted": 0, "posterior": 0.75}
+        write_ledger(tmp_path / name, rows, configs=config)
+    words = ["filter=posterior", f"trusted={tmp_path}/right", f"mislabelled={tmp_path}/wrong"]
+    rows = cells(run("mimic-curate", f"ledger={tmp_path}/data", *words))
+    assert rows[4] == ["by sign", "–", "0 does not divide the scores of this scorer"]
+    assert rows[6][:2] == ["quality", "100.0%"]
+    assert rows[6][2].endswith("by 20 trusted samples and whether the reference agrees")
+    said = refused(run, "mimic-curate", f"ledger={tmp_path}/data", "out=b")
+    assert said.startswith("mimic-curate: `filter`: Sign() decides by the sign of scores, and ")
 
 
 def test_unscored_samples_can_be_kept(run, tmp_path):
@@ -257,6 +292,7 @@ def test_compare_shows_the_best_first_and_draws_it(run, tmp_path, here):
         ["middle", "20", "50.0%", "+1", "50.0%", "–", "–", "50.0%"],
         ["low", "20", "25.0%", "+1", "25.0%", "–", "–", "30.0%"],
     ]
+    assert text.splitlines()[0] == "References: high: not diagnosed, middle: not diagnosed, low: not diagnosed."
     assert "Correlation with the truth: 1.000 (Pearson), 1.000 (Spearman)." in text
     assert text.splitlines()[-1] == "quality.png"
     assert os.listdir(here) == ["quality.png"]
@@ -275,6 +311,16 @@ def test_compare_shows_intervals_where_the_quality_is_known(run, tmp_path, here)
     assert os.listdir(here) == []
 
 
+def test_compare_begins_with_the_verdicts_and_shows_estimated_shares(run, tmp_path):
+    paths = {}
+    for name, facts in (("a", {"calibration": SHARE}), ("b", {"diagnosis": DOUBTFUL})):
+        write_ledger(tmp_path / name, {"id": [1, 2], "score": [1.0, -1.0]}, notes=facts)
+        paths[name] = curate(tmp_path / name, None, tmp_path / f"{name}o", accept_verdict=True).manifest.path
+    text = run("mimic-compare", f"manifests={{a: {paths['a']}, b: {paths['b']}}}")
+    assert text.splitlines()[0] == "References: a: not diagnosed, b: doubtful."
+    assert "Wrong labels, as the calibrated references estimate: a: 25.0%.\n" in text
+
+
 def test_compare_says_in_a_sentence_what_is_wrong(run, tmp_path):
     missing = "mimic-compare: `manifests` is missing; `mimic-compare --help` shows what it takes."
     assert refused(run, "mimic-compare") == missing
@@ -288,7 +334,7 @@ def test_manifests_without_names_are_refused_in_a_sentence(word, run):
     assert refused(run, "mimic-compare", word).startswith("mimic-compare: `manifests`")
 
 
-COMMANDS = {"mimic-curate": ["filter: ensemble, gmm, kmeans, sign, threshold, top_k", "unscored: fail"],
+COMMANDS = {"mimic-curate": ["filter: ensemble, gmm, kmeans, posterior, sign, threshold, top_k", "unscored: fail"],
             "mimic-select": ["mimic-select 'recipe=clip.parquet:clip_score top 30% minus", "allow_unknown: false"],
             "mimic-compare": ["mimic-compare 'manifests={old: a/manifest.parquet,", "noise: null"]}  # fmt: skip
 

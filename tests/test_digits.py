@@ -70,7 +70,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, 
         )
         with doubt:
             accuracy, data = fitted(good, GradMimic(source, "head", ledger=folder / name))
-        summary = curate(folder / name, unscored="keep").manifest.table()
+        summary = curate(folder / name, unscored="keep", accept_verdict=True).manifest.table()
         place = {sample: k for k, sample in enumerate(data.noisy_ids.tolist())}
         scores = torch.tensor(summary["score"].to_pylist())
         wrong = data.wrong[[place[sample] for sample in summary["id"].to_pylist()]]

@@ -236,6 +236,19 @@ def test_cleanlabs_table_ranks_by_score_and_shows_labels(tmp_path):
     ]
 
 
+def test_cleanlabs_table_has_the_label_that_the_reference_suggests(tmp_path):
+    columns = {"label": [1, 2], "predicted": [1, None], "reference_predicted": [3, None]}
+    made = manifest(tmp_path / "a.parquet", ["a", "b"], [True, False], score=[1.0, 0.0], **columns)
+    made.to_cleanlab(tmp_path / "issues.csv")
+    with (tmp_path / "issues.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert [row[3:] for row in rows] == [
+        ["given_label", "predicted_label", "reference_label"],
+        ["1", "1", "3"],
+        ["2", "", ""],
+    ]
+
+
 def test_cleanlabs_table_needs_labels(tmp_path):
     none = {"score": [1.0], "label": pa.nulls(1, pa.int64()), "predicted": pa.nulls(1, pa.int64())}
     for columns in ({}, none):

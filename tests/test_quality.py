@@ -1,5 +1,6 @@
 """Calibrated quality against its formula and simulated truth, from ledgers and as a metric; detection's metrics."""
 
+import contextlib
 import re
 
 import numpy as np
@@ -13,11 +14,12 @@ from lightning_mimic.curation import (
     MislabelAUROC,
     MislabelAveragePrecision,
     Threshold,
+    TopK,
     curate,
     estimate_quality,
 )
 from support.cases import for_each
-from support.ledgers import write_ledger
+from support.ledgers import note, write_ledger
 
 NONE, ALL = [False] * 20, [True] * 20
 
@@ -209,6 +211,115 @@ def test_trusted_ledgers_of_other_moments_are_refused(at, calibrating, tmp_path)
     message = f"{other} was scored {when}, and {data} at checkpoints 12345678, abcdefgh. A score changes as the model"
     with pytest.raises(CurationError, match=f"^{re.escape(message)}"):
         curate(data, unscored="drop", trusted=right, mislabelled=other)
+
+
+@for_each(("at_first", "said"), [
+    (True, "Their first scores could: the model has overtaken its reference since, or stands at it. Score earlier"),
+    (False, "Look at the reference (`lightning_mimic.diagnose`), or align it: it does not know these labels, or is"),
+])  # fmt: skip
+def test_the_message_says_whether_the_model_has_overtaken_its_reference(at_first, said, tmp_path):
+    # By their means both are kept alike; by the first checkpoint alone only true labels are, or neither.
+    data = scored(tmp_path / "data", [[1.0] * 4] * 2)
+    right = scored(tmp_path / "right", [[1.0 if at_first else -1.0] * 10, [-3.0] * 10])
+    wrong = scored(tmp_path / "wrong", [[-1.0] * 10, [-3.0] * 10])
+    message = (
+        "trusted samples are kept as often with wrong labels (0%) as with true ones (0%): these scores cannot tell "
+        f"them apart. {said}"
+    )
+    with pytest.raises(CurationError, match=f"^{re.escape(message)}"):
+        curate(data, trusted=right, mislabelled=wrong)
+
+
+def of_reference(folder, labels, predicted, *, score=-1.0, calibration=None, config=CONFIG):
+    """A ledger whose reference predicts so; the model has overtaken it, so that all scores lie below 0."""
+    n = len(labels)
+    rows = {"id": range(n), "score": score, "label": labels, "reference_predicted": predicted}
+    notes = {"checkpoints": AT} | ({} if calibration is None else {"calibration": calibration})
+    write_ledger(folder, rows, configs=config, notes=notes)
+    return folder
+
+
+RIGHT, OTHER, PREDICTED = [0] * 20, [1] * 20, [0] * 16 + [1] + [2] * 3
+
+
+@for_each("config", [CONFIG, CONFIG | {"scorer": "ReferenceLoss"}])
+def test_quality_rests_on_the_references_predictions_where_all_ledgers_have_them(config, tmp_path):
+    # t = 16 of 20, f = 1 of 20; of the data 6 of 10 agree.
+    data = of_reference(tmp_path / "data", [3] * 10, [3] * 6 + [4] * 4, config=config)
+    right = of_reference(tmp_path / "right", RIGHT, PREDICTED, config=config)
+    # With wrong labels alone it is not calibrated: what it predicts there does not count.
+    wrong = of_reference(tmp_path / "wrong", OTHER, [None] * 10 + [1] * 10, config=config)
+    done = curate(data, TopK(count=1), trusted=right, mislabelled=wrong)
+    agrees = [label == 0 for label in PREDICTED]
+    expected = estimate_quality(6, 10, agrees, [label == 1 for label in PREDICTED], basis="agreement")
+    assert done.quality == expected
+    assert (done.quality.estimate, done.quality.basis) == (pytest.approx((0.6 - 0.05) / (0.8 - 0.05)), "agreement")
+    assert done.manifest.provenance["quality"]["basis"] == "agreement"
+
+
+def test_on_clean_data_all_is_good_however_far_the_model_has_come(tmp_path):
+    data = of_reference(tmp_path / "data", [0] * 50, [0] * 40 + [2] * 10)
+    right, wrong = of_reference(tmp_path / "right", RIGHT, PREDICTED), of_reference(tmp_path / "w", OTHER, PREDICTED)
+    found = curate(data, trusted=right, mislabelled=wrong).quality
+    assert (found.estimate, found.high) == (1.0, 1.0)
+
+
+@for_each("lacking", ["data", "right", "wrong"])
+def test_without_predictions_and_labels_the_sign_decides(lacking, tmp_path):
+    scores = {"data": [1.0, 1.0, -1.0, -1.0] * 5, "right": 1.0, "wrong": -1.0}
+    labels = {"data": RIGHT, "right": RIGHT, "wrong": OTHER}
+    made = {}
+    for name in scores:
+        gap = [None] * 15
+        predicted = gap + PREDICTED[15:] if name == lacking else PREDICTED
+        given = gap + OTHER[15:] if name == lacking == "wrong" else labels[name]
+        made[name] = of_reference(tmp_path / name, given, predicted, score=scores[name])
+    found = curate(made["data"], trusted=made["right"], mislabelled=made["wrong"]).quality
+    assert (found.basis, found.estimate) == ("sign", 0.5)
+
+
+def test_predictions_with_class_biases_and_without_do_not_compare(tmp_path):
+    biased, plain = {"biases": [0.5, -0.5]}, {"biases": None}
+    facts = {"scale": 1.0, "wrong_share": 0.0, "low": 0.0, "high": 0.75, "samples": 300}
+    right = of_reference(tmp_path / "right", RIGHT, PREDICTED, score=1.0, calibration=facts | plain)
+    wrong = of_reference(tmp_path / "wrong", OTHER, PREDICTED, calibration=facts | plain)
+    for name, biases, basis in (("a", biased, "sign"), ("b", plain, "agreement")):
+        data = of_reference(tmp_path / name, RIGHT, PREDICTED, score=1.0, calibration=facts | biases)
+        assert curate(data, trusted=right, mislabelled=wrong).quality.basis == basis
+
+
+@for_each(("low", "high", "contradicts"), [(0.0, 0.1, True), (0.9, 1.0, True), (0.3, 0.5, False), (0.0, 0.95, False)])
+def test_a_quality_by_the_sign_that_the_calibration_contradicts_is_warned_of(low, high, contradicts, tmp_path):
+    data = scored(tmp_path / "data", [1.0] * 120 + [-1.0] * 80)
+    right = scored(tmp_path / "right", [1.0] * 38 + [-1.0] * 2)
+    wrong = scored(tmp_path / "wrong", [-1.0] * 38 + [1.0] * 2)
+    note(data, 0, {"calibration": {"wrong_share": low, "low": low, "high": high, "samples": 300}})
+    message = r"^by the sign of scores 61\.1% .* of the samples are good, and by the calibrated reference .* are wrong"
+    with pytest.warns(UserWarning, match=message) if contradicts else contextlib.nullcontext():
+        assert curate(data, trusted=right, mislabelled=wrong).quality.basis == "sign"
+
+
+def test_a_reference_that_does_not_know_the_classes_is_blamed(tmp_path):
+    data, right, wrong = (
+        of_reference(tmp_path / name, labels, [0] * 10 + [1] * 10)
+        for name, labels in (("data", RIGHT), ("right", RIGHT), ("wrong", OTHER))
+    )
+    message = "the reference predicts wrong labels of trusted samples (50%) about as often as their true ones (50%): it"
+    with pytest.raises(CurationError, match=f"^{re.escape(message)}"):
+        curate(data, trusted=right, mislabelled=wrong)
+
+
+def test_scores_without_a_sign_give_no_quality(tmp_path):
+    config = CONFIG | {"scorer": "ReferenceLoss"}
+    data, right, wrong = (scored(tmp_path / name, [-1.0] * 4, config=config) for name in ("data", "right", "wrong"))
+    message = "`trusted`: without the reference's predictions in every ledger, the quality is estimated by the sign of"
+    with pytest.raises(CurationError, match=f"^{re.escape(message)}"):
+        curate(data, TopK(count=1), trusted=right, mislabelled=wrong)
+
+
+def test_a_basis_that_is_none_is_refused():
+    with pytest.raises(CurationError, match=r"^`basis` is 'agrement'; nearest: 'agreement'\.$"):
+        estimate_quality(1, 2, ALL, NONE, basis="agrement")
 
 
 def test_calibration_takes_both_kinds_of_ledger(calibrating):

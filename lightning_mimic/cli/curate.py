@@ -16,7 +16,7 @@ from lightning_mimic.curation import Comparison, Curation, CurationError, Manife
 
 @command("mimic-curate", "curate")
 def curate_main(config: DictConfig) -> None:
-    """Decides which samples of a ledger stay."""
+    """Decide which samples of a ledger stay."""
     console = Console()
     settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     del settings["filter"]
@@ -59,7 +59,8 @@ def compare_main(config: DictConfig) -> None:
 
 
 def show(console: Console, done: Curation) -> None:
-    """What came of a ledger, as a table."""
+    """Print the verdict on a ledger's reference, and what came of the ledger as a table."""
+    console.print(f"{done.manifest.provenance['diagnosis']}.", highlight=False, markup=False, soft_wrap=True)
     table = Table(show_header=False, title=f"by {done.manifest.provenance['filter']}", title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
@@ -74,15 +75,24 @@ def show(console: Console, done: Curation) -> None:
     table.add_row(
         "coverage", f"{scored / done.samples:.1%}", rest[policy] if done.unscored else "every sample has a score"
     )
-    table.add_row("by sign", f"{done.share_kept:.1%}", "share kept by the sign of the mean score, whatever the filter")
+    sign = "share kept by the sign of the mean score, whatever the filter"
+    table.add_row(
+        "by sign",
+        _percent(done.share_kept),
+        sign if done.share_kept is not None else "0 does not divide the scores of this scorer",
+    )
     table.add_row("mean score", _score(done.mean_score_kept), f"of what is kept; {_score(done.mean_score)} of all")
     if done.quality is None:
         table.add_row("quality", "–", "unknown without trusted samples")
     else:
         interval = f"95 % interval {done.quality.low:.1%} to {done.quality.high:.1%}"
-        table.add_row(
-            "quality", f"{done.quality.estimate:.1%}", f"{interval}, by {done.quality.trusted} trusted samples"
-        )
+        by = f"by {done.quality.trusted} trusted samples"
+        by += " and whether the reference agrees" if done.quality.basis == "agreement" else ""
+        table.add_row("quality", f"{done.quality.estimate:.1%}", f"{interval}, {by}")
+    if done.wrong_share is not None:
+        wrong = done.wrong_share
+        interval = f"95 % interval {wrong.low:.1%} to {wrong.high:.1%}"
+        table.add_row("wrong labels", f"{wrong.estimate:.1%}", f"{interval}, as the calibrated reference estimates")
     if done.lost:
         table.add_row("left out", f"{len(done.lost)}", f"damaged, missing or in doubt: {'; '.join(done.lost[:2])}")
     console.print(table)
@@ -91,7 +101,9 @@ def show(console: Console, done: Curation) -> None:
 
 
 def show_comparison(console: Console, comparison: Comparison) -> None:
-    """Data sets as a table."""
+    """Print the verdicts on the references of data sets, and the data sets as a table."""
+    verdicts = (f"{each.name}: {each.verdict or 'not diagnosed'}" for each in comparison.datasets)
+    console.print(f"References: {', '.join(verdicts)}.", highlight=False, markup=False, soft_wrap=True)
     table = Table()
     shares = ("score of 0 or more", "quality", "95 % interval", "truly good")
     for head in ("data set", "samples", "kept", "mean score", *shares):
@@ -109,6 +121,11 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
             _percent(each.right),
         )
     console.print(table)
+    wrong = [f"{each.name}: {each.wrong_share:.1%}" for each in comparison.datasets if each.wrong_share is not None]
+    if wrong:
+        console.print(
+            f"Wrong labels, as the calibrated references estimate: {', '.join(wrong)}.", markup=False, soft_wrap=True
+        )
     if comparison.pearson is not None:
         console.print(
             f"Correlation with the truth: {comparison.pearson:.3f} (Pearson), {comparison.spearman:.3f} (Spearman)."

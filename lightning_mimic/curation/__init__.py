@@ -10,8 +10,9 @@ from lightning_mimic.lazy import lazy_front
 if TYPE_CHECKING:
     from lightning_mimic.curation.comparison import Comparison, DataSet, compare
     from lightning_mimic.curation.ensemble import Ensemble
-    from lightning_mimic.curation.filters import KMeans, Mixture, Sign, Threshold, TopK
+    from lightning_mimic.curation.filters import KMeans, Mixture, Posterior, Sign, Threshold, TopK
     from lightning_mimic.curation.pipeline import Curation, curate
+    from lightning_mimic.curation.reference_facts import WrongShare
     from lightning_mimic.curation.selection import Recipe, select
     from lightning_mimic.errors import CurationError
     from lightning_mimic.manifest import Manifest
@@ -32,8 +33,9 @@ else:
         {
             "lightning_mimic.curation.comparison": ["Comparison", "DataSet", "compare"],
             "lightning_mimic.curation.ensemble": ["Ensemble"],
-            "lightning_mimic.curation.filters": ["KMeans", "Mixture", "Sign", "Threshold", "TopK"],
+            "lightning_mimic.curation.filters": ["KMeans", "Mixture", "Posterior", "Sign", "Threshold", "TopK"],
             "lightning_mimic.curation.pipeline": ["Curation", "curate"],
+            "lightning_mimic.curation.reference_facts": ["WrongShare"],
             "lightning_mimic.curation.selection": ["Recipe", "select"],
             "lightning_mimic.errors": ["CurationError"],
             "lightning_mimic.manifest": ["Manifest"],
@@ -65,11 +67,13 @@ __all__ = [
     "MislabelAUROC",
     "MislabelAveragePrecision",
     "Mixture",
+    "Posterior",
     "Quality",
     "Recipe",
     "Sign",
     "Threshold",
     "TopK",
+    "WrongShare",
     "compare",
     "curate",
     "detect",

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_mimic.curation.reference_facts import VERDICTS
 from lightning_mimic.errors import CurationError, nearest_names
 from lightning_mimic.manifest import Manifest
 
@@ -16,24 +17,28 @@ class DataSet:
         name: Its own.
         samples: In it.
         kept: Share that its filter keeps.
-        share_kept: Share of the scored samples with a mean score of 0 or more.
+        share_kept: Share of the scored samples with a mean score of 0 or more; ``None`` where 0 does not divide scores.
         mean_score_kept: Mean score of what is kept, loss per unit of weight distance; comparable between pools that
             one model scored in one run.
         quality: Estimated share of good samples; ``None`` without trusted samples.
         low: Lower end of its 95 % interval.
         high: Upper end.
         right: True share of good samples, where it is known.
+        verdict: On its reference; ``None`` where it was not diagnosed.
+        wrong_share: Estimated share of wrong labels, from the calibration of its reference; ``None`` where it has none.
     """
 
     name: str
     samples: int
     kept: float
-    share_kept: float
+    share_kept: float | None
     mean_score_kept: float | None = None
     quality: float | None = None
     low: float | None = None
     high: float | None = None
     right: float | None = None
+    verdict: str | None = None
+    wrong_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class Comparison:
     """Data sets, the best first, and how what is estimated goes with the truth.
 
     Attributes:
-        datasets: By quality, or by the share kept where not all have a quality.
+        datasets: By quality; where not all have one, by the share with a mean score of 0 or more; where not all have
+            that, by the share that their filters keep.
         pearson: Correlation of that figure with the true share of good samples, -1 to 1; ``None`` where fewer than
             three are known.
         spearman: Of their ranks.
@@ -53,7 +59,7 @@ class Comparison:
 
 
 def compare(manifests: Mapping[str, Manifest], noise: Mapping[str, float] | None = None) -> Comparison:
-    """Puts data sets beside each other.
+    """Put data sets beside each other.
 
     Args:
         manifests: Name to what :func:`~lightning_mimic.curation.curate` wrote.
@@ -79,10 +85,11 @@ def compare(manifests: Mapping[str, Manifest], noise: Mapping[str, float] | None
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise CurationError(f"`noise` of {name!r} is {share!r}; it is a share, 0 to 1.")
     found = [_data_set(name, manifest, known.get(name)) for name, manifest in manifests.items()]
-    calibrated = all(each.quality is not None for each in found)
+    figures = ("quality", "share_kept", "kept")
+    ordering = next(name for name in figures if all(getattr(each, name) is not None for each in found))
 
     def figure(each: DataSet) -> float:
-        return each.quality if calibrated and each.quality is not None else each.share_kept
+        return float(getattr(each, ordering))
 
     pairs = [(figure(each), each.right) for each in found if each.right is not None]
     pearson = spearman = None
@@ -100,12 +107,19 @@ def _data_set(name: str, manifest: Manifest, noise: float | None) -> DataSet:
     found = manifest.provenance
     if "share_kept" not in found:
         raise CurationError(f"{manifest.path} was not made from a ledger; curate one.")
-    quality, means = found.get("quality") or {}, found.get("mean_score") or {}
+    quality, means, wrong = (found.get(name) or {} for name in ("quality", "mean_score", "wrong_share"))
     if not isinstance(quality, dict) or not isinstance(means, dict):
         raise CurationError(f"{manifest.path}: its provenance is damaged: {quality!r}, {means!r}.")
+    if not isinstance(wrong, dict):
+        raise CurationError(f"{manifest.path}: its provenance is damaged: {wrong!r}.")
+    verdict = found.get("verdict")
+    if verdict is not None and verdict not in VERDICTS:
+        raise CurationError(
+            f"{manifest.path}: 'verdict' in its provenance is {verdict!r}; {nearest_names(str(verdict), VERDICTS)}."
+        )
     samples, kept = (_figure(manifest, found, each) or 0 for each in ("samples", "kept"))
     share_kept = _figure(manifest, found, "share_kept")
-    if not 0 <= kept <= samples or not samples or share_kept is None:
+    if not 0 <= kept <= samples or not samples:
         raise CurationError(f"{manifest.path}: its provenance has {kept} kept of {samples} samples.")
     return DataSet(
         name=name,
@@ -117,6 +131,8 @@ def _data_set(name: str, manifest: Manifest, noise: float | None) -> DataSet:
         low=_figure(manifest, quality, "low"),
         high=_figure(manifest, quality, "high"),
         right=None if noise is None else 1 - noise,
+        verdict=verdict,
+        wrong_share=_figure(manifest, wrong, "estimate"),
     )
 
 

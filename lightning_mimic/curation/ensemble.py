@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from lightning_mimic.curation.filters import Decision, Filter, KMeans, Mixture, Threshold, Vote, by_epoch
+from lightning_mimic.curation.filters import Decision, Filter, KMeans, Mixture, Posterior, Threshold, Vote, by_epoch
 from lightning_mimic.curation.label_model import fit_label_model
+from lightning_mimic.curation.scorer_meaning import missing_basis
 from lightning_mimic.curation.scores import Scores, ScoreTable
 from lightning_mimic.errors import CurationError, nearest_names
 
@@ -42,12 +43,15 @@ class Ensemble:
             raise CurationError(f"`filters` is {self.filters!r}; expected filters such as [Threshold(), KMeans()].")
 
     def decide(self, scores: Scores) -> Decision:
-        """All votes on each sample, weighed.
+        """Return all votes on each sample, weighed.
 
         Raises:
-            CurationError: Fewer than three voters with an opinion of their own, or a label model that contradicts the
-                majority of them.
+            CurationError: A filter that means nothing for the ledger's scores; fewer than three voters with an opinion
+                of their own; or a label model that contradicts the majority of them.
         """
+        for one in self.filters:
+            one.check(scores)
+        good = self._good(scores)
         table = scores.scorings()
         voters = len(self.filters) * len(table.epochs)
         if self.by == "label_model" and voters < 3:
@@ -58,32 +62,45 @@ class Ensemble:
         votes = [one.vote(table) for one in self.filters]
         view = replace(table, name=f"{table.name}_votes")
         columns = ", ".join(f"({vote.keep}) AS v{k}" for k, vote in enumerate(votes))
-        selected = f"SELECT id, epoch, score, {columns} FROM {table.name}"
+        selected = f"SELECT id, epoch, {columns} FROM {table.name}"
         table.database.run(f"CREATE OR REPLACE VIEW {view.name} AS {selected}")
         facts: dict[str, Any] = {"voters": voters}
         weights, prior = None, 0.0
         if self.by == "label_model":
-            weights, prior, found = self._weights(view, len(votes))
+            means = f"SELECT {good} AS good FROM {table.name} WHERE {table.sampled} GROUP BY id"
+            balance = float(table.database.value(f"SELECT avg(good::INT) FROM ({means})"))
+            weights, prior, found = self._weights(view, len(votes), balance)
             facts |= found
         return Decision(_tally(view, votes, weights, prior), f"outvoted ({self.by.replace('_', ' ')})", facts)
 
+    def _good(self, scores: Scores) -> str:
+        """SQL for whether a sample's scorings speak for it, of which the label model takes the share beforehand."""
+        if any(isinstance(one, Posterior) for one in self.filters):
+            return "avg(posterior) >= 0.5"
+        missing = missing_basis(scores.config, "zero")
+        if missing is not None and self.by == "label_model":
+            raise CurationError(
+                "`filter`: the label model starts from the share of scores of 0 or more, and "
+                f"{scores.ledger.directory} holds {missing}. Decide by the majority (filter.by=majority)."
+            )
+        return "avg(score) >= 0"
+
     def _weights(
-        self, view: ScoreTable, filters: int
+        self, view: ScoreTable, filters: int, balance: float
     ) -> tuple[list[dict[bool, dict[int, float]]], float, dict[str, Any]]:
         """Log odds of each voter's yes and no, by filter and epoch; and those before anyone has voted."""
         import numpy as np
 
         columns = ", ".join(f"coalesce(v{k}::INT, -1) AS v{k}" for k in range(filters))
         sampled = view.database.arrays(
-            f"SELECT id, epoch, score, {columns} FROM {view.name} WHERE {view.sampled} ORDER BY id, epoch"
+            f"SELECT id, epoch, {columns} FROM {view.name} WHERE {view.sampled} ORDER BY id, epoch"
         )
         ids, row = np.unique(sampled["id"], return_inverse=True)
         column = np.searchsorted(view.epochs, sampled["epoch"])
         votes = np.full((len(ids), filters * len(view.epochs)), -1, dtype=np.int64)
         for k in range(filters):
             votes[row, k * len(view.epochs) + column] = sampled[f"v{k}"]
-        mean = np.bincount(row, sampled["score"]) / np.bincount(row)
-        model = fit_label_model(votes, float((mean >= 0).mean()), self.seed)
+        model = fit_label_model(votes, balance, self.seed)
         weights: list[dict[bool, dict[int, float]]] = []
         for k in range(filters):
             part = slice(k * len(view.epochs), (k + 1) * len(view.epochs))

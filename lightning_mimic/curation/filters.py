@@ -1,12 +1,15 @@
-"""Who stays: one vote on each sample's mean score, or on every scoring for an :class:`Ensemble`."""
+"""Filters: decide which samples to keep, by each sample's means, or by every scoring for an :class:`Ensemble`."""
 
 import math
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+from lightning_mimic.curation.reference_facts import last_calibration
+from lightning_mimic.curation.scorer_meaning import Basis, missing_basis
 from lightning_mimic.curation.scores import Scores, ScoreTable
+from lightning_mimic.database import Database
 from lightning_mimic.errors import CurationError
 from lightning_mimic.random_streams import stream_seed
 
@@ -32,11 +35,13 @@ class Decision:
         query: SQL with ``id``, ``keep`` (null for no opinion), ``votes_keep`` and ``votes``, null unless many voted.
         reason: Why a sample goes.
         facts: What the decision rests on, for the manifest.
+        abstains: Why a sample that has a score has no opinion.
     """
 
     query: str
     reason: str
     facts: dict[str, Any]
+    abstains: str = "no vote on it"
 
 
 class DecisionRule(Protocol):
@@ -47,7 +52,13 @@ class DecisionRule(Protocol):
 
 
 class Filter(ABC):
-    """A decision rule with one vote; a filter of your own defines :meth:`vote`."""
+    """A decision rule with one vote; a filter of your own defines :meth:`vote`.
+
+    Attributes:
+        rests_on: What a ledger's scores must have, so that the vote means something.
+    """
+
+    rests_on: ClassVar[frozenset[Basis]] = frozenset()
 
     @abstractmethod
     def vote(self, table: ScoreTable) -> Vote:
@@ -57,12 +68,40 @@ class Filter(ABC):
             CurationError: Too few rows to say anything.
         """
 
+    def check(self, scores: Scores) -> None:
+        """Raise :class:`CurationError` if the vote means nothing for what a ledger's scorer computes."""
+        for basis in sorted(self.rests_on):
+            missing = missing_basis(scores.config, basis)
+            if missing is not None:
+                raise CurationError(
+                    f"`filter`: {self!r} {_BECAUSE[basis]}, and {scores.ledger.directory} holds {missing}, so that its "
+                    f"decisions would mean nothing. {_others(scores)}"
+                )
+
     def decide(self, scores: Scores) -> Decision:
-        """The vote on the samples' means."""
+        """Return the vote on the samples' means."""
+        self.check(scores)
         table = scores.means()
         vote = self.vote(table)
         query = f"SELECT id, ({vote.keep}) AS keep, NULL::BIGINT AS votes_keep, NULL::BIGINT AS votes FROM {table.name}"
         return Decision(query, vote.reason, {})
+
+
+#: What a filter does, by what it rests on.
+_BECAUSE: dict[Basis, str] = {
+    "zero": "decides by the sign of scores",
+    "order": "takes higher scores for better ones",
+    "difference": "orders samples by their scores",
+    "weights": "decides by weights",
+}
+
+
+def _others(scores: Scores) -> str:
+    """Name the filters that mean something for a ledger, as a sentence."""
+    by_order = "TopK(fraction=...) (filter=top_k)" if missing_basis(scores.config, "difference") is None else None
+    by_posterior = "Posterior() (filter=posterior)" if "posterior" in scores.columns else None
+    named = " or ".join(filter(None, (by_posterior, by_order)))
+    return f"Take {named}." if named else "Score the samples with MimicScore."
 
 
 @dataclass(frozen=True)
@@ -76,9 +115,76 @@ class Sign(Filter):
         Sign()
     """
 
+    rests_on: ClassVar[frozenset[Basis]] = frozenset({"zero"})
+
     def vote(self, table: ScoreTable) -> Vote:
         """Score against 0."""
         return Vote("score >= 0", "mean score below 0")
+
+
+#: Share of rows above which a posterior that is missing makes a filter refuse.
+_MOST_WITHOUT_POSTERIOR = 0.5
+
+
+@dataclass(frozen=True)
+class Posterior(Filter):
+    """Keeps what is rather right than wrong: a mean posterior of 0.5 or more.
+
+    The posterior is the probability that the given label is right, by the reference as it was calibrated on the given
+    labels while the samples were scored. It does not depend on how far the model has learnt, and where the calibration
+    finds no wrong labels it keeps all. A sample that has a score and no posterior has no vote: ``unscored`` of
+    :func:`~lightning_mimic.curation.curate` decides on it.
+
+    Raises:
+        CurationError: The ledger has no posteriors, none of more than half of its samples, or some that are no
+            probabilities; or its reference does not explain the labels, so that none is held to be wrong.
+
+    Example:
+        >>> Posterior()
+        Posterior()
+    """
+
+    def check(self, scores: Scores) -> None:
+        """Raise :class:`CurationError` if the reference could not be calibrated."""
+        calibration = last_calibration(scores.attempts)
+        if isinstance(calibration, dict) and calibration.get("informative") is False:
+            raise CurationError(
+                f"`filter`: Posterior() cannot decide on {scores.ledger.directory}: the reference does not explain the "
+                "given labels, or knows far less of them than the model, so that none is held to be wrong. Take "
+                "another reference."
+            )
+
+    def vote(self, table: ScoreTable) -> Vote:
+        """Posterior against 0.5."""
+        _check_posteriors(table.database, table.name)
+        return Vote("posterior >= 0.5", "posterior below 0.5")
+
+    def decide(self, scores: Scores) -> Decision:
+        """Return the vote on the samples' mean posterior, also of those without a score."""
+        self.check(scores)
+        _check_posteriors(scores.database, scores.samples)
+        query = (
+            "SELECT id, posterior >= 0.5 AS keep, NULL::BIGINT AS votes_keep, NULL::BIGINT AS votes "
+            f"FROM {scores.samples}"
+        )
+        return Decision(query, "mean posterior below 0.5", {}, "no posterior")
+
+
+def _check_posteriors(database: Database, table: str) -> None:
+    """Raise :class:`CurationError` unless most rows of a table have a posterior, and all of these lie in 0 to 1."""
+    fix = "They are recorded where the scored layer is one nn.Linear that gives the logits of a cross-entropy."
+    if "posterior" not in database.columns(table):
+        raise CurationError(f"`filter`: Posterior() needs posteriors, and none were recorded. {fix}")
+    rows, known, low, high = database.row(
+        f"SELECT count(*), count(posterior), min(posterior), max(posterior) FROM {table}"
+    )
+    if known < (1 - _MOST_WITHOUT_POSTERIOR) * rows:
+        raise CurationError(
+            f"`filter`: Posterior() needs posteriors, and {rows - known} of {rows} rows have none. {fix} None are "
+            "known before the first calibration, so that a longer run has more."
+        )
+    if known and not 0 <= low <= high <= 1:
+        raise CurationError(f"`filter`: the posteriors lie between {low:.4g} and {high:.4g}; expected 0 to 1.")
 
 
 @dataclass(frozen=True)
@@ -91,6 +197,8 @@ class Threshold(Filter):
         >>> Threshold()
         Threshold()
     """
+
+    rests_on: ClassVar[frozenset[Basis]] = frozenset({"weights"})
 
     def vote(self, table: ScoreTable) -> Vote:
         """Weight against 1/B, to float32's rounding."""
@@ -108,6 +216,8 @@ class KMeans(Filter):
         >>> KMeans(seed=1)
         KMeans(seed=1)
     """
+
+    rests_on: ClassVar[frozenset[Basis]] = frozenset({"order"})
 
     seed: int = 0
 
@@ -141,6 +251,8 @@ class Mixture(Filter):
         >>> Mixture(seed=1)
         Mixture(seed=1)
     """
+
+    rests_on: ClassVar[frozenset[Basis]] = frozenset({"zero"})
 
     seed: int = 0
 
@@ -186,6 +298,8 @@ class TopK(Filter):
         >>> TopK(fraction=0.3)
         TopK(fraction=0.3, count=None, per_class=False)
     """
+
+    rests_on: ClassVar[frozenset[Basis]] = frozenset({"difference"})
 
     fraction: float | None = None
     count: int | None = None

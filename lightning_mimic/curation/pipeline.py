@@ -1,27 +1,31 @@
 """From a ledger to a manifest."""
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from lightning_mimic.curation.filters import Decision, DecisionRule, Sign
+from lightning_mimic.curation.filters import Decision, DecisionRule, Posterior, Sign
+from lightning_mimic.curation.quality import calibrated_quality
+from lightning_mimic.curation.reference_facts import WrongShare, check_verdict, reference_verdict, wrong_share
+from lightning_mimic.curation.scorer_meaning import missing_basis
 from lightning_mimic.curation.scores import Scores
 from lightning_mimic.database import Database, Progress, quoted
 from lightning_mimic.errors import CurationError, nearest_names
 from lightning_mimic.files import TemporaryFolder, atomic_directory
 from lightning_mimic.manifest import EXPORTS, Manifest, checked_exports, write_rows
-from lightning_mimic.metrics.estimate import Quality, estimate_quality
+from lightning_mimic.metrics.estimate import Quality
 from lightning_mimic.tables import Table, settle_ids
 from lightning_mimic.user_files import user_path, writing
 from lightning_mimic.version import __version__
 
 Unscored = Literal["keep", "drop", "fail"]
-#: What two ledgers' scores must have been taken with to mean the same.
-_SAME = ("scorer", "reference", "aligned_every", "aligned_rotate", "parameters")
+#: What the manifest notes of the attempts whose rows count.
+_NOTED = ("config", "data", "score_kind", "checkpoints")
 
 
 @dataclass(frozen=True)
@@ -33,25 +37,32 @@ class Curation:
         samples: On which it decides.
         kept: Those that stay.
         unscored: Those without a score, among ``samples``.
-        share_kept: Share of the scored samples with a mean score of 0 or more, whatever the filter.
-        mean_score: Of the scored samples, loss per unit of weight distance.
+        share_kept: Share of the scored samples with a mean score of 0 or more, whatever the filter; ``None`` where none
+            has a score, or 0 does not divide the scores of this scorer.
+        mean_score: Of the scored samples, loss per unit of weight distance; ``None`` if none has a score.
         mean_score_kept: Of those that stay; ``None`` if none of these has a score. Pools that one model scored in one
             run can be compared by it.
         quality: Calibrated by trusted samples; ``None`` without them.
         lost: Parts and rows of the ledger that were damaged, missing or in doubt.
         files: All that was written.
+        verdict: On the reference that the scores were taken with, ``"compatible"``, ``"doubtful"``, ``"unsure"`` or
+            ``"unrelated"``: the worst of the attempts whose rows count; ``None`` where it was not diagnosed.
+        wrong_share: The estimated share of wrong labels, from the calibration of the reference on the given labels;
+            ``None`` where the ledger has none.
     """
 
     manifest: Manifest
     samples: int
     kept: int
     unscored: int
-    share_kept: float
-    mean_score: float
+    share_kept: float | None
+    mean_score: float | None
     mean_score_kept: float | None
     quality: Quality | None
     lost: tuple[str, ...]
     files: tuple[Path, ...]
+    verdict: str | None
+    wrong_share: WrongShare | None
 
 
 def curate(  # noqa: PLR0913
@@ -65,10 +76,11 @@ def curate(  # noqa: PLR0913
     mislabelled: str | Path | Sequence[str | Path] | None = None,
     exports: Sequence[str] = (),
     allow_partial: bool = False,
+    accept_verdict: bool = False,
     memory: str = "2GB",
     progress: Progress | None = None,
 ) -> Curation:
-    """Decides which samples stay.
+    """Decide which samples stay.
 
     Args:
         ledger: Recorded scores.
@@ -84,12 +96,17 @@ def curate(  # noqa: PLR0913
             :class:`~lightning_mimic.AtCheckpoints`, at the same checkpoints.
         exports: Beside the manifest: ``"csv"``, ``"datacomp"``, ``"cleanlab"``.
         allow_partial: Read what there is of the ledger, instead of refusing where parts are damaged or rows missing.
+        accept_verdict: Decide although the diagnosis found the reference ``doubtful`` or ``unsure``.
         memory: Of the database, which spills the rest to disk.
         progress: Told what is being done.
 
     Raises:
-        CurationError: Options, tables or scores from which no decision can be made.
+        CurationError: Options, tables or scores from which no decision can be made; a filter that means nothing for the
+            ledger's scorer; a reference that is unrelated, or doubtful or unsure and not accepted.
         LedgerError: A ledger that is not there, is damaged, lacks rows or mixes runs.
+
+    Warns:
+        UserWarning: The quality by the sign of scores and the share of wrong labels contradict each other.
 
     Example:
         >>> curate("nowhere")
@@ -97,27 +114,26 @@ def curate(  # noqa: PLR0913
             ...
         lightning_mimic.errors.LedgerError: nowhere holds no ledger (no _meta.json in it).
     """
-    if unscored not in get_args(Unscored):
-        raise CurationError(f"`unscored` is {unscored!r}; {nearest_names(str(unscored), get_args(Unscored))}.")
-    if not isinstance(allow_partial, bool):
-        raise CurationError(f"`allow_partial` is {allow_partial!r}; expected true or false.")
+    _check_options(unscored, allow_partial=allow_partial, accept_verdict=accept_verdict)
     exports = checked_exports(exports)
     if (trusted is None) != (mislabelled is None):
         raise CurationError("`trusted` and `mislabelled` calibrate together: the same samples, scored both ways.")
     chosen = Sign() if filter is None else filter
     final = None if out is None else _require_empty(user_path(out, "out"))
-    with _temporary() if final is None else _written(final) as place:
-        folder = place if isinstance(place, Path) else place.path
+    with _temporary() if final is None else _written(final) as made:
+        folder = made if isinstance(made, Path) else made.path
         with Database(memory, progress) as database:
             data = Scores(user_path(ledger, "ledger"), database, allow_partial=allow_partial)
-            calibration = None if trusted is None or mislabelled is None else _calibration(data, trusted, mislabelled)
+            place = str(data.ledger.directory)
+            verdict = reference_verdict(place, data.attempts)
+            check_verdict(place, verdict, accepted=accept_verdict)
+            wrong = wrong_share(place, data.attempts)
+            quality = calibrated_quality(data, trusted, mislabelled)
+            _warn_of_contradiction(quality, wrong)
             for name in exports:
                 EXPORTS[name].check(database, data.samples)
             all_samples = _all_samples(data, pool)
-            positive, scored = database.row(f"SELECT count_if(score >= 0), count(score) FROM {data.samples}")
-            if not scored:
-                raise CurationError(f"{data.ledger.directory}: none of its samples has a score.")
-            quality = None if calibration is None else estimate_quality(positive, scored, *calibration)
+            share_kept = _share_by_sign(data, chosen)
             decision = chosen.decide(data)
             _decide(database, data, all_samples, decision, unscored)
             samples, kept, without, mean, mean_kept = database.row(
@@ -129,7 +145,13 @@ def curate(  # noqa: PLR0913
             provenance = {
                 "package_version": __version__,
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "ledger": {"directory": str(data.ledger.directory), "run": data.ledger.meta["run"], **_attempt(data)},
+                "ledger": {
+                    "directory": place,
+                    "run": data.ledger.meta["run"],
+                    **{each: data.attempts[-1].get(each) for each in _NOTED},
+                },
+                "verdict": verdict.verdict,
+                "diagnosis": f"{verdict}{'' if verdict.stands in (None, 'compatible') else '; decided all the same'}",
                 "filter": repr(chosen),
                 "facts": decision.facts,
                 "pool": None if pool is None else str(pool),
@@ -137,9 +159,10 @@ def curate(  # noqa: PLR0913
                 "lost": list(data.parts.lost),
                 "samples": samples,
                 "kept": kept,
-                "share_kept": positive / scored,
+                "share_kept": share_kept,
                 "mean_score": {"all": mean, "kept": mean_kept},
                 "quality": None if quality is None else asdict(quality),
+                "wrong_share": None if wrong is None else asdict(wrong),
             }
             if data.class_names is not None:
                 provenance["class_names"] = list(data.class_names)
@@ -151,11 +174,58 @@ def curate(  # noqa: PLR0913
     if final is not None:
         folder = final
     manifest = Manifest(folder / "manifest.parquet")
-    if isinstance(place, TemporaryFolder):
-        weakref.finalize(manifest, place.close)
+    if isinstance(made, TemporaryFolder):
+        weakref.finalize(manifest, made.close)
     files = tuple(folder / name for name in names)
-    share = positive / scored
-    return Curation(manifest, samples, kept, without, share, mean, mean_kept, quality, data.parts.lost, files)
+    return Curation(
+        manifest=manifest,
+        samples=samples,
+        kept=kept,
+        unscored=without,
+        share_kept=share_kept,
+        mean_score=mean,
+        mean_score_kept=mean_kept,
+        quality=quality,
+        lost=data.parts.lost,
+        files=files,
+        verdict=verdict.verdict,
+        wrong_share=wrong,
+    )
+
+
+def _check_options(unscored: str, **flags: bool) -> None:
+    if unscored not in get_args(Unscored):
+        raise CurationError(f"`unscored` is {unscored!r}; {nearest_names(str(unscored), get_args(Unscored))}.")
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise CurationError(f"`{name}` is {value!r}; expected true or false.")
+
+
+def _warn_of_contradiction(quality: Quality | None, wrong: WrongShare | None) -> None:
+    """Warn of a quality by the sign that the calibrated reference contradicts."""
+    if quality is None or wrong is None or quality.basis != "sign":
+        return
+    if quality.high < 1 - wrong.high or quality.low > 1 - wrong.low:
+        warnings.warn(
+            f"by the sign of scores {quality} of the samples are good, and by the calibrated reference {wrong} are "
+            "wrong. One of the two is off: a model that has memorised its data, or overtaken its reference, keeps "
+            "held-out samples more often; noise that follows the classes can look like the reference's own partiality. "
+            "Score more trusted samples, so that their ledgers hold what the reference predicts: the quality then "
+            "rests on that.",
+            stacklevel=3,
+        )
+
+
+def _share_by_sign(data: Scores, chosen: DecisionRule) -> float | None:
+    """Return the share of the scored samples with a mean score of 0 or more; ``None`` where that has no meaning.
+
+    Raises:
+        CurationError: No sample has a score, and the decision needs one.
+    """
+    positive, scored = data.database.row(f"SELECT count_if(score >= 0), count(score) FROM {data.samples}")
+    if not scored and not isinstance(chosen, Posterior):
+        raise CurationError(f"{data.ledger.directory}: none of its samples has a score.")
+    return positive / scored if scored and missing_basis(data.config, "zero") is None else None
 
 
 def _require_empty(out: Path) -> Path:
@@ -180,13 +250,17 @@ def _ordered(data: Scores) -> str:
     if data.class_names is not None:
         names = f"[{', '.join(quoted(name) for name in data.class_names)}]::VARCHAR[]"
         known = f"BETWEEN 0 AND {len(data.class_names) - 1}"
-        columns += [f"CASE WHEN {each} {known} THEN ({names})[{each} + 1] END AS {each}_name" for each in _CLASSES]
+        columns += [
+            f"CASE WHEN {each} {known} THEN ({names})[{each} + 1] END AS {each}_name"
+            for each in _CLASSES
+            if each in data.columns
+        ]
     return f"""SELECT id, keep, score, scorings::INT AS scorings, relative_weight, votes_keep::INT AS votes_keep,
         votes::INT AS votes, reason, {", ".join(columns)} FROM decided ORDER BY score NULLS LAST, id"""
 
 
 #: The columns that are indices of classes.
-_CLASSES = ("label", "predicted")
+_CLASSES = ("label", "predicted", "reference_predicted")
 
 
 def _all_samples(data: Scores, pool: str | Path | None) -> str:
@@ -217,7 +291,8 @@ def _decide(database: Database, data: Scores, all_samples: str, decision: Decisi
             scores.relative_weight, {columns}, decision.keep AS opinion, votes_keep, votes,
             coalesce(decision.keep, {unscored == "keep"}) AS keep,
             CASE WHEN decision.keep IS NULL THEN coalesce(
-                    'no score: ' || scores.flag, CASE WHEN scores.scorings > 0 THEN 'no vote on it' END, 'never scored')
+                    'no score: ' || scores.flag, CASE WHEN scores.scorings > 0 THEN '{decision.abstains}' END,
+                    'never scored')
                 WHEN NOT decision.keep THEN '{why}' END AS reason
         FROM {all_samples} AS all_samples
         LEFT JOIN {data.samples} AS scores ON all_samples.id = scores.id
@@ -233,60 +308,6 @@ def _no_opinion(database: Database, count: int, samples: int) -> str:
         f"{count} of {samples} samples cannot be judged, such as {example!r} ({reason}). "
         "`unscored='keep'` keeps them, `unscored='drop'` drops them."
     )
-
-
-def _calibration(
-    data: Scores, trusted: str | Path, mislabelled: str | Path | Sequence[str | Path]
-) -> tuple[list[bool], list[list[bool]]]:
-    """Whether each trusted sample is kept with its true label, and with each of its wrong ones."""
-    database = data.database
-    wrong: Sequence[Any] = mislabelled if isinstance(mislabelled, list | tuple) else [mislabelled]
-    ledgers = [user_path(trusted, "trusted"), *(user_path(each, "mislabelled") for each in wrong)]
-    if len(ledgers) < 2:
-        raise CurationError("`mislabelled` is empty; expected one ledger or more.")
-    all_scores = [Scores(ledger, database, f"trusted{k}") for k, ledger in enumerate(ledgers)]
-    for scores in all_scores:
-        ours, theirs = _scored_when(data), _scored_when(scores)
-        if ours != theirs:
-            raise CurationError(
-                f"{scores.ledger.directory} was scored {theirs}, and {data.ledger.directory} {ours}. A score changes "
-                "as the model learns, so an estimate from both would be off: score both at the same checkpoints "
-                "(mimic-score, AtCheckpoints)."
-            )
-        for name in _SAME:
-            ours, theirs = (_attempt(one)["config"].get(name) for one in (data, scores))
-            if ours != theirs:
-                raise CurationError(
-                    f"{scores.ledger.directory} was scored with another {name} than {data.ledger.directory} "
-                    f"({theirs} against {ours}); their scores do not compare."
-                )
-    first, *others = [scores.samples for scores in all_scores]
-    for other, scores in zip(others, all_scores[1:], strict=True):
-        unpaired = f"FROM {first} FULL JOIN {other} USING (id) WHERE {first}.seen IS NULL OR {other}.seen IS NULL"
-        if scores.id_type != all_scores[0].id_type or database.value(f"SELECT count(*) {unpaired}"):
-            raise CurationError(
-                f"{scores.ledger.directory} and {all_scores[0].ledger.directory} must hold the same samples, with "
-                "wrong and with true labels; their ids differ."
-            )
-    signs = ", ".join(f"{name}.score >= 0" for name in (first, *others))
-    joined = " ".join([first, *(f"JOIN {name} USING (id)" for name in others)])
-    scored = " AND ".join(f"{name}.score IS NOT NULL" for name in (first, *others))
-    rows = database.rows(f"SELECT {signs} FROM {joined} WHERE {scored}")
-    return [row[0] for row in rows], [list(row[1:]) for row in rows]
-
-
-def _scored_when(scores: Scores) -> str:
-    """When scores were taken, as a phrase."""
-    checkpoints = scores.ledger.meta["attempts"][scores.parts.attempts[-1]].get("checkpoints")
-    if checkpoints is None:
-        return "while a model trained on it"
-    return "at checkpoints " + ", ".join(each["sha256"][:8] for each in checkpoints)
-
-
-def _attempt(scores: Scores) -> dict[str, Any]:
-    """Settings of the attempts whose rows hold; they do not differ."""
-    facts = scores.ledger.meta["attempts"][scores.parts.attempts[-1]]
-    return {name: facts.get(name) for name in ("config", "data", "score_kind", "checkpoints")}
 
 
 @contextlib.contextmanager

@@ -73,14 +73,9 @@ def plot_quality(path: str | Path, comparison: Comparison) -> None:
     figure = Figure(figsize=(8, 1.2 + 0.45 * len(datasets)), layout="constrained")
     axes = figure.subplots()
     places = range(len(datasets))
-    axes.plot(
-        [100 * each.share_kept for each in datasets],
-        places,
-        "|",
-        color=_LINE,
-        markersize=12,
-        label="score of 0 or more",
-    )
+    by_sign = [(100 * each.share_kept, k) for k, each in enumerate(datasets) if each.share_kept is not None]
+    x, y = zip(*by_sign, strict=True) if by_sign else ((), ())
+    axes.plot(x, y, "|", color=_LINE, markersize=12, label="score of 0 or more")
     for place, each in zip(places, datasets, strict=True):
         if each.quality is not None and each.low is not None and each.high is not None:
             axes.plot([100 * each.low, 100 * each.high], [place, place], color=_RIGHT, linewidth=3, alpha=0.5)

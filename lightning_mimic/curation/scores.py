@@ -75,6 +75,7 @@ class Scores:
             is no score, or null), and the other recorded columns that the ledger's table sums up.
         columns: Names of the columns in these tables that the ledger's table sums up, ``label`` and ``predicted``
             first.
+        attempts: The descriptions of the attempts whose rows count.
         class_names: Names of the classes, ``None`` where not recorded.
         id_type: ``BIGINT``, ``UBIGINT`` or ``VARCHAR``.
     """
@@ -97,6 +98,7 @@ class Scores:
         )
         self.samples = f"{name}_samples"
         self.id_type = sql_type(self.parts.id_type)
+        self.attempts: list[dict[str, Any]] = [self.ledger.meta["attempts"][n] for n in self.parts.attempts]
         self.class_names = self.ledger.class_names
         # Labels are in every table, whether there are any or not.
         found = [
@@ -108,6 +110,12 @@ class Scores:
         self._name = name
         self._sample_size = sample_size
         self._make()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Settings of the attempts whose rows count; they do not differ in what the scores mean."""
+        config: dict[str, Any] = self.attempts[-1]["config"]
+        return config
 
     def means(self) -> ScoreTable:
         """A row per sample: its means."""
@@ -128,9 +136,11 @@ class Scores:
         run, name = self.database.run, self._name
         over = " OR ".join(f"(attempt = {number} AND step >= {step})" for number, step in self.parts.until.items())
         # NaN is treated as missing; so is the relative weight of a sample alone in its batch.
+        finite = (f"CASE WHEN isfinite({each.name}) THEN {each.name}::DOUBLE END AS {each.name}" for each in self._mean)
         run(
             f"""CREATE VIEW {name}_everything AS
-            SELECT id, epoch, step, batch, rank, position, flag, {", ".join(self.columns)},
+            SELECT id, epoch, step, batch, rank, position, flag,
+                {", ".join([*(each.name for each in self._last), *finite])},
                 CASE WHEN isfinite(score) THEN score::DOUBLE END AS score,
                 CASE WHEN isfinite(score) AND flag <> 'alone' THEN weight::DOUBLE * batch_size END AS relative_weight
             FROM {self._files()} {f"WHERE NOT ({over})" if over else ""}"""

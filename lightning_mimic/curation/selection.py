@@ -1,12 +1,13 @@
 """Other filters' tables and manifests, put together: and, or, minus, top and bottom."""
 
+import contextlib
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning_mimic.database import Database, Progress, is_whole
 from lightning_mimic.errors import CurationError
@@ -147,6 +148,7 @@ def select(
             "sizes": [database.value(f"SELECT count_if(chosen) FROM term{k}") for k in range(len(read.terms))],
             "samples": samples,
             "kept": kept,
+            **_verdicts(read.terms),
         }
         query = (
             f"SELECT all_samples.id, selected.id IS NOT NULL AS keep, {why} AS reason "
@@ -155,6 +157,15 @@ def select(
         )
         with database.reader(query, "writing") as rows:
             return write_manifest(out, rows, provenance, exports)
+
+
+def _verdicts(terms: Sequence[Term]) -> dict[str, Any]:
+    """The verdicts on the references behind the manifests among tables, by path, for the provenance."""
+    found = {}
+    for term in terms:
+        with contextlib.suppress(CurationError):  # a table of another kind
+            found[term.path] = Manifest(term.path).provenance.get("verdict")
+    return {"verdicts": found} if any(found.values()) else {}
 
 
 def _term(text: str) -> Term:

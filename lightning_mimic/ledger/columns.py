@@ -70,6 +70,10 @@ def schema(id_type: pa.DataType) -> pa.Schema:
     return pa.schema([(each.name, id_type if each.type == ID else each.type) for each in COLUMNS])
 
 
+#: Names of the columns of the first ledgers, whose descriptions do not list them.
+FIRST_COLUMNS = tuple(each.name for each in COLUMNS[: [each.name for each in COLUMNS].index("predicted") + 1])
+
+
 def nullable_columns() -> tuple[str, ...]:
     """Return the names of the columns that a part may lack."""
     return tuple(each.name for each in COLUMNS if each.nullable)

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lightning_mimic.errors import LedgerError
-from lightning_mimic.ledger.columns import nullable_columns, schema, summarised_columns
+from lightning_mimic.ledger.columns import FIRST_COLUMNS, nullable_columns, schema, summarised_columns
 from lightning_mimic.ledger.completeness import listed, missing_rows, rows_in_doubt
 from lightning_mimic.ledger.description import (
     META_FILE,
@@ -373,7 +373,7 @@ def _known_columns(form: pa.Schema, declared: Sequence[str] | None) -> list[str]
     """
     known, there = schema(form.field("id").type), set(form.names)
     must = set(known.names) - set(nullable_columns()) if declared is None else set(declared)
-    damaged = declared is None and bool(there - set(known.names)) and bool(set(known.names) - there)
+    damaged = declared is None and bool(there - set(known.names)) and bool(set(FIRST_COLUMNS) - there)
     types = all(form.field(name).type == known.field(name).type for name in known.names if name in there)
     types = types and form.field("id").type in (pa.int64(), pa.uint64(), pa.string())
     if damaged or not must <= there or not types or len(there) < len(form.names):

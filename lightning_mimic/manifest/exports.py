@@ -79,7 +79,7 @@ def write_cleanlab(manifest: "Manifest", path: Path) -> None:
 
     Its columns are ``is_label_issue`` (not kept), ``label_quality`` (share of the other scored samples with a lower
     mean score, 0 to 1; lower is worse, empty: never scored), ``given_label`` and ``predicted_label`` (names of classes
-    where they are known).
+    where they are known), and ``reference_label``, which the reference suggests, where it is recorded.
 
     Args:
         manifest: The decisions.
@@ -101,7 +101,10 @@ def write_cleanlab(manifest: "Manifest", path: Path) -> None:
             "label_quality": "CASE WHEN score IS NOT NULL THEN "
             "percent_rank() OVER (PARTITION BY score IS NULL ORDER BY score) END",
         }
-        for head, name in (("given_label", "label"), ("predicted_label", "predicted")):
+        heads = {"given_label": "label", "predicted_label": "predicted", "reference_label": "reference_predicted"}
+        for head, name in heads.items():
+            if name == "reference_predicted" and name not in there:
+                continue
             names = f"{name}_name"
             cells[head] = f"coalesce({without_formula(names)}, {name}::VARCHAR)" if names in there else name
         _copy(database, cells, "ORDER BY manifest.id", path)

@@ -30,7 +30,10 @@ class Manifest:
     - ``relative_weight``: mean of weight times batch size, 0 to B; 1 is the weight in a uniform batch;
     - ``votes_keep`` of ``votes``: null unless many voted;
     - ``label`` and ``predicted``: indices of classes, null where not recorded;
-    - ``label_name`` and ``predicted_name``: their names, where the run recorded the names of its classes;
+    - ``posterior``: mean probability that the label is right, by the calibrated reference, where recorded;
+    - ``reference_predicted``: index of the class that the reference suggests, where recorded;
+    - ``label_name``, ``predicted_name`` and ``reference_predicted_name``: the names of these classes, where the run
+      recorded them;
     - what else the ledger's table of columns sums up and the run recorded.
 
     Args:
@@ -104,7 +107,7 @@ class Manifest:
 
         Its columns are ``is_label_issue`` (not kept), ``label_quality`` (share of the other scored samples with a lower
         mean score, 0 to 1; lower is worse, empty: never scored), ``given_label`` and ``predicted_label`` (names of
-        classes where they are known).
+        classes where they are known), and ``reference_label``, which the reference suggests, where it is recorded.
 
         Raises:
             CurationError: No labels were recorded.

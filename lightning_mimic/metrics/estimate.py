@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
-from lightning_mimic.errors import CurationError
+from lightning_mimic.errors import CurationError, nearest_names
 from lightning_mimic.random_streams import stream_seed
+
+#: What keeps a sample: a mean score of 0 or more, or a reference that predicts its label.
+Basis = Literal["sign", "agreement"]
 
 #: Trusted samples must be kept this much more often with true labels than with wrong ones, or nothing can be said.
 _LEAST_DIFFERENCE = 0.2
@@ -20,11 +23,13 @@ class Quality:
         estimate: Share of samples that are good.
         low: Lower end of the 95 % interval, a bootstrap over data and trusted samples.
         high: Upper end.
-        share_kept: Share of the data with a mean score of 0 or more.
+        share_kept: Share of the data that is kept.
         kept_if_right: That share of the trusted samples with their true labels, ``t``.
         kept_if_wrong: And with wrong ones, ``f``.
         samples: In the data.
         trusted: Samples that calibrate.
+        basis: What keeps a sample: ``"sign"``, a mean score of 0 or more; ``"agreement"``, a reference that predicts
+            the given label, which does not depend on how far the model has learnt.
     """
 
     estimate: float
@@ -35,13 +40,21 @@ class Quality:
     kept_if_wrong: float
     samples: int
     trusted: int
+    basis: Basis = "sign"
 
     def __str__(self) -> str:
         return f"{self.estimate:.1%} (95 % interval {self.low:.1%} to {self.high:.1%}, {self.trusted} trusted samples)"
 
 
 def estimate_quality(
-    kept: int, samples: int, right: Sequence[bool] | Any, wrong: Sequence[Any] | Any, *, seed: int = 0
+    kept: int,
+    samples: int,
+    right: Sequence[bool] | Any,
+    wrong: Sequence[Any] | Any,
+    *,
+    seed: int = 0,
+    basis: Basis = "sign",
+    told_apart_at_first: bool = False,
 ) -> Quality:
     """The share of good samples in data of which a share was kept.
 
@@ -49,11 +62,14 @@ def estimate_quality(
     samples that trained neither the reference nor the model tell ``t`` and ``f``.
 
     Args:
-        kept: Samples of the data with a mean score of 0 or more.
+        kept: Samples of the data that are kept, by the basis.
         samples: All of them.
         right: Whether each trusted sample is kept with its true label, shape ``(n,)``.
         wrong: Whether the same sample is kept with a wrong label, shape ``(n,)``, or with each of k, ``(n, k)``.
         seed: Of the bootstrap.
+        basis: See :class:`Quality`.
+        told_apart_at_first: The trusted samples' first scores told wrong labels apart, for the message where their
+            means do not.
 
     Raises:
         CurationError: Nothing to count, trusted samples that are not the same ones, or that are kept as often with
@@ -65,6 +81,8 @@ def estimate_quality(
     """
     import numpy as np
 
+    if basis not in get_args(Basis):
+        raise CurationError(f"`basis` is {basis!r}; {nearest_names(str(basis), get_args(Basis))}.")
     try:
         right, wrong = np.asarray(right, dtype=float), np.asarray(wrong, dtype=float)
     except (TypeError, ValueError) as error:
@@ -90,10 +108,7 @@ def estimate_quality(
         raise CurationError(f"{kept} kept of {samples} samples; there must be samples, and no more kept than these.")
     t, f = float(right.mean()), float(wrong.mean())
     if t - f < _LEAST_DIFFERENCE:
-        raise CurationError(
-            f"trusted samples are kept as often with wrong labels ({f:.0%}) as with true ones ({t:.0%}): these scores "
-            "cannot tell them apart. Look at the reference (`lightning_mimic.diagnose`), or align it."
-        )
+        raise CurationError(_not_told_apart(t, f, basis, told_apart_at_first))
     generator = np.random.default_rng(stream_seed(seed, "bootstrap"))
     # A sample's answers are drawn together; there are few different ones.
     answers, counts = np.unique(np.stack([right, wrong], 1), axis=0, return_counts=True)
@@ -110,4 +125,42 @@ def estimate_quality(
     estimates[lost] = np.where(np.arange(int(lost.sum())) % 2, 1.0, 0.0)
     low, high = np.clip(np.quantile(estimates, (0.025, 0.975)), 0, 1)
     estimate = min(max((kept / samples - f) / (t - f), 0.0), 1.0)
-    return Quality(estimate, float(low), float(high), kept / samples, t, f, samples, len(right))
+    return Quality(estimate, float(low), float(high), kept / samples, t, f, samples, len(right), basis)
+
+
+def tells_apart(right: Any, wrong: Any) -> bool:
+    """Whether trusted samples are kept enough more often with true labels than with wrong ones.
+
+    Args:
+        right: As for :func:`estimate_quality`.
+        wrong: Likewise.
+
+    Example:
+        >>> tells_apart([True, True, False], [[False], [False], [False]])
+        True
+    """
+    import numpy as np
+
+    return len(right) > 0 and float(np.mean(right)) - float(np.mean(wrong)) >= _LEAST_DIFFERENCE
+
+
+def _not_told_apart(t: float, f: float, basis: Basis, told_apart_at_first: bool) -> str:
+    """Say what is at fault where trusted samples are not kept more often with true labels than with wrong ones."""
+    if basis == "agreement":
+        return (
+            f"the reference predicts wrong labels of trusted samples ({f:.0%}) about as often as their true ones "
+            f"({t:.0%}): it does not know these classes. Take another reference."
+        )
+    found = (
+        f"trusted samples are kept as often with wrong labels ({f:.0%}) as with true ones ({t:.0%}): these scores "
+        "cannot tell them apart. "
+    )
+    if told_apart_at_first:
+        return (
+            f"{found}Their first scores could: the model has overtaken its reference since, or stands at it. Score "
+            "earlier checkpoints only."
+        )
+    return (
+        f"{found}Look at the reference (`lightning_mimic.diagnose`), or align it: it does not know these labels, or is "
+        "less sure of them than the model is, which then has nothing to learn from it."
+    )

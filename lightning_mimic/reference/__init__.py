@@ -2,7 +2,7 @@
 
 from lightning_mimic.errors import ReferenceLoadError
 from lightning_mimic.reference.aligned import Aligned, AlignedDirection
-from lightning_mimic.reference.aligned_towers import aligned_direction
+from lightning_mimic.reference.aligned_towers import aligned_direction, has_towers
 from lightning_mimic.reference.diagnose import diagnose, rest_trains, weight_similarity
 from lightning_mimic.reference.diagnosis import Diagnosis
 from lightning_mimic.reference.match import aliases_of, fingerprint, match_reference
@@ -19,6 +19,7 @@ __all__ = [
     "aligned_direction",
     "diagnose",
     "fingerprint",
+    "has_towers",
     "match_reference",
     "read_reference",
     "reference_model",

@@ -84,6 +84,7 @@ class AlignedDirection(Direction):
         targets: The target parameters, by full name.
         features: As many as the widest of their layers takes.
         statistics: The running statistics of the fit, by name.
+        asks_always: Ask the reference for its outputs of every micro-batch, not only of those that are fitted.
     """
 
     def __init__(
@@ -93,6 +94,8 @@ class AlignedDirection(Direction):
         targets: Mapping[str, nn.Parameter],
         features: int,
         statistics: Mapping[str, RunningStatistics],
+        *,
+        asks_always: bool = False,
     ) -> None:
         super().__init__(targets, targets)
         some = next(iter(targets.values()))
@@ -102,6 +105,7 @@ class AlignedDirection(Direction):
         self._needed = aligned.samples_per_feature * features
         self._statistics = dict(statistics)
         self._outputs: dict[int | str, Tensor] = {}
+        self._asks_always = asks_always
         self._steps = 0
         self._enough = False
         self._fitted = torch.zeros((), dtype=torch.bool, device=some.device)
@@ -116,7 +120,7 @@ class AlignedDirection(Direction):
         batch: Any,
         ids: Tensor | Sequence[int] | Sequence[str] | None,
         inputs: Callable[[], Mapping[str, Tensor]],
-    ) -> None:
+    ) -> Tensor | None:
         """Takes in a micro-batch where its turn has come; after its forward pass, on every rank.
 
         Args:
@@ -125,25 +129,23 @@ class AlignedDirection(Direction):
             inputs: Gives what each target parameter was multiplied with, by name, shape ``(B, ..., D)``; called if
                 it is needed.
 
+        Returns:
+            The probability that each sample's label is right, shape ``(B,)``, where the reference's outputs alone give
+            it; ``None`` elsewhere.
+
         Raises:
             MimicError: The reference does not give what the model gives.
         """
         due = not self._enough or self._steps % self._aligned.every == 0
         self._steps += 1
-        if not due:
-            return
+        if not (due or self._asks_always):
+            return None
         features = inputs()
-        decay = DECAY if self._enough else 1.0
-        held = self._add(features, self._ask(batch, ids, features), decay)
-        # A host sync, in the first steps only; of all ranks' samples, so that they agree.
-        count = next(iter(self._statistics.values())).count
-        self._enough = self._enough or bool(count >= self._needed)
-        if self._enough:
-            fitted, sound = self._fit()
-            sound = sound & held
-            self.set_reference({name: torch.where(sound, t, self._reference[name]) for name, t in fitted.items()})
-            self._fitted = self._fitted | sound
-            self.failed = self.failed + ~sound
+        outputs = self._ask(batch, ids, features)
+        posteriors = self._judge(features, outputs)
+        if due:
+            self._align(features, outputs)
+        return posteriors
 
     def vanishes(self, norm: Tensor) -> Tensor:
         """Whether there is no direction yet, or none any more (a boolean scalar, no host sync)."""
@@ -162,6 +164,19 @@ class AlignedDirection(Direction):
                 f"{int(self.failed)} times the reference could not be aligned (constant or infinite features); the "
                 "last alignment that worked was kept, and weights were uniform before the first."
             )
+        return None
+
+    @property
+    def wrong_share(self) -> Tensor | None:
+        """The estimated share of mismatched pairs, a scalar; ``None`` where the samples are no pairs."""
+        return None
+
+    def calibration_facts(self) -> dict[str, Any] | None:
+        """Return what is known of the reference's similarities, for a file (a host sync); ``None`` without any."""
+        return None
+
+    def objection(self) -> str | None:
+        """Return why scores towards the alignment say less than the reference does, as a phrase (a host sync)."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -203,6 +218,26 @@ class AlignedDirection(Direction):
     @abstractmethod
     def _fit(self) -> tuple[dict[str, Tensor], Tensor]:
         """The parameters that would give the reference's outputs, and whether that worked, a boolean scalar."""
+
+    def _align(self, features: Mapping[str, Tensor], outputs: Tensor) -> None:
+        decay = DECAY if self._enough else 1.0
+        held = self._add(features, outputs, decay)
+        # A host sync, in the first steps only; of all ranks' samples, so that they agree.
+        count = next(iter(self._statistics.values())).count
+        self._enough = self._enough or bool(count >= self._needed)
+        if self._enough:
+            fitted, sound = self._fit()
+            sound = sound & held
+            self.set_reference({name: torch.where(sound, t, self._reference[name]) for name, t in fitted.items()})
+            self._fitted = self._fitted | sound
+            self.failed = self.failed + ~sound
+
+    def _judge(self, features: Mapping[str, Tensor], outputs: Tensor) -> Tensor | None:
+        """The probability that each sample's label is right, shape ``(B,)``, where the outputs alone give it.
+
+        Called before the samples enter the fit.
+        """
+        return None
 
     def _key(self) -> str:
         shapes = " ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(self._reference.items()))

@@ -54,8 +54,9 @@ class Calibration:
         agreement: Share of the given labels that the calibrated reference predicts.
         model_agreement: Share of them that the model had predicted before it trained on the samples, at its highest;
             ``None`` where that is not known.
-        informative: The reference explains the labels better than their frequencies do, and does not know far less of
-            them than the model. Where it does not explain them, no label is held to be wrong.
+        knows_less: Less chance, that share is less than half of the model's, so that the reference can judge no label.
+        informative: It explains the labels better than their frequencies do, and does not know less than the model.
+            Otherwise no label is held to be wrong.
     """
 
     scale: float
@@ -67,17 +68,15 @@ class Calibration:
     classes: int
     agreement: float
     model_agreement: float | None
+    knows_less: bool
     informative: bool
 
     def __str__(self) -> str:
         if not self.informative:
-            than = (
-                ""
-                if self.model_agreement is None
-                else f", the model {self.model_agreement:.0%} before training on them"
-            )
+            own = self.model_agreement
+            than = "" if own is None else f", the model {own:.0%} before it trained on them"
             return (
-                f"the reference does not explain the labels, so none is held to be wrong (it predicts "
+                "the reference does not explain the labels, so none is held to be wrong (it predicts "
                 f"{self.agreement:.0%} of them{than}; {self.samples} samples)"
             )
         return (
@@ -279,6 +278,11 @@ class RunningCalibration:
         return self._require().informative
 
     @property
+    def knows_less(self) -> Tensor:
+        """Whether the reference knows less of the labels than the model, a boolean scalar."""
+        return self._require().knows_less
+
+    @property
     def wrong_share(self) -> Tensor | None:
         """r, a scalar; ``None`` before the first fit."""
         return None if self._fit is None else torch.where(self._fit.informative, self._fit.wrong_share, 0.0)
@@ -378,6 +382,7 @@ class _Fit:
     most: Tensor
     agreement: Tensor
     model_agreement: float
+    knows_less: Tensor
     informative: Tensor
 
     def calibration(self, samples: int) -> Calibration:
@@ -392,6 +397,7 @@ class _Fit:
             classes=len(self.biases),
             agreement=float(self.agreement),
             model_agreement=self.model_agreement or None,
+            knows_less=bool(self.knows_less),
             informative=informative,
         )
 
@@ -465,6 +471,7 @@ class _Fitter:
             most=self._shares[most],
             agreement=agreement,
             model_agreement=model_agreement,
+            knows_less=knows_less,
             informative=(profile[best] - by_frequency > needed) & ~knows_less,
         )
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from lightning_mimic.reference.margins import LEAST_KNOWLEDGE, LEAST_RATIO
+from lightning_mimic.reference.margins import LEAST_RATIO
 
 Verdict = Literal["compatible", "doubtful", "unsure", "unrelated"]
 
@@ -78,9 +78,10 @@ class Diagnosis:
         path_losses: Mean loss at θ + t (θ_ref − θ), by t.
         margin_ratio: How far the reference's outputs for the class that the model predicts stand out from their mean,
             over how far the model's do, at the last layer.
-        agreement: Share of given labels that the calibrated reference predicts, of samples that the model had not
-            trained on.
-        model_agreement: The same of the model.
+        agreement: Share of given labels that the calibrated reference predicts.
+        model_agreement: Share that the model predicted before it trained on the samples.
+        knows_less: The reference predicts so many fewer than the model that it can judge none.
+        objection: Why scores towards its alignment are doubtful.
     """
 
     samples: int = 0
@@ -97,6 +98,8 @@ class Diagnosis:
     margin_ratio: float | None = None
     agreement: float | None = None
     model_agreement: float | None = None
+    knows_less: bool = False
+    objection: str | None = None
 
     @property
     def findings(self) -> list[tuple[Verdict, str]]:
@@ -117,7 +120,8 @@ class Diagnosis:
             )
             found.append(("unsure", reason))
         if self.knows_less:
-            reason = f"it predicts {self.agreement:.0%} of the given labels, and the model {self.model_agreement:.0%}"
+            shares = [f"{share:.0%}" for share in (self.agreement, self.model_agreement) if share is not None]
+            reason = f"they predict {' and '.join(shares)} of the given labels"
             found.append(("unsure", f"it knows less than the model ({reason})"))
         if self.weight_cosine is not None and UNRELATED_COSINE <= self.weight_cosine < RELATED_COSINE:
             found.append(("doubtful", f"its weights have little in common with the model's {cosine}"))
@@ -126,14 +130,9 @@ class Diagnosis:
         if self.rest_trains and self.weight_cosine is not None and RELATED_COSINE <= self.weight_cosine < SHARED_COSINE:
             reason = f"what lies below the target is not the reference's {cosine} and trains; score 'all' parameters"
             found.append(("doubtful", reason))
+        if self.objection is not None:
+            found.append(("doubtful", self.objection))
         return found
-
-    @property
-    def knows_less(self) -> bool:
-        """Whether it predicts fewer of the given labels than the model, so that it can judge none of them."""
-        if self.agreement is None or self.model_agreement is None:
-            return False
-        return self.agreement < LEAST_KNOWLEDGE * self.model_agreement
 
     @property
     def unsure(self) -> bool:

@@ -57,8 +57,7 @@ class Head:
     #: Whether the loss is a cross-entropy of the layer's outputs; ``None`` before the first step.
     recognised: bool | None = None
     _calibration: RunningCalibration | None = None
-    #: Beside the calibration, from the first step on.
-    margins: RunningMargins | None = None
+    _margins: RunningMargins | None = None
     _state: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -101,18 +100,17 @@ class Head:
             return None
         outputs, theirs = found["outputs"].float(), found["reference_outputs"].float()
         labels = labels_of(outputs, found["output_gradients"], clean)
-        if self._calibration is None or self.margins is None:
+        if self._calibration is None or self._margins is None:
             self._calibration = RunningCalibration(outputs.shape[1], outputs.device)
-            self.margins = RunningMargins(outputs.device)
+            self._margins = RunningMargins(outputs.device)
             if self._state:
                 self._calibration.load_state_dict(self._state)
-                self.margins.load_state_dict(self._state["margins"])
-        calibration, margins, unseen = self._calibration, self.margins, epoch == 0
+                self._margins.load_state_dict(self._state["margins"])
+        calibration, margins = self._calibration, self._margins
         counted = torch.where(vanishes, -1, labels)
-        calibration.update(theirs, counted, outputs if unseen else None)
-        judged = calibration.calibrated(theirs) if unseen and calibration.ready else None
+        calibration.update(theirs, counted, outputs if epoch == 0 else None)
         if epoch is not None:
-            margins.update(outputs, theirs, counted, judged)
+            margins.update(outputs, theirs, counted)
         products = {"outputs": outputs, "reference_outputs": theirs, "labels": labels}
         products["output_gradients"] = found["output_gradients"]
         known = labels >= 0
@@ -120,6 +118,8 @@ class Head:
             "label": torch.where(known, labels, NO_CLASS),
             "predicted": torch.where(known, outputs.argmax(1), NO_CLASS),
         }
+        shown = known & ~vanishes
+        columns["reference_predicted"] = torch.where(shown, theirs.argmax(1), NO_CLASS)
         unknown = torch.ones_like(vanishes)
         if calibration.ready:
             scale, biases = calibration.parameters
@@ -136,7 +136,6 @@ class Head:
                 "calibrated_direction_norm": norm_of(steps),
             }
             log_q = calibrated.log_softmax(1)
-            shown = known & ~vanishes
             columns |= {
                 "reference_predicted": torch.where(shown, log_q.argmax(1), NO_CLASS),
                 "reference_confidence": _or_nan(log_q.amax(1).exp(), shown),
@@ -155,7 +154,7 @@ class Head:
         unrecognised = missing.any() if self.required else torch.zeros_like(vanishes)
         needs_calibrated = "calibrated_outputs" in self.needs
         unknown = unknown if needs_calibrated else torch.zeros_like(unknown)
-        distrusted = margins.knows_less
+        distrusted = calibration.knows_less if calibration.ready else torch.zeros_like(vanishes)
         if self.rests_on_margins:
             distrusted = distrusted | margins.unsure
         return HeadProducts(products, columns, unknown, distrusted, unrecognised)
@@ -164,6 +163,15 @@ class Head:
         """Return the latest calibration (a host sync); ``None`` where there is none."""
         return None if self._calibration is None else self._calibration.calibration()
 
+    def facts(self) -> dict[str, Any]:
+        """Return what the outputs show of the reference, as fields of the diagnosis (a host sync)."""
+        facts: dict[str, Any] = {} if self._margins is None else self._margins.facts()
+        found = self.calibration()
+        if found is None:
+            return facts
+        names = ("agreement", "model_agreement", "knows_less")
+        return facts | {name: getattr(found, name) for name in names}
+
     @property
     def wrong_share(self) -> Tensor | None:
         """The estimated share of wrong labels, a scalar on the device; ``None`` where there is no calibration."""
@@ -171,9 +179,9 @@ class Head:
 
     def state_dict(self) -> Mapping[str, Any]:
         """Return what a resumed run needs."""
-        if self._calibration is None or self.margins is None:
+        if self._calibration is None or self._margins is None:
             return self._state
-        return self._calibration.state_dict() | {"margins": self.margins.state_dict()}
+        return self._calibration.state_dict() | {"margins": self._margins.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state."""

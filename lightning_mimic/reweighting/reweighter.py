@@ -491,15 +491,15 @@ class Reweighter:
     def _attach(self) -> StepContext:
         """Put hooks on the model, all of which :meth:`close` removes."""
         settings, targets = self.settings, {n: self._whole.get(n, p) for n, p in self.targets.items()}
+        # Those of pairs come from the reference's similarities, and from no gradient.
+        needs = settings.needs - {"posteriors"} if self._target.has_pairs else settings.needs
         frozen = [n for n, p in targets.items() if not p.requires_grad]
         if settings.reweight == "target" and frozen:
             raise MimicError(f"`reweight='target'` weights the gradients of {frozen[0]!r}, but they are frozen.")
         reach: Reach = "targets" if settings.reweight != "all" else "all" if settings.uncovered == "error" else "around"
         named = set() if settings.parameters is None else named_parameters(self.model, settings.parameters)
         optional = frozenset(targets.keys() - named)
-        task = ScoringTask(
-            self.model, ModelHooks(self.model, targets), targets, self._whole, settings.needs, reach, optional
-        )
+        task = ScoringTask(self.model, ModelHooks(self.model, targets), targets, self._whole, needs, reach, optional)
         self._closing.callback(task.hooks.remove)
         if settings.reweight == "target" and task.hooked:
             raise MimicError(HOOKED.format(join_names(task.hooked)))
@@ -512,7 +512,7 @@ class Reweighter:
         if isinstance(weighting, KeepsState):
             weighting = weighting.for_run()
             self._weighting = weighting
-        head = Head(settings.needs, settings.rests_on_margins)
+        head = Head(needs, settings.rests_on_margins)
         return StepContext(settings, task, self._target, capture, loss_check, weighting, self._choose, head)
 
     def _refuse_replaced(self) -> None:
@@ -545,9 +545,15 @@ class Reweighter:
 
     def _note_calibration(self) -> None:
         """Note the calibration of the reference in the ledger, where there is one (a host sync)."""
-        calibration = self._context.head.calibration() if self._ledger is not None else None
-        if calibration is not None:
-            self.note({"calibration": calibration.facts()})
+        if self._ledger is None:
+            return
+        calibration = self._context.head.calibration()
+        facts = self._target.calibration_facts() if calibration is None else calibration.facts()
+        if facts is not None:
+            self.note({"calibration": facts})
+        objection = self._target.objection()
+        if objection is not None and self._diagnosis is not None:
+            self.note({"diagnosis": replace(self._diagnosis, objection=objection).facts()})
 
     def _diagnose(self, step: Step, result: StepResult) -> StepResult:
         """Return the result with what is found about the reference in this step."""
@@ -563,7 +569,7 @@ class Reweighter:
         if diagnosis is None:
             return result
         monitor, self._monitor = self._monitor, None
-        self._diagnosis = diagnosis = replace(diagnosis, **self._margin_facts())
+        self._diagnosis = diagnosis = replace(diagnosis, **self._context.head.facts())
         self._compatible = diagnosis.verdict == "compatible"
         self._target.choose_direction(diagnosis)
         self.note({"diagnosis": diagnosis.facts()})
@@ -576,17 +582,12 @@ class Reweighter:
         )
         return result.with_report(report)
 
-    def _margin_facts(self) -> dict[str, Any]:
-        """Return what the outputs of both networks show, as fields of the diagnosis (a host sync)."""
-        margins = self._context.head.margins
-        return {} if margins is None else margins.facts()
-
     def _look_for_unsure(self) -> None:
         """Note and warn of a reference that has turned out unsure since its diagnosis; on every rank."""
         known = Diagnosis() if self._diagnosis is None else self._diagnosis
         if not self.settings.diagnose_reference or known.unsure or self._monitor is not None:
             return
-        diagnosis = replace(known, **self._margin_facts())
+        diagnosis = replace(known, **self._context.head.facts())
         if not diagnosis.unsure:
             return
         self._diagnosis = diagnosis

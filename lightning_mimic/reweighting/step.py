@@ -119,6 +119,7 @@ class Step:
         self._recording = ExitStack()
         self._losses: Tensor | None = None
         self._reference_losses: Tensor | None = None
+        self._match_posteriors: Tensor | None = None
         self._factor: Tensor | None = None
         self._problem: Tensor | None = None
         self._result: StepResult | None = None
@@ -195,7 +196,7 @@ class Step:
         like = None if forward.losses is None else forward.losses.values
         reference_losses = target.reference_losses(self.batch, like)
         self._reference_losses = None if reference_losses is None else forward.own_rows(reference_losses)
-        target.observe(
+        self._match_posteriors = target.observe(
             self.batch, self.ids, lambda: target_features(task.hooks, target.parameters, forward), self._not_nan
         )
         # Under DDP here, within its forward, and not later: beyond it lies a node that must be passed once.
@@ -327,6 +328,10 @@ class Step:
         if head is not None:
             fields |= head.products
             vanishes = vanishes | head.unknown
+        columns = {} if head is None else head.columns
+        if self._match_posteriors is not None:
+            fields["posteriors"] = self._match_posteriors
+            columns["posterior"] = self._match_posteriors
         known_products = Products(
             samples=torch.zeros(self._rows or 0, device=self._unit.device),
             direction_norm=direction_norm,
@@ -355,8 +360,8 @@ class Step:
             losses=self._losses,
             mimic_scores=mimic_scores,
             direction_norm=norm,
-            head=None if head is None else head.columns,
-            wrong_share=self._context.head.wrong_share,
+            head=columns or None,
+            wrong_share=self._context.head.wrong_share if target.wrong_share is None else target.wrong_share,
         )
         return self._result
 

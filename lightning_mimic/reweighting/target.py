@@ -18,6 +18,7 @@ from lightning_mimic.reference import (
     aliases_of,
     aligned_direction,
     fingerprint,
+    has_towers,
     match_reference,
     read_reference,
     reference_model,
@@ -61,7 +62,14 @@ class Target:
         )
         #: The scored parameters by full name; empty for a scorer that needs no gradient.
         self.parameters = {} if parameters is None else select_parameters(module, parameters)
-        check_needs(scorer, needs, module, self.parameters)
+        #: The posteriors are those of pairs, which the aligned reference of a CLIP gives, and no layer's.
+        self.has_pairs = "posteriors" in needs and has_towers(module)
+        if self.has_pairs and not isinstance(reference, Aligned):
+            raise MimicError(
+                "`reference`: the probability that a pair matches comes from the reference's own similarities; give it "
+                "as lightning_mimic.Aligned(reference), with `rotate=False` if it started from the model's weights."
+            )
+        check_needs(scorer, needs - {"posteriors"} if self.has_pairs else needs, module, self.parameters)
         #: Towards the reference, or against the gradient of a reference batch; ``None`` if none is needed.
         self.direction: Direction | GradientDirection | None = None
         #: Of the reference; ``None`` without one.
@@ -166,7 +174,7 @@ class Target:
 
     def observe(
         self, batch: Any, ids: Ids | None, inputs: Callable[[], Mapping[str, Tensor]], clean: Tensor | None
-    ) -> None:
+    ) -> Tensor | None:
         """Take in what the target parameters were multiplied with, of the clean samples, for the alignment.
 
         Args:
@@ -174,9 +182,12 @@ class Target:
             ids: Of its samples.
             inputs: Returns the features by parameter name.
             clean: Samples that hold no NaN; all, if ``None``.
+
+        Returns:
+            Of a CLIP, each pair's probability of a match, shape ``(B,)``, if it is needed.
         """
         if self._aligned is None:
-            return
+            return None
 
         def known() -> Mapping[str, Tensor]:
             if clean is None:
@@ -185,7 +196,16 @@ class Target:
             views = {name: (x, clean.view(-1, *[1] * (x.ndim - 1))) for name, x in inputs().items()}
             return {name: torch.where(valid, x, torch.nan) for name, (x, valid) in views.items()}
 
-        self._aligned.observe(batch, ids, known)
+        return self._aligned.observe(batch, ids, known)
+
+    @property
+    def wrong_share(self) -> Tensor | None:
+        """The estimated share of mismatched pairs, a scalar; ``None`` without an aligned CLIP."""
+        return None if self._aligned is None else self._aligned.wrong_share
+
+    def calibration_facts(self) -> dict[str, Any] | None:
+        """Return the calibration of an aligned CLIP's similarities (a host sync); ``None`` without one."""
+        return None if self._aligned is None else self._aligned.calibration_facts()
 
     def scores_for_diagnosis(self, scores: Tensor | None) -> Tensor | None:
         """Return the mimic scores where they say something about the reference.
@@ -205,6 +225,10 @@ class Target:
             self.direction = self._aligned
         # A reference that knows nothing is no better for being aligned.
         self.undecided = not diagnosis.alignable
+
+    def objection(self) -> str | None:
+        """Return why the scores say less than the aligned reference does, as a phrase (a host sync)."""
+        return None if self._aligned is None else self._aligned.objection()
 
     def warn_if_unaligned(self) -> None:
         """Warn, at the end of a run, of an alignment that did not work."""
@@ -295,5 +319,5 @@ class Target:
         }
 
     def _align(self, aligned: Aligned, module: nn.Module) -> None:
-        self.direction = self._aligned = aligned_direction(aligned, module, self.parameters)
+        self.direction = self._aligned = aligned_direction(aligned, module, self.parameters, posteriors=self.has_pairs)
         self.fingerprint = self._aligned.fingerprint

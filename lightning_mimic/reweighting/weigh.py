@@ -23,7 +23,7 @@ class StepResult:
         mimic_scores: The mimic score of each sample, whatever the scorer; NaN without a direction. ``None`` where
             scoring needs no direction.
         direction_norm: ``‖v‖``, a scalar; ``None`` without a direction.
-        head: Ledger columns of the last layer under cross-entropy; ``None`` where the target is no such layer.
+        head: Ledger columns of the last layer under cross-entropy, or of a CLIP's pairs; ``None`` elsewhere.
         wrong_share: The estimated share of wrong labels, a scalar; ``None`` where it is not known.
         report: What was found about the reference, in the step in which that became known; else empty.
     """

@@ -21,7 +21,7 @@ class GradNorm:
 
     needs: frozenset[Need] = frozenset({"norms"})
     #: A positive score does not mean a good sample.
-    has_sign = False
+    signed = False
 
     def __call__(self, products: Products) -> Tensor:
         """Return the scores, shape ``(B,)``."""

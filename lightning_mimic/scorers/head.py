@@ -70,7 +70,7 @@ class HeadReferenceLoss(_OfReference):
     """
 
     #: A positive score does not mean a good sample.
-    has_sign = False
+    signed = False
 
     @property
     def needs(self) -> frozenset[Need]:

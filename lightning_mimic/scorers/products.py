@@ -193,7 +193,7 @@ class Scorer(Protocol):
     """A formula from products to one score per sample; the higher the score, the more weight.
 
     To write your own, declare the products it reads and return a floating-point tensor of shape ``(B,)``. Give it
-    ``has_sign = False`` if positive scores do not mean good samples: an automatic temperature is refused then.
+    ``signed = False`` if positive scores do not mean good samples: an automatic temperature is refused then.
 
     Example:
         >>> import torch

@@ -21,7 +21,7 @@ class ReferenceLoss:
 
     needs: frozenset[Need] = frozenset({"reference_losses"})
     #: A positive score does not mean a good sample.
-    has_sign = False
+    signed = False
 
     def __call__(self, products: Products) -> Tensor:
         """Return the scores, shape ``(B,)``."""

@@ -484,7 +484,7 @@ def choose_weighting(
 def _with_sign(weighting: Weighting, scorer: Scorer) -> Weighting:
     """Return the weighting, unless it reads more from the sign of the scores than that holds."""
     automatic = isinstance(weighting, SoftmaxWeighting) and weighting.temperature == "auto"
-    if automatic and not getattr(scorer, "has_sign", True):
+    if automatic and not getattr(scorer, "signed", True):
         raise MimicError(
             f"`temperature` is 'auto', which takes the share of positive scores for that of good samples, but the sign "
             f"of {type(scorer).__name__}'s scores does not tell good from bad samples; give a number."

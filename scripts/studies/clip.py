@@ -124,7 +124,7 @@ def report(lab: Lab, chosen: Chosen) -> Iterator[Table]:
             if start == "scratch" and not words:
                 for run in of:
                     shutil.rmtree(run.folder / "curated", ignore_errors=True)  # of an earlier report
-                    curate(run.folder / "scores", None, run.folder / "curated")
+                    curate(run.folder / "scores", None, run.folder / "curated", accept_verdict=True)
         if start == "scratch":
             kept = f"{lab.out}/scored_scratch/rotation_and_ridge/${{seed}}/curated/manifest.parquet"
             known = f"{lab.out}/references/${{add:${{seed}},{OTHER_START}}}/baseline.parquet"

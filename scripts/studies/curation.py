@@ -77,7 +77,7 @@ def curated(seed: int, rate: float, runs: Path) -> dict[str, Any]:
         table = curation.manifest.table()
         wrong = torch.tensor([wrong_of[each] for each in table["id"].to_pylist()])
         found[name] = figures(torch.tensor(table["score"].to_pylist()), ~torch.tensor(table["keep"].to_pylist()), wrong)
-    stream = curate(runs / "training" / f"{rate}" / f"{seed}" / "scores").manifest.table()
+    stream = curate(runs / "training" / f"{rate}" / f"{seed}" / "scores", accept_verdict=True).manifest.table()
     scores = torch.tensor(stream["score"].to_pylist())
     wrong = torch.tensor([wrong_of[each] for each in stream["id"].to_pylist()])
     found["sign, scores recorded while training"] = figures(scores, scores < 0, wrong)
@@ -195,7 +195,7 @@ def report_members(lab: Lab, chosen: Chosen) -> Iterator[Table]:
     )
     cells: dict[tuple[str, str], list[float]] = {}
     for run in runs:
-        found = membership(curate(run.folder / "scores").manifest, halves[run.values["seed"]])
+        found = membership(curate(run.folder / "scores", accept_verdict=True).manifest, halves[run.values["seed"]])
         for name in ("auroc", "jaccard", "chance"):
             cells.setdefault(("mean score", name), []).append(100 * getattr(found, name))
     yield Table("membership", "Who trained the reference: a random half of the images", "by", cells)

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_mimic import Ledger
 from lightning_mimic.cli.score import score
 from lightning_mimic.cli.train import train
-from lightning_mimic.curation import CurationError, Ensemble, KMeans, Mixture, Sign, Threshold, TopK, curate, detect
+from lightning_mimic.curation import CurationError, Ensemble, KMeans, Mixture, Sign, Threshold, curate, detect
 from lightning_mimic.data.splits import LabelledSplits
 from lightning_mimic.models import CLIP, pair_losses
 from lightning_mimic.random_streams import torch_generator
@@ -166,8 +166,8 @@ class Watch(L.Callback):
 
 def picked(seed: int, study: Mapping[str, Any], path: Path) -> Path:
     """Keeps a fraction of the scored samples: those of the highest mean scores, or as many drawn at random."""
-    table = curate(study["scored"], TopK(fraction=study["fraction"])).manifest.table()
-    keep = torch.tensor(table["keep"].to_pylist())
+    table = mean_scores(Ledger(study["scored"])).sort_by([("score", "descending"), ("id", "ascending")])
+    keep = torch.arange(table.num_rows) < round(study["fraction"] * table.num_rows)
     if study["pick"] == "random":
         keep = keep[torch.randperm(len(keep), generator=torch_generator(seed, "random selection"))]
     pq.write_table(pa.table({"id": table["id"], "keep": keep.tolist()}), path)
@@ -192,18 +192,32 @@ def scored(trainer: L.Trainer, folder: Path, study: Mapping[str, Any]) -> dict[s
     diagnosis = ledger.meta["attempts"][-1].get("diagnosis") or {}
     found: dict[str, Any] = {"ess": effective_share(ledger), "verdict": diagnosis.get("verdict"), "filters": {}}
     wrong = wrong_ids(trainer.datamodule, study)
-    for name in FILTERS if study.get("filters") == "all" else ("sign",):
+    # Not by `curate`, which refuses an unrelated reference, and a scorer whose sign means nothing: here that is shown.
+    found["filters"]["sign"] = judged(by_sign(mean_scores(ledger)), wrong)
+    for name in [*FILTERS][1:] if study.get("filters") == "all" else ():
         try:
-            table = curate(folder / "scores", FILTERS[name], unscored="keep").manifest.table()
-        except CurationError as error:  # a label model whose voters all say the same
+            table = curate(folder / "scores", FILTERS[name], unscored="keep", accept_verdict=True).manifest.table()
+        except CurationError as error:  # an unrelated reference, a label model whose voters all say the same
             found["filters"][name] = {"refused": str(error)}
             continue
         found["filters"][name] = judged(table, wrong)
     rows = ledger.table()
     first = rows.filter(pc.equal(rows["epoch"], pc.min(rows["epoch"])))
-    found["first_auroc"] = judged(first.append_column("keep", pc.greater_equal(first["score"], 0)), wrong).get("auroc")
+    found["first_auroc"] = judged(by_sign(first), wrong).get("auroc")
     found["auroc"] = found["filters"]["sign"].get("auroc")
     return found
+
+
+def mean_scores(ledger: Ledger) -> pa.Table:
+    """Each sample's mean score, whatever the verdict on the reference."""
+    rows = ledger.table()
+    rows = rows.filter(pc.is_valid(rows["score"]))
+    return rows.group_by("id").aggregate([("score", "mean")]).rename_columns(["id", "score"])
+
+
+def by_sign(rows: pa.Table) -> pa.Table:
+    """Rows with a score, kept where it is 0 or more."""
+    return rows.append_column("keep", pc.greater_equal(rows["score"], 0))
 
 
 def judged(table: pa.Table, wrong: set[Any]) -> dict[str, float]:
