@@ -22,7 +22,8 @@ from scripts.studies.study import Study, carry_out
 from scripts.studies.tables import markdown, show, write
 
 STUDIES = (
-    "demo", "aligned", "start", "depth", "curation", "reference_quality", "weak_references", "diagnosis", "clip", "pairs", "paper",
+    "demo", "aligned", "start", "depth", "curation", "reference_quality", "weak_references",
+    "diagnosis", "clip", "pairs", "paper",
 )  # fmt: skip
 
 
