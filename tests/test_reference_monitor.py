@@ -112,7 +112,7 @@ def test_a_fit_finds_what_is_found_before_it(kind, parameters, options, tmp_path
         if kind is Toy:
             expected = dataclasses.replace(expected, label_gap=None, loss=None, reference_loss=None)
         assert (found.margin_ratio is None) == (parameters == "all")
-        of_outputs = dict.fromkeys(("margin_ratio", "agreement", "model_agreement"))
+        of_outputs = dict.fromkeys(("margin_ratio", "agreement", "model_agreement")) | {"knows_less": False}
         same(dataclasses.replace(found, **of_outputs), expected, **CLOSE)
         same(found.score, estimated(column(tmp_path / name)[:540]), **CLOSE)
         assert (found.samples, found.verdict == "compatible") == (540, name == "good")

@@ -79,11 +79,14 @@ class GradMimic(pl.Callback):
             ledger's description holds which it was.
         on_doubtful: The first 512 samples show whether the reference shares the model's initialisation, predicts the
             labels, and whether moving towards it lowers the loss (:class:`~lightning_mimic.Diagnosis`). If not:
-            ``"warn"``, ``"raise"``, or ``"align"`` it, for which weights stay uniform until that is known.
-        diagnose_reference: Make this diagnosis.
+            ``"warn"``, ``"raise"``, or ``"align"`` it, for which weights stay uniform until that is known. At the last
+            layer of a classifier the outputs of both networks show, all the time, whether the reference is so unsure
+            that uncalibrated scores are upside down, or knows less than the model; weights are uniform meanwhile.
+        diagnose_reference: Make this diagnosis, and give uniform weights where the reference is unsure.
         direction: From which weights the direction to the reference is taken: ``"current"``, ``v = θ_ref − θ`` anew at
             every step, or ``"start"``, ``θ_ref − θ₀`` from those with which the run began; checkpoints hold θ₀. The
-            latter is for a reference that began from the same weights, and for scores over the whole model.
+            latter is for a reference that began from the same weights, and for finding wrong labels with scores over
+            the whole model (``reweight="none"``); as weights it made training worse.
 
     Raises:
         MimicError: An argument, or at the start of ``fit`` the reference, the parameters, the trainer or the
