@@ -30,7 +30,11 @@ SCORED = ("data", "data/noise", "data/transform", "model", "model/backbone", "mi
 COMMANDS = {
     "train": ("train", "mimic-train experiment=digits_noisy", "digits_noisy, digits_reference"),
     "score": ("score", "mimic-score experiment=", "checkpoints: ???"),
-    "curate": ("curate:curate_main", "mimic-curate ledger=scores/", "filter: ensemble, gmm, kmeans, posterior, sign, threshold"),
+    "curate": (
+        "curate:curate_main",
+        "mimic-curate ledger=scores/",
+        "filter: ensemble, gmm, kmeans, posterior, sign, threshold",
+    ),
     "select": ("curate:select_main", "mimic-select 'recipe=", "recipe: ???"),
     "make_shards": ("make_shards", "mimic-make-shards out=clean_shards", "out: outputs/digit_shards"),
     "compare": ("curate:compare_main", "mimic-compare 'manifests=", "manifests: ???"),

@@ -202,6 +202,9 @@ class GradMimic(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.reweighter.finish()
+        calibration = self.reweighter.calibration()
+        if calibration is not None:
+            package_of(trainer).utilities.rank_zero_info(str(calibration))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         try:

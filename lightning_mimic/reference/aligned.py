@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients import Direction
 from lightning_mimic.reference.match import fingerprint
+from lightning_mimic.reference.pair_calibration import PairCalibration
 from lightning_mimic.reference.read import ReferenceSource
 from lightning_mimic.reference.ridge import RIDGE
 from lightning_mimic.reference.running_statistics import DECAY, RunningStatistics
@@ -171,8 +172,8 @@ class AlignedDirection(Direction):
         """The estimated share of mismatched pairs, a scalar; ``None`` where the samples are no pairs."""
         return None
 
-    def calibration_facts(self) -> dict[str, Any] | None:
-        """Return what is known of the reference's similarities, for a file (a host sync); ``None`` without any."""
+    def calibration(self) -> PairCalibration | None:
+        """Return what is known of the reference's similarities (a host sync); ``None`` without any."""
         return None
 
     def objection(self) -> str | None:

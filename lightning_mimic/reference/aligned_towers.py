@@ -1,7 +1,7 @@
 """Both projections of a CLIP, fitted to the embeddings of a reference after these were brought into its frame."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from lightning_mimic.gradients.layer_rules import find_rule, is_linear
 from lightning_mimic.reference.aligned import Aligned, AlignedDirection
 from lightning_mimic.reference.aligned_layer import AlignedLayer
 from lightning_mimic.reference.model import reference_model
-from lightning_mimic.reference.pair_calibration import MIN_PAIRS, RunningPairCalibration
+from lightning_mimic.reference.pair_calibration import MIN_PAIRS, PairCalibration, RunningPairCalibration
 from lightning_mimic.reference.procrustes import procrustes
 from lightning_mimic.reference.ridge import ridge_fit
 from lightning_mimic.reference.running_statistics import RunningStatistics
@@ -96,12 +96,12 @@ class AlignedTowers(AlignedDirection):
         """The estimated share of mismatched pairs, a scalar; 0 where nothing is known."""
         return self._similarities.wrong_share
 
-    def calibration_facts(self) -> dict[str, Any] | None:
+    def calibration(self) -> PairCalibration | None:
         """Return what is known of the reference's own similarities, and the separation of the aligned ones."""
         known, aligned = self._similarities.calibration(), self._aligned_similarities.calibration()
         if known is None:
             return None
-        return known.facts() | {"aligned_separation": None if aligned is None else aligned.separation}
+        return replace(known, aligned_separation=None if aligned is None else aligned.separation)
 
     def objection(self) -> str | None:
         """Return why scores towards the alignment say less than the reference does, as a phrase (a host sync)."""

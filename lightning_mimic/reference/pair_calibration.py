@@ -40,6 +40,7 @@ class PairCalibration:
         separation: Probability that a pair is more similar than its image with the caption of another pair: 0.5 by
             chance, ``1 - wrong_share / 2`` under a perfect reference.
         samples: Pairs that were counted, each by its weight.
+        aligned_separation: The separation of the aligned reference in the model's frame, where it is known.
     """
 
     wrong_share: float
@@ -47,11 +48,18 @@ class PairCalibration:
     high: float
     separation: float
     samples: float
+    aligned_separation: float | None = None
 
     @property
     def informative(self) -> bool:
         """Whether the similarities distinguish pairs from mismatches; if not, all posteriors are 1."""
         return self.samples >= MIN_PAIRS and self.separation >= MIN_SEPARATION
+
+    def __str__(self) -> str:
+        if not self.informative:
+            return f"the reference does not tell pairs from mismatches, so none is held to be one ({self.samples:.0f} pairs)"
+        interval = f"95 % interval {self.low:.1%} to {self.high:.1%}"
+        return f"about {self.wrong_share:.1%} of the pairs are mismatched ({interval}, {self.samples:.0f} pairs)"
 
     def facts(self) -> dict[str, Any]:
         """Return all figures as plain numbers, for a file.

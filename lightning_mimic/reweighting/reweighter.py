@@ -20,6 +20,8 @@ from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.gradients import ModelHooks, named_parameters
 from lightning_mimic.ledger import Flag
 from lightning_mimic.reference import Aligned, Diagnosis, ReferenceSource
+from lightning_mimic.reference.calibration import Calibration
+from lightning_mimic.reference.pair_calibration import PairCalibration
 from lightning_mimic.reweighting.batch import (
     Ids,
     batch_size_of,
@@ -371,6 +373,14 @@ class Reweighter:
         if self._ledger is not None:
             self._ledger.note(notes)
 
+    def calibration(self) -> Calibration | PairCalibration | None:
+        """Return how the reference is calibrated on the given labels or pairs; ``None`` where it is not (a host sync).
+
+        Its sentence says what share of them is wrong: ``str(reweighter.calibration())``.
+        """
+        calibration = self._context.head.calibration()
+        return self._target.calibration() if calibration is None else calibration
+
     def flush(self) -> None:
         """Write all scores so far to the ledger.
 
@@ -425,6 +435,8 @@ class Reweighter:
         if error is None:
             with closing(self):
                 self.finish()
+                if distributed.rank() == 0 and (calibration := self.calibration()) is not None:
+                    _log.info(str(calibration))
             return
         try:
             self.close()
@@ -547,10 +559,9 @@ class Reweighter:
         """Note the calibration of the reference in the ledger, where there is one (a host sync)."""
         if self._ledger is None:
             return
-        calibration = self._context.head.calibration()
-        facts = self._target.calibration_facts() if calibration is None else calibration.facts()
-        if facts is not None:
-            self.note({"calibration": facts})
+        calibration = self.calibration()
+        if calibration is not None:
+            self.note({"calibration": calibration.facts()})
         objection = self._target.objection()
         if objection is not None and self._diagnosis is not None:
             self.note({"diagnosis": replace(self._diagnosis, objection=objection).facts()})

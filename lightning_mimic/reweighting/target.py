@@ -26,6 +26,7 @@ from lightning_mimic.reference import (
     weight_similarity,
 )
 from lightning_mimic.reference.diagnose import whole_reference
+from lightning_mimic.reference.pair_calibration import PairCalibration
 from lightning_mimic.reweighting.batch import Ids, describe
 from lightning_mimic.reweighting.checks import check_needs
 from lightning_mimic.reweighting.reference_batches import ReferenceBatches
@@ -203,9 +204,9 @@ class Target:
         """The estimated share of mismatched pairs, a scalar; ``None`` without an aligned CLIP."""
         return None if self._aligned is None else self._aligned.wrong_share
 
-    def calibration_facts(self) -> dict[str, Any] | None:
+    def calibration(self) -> PairCalibration | None:
         """Return the calibration of an aligned CLIP's similarities (a host sync); ``None`` without one."""
-        return None if self._aligned is None else self._aligned.calibration_facts()
+        return None if self._aligned is None else self._aligned.calibration()
 
     def scores_for_diagnosis(self, scores: Tensor | None) -> Tensor | None:
         """Return the mimic scores where they say something about the reference.
