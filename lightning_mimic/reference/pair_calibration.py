@@ -57,7 +57,8 @@ class PairCalibration:
 
     def __str__(self) -> str:
         if not self.informative:
-            return f"the reference does not tell pairs from mismatches, so none is held to be one ({self.samples:.0f} pairs)"
+            reason = "the reference does not tell pairs from mismatches"
+            return f"{reason}, so none is held to be mismatched ({self.samples:.0f} pairs)"
         interval = f"95 % interval {self.low:.1%} to {self.high:.1%}"
         return f"about {self.wrong_share:.1%} of the pairs are mismatched ({interval}, {self.samples:.0f} pairs)"
 
