@@ -289,3 +289,11 @@ def test_what_the_model_knows_already_has_no_reducible_loss():
     learnt, fresh = RhoLoss()(products_at(1.0)), RhoLoss()(products_at(0.0))
     torch.testing.assert_close(learnt, torch.zeros(6), rtol=0, atol=1e-6)
     assert fresh[0] == pytest.approx(math.log(2) - math.log1p(math.exp(-4.0)), rel=1e-5)
+
+
+@for_each("kind", [HeadReferenceLoss, HeadRhoLoss, EndpointScore])
+def test_a_shift_of_the_logits_changes_no_score_of_the_reference(kind):
+    shifted = dict(NUMBERS)
+    for name, shift in (("reference_outputs", 7.0), ("outputs", -3.0)):
+        shifted[name] = [[each + shift for each in row] for row in NUMBERS[name]]
+    torch.testing.assert_close(kind()(products_of(**shifted)), kind()(products_of(**NUMBERS)))
