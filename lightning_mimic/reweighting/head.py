@@ -216,7 +216,6 @@ class Head:
             )
         return False
 
-
     def _labels(self, found: GradientProducts, clean: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the labels, −1 where there is none, and which rows should have one and have not."""
         outputs, gradients = found["outputs"].float(), found["output_gradients"]
