@@ -289,3 +289,10 @@ def test_what_the_model_knows_already_has_no_reducible_loss():
     learnt, fresh = RhoLoss()(products_at(1.0)), RhoLoss()(products_at(0.0))
     torch.testing.assert_close(learnt, torch.zeros(6), rtol=0, atol=1e-6)
     assert fresh[0] == pytest.approx(math.log(2) - math.log1p(math.exp(-4.0)), rel=1e-5)
+
+
+def test_posteriors_that_round_to_zero_are_shares_of_their_batch():
+    for posteriors, expected in (([0.0], [1.0]), ([0.0, 0.0], [0.5, 0.5]), ([0.0, 0.5], [0.0, 1.0])):
+        given = torch.tensor(posteriors)
+        weights = Posterior()(torch.zeros_like(given), Products(given, posteriors=given)).weights
+        torch.testing.assert_close(weights, torch.tensor(expected))
