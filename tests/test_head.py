@@ -199,6 +199,58 @@ def test_a_loss_that_changes_within_an_epoch_is_refused_when_the_scores_are_writ
         )
 
 
+def of_two(kind, outputs, labels):
+    outputs = outputs[:, :2]
+    losses = F.cross_entropy(outputs, labels % 2, reduction="none")
+    if kind == "smaller":
+        return 0.4 * losses
+    if kind == "weights":
+        return losses * torch.where(labels % 2 == 0, 0.3, 1.0)
+    if kind == "mixed":
+        return 0.6 * losses + 0.4 * F.cross_entropy(outputs, labels.roll(1) % 2, reduction="none")
+    return F.cross_entropy(outputs, labels % 2, reduction="none", label_smoothing=0.8)
+
+
+def two_classes():
+    """A network of two classes that is sure of its predictions, and a reference."""
+    net = network()
+    net[2] = nn.Linear(FEATURES, 2, dtype=torch.float64)
+    nn.init.normal_(net[2].weight, std=4.0)
+    return net, {f"2.{n}": torch.randn_like(p) for n, p in net[2].named_parameters()}
+
+
+@for_each("kind", ["smaller", "weights", "mixed", "smoothed"])
+def test_two_targets_that_differ_from_sample_to_sample_are_no_smoothed_label(kind):
+    net, reference = two_classes()
+
+    def loss(outputs, labels):
+        return of_two(kind, outputs, labels).mean()
+
+    (result,) = scored(net, reference, rounds(rows=40), loss=loss, asserted="mean")
+    ((_, labels), _, _) = next(rounds(rows=40))
+    if kind == "smoothed":
+        assert result.head["label"].tolist() == (labels % 2).tolist()
+        return
+    assert result.head is None
+    with pytest.raises(MimicError, match="not one label per sample"):
+        scored(net, reference, rounds(rows=40), loss=loss, weighting=Posterior(), asserted="mean")
+
+
+@for_each("classes", [2, CLASSES])
+def test_a_sample_that_the_loss_ignores_has_no_label(classes):
+    net, reference = two_classes() if classes == 2 else (network(), reference_of(network()))
+
+    def loss(outputs, labels):
+        given = torch.where(torch.arange(len(labels)) < 8, -100, labels % classes)
+        return F.cross_entropy(outputs, given, reduction="none", ignore_index=-100).mean()
+
+    for options in ({}, {"weighting": Posterior()}):
+        (result,) = scored(net, reference, rounds(rows=40), loss=loss, asserted="mean", **options)
+        ((_, labels), _, _) = next(rounds(rows=40))
+        assert result.head["label"][8:].tolist() == (labels % classes).tolist()[8:]
+        assert (result.head["label"][:8] < 0).all()
+
+
 def test_a_part_of_the_layer_is_refused():
     net = network()
     with pytest.raises(MimicError, match=r"must name one whole nn\.Linear"):

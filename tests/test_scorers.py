@@ -297,3 +297,10 @@ def test_a_shift_of_the_logits_changes_no_score_of_the_reference(kind):
     for name, shift in (("reference_outputs", 7.0), ("outputs", -3.0)):
         shifted[name] = [[each + shift for each in row] for row in NUMBERS[name]]
     torch.testing.assert_close(kind()(products_of(**shifted)), kind()(products_of(**NUMBERS)))
+
+
+def test_posteriors_that_round_to_zero_are_shares_of_their_batch():
+    for posteriors, expected in (([0.0], [1.0]), ([0.0, 0.0], [0.5, 0.5]), ([0.0, 0.5], [0.0, 1.0])):
+        given = torch.tensor(posteriors)
+        weights = Posterior()(torch.zeros_like(given), Products(given, posteriors=given)).weights
+        torch.testing.assert_close(weights, torch.tensor(expected))

@@ -18,7 +18,8 @@ from lightning_mimic.errors import MimicError
 
 #: Samples without which nothing is fitted.
 MIN_SAMPLES = 256
-#: Samples of all ranks that a running calibration rests on, the latest ones; more where there are many classes.
+#: Samples of all ranks that a running calibration rests on, the latest ones; more where there are many classes,
+#: and fewer where their logits would fill the memory.
 WINDOW = 2048
 WINDOW_PER_CLASS = 8
 #: Micro-batches between two fits, at most.
@@ -28,14 +29,16 @@ FIT_EVERY = 16
 _SCALES = torch.exp2(torch.arange(-6.0, 9.01, 0.5))
 _SHARES = 201
 # Likelihoods over r follow from a histogram of the log-odds of q_y.
-_LOG_ODDS = torch.arange(-15.0, 15.01, 0.25)
+_LOG_ODDS = torch.arange(-15.0, 15.01, 0.0625)
 #: Half the 95 % quantile of χ² with one degree of freedom.
 _HALF_QUANTILE = 1.92
 #: By which the log-likelihood must exceed that of labels which the reference says nothing about.
 _LEAST_GAIN = 10.0
 #: Share of the model's agreement with the labels, less that of chance, below which the reference knows far less.
 _LEAST_KNOWLEDGE = 0.5
-#: Elements of a temporary tensor.
+#: Between two logits of a row, so that no scale makes one infinite; beyond it, all scales agree.
+_LARGEST_GAP = 1e4
+#: Elements of a temporary tensor, and of the window unless that is very short.
 _CHUNK = 1 << 22
 
 
@@ -116,7 +119,7 @@ def calibrate(reference_outputs: Tensor, labels: Tensor) -> Calibration:
     """
     _check(reference_outputs, labels)
     state = _Fitter(reference_outputs.shape[1], reference_outputs.device)
-    fit = state.fit(reference_outputs.detach().float(), labels, iterations=20)
+    fit = state.fit(reference_outputs.detach().float(), labels.long(), iterations=20)
     return fit.calibration(len(labels))
 
 
@@ -176,9 +179,14 @@ def noise_matrix(reference_outputs: Tensor, labels: Tensor, calibration: Calibra
     """
     _check(reference_outputs, labels)
     classes = reference_outputs.shape[1]
+    if calibration.classes != classes:
+        raise MimicError(
+            f"`calibration` is of {calibration.classes} classes, and `reference_outputs` has {classes}; expected that "
+            "of the same reference."
+        )
     biases = 0.0 if calibration.biases is None else torch.tensor(calibration.biases, dtype=torch.float64)
     q = (calibration.scale * reference_outputs.detach().double().cpu() + biases).softmax(1)
-    labels = labels.cpu()
+    labels = labels.long().cpu()
     share = calibration.wrong_share
     matrix = torch.full((classes, classes), share / (classes - 1), dtype=q.dtype).fill_diagonal_(1 - share)
     # As many samples' worth of the symmetric matrix as keep an empty class from dividing by nothing.
@@ -214,7 +222,7 @@ class RunningCalibration:
 
     def __init__(self, classes: int, device: torch.device) -> None:
         self._classes = classes
-        self._window = max(WINDOW, WINDOW_PER_CLASS * classes)
+        self._window = max(min(max(WINDOW, WINDOW_PER_CLASS * classes), _CHUNK // classes), MIN_SAMPLES)
         self._fitter = _Fitter(classes, device)
         self._fit: _Fit | None = None
         self._samples = 0
@@ -433,6 +441,7 @@ class _Fitter:
             model_agreement: Share of the labels that the model predicts without having trained on them; 0: not known.
         """
         count = len(labels)
+        logits = _centred(logits)
         # What the model predicts so is right but for chance, within two standard errors.
         most_wrong = 1 - model_agreement + 2 * math.sqrt(model_agreement * (1 - model_agreement) / MIN_SAMPLES)
         counts = torch.bincount(labels, minlength=self._classes).to(torch.float32)
@@ -506,10 +515,18 @@ class _Fitter:
             means[here] = log_q.exp().mean(1)
             own = log_q.gather(2, labels.expand(len(log_q), -1)[..., None])[..., 0]
             odds = own - torch.log1p(-own.exp())  # infinite where q_y rounds to 1, which the last bin takes
-            place = ((odds - _LOG_ODDS[0]) / (_LOG_ODDS[1] - _LOG_ODDS[0])).round().clamp(0, bins - 1).long()
-            ones = torch.ones_like(odds)
-            histogram[here] = torch.zeros(len(log_q), bins, device=odds.device).scatter_add_(1, place, ones)
+            place = ((odds - _LOG_ODDS[0]) / (_LOG_ODDS[1] - _LOG_ODDS[0])).clamp(0, bins - 1)
+            # Shared between two bins: rounded, the labels' own frequencies would be as likely as a reference.
+            low = place.floor().clamp(max=bins - 2)
+            counts = torch.zeros(len(log_q), bins, device=odds.device).scatter_add_(1, low.long(), low + 1 - place)
+            histogram[here] = counts.scatter_add_(1, low.long() + 1, place - low)
         return histogram.double() @ self._log_likelihoods, means
+
+
+def _centred(logits: Tensor) -> Tensor:
+    """Return the logits with a mean of 0 in each row, none further than a limit below the highest one."""
+    lower = (logits - logits.amax(1, keepdim=True)).clamp(min=-_LARGEST_GAP)
+    return lower - lower.mean(1, keepdim=True)
 
 
 def _log_odds(log_q: Tensor, labels: Tensor) -> Tensor:
@@ -521,10 +538,13 @@ def _log_odds(log_q: Tensor, labels: Tensor) -> Tensor:
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:
-    if logits.ndim != 2 or not logits.is_floating_point() or not torch.isfinite(logits).all():
+    for name, value in (("reference_outputs", logits), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise MimicError(f"`{name}` is of type {type(value).__name__}; expected a tensor.")
+    if logits.ndim != 2 or not logits.is_floating_point() or not torch.isfinite(logits.float()).all():
         raise MimicError(
-            f"`reference_outputs` is a {logits.dtype} tensor of shape {tuple(logits.shape)}; expected finite logits, a "
-            "floating-point tensor of shape (n, C)."
+            f"`reference_outputs` is a {logits.dtype} tensor of shape {tuple(logits.shape)}; expected logits that are "
+            "finite in float32, a floating-point tensor of shape (n, C)."
         )
     if labels.shape != logits.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
         raise MimicError(
@@ -533,6 +553,6 @@ def _check(logits: Tensor, labels: Tensor) -> None:
         )
     if len(labels) < MIN_SAMPLES:
         raise MimicError(f"{len(labels)} samples are too few to calibrate a reference; expected {MIN_SAMPLES} or more.")
-    low, high = int(labels.min()), int(labels.max())
+    low, high = int(labels.long().min()), int(labels.long().max())
     if low < 0 or high >= logits.shape[1]:
         raise MimicError(f"`labels` reach from {low} to {high}; expected classes from 0 to {logits.shape[1] - 1}.")

@@ -18,6 +18,8 @@ from lightning_mimic.scorers import HEAD_NEEDS, Need
 
 #: The least probability of a given class among a row's targets, below which label smoothing leaves no one label.
 _LEAST_TARGET = 0.5
+# Half precision rounds the gradient; whatever is not a cross-entropy differs by far more.
+_ROUNDING = 1e-2
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Head:
     _calibration: RunningCalibration | None = None
     _margins: RunningMargins | None = None
     _state: Mapping[str, Any] = field(default_factory=dict)
+    # Target of the given class, a scalar: 1 without label smoothing, and the same for all samples.
+    _target: Tensor | None = None
 
     @property
     def required(self) -> bool:
@@ -95,11 +99,12 @@ class Head:
             MimicError: Something is needed, and it is not.
         """
         if check or self.recognised is None:
+            self._target = None  # a loss may change from epoch to epoch
             self.recognised = self._recognise(found, clean)
         if not self.recognised:
             return None
         outputs, theirs = found["outputs"].float(), found["reference_outputs"].float()
-        labels = labels_of(outputs, found["output_gradients"], clean)
+        labels, absent = self._labels(found, clean)
         if self._calibration is None or self._margins is None:
             self._calibration = RunningCalibration(outputs.shape[1], outputs.device)
             self._margins = RunningMargins(outputs.device)
@@ -149,9 +154,7 @@ class Head:
         products["posteriors"] = posteriors
         if calibration.ready:
             columns["posterior"] = posteriors
-        missing = ~known if clean is None else ~known & clean
-        missing = missing & torch.isfinite(found["output_gradients"]).all(1)
-        unrecognised = missing.any() if self.required else torch.zeros_like(vanishes)
+        unrecognised = absent.any() if self.required else torch.zeros_like(vanishes)
         needs_calibrated = "calibrated_outputs" in self.needs
         unknown = unknown if needs_calibrated else torch.zeros_like(unknown)
         distrusted = calibration.knows_less if calibration.ready else torch.zeros_like(vanishes)
@@ -195,10 +198,8 @@ class Head:
                 "the reference must be given as weights or Aligned"
             )
         else:
-            labels = labels_of(found["outputs"].float(), found["output_gradients"], clean)
-            finite = torch.isfinite(found["output_gradients"]).all(1)
-            counted = finite if clean is None else finite & clean
-            if bool((counted & (labels < 0)).any()):
+            _, absent = self._labels(found, clean)
+            if bool(absent.any()):
                 reason = (
                     "softmax of the layer's outputs less their gradient is not one label per sample: the loss is "
                     "another one, has class weights or soft targets, or the outputs are changed before it"
@@ -215,8 +216,20 @@ class Head:
             )
         return False
 
+    def _labels(self, found: GradientProducts, clean: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the labels, −1 where there is none, and which rows should have one and have not."""
+        outputs, gradients = found["outputs"].float(), found["output_gradients"]
+        labels, targets = labels_of(outputs, gradients, clean)
+        # Of two classes, any two targets could be one label smoothed; but a loss smooths all labels alike.
+        usual = torch.where(labels >= 0, targets, torch.nan).nanmedian()
+        self._target = usual if self._target is None else torch.where(self._target.isnan(), usual, self._target)
+        labels = torch.where((targets - self._target).abs() <= _ROUNDING, labels, -1)
+        # A row without gradient is ignored by the loss, or predicted so well that its gradient is lost.
+        expected = torch.isfinite(gradients).all(1) & (gradients != 0).any(1)
+        return labels, (labels < 0) & (expected if clean is None else expected & clean)
 
-def labels_of(outputs: Tensor, output_gradients: Tensor, clean: Tensor | None = None) -> Tensor:
+
+def labels_of(outputs: Tensor, output_gradients: Tensor, clean: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the labels of a cross-entropy, from its logits and their gradient.
 
     Args:
@@ -225,25 +238,26 @@ def labels_of(outputs: Tensor, output_gradients: Tensor, clean: Tensor | None = 
         clean: Rows that are finite; all, if ``None``.
 
     Returns:
-        Shape ``(B,)``; −1 where the row is not of a cross-entropy with one label, smoothed or not.
+        The labels, shape ``(B,)``; −1 where the row is not of a cross-entropy with one label, smoothed or not, or has
+        no gradient. And the probabilities of these classes among the targets, below 1 where labels are smoothed.
 
     Example:
-        >>> logits = torch.zeros(2, 2)
-        >>> labels_of(logits, torch.tensor([[0.5, -0.5], [0.9, -0.1]]))
-        tensor([ 1, -1])
+        >>> logits = torch.zeros(3, 2)
+        >>> labels_of(logits, torch.tensor([[0.5, -0.5], [0.9, -0.1], [0.0, 0.0]]))[0]
+        tensor([ 1, -1, -1])
     """
     classes = outputs.shape[1]
     if classes < 2:
-        return torch.full((len(outputs),), -1, device=outputs.device)
+        none = torch.full((len(outputs),), -1, device=outputs.device)
+        return none, torch.full_like(none, torch.nan, dtype=torch.float32)
     targets = outputs.softmax(1) - output_gradients
     highest, labels = targets.max(1)
     expected = ((1 - highest) / (classes - 1))[:, None].expand_as(targets).scatter(1, labels[:, None], highest[:, None])
-    # Half precision rounds the gradient; whatever is not a cross-entropy differs by far more.
-    close = (targets - expected).abs().amax(1) <= 1e-2
-    known = close & (highest > _LEAST_TARGET) & (highest < 1 + 1e-2)
+    close = (targets - expected).abs().amax(1) <= _ROUNDING
+    known = close & (highest > _LEAST_TARGET) & (highest < 1 + _ROUNDING) & (output_gradients != 0).any(1)
     if clean is not None:
         known = known & clean
-    return torch.where(known, labels, -1)
+    return torch.where(known, labels, -1), highest
 
 
 def _or_nan(values: Tensor, known: Tensor) -> Tensor:

@@ -316,6 +316,8 @@ class Posterior:
             raise MimicError("Posterior weighs by the product `posteriors`, and was called without products.")
         posteriors = products.posteriors
         known = torch.where(torch.isnan(posteriors), torch.ones_like(posteriors), posteriors)
+        # One that rounds to 0 is still a share of its batch: a sample alone has weight 1.
+        known = known.clamp(min=1e-30)
         return normalised_weights(known, scores, valid=valid, uniform=uniform)
 
 
