@@ -5,7 +5,10 @@ import re
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from lightning_mimic import Reweighter
+from lightning_mimic import scorers as weights
 from lightning_mimic.curation import (
     CurationError,
     Ensemble,
@@ -22,6 +25,7 @@ from lightning_mimic.curation import (
 from lightning_mimic.curation.report import plot_quality
 from support.cases import case, for_each
 from support.ledgers import note, write_ledger, write_scores
+from support.toys import parameters_of, toy, toy_data
 
 NONE, INVERTED = np.nan, -1.0
 
@@ -205,3 +209,39 @@ def test_the_share_by_sign_is_unknown_where_there_is_no_sign(tmp_path):
     plot_quality(tmp_path / "q.png", found)
     assert Manifest(tmp_path / "a" / "manifest.parquet").provenance["share_kept"] is None
     assert pq.read_table(tmp_path / "a" / "manifest.parquet").num_rows == 4
+
+
+@pytest.mark.parametrize("given", ["posterior", Posterior, weights.Posterior(), weights.Posterior, 3, [Posterior()]])
+def test_what_is_no_filter_is_refused(given, tmp_path):
+    write_scores(tmp_path / "scores", [1.0, -1.0], posterior=0.9)
+    message = f"`filter` is {given!r} ("
+    with pytest.raises(CurationError, match=f"^{re.escape(message)}.*expected a filter of lightning_mimic.curation"):
+        curate(tmp_path / "scores", given)
+
+
+@for_each("wrong", [1.75, -0.5])
+def test_a_posterior_out_of_range_does_not_hide_in_a_mean(wrong, tmp_path):
+    write_scores(tmp_path / "scores", [[1.0, 1.0]] * 2, posterior=[[wrong, 0.9], [0.5, 0.9]])
+    with pytest.raises(CurationError, match=r"^`filter`: the posteriors lie between .*; expected 0 to 1\.$"):
+        curate(tmp_path / "scores", Posterior())
+
+
+def test_a_scorer_s_class_may_say_that_its_scores_have_no_sign(tmp_path):
+    class Mine:
+        needs = frozenset({"dot"})
+        signed = False
+
+        def __call__(self, products):
+            return -products.dot.abs()
+
+    net = toy()
+    inputs, labels = toy_data(8).tensors
+    given = {"scorer": Mine(), "ledger": tmp_path / "scores"}
+    with (
+        Reweighter(net, parameters_of(toy(seed=1)), "head", **given) as reweighter,
+        reweighter.step((inputs, labels), torch.arange(8)) as step,
+    ):
+        step.backward(torch.nn.functional.cross_entropy(net(inputs), labels))
+    with pytest.raises(CurationError, match="scores of Mine, which declares that they have no sign"):
+        curate(tmp_path / "scores", Sign())
+    assert curate(tmp_path / "scores", TopK(count=4)).kept == 4

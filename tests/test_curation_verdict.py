@@ -106,6 +106,9 @@ def test_the_verdict_on_rows_that_do_not_count_does_not_count(tmp_path):
      "estimates a share of wrong labels of 1.5, between 0.1 and 0.5, from 9 samples; expected shares"),
     ({"calibration": {"wrong_share": 0.5, "low": 0.6, "high": 0.5, "samples": 9}}, "the calibration of its reference "
      "estimates a share of wrong labels of 0.5, between 0.6 and 0.5"),
+    ({"calibration": {"wrong_share": 0.5, "low": 0.4, "high": 0.6, "samples": 10**400}}, "the calibration of its "
+     "reference estimates a share of wrong labels of 0.5, between 0.4 and 0.6, from 1000"),
+    ({"calibration": {"informative": "no"}}, "`informative` of the calibration is 'no'; expected true or false."),
     ({"calibration": {"wrong_share": True, "low": 0, "high": 1, "samples": 9}}, "the calibration of its reference is"),
 ])  # fmt: skip
 def test_what_is_no_verdict_and_no_calibration_is_refused(facts, message, tmp_path):

@@ -51,6 +51,19 @@ class DecisionRule(Protocol):
         """Return the decision on each sample that has a score."""
 
 
+def checked_rule(rule: Any) -> DecisionRule:
+    """Return a rule, or raise :class:`CurationError` for what is none."""
+    if isinstance(rule, type) or not callable(getattr(rule, "decide", None)):
+        kind = rule if isinstance(rule, type) else type(rule)
+        raise CurationError(
+            f"`filter` is {rule!r} ({kind.__module__}.{kind.__qualname__}); expected a filter of "
+            "lightning_mimic.curation, such as Sign() or Posterior(). (Weightings, which lightning_mimic.scorers has, "
+            "decide nothing.)"
+        )
+    decides: DecisionRule = rule
+    return decides
+
+
 class Filter(ABC):
     """A decision rule with one vote; a filter of your own defines :meth:`vote`.
 
@@ -163,6 +176,7 @@ class Posterior(Filter):
         """Return the vote on the samples' mean posterior, also of those without a score."""
         self.check(scores)
         _check_posteriors(scores.database, scores.samples)
+        _check_posteriors(scores.database, scores.scorings().name, most=False)  # a mean hides what is out of range
         query = (
             "SELECT id, posterior >= 0.5 AS keep, NULL::BIGINT AS votes_keep, NULL::BIGINT AS votes "
             f"FROM {scores.samples}"
@@ -170,15 +184,21 @@ class Posterior(Filter):
         return Decision(query, "mean posterior below 0.5", {}, "no posterior")
 
 
-def _check_posteriors(database: Database, table: str) -> None:
-    """Raise :class:`CurationError` unless most rows of a table have a posterior, and all of these lie in 0 to 1."""
+def _check_posteriors(database: Database, table: str, *, most: bool = True) -> None:
+    """Raise :class:`CurationError` unless most rows of a table have a posterior, and all of these lie in 0 to 1.
+
+    Args:
+        database: Where it is.
+        table: Its name.
+        most: Look at how many have one.
+    """
     fix = "They are recorded where the scored layer is one nn.Linear that gives the logits of a cross-entropy."
     if "posterior" not in database.columns(table):
         raise CurationError(f"`filter`: Posterior() needs posteriors, and none were recorded. {fix}")
     rows, known, low, high = database.row(
         f"SELECT count(*), count(posterior), min(posterior), max(posterior) FROM {table}"
     )
-    if known < (1 - _MOST_WITHOUT_POSTERIOR) * rows:
+    if most and known < (1 - _MOST_WITHOUT_POSTERIOR) * rows:
         raise CurationError(
             f"`filter`: Posterior() needs posteriors, and {rows - known} of {rows} rows have none. {fix} None are "
             "known before the first calibration, so that a longer run has more."

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, get_args
 
-from lightning_mimic.curation.filters import Decision, DecisionRule, Posterior, Sign
+from lightning_mimic.curation.filters import Decision, DecisionRule, Posterior, Sign, checked_rule
 from lightning_mimic.curation.quality import calibrated_quality
 from lightning_mimic.curation.reference_facts import WrongShare, check_verdict, reference_verdict, wrong_share
 from lightning_mimic.curation.scorer_meaning import missing_basis
@@ -118,7 +118,7 @@ def curate(  # noqa: PLR0913
     exports = checked_exports(exports)
     if (trusted is None) != (mislabelled is None):
         raise CurationError("`trusted` and `mislabelled` calibrate together: the same samples, scored both ways.")
-    chosen = Sign() if filter is None else filter
+    chosen = Sign() if filter is None else checked_rule(filter)
     final = None if out is None else _require_empty(user_path(out, "out"))
     with _temporary() if final is None else _written(final) as made:
         folder = made if isinstance(made, Path) else made.path

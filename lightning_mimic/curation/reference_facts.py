@@ -1,6 +1,5 @@
 """The facts that a ledger's description holds about its reference: the verdict on it, and the share of wrong labels."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -159,17 +158,20 @@ def wrong_share(place: str, attempts: Sequence[Mapping[str, Any]]) -> WrongShare
         36.0% (95 % interval 31.0% to 40.0%)
     """
     facts = last_calibration(attempts)
-    if facts == {} or (isinstance(facts, dict) and facts.get("informative") is False):
+    informative = facts.get("informative", True) if isinstance(facts, dict) else True
+    if not isinstance(informative, bool):
+        raise CurationError(f"{place}: `informative` of the calibration is {informative!r}; expected true or false.")
+    if facts == {} or not informative:
         return None
     names = ("wrong_share", "low", "high", "samples")
     values = [facts.get(name) for name in names] if isinstance(facts, dict) else []
-    numbers = [float(each) for each in values if isinstance(each, int | float) and not isinstance(each, bool)]
+    numbers = [each for each in values if isinstance(each, int | float) and not isinstance(each, bool)]
     if len(numbers) < len(names):
         raise CurationError(f"{place}: the calibration of its reference is {facts!r}; expected {', '.join(names)}.")
     estimate, low, high, samples = numbers
-    if not (0 <= low <= high <= 1 and 0 <= estimate <= 1 and 0 < samples < math.inf):
+    if not (0 <= low <= high <= 1 and 0 <= estimate <= 1 and 0 < samples < 2**63):
         raise CurationError(
             f"{place}: the calibration of its reference estimates a share of wrong labels of {estimate}, between {low} "
-            f"and {high}, from {samples:g} samples; expected shares from 0 to 1, and samples."
+            f"and {high}, from {samples} samples; expected shares from 0 to 1, and samples."
         )
-    return WrongShare(estimate, low, high, samples)
+    return WrongShare(float(estimate), float(low), float(high), float(samples))

@@ -136,7 +136,7 @@ class Settings:
         softmax = {name: settings.pop(name, None) for name in ("temperature", "min_ess")}
         return {
             "scorer": type(scorer).__name__,
-            **_if_any("scorer_settings", plain_settings(scorer)),
+            **_if_any("scorer_settings", scorer_settings(scorer)),
             "weighting": type(weighting).__name__,
             **_if_any("weighting_settings", settings),
             **softmax,
@@ -145,6 +145,14 @@ class Settings:
             # Left out by default, so that older ledgers go on.
             **({} if self.direction == "current" else {"direction": self.direction}),
         }
+
+
+def scorer_settings(scorer: object) -> dict[str, Any]:
+    """Return the settings of a scorer, of which ``signed`` may stand in its class."""
+    settings: dict[str, Any] = plain_settings(scorer)
+    # The package's own scorers are known by name; left out of theirs, so that older ledgers go on.
+    own = type(scorer).__module__.startswith("lightning_mimic.")
+    return settings if own or getattr(scorer, "signed", True) else settings | {"signed": False}
 
 
 def plain_settings(of: object) -> dict[str, str | int | float]:
