@@ -184,7 +184,8 @@ def test_trusted_ledgers_of_other_samples_are_refused(ids, calibrating, tmp_path
 
 
 @pytest.mark.parametrize(("name", "value"), [("scorer", "cosine"), ("reference", "abd"), ("parameters", ["head", "b"]),
-                                             ("aligned_every", 10), ("aligned_rotate", False)])  # fmt: skip
+                                             ("aligned_every", 10), ("aligned_rotate", False), ("direction", "start"),
+                                             ("scorer_settings", {"calibrated": True})])  # fmt: skip
 def test_trusted_ledgers_of_other_scores_are_refused(name, value, calibrating, tmp_path):
     data, right, wrong = calibrating
     other = scored(tmp_path / "other", [-1.0] * 10, config=CONFIG | {name: value})
@@ -200,6 +201,12 @@ def test_trusted_ledgers_of_other_scores_are_refused(name, value, calibrating, t
 def test_another_temperature_leaves_scores_comparable(calibrating, tmp_path):
     data, right, _ = calibrating
     other = scored(tmp_path / "other", [-1.0] * 10, config=CONFIG | {"temperature": 0.5})
+    assert curate(data, unscored="drop", trusted=right, mislabelled=other).quality.trusted == 10
+
+
+def test_an_earlier_release_s_ledger_is_not_calibrated_either(calibrating, tmp_path):
+    data, right, _ = calibrating
+    other = scored(tmp_path / "other", [-1.0] * 10, config=CONFIG | {"scorer_settings": {"calibrated": False}})
     assert curate(data, unscored="drop", trusted=right, mislabelled=other).quality.trusted == 10
 
 

@@ -1,5 +1,6 @@
 """A reference that is less sure than the model, or knows less, never turns the weights upside down."""
 
+import contextlib
 import copy
 import re
 import warnings
@@ -9,13 +10,15 @@ import torch
 import torch.nn.functional as F
 
 import lightning_mimic.reference.margins as margins_module
-from lightning_mimic import Diagnosis, Ledger, Reweighter
-from lightning_mimic.errors import MimicError
+from lightning_mimic import Diagnosis, GradMimic, Ledger, Reweighter
+from lightning_mimic.callbacks import AtCheckpoints
+from lightning_mimic.curation import curate
+from lightning_mimic.errors import CurationError, MimicError
 from lightning_mimic.reference.diagnosis import Estimate
 from lightning_mimic.reference.margins import RunningMargins
 from lightning_mimic.scorers import HeadRhoLoss, MimicScore, Posterior, ReferencePart
 from support.cases import case, for_each
-from support.toys import CLASSES, Toy, WithLosses, parameters_of, toy, toy_data
+from support.toys import CLASSES, Toy, WithLosses, loader, parameters_of, toy, toy_data, trainer
 
 CPU = torch.device("cpu")
 
@@ -211,3 +214,21 @@ def test_a_reference_that_the_model_overtakes_later_is_noted_then(tmp_path):
     torch.testing.assert_close(weights[-64:], torch.full((64,), 1 / 64))
     assert len(warned) == 1
     assert Ledger(tmp_path).meta["attempts"][0]["diagnosis"]["verdict"] == "unsure"
+
+
+def test_scoring_at_checkpoints_finds_it_and_nothing_else(tmp_path):
+    net = start()
+    torch.save(net.state_dict(), tmp_path / "model.pt")
+    data = toy_data(320, dtype=torch.float32)
+    for name, scale in (("unsure", 0.1), ("sure", 2.0)):
+        given = {n: scale * p.detach() if n.startswith("head") else p for n, p in net.named_parameters()}
+        mimic = GradMimic(given, "head", reweight="none", ledger=tmp_path / name)
+        fit = trainer(mimic, AtCheckpoints([tmp_path / "model.pt"]))
+        warned = pytest.warns(UserWarning, match="the reference is unsure: it is less sure of what the model predicts")
+        with case(name), warned if name == "unsure" else contextlib.nullcontext():
+            fit.fit(start(), loader(data, 64))
+        found = Ledger(tmp_path / name).meta["attempts"][0].get("diagnosis")
+        assert (found and found["verdict"]) == ("unsure" if name == "unsure" else None)
+    with pytest.raises(CurationError, match="the reference is unsure: it is less sure of what the model predicts"):
+        curate(tmp_path / "unsure")
+    assert curate(tmp_path / "sure", unscored="drop").verdict is None

@@ -8,11 +8,12 @@ from lightning_mimic.curation.reference_facts import last_calibration
 from lightning_mimic.curation.scorer_meaning import missing_basis
 from lightning_mimic.curation.scores import Scores
 from lightning_mimic.errors import CurationError
+from lightning_mimic.ledger.description import meaning
 from lightning_mimic.metrics.estimate import Quality, estimate_quality, tells_apart
 from lightning_mimic.user_files import user_path
 
 #: What two ledgers' scores must have been taken with to mean the same.
-_SAME = ("scorer", "reference", "aligned_every", "aligned_rotate", "parameters")
+_SAME = ("scorer", "scorer_settings", "reference", "aligned_every", "aligned_rotate", "parameters", "direction")
 #: Whether a row of a table of samples is kept, null where that is not known.
 _AGREES, _SIGN = "reference_predicted = label", "score >= 0"
 _PREDICTED = "reference_predicted"
@@ -72,8 +73,9 @@ def _check_same(data: Scores, scores: Scores) -> None:
             "the model learns, so an estimate from both would be off: score both at the same checkpoints (mimic-score, "
             "AtCheckpoints)."
         )
+    configs = meaning(data.config), meaning(scores.config)
     for name in _SAME:
-        own, other = data.config.get(name), scores.config.get(name)
+        own, other = (config.get(name) for config in configs)
         if own != other:
             raise CurationError(
                 f"{scores.ledger.directory} was scored with another {name} than {data.ledger.directory} "

@@ -112,9 +112,20 @@ def config_hash(config: Mapping[str, Any]) -> str:
 def meaning(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a configuration decides the meaning of scores.
 
-    Earlier releases counted the number of ranks among it, which changes weights and not scores.
+    Earlier releases counted the number of ranks among it, which changes weights and not scores, and did not know of
+    ``calibrated``.
+
+    Example:
+        >>> meaning({"scorer": "MimicScore", "scorer_settings": {"calibrated": False}, "world_size": 2})
+        {'scorer': 'MimicScore'}
     """
-    return {name: value for name, value in config.items() if name != "world_size"}
+    found = {name: value for name, value in config.items() if name != "world_size"}
+    settings = found.get("scorer_settings")
+    if isinstance(settings, dict) and settings.get("calibrated") is False:
+        found["scorer_settings"] = {name: value for name, value in settings.items() if name != "calibrated"}
+        if not found["scorer_settings"]:
+            del found["scorer_settings"]
+    return found
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> str:

@@ -158,8 +158,10 @@ class Diagnosis:
             "the model's": None if self.loss is None else f"{self.loss:.3g}",
             "margin over the model's": None if self.margin_ratio is None else f"{self.margin_ratio:.2f}",
         }
-        facts = "".join(f"; {name} {value}" for name, value in known.items() if value is not None)
-        return f"the reference is {self.verdict}{': ' * bool(reasons)}{reasons} ({self.samples} samples{facts})"
+        facts = [f"{self.samples} samples"] if self.samples else []
+        facts += [f"{name} {value}" for name, value in known.items() if value is not None]
+        shown = f" ({'; '.join(facts)})" if facts else ""
+        return f"the reference is {self.verdict}{': ' * bool(reasons)}{reasons}{shown}"
 
     def facts(self) -> dict[str, Any]:
         """Return all figures as plain numbers and strings, for a file."""

@@ -114,8 +114,7 @@ class Head:
         calibration, margins = self._calibration, self._margins
         counted = torch.where(vanishes, -1, labels)
         calibration.update(theirs, counted, outputs if epoch == 0 else None)
-        if epoch is not None:
-            margins.update(outputs, theirs, counted)
+        margins.update(outputs, theirs, counted)
         products = {"outputs": outputs, "reference_outputs": theirs, "labels": labels}
         products["output_gradients"] = found["output_gradients"]
         known = labels >= 0

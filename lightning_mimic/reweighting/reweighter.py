@@ -201,6 +201,7 @@ class Reweighter:
         self._compatible = False
         # Micro-batches since the diagnosis, if there was one.
         self._steps = 0
+        self._trains = False
         # Of this process; not of the run that is continued.
         self._diagnosis: Diagnosis | None = None
         self._choice: Choice | None = None
@@ -568,9 +569,8 @@ class Reweighter:
 
     def _diagnose(self, step: Step, result: StepResult) -> StepResult:
         """Return the result with what is found about the reference in this step."""
-        if not step.backward_follows:
-            return result
-        if self._monitor is None:
+        self._trains |= step.backward_follows
+        if self._monitor is None or not step.backward_follows:
             self._steps += 1
             if self._steps % _LOOK_EVERY == 0:
                 self._look_for_unsure()
@@ -596,7 +596,9 @@ class Reweighter:
     def _look_for_unsure(self) -> None:
         """Note and warn of a reference that has turned out unsure since its diagnosis; on every rank."""
         known = Diagnosis() if self._diagnosis is None else self._diagnosis
-        if not self.settings.diagnose_reference or known.unsure or self._monitor is not None:
+        # Where nothing trains, it is the only thing that is looked for.
+        awaited = self._trains and self._monitor is not None
+        if not self.settings.diagnose_reference or known.unsure or awaited:
             return
         diagnosis = replace(known, **self._context.head.facts())
         if not diagnosis.unsure:
