@@ -232,7 +232,11 @@ class RunningCalibration:
         self._seen = 0
         self._steps = 0
         self._next_fit = 1
-        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        # A fit takes as long as this many micro-batches' worth of logits are to be looked at.
+        self._fit_every = FIT_EVERY * max(self._window * classes >> 18, 1)
+        self._pending: list[tuple[Tensor, ...]] = []
+        # Rows that the model had not trained on before: of several epochs, as many different samples.
+        self._distinct = 0
         self._logits = torch.zeros(0, classes, device=device)
         self._labels = torch.zeros(0, dtype=torch.int64, device=device)
         # Whether the model predicted the label before it trained on the sample: 1, 0, or -1 where that is not known.
@@ -257,10 +261,14 @@ class RunningCalibration:
         right = torch.full_like(labels, -1, dtype=torch.int8)
         if unseen_outputs is not None:
             right = (unseen_outputs.argmax(1) == labels).to(torch.int8)
-        self._pending.append((reference_outputs.detach().float(), labels, right))
+        # In every row the number of the micro-batch, by which the ranks' rows are brought into order.
+        steps = torch.full_like(labels, self._steps)
+        self._pending.append((reference_outputs.detach().float(), labels, right, steps))
+        while sum(len(each[1]) for each in self._pending[1:]) >= self._window:
+            del self._pending[0]  # would be cut off
         self._steps += 1
         if self._steps >= self._next_fit:
-            self._next_fit = self._steps + min(max(self._steps // 4, 1), FIT_EVERY)
+            self._next_fit = self._steps + min(max(self._steps // 4, 1), self._fit_every)
             self._take_in()
 
     def calibrated(self, reference_outputs: Tensor) -> Tensor:
@@ -321,6 +329,7 @@ class RunningCalibration:
             "fit": None if self._fit is None else vars(self._fit),
             "model_agreement": self._model_agreement,
             "seen": self._seen,
+            "distinct": self._distinct,
             "steps": self._steps,
             "next_fit": self._next_fit,
         }
@@ -342,8 +351,9 @@ class RunningCalibration:
         self._model_agreement = state["model_agreement"]
         self._seen, self._steps, self._next_fit = state["seen"], state["steps"], state["next_fit"]
         pending = [each.to(device) for each in state["pending"]]
-        self._pending = [(pending[0], pending[1], pending[2])] if pending else []
-        self._samples = len(self._labels)
+        self._pending = [tuple(pending)] if pending else []
+        self._distinct = state["distinct"]
+        self._samples = min(len(self._labels), self._distinct or len(self._labels))
         if state["fit"] is not None:
             moved: dict[str, Any] = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in state["fit"].items()}
             self._fit = _Fit(**moved)
@@ -354,15 +364,14 @@ class RunningCalibration:
         return self._fit
 
     def _take_in(self) -> None:
-        # In the order of the micro-batches and then of the ranks, whichever rank had which rows.
-        steps = torch.cat([torch.full_like(labels, step) for step, (_, labels, _) in enumerate(self._pending)])
-        logits, labels, predicted = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
+        logits, labels, predicted, steps = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
         self._pending = []
         known = (labels >= 0) & torch.isfinite(logits).all(1)
         order = torch.cat(gather_rows(steps[known])).argsort(stable=True)
         new = [torch.cat(gather_rows(each[known]))[order] for each in (logits, labels, predicted)]
         # While the model is young, its features change and so do the outputs of an aligned reference.
         self._seen += len(new[0])
+        self._distinct += int((new[2] >= 0).sum())
         keep = min(max(self._seen // 2, MIN_SAMPLES), self._window)
         self._logits, self._labels, self._predicted = (
             torch.cat([old, more])[-keep:]
@@ -371,14 +380,18 @@ class RunningCalibration:
         self._refit()
 
     def _refit(self) -> None:
-        self._samples = len(self._labels)
-        if self._samples < MIN_SAMPLES:
+        rows = len(self._labels)
+        if rows < MIN_SAMPLES:
             return
+        # Repeats of a sample are no further evidence.
+        self._samples = min(rows, self._distinct or rows)
         own = self._predicted[self._predicted >= 0][-MIN_SAMPLES:].double()
         if len(own) == MIN_SAMPLES:
             self._model_agreement = max(self._model_agreement, float(own.mean()))
         iterations = 10 if self._fit is None else 1
-        self._fit = self._fitter.fit(self._logits, self._labels, iterations, self._model_agreement)
+        self._fit = self._fitter.fit(
+            self._logits, self._labels, iterations, self._model_agreement, self._samples / rows
+        )
 
 
 @dataclass(frozen=True)
@@ -434,7 +447,9 @@ class _Fitter:
         self.offsets = torch.zeros(len(_SCALES), classes, device=device)
 
     @torch.no_grad()
-    def fit(self, logits: Tensor, labels: Tensor, iterations: int, model_agreement: float = 0.0) -> _Fit:
+    def fit(
+        self, logits: Tensor, labels: Tensor, iterations: int, model_agreement: float = 0.0, weight: float = 1.0
+    ) -> _Fit:
         """Return the fit.
 
         Args:
@@ -442,6 +457,7 @@ class _Fitter:
             labels: Given classes, shape ``(n,)``.
             iterations: Corrections of the biases.
             model_agreement: Share of the labels that the model predicts without having trained on them; 0: not known.
+            weight: Of a row in the likelihoods, below 1 where samples are repeated.
         """
         count = len(labels)
         logits = _centred(logits)
@@ -458,9 +474,10 @@ class _Fitter:
                 biased.masked_fill(~allowed, -torch.inf), means, given, count
             )
         plain, _ = self._evaluate(logits, labels, torch.zeros_like(self.offsets))
-        both = torch.stack([plain, biased]).masked_fill(~allowed, -torch.inf)  # (2, scales, shares)
+        both = weight * torch.stack([plain, biased]).masked_fill(~allowed, -torch.inf)  # (2, scales, shares)
         gains = both.flatten(1).amax(1)
-        uses_biases = gains[1] - gains[0] > self._classes - 1
+        # By rows, repeats included: biases that are missing cost far more than biases that were not needed.
+        uses_biases = gains[1] - gains[0] > weight * (self._classes - 1)
         chosen = torch.where(uses_biases, both[1], both[0])
         profile = chosen.amax(0)  # over the scales
         best = profile.argmax()
@@ -469,11 +486,11 @@ class _Fitter:
         place = chosen[:, least].argmax()
         biases = torch.where(uses_biases, biases[place], torch.zeros_like(given))
         scale = self._scales[place]
-        by_frequency = (counts * given.clamp(min=1 / count).log()).sum()
-        needed = torch.where(uses_biases, self._classes - 1.0, 0.0) + _LEAST_GAIN
+        by_frequency = weight * (counts * given.clamp(min=1 / count).log()).sum()
+        needed = torch.where(uses_biases, weight * (self._classes - 1), 0.0) + _LEAST_GAIN
         agreement = ((scale * logits + biases).argmax(1) == labels).float().mean()
         by_chance = given.square().sum()
-        surely = agreement - 2 * (agreement * (1 - agreement) / count).sqrt()
+        surely = agreement - 2 * (agreement * (1 - agreement) / (weight * count)).sqrt()
         knows_less = (surely - by_chance < _LEAST_KNOWLEDGE * (model_agreement - by_chance)) & (model_agreement > 0)
         return _Fit(
             scale=scale,
