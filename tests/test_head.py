@@ -331,3 +331,14 @@ def test_the_calibration_is_in_the_state_of_a_run():
         torch.testing.assert_close(result.weights.weights, whole[number].weights.weights, rtol=0, atol=0)
     second.finish()
     second.close()
+
+
+def test_a_damaged_state_of_the_calibration_is_refused():
+    net, batches = network(dtype=torch.float32), list(rounds(count=3, dtype=torch.float32))
+    with Reweighter(net, reference_of(net), "2", weighting=Posterior(), diagnose_reference=False) as reweighter:
+        reweighter.load_state_dict({"head": {"logits": torch.zeros(0, CLASSES)}})
+        with (
+            pytest.raises(MimicError, match="state of the calibration is damaged"),
+            reweighter.step(*batches[0][:2]) as step,
+        ):
+            step.backward(F.cross_entropy(net(batches[0][0][0]), batches[0][0][1]))

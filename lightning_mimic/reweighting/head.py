@@ -109,38 +109,40 @@ class Head:
             self._calibration = RunningCalibration(outputs.shape[1], outputs.device)
             self._margins = RunningMargins(outputs.device)
             if self._state:
-                self._calibration.load_state_dict(self._state)
-                self._margins.load_state_dict(self._state["margins"])
+                try:
+                    self._calibration.load_state_dict(self._state)
+                    self._margins.load_state_dict(self._state["margins"])
+                except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+                    raise MimicError(
+                        f"the checkpoint's state of the calibration is damaged ({error!r}). Take another checkpoint."
+                    ) from error
         calibration, margins = self._calibration, self._margins
         counted = torch.where(vanishes, -1, labels)
         calibration.update(theirs, counted, outputs if epoch == 0 else None)
         margins.update(outputs, theirs, counted)
-        products = {"outputs": outputs, "reference_outputs": theirs, "labels": labels}
-        products["output_gradients"] = found["output_gradients"]
         known = labels >= 0
+        shown = known & ~vanishes
+        posteriors = _or_nan(calibration.posteriors(theirs, labels), ~vanishes)
+        products = {
+            "outputs": outputs,
+            "output_gradients": found["output_gradients"],
+            "reference_outputs": theirs,
+            "labels": labels,
+            "posteriors": posteriors,
+        }
         columns = {
             "label": torch.where(known, labels, NO_CLASS),
             "predicted": torch.where(known, outputs.argmax(1), NO_CLASS),
+            "reference_predicted": torch.where(shown, theirs.argmax(1), NO_CLASS),
         }
-        shown = known & ~vanishes
-        columns["reference_predicted"] = torch.where(shown, theirs.argmax(1), NO_CLASS)
         unknown = torch.ones_like(vanishes)
         if calibration.ready:
-            scale, biases = calibration.parameters
             unknown = ~calibration.informative
             calibrated = calibration.calibrated(theirs)
-            weights = {name: scale * tensor.float() for name, tensor in reference.items()}
-            # Without a bias of the layer, c is one of the calibrated reference's own.
-            bias = next((name for name, tensor in weights.items() if tensor.ndim == 1), "")
-            weights[bias] = weights.get(bias, torch.zeros_like(biases)) + biases
-            steps = {n: t - (reference[n] - direction[n]).float() if n in reference else t for n, t in weights.items()}
-            products |= {
-                "calibrated_outputs": calibrated,
-                "calibrated_norm": norm_of(weights),
-                "calibrated_direction_norm": norm_of(steps),
-            }
+            products |= {"calibrated_outputs": calibrated, **_lengths(calibration, reference, direction)}
             log_q = calibrated.log_softmax(1)
             columns |= {
+                "posterior": posteriors,
                 "reference_predicted": torch.where(shown, log_q.argmax(1), NO_CLASS),
                 "reference_confidence": _or_nan(log_q.amax(1).exp(), shown),
                 "reference_loss": _or_nan(-log_q.gather(1, labels.clamp(min=0)[:, None])[:, 0], shown),
@@ -149,10 +151,6 @@ class Head:
             # The scores are not used, but their shape is.
             one = torch.ones((), device=outputs.device)
             products |= {"calibrated_outputs": theirs, "calibrated_norm": one, "calibrated_direction_norm": one}
-        posteriors = _or_nan(calibration.posteriors(theirs, labels), ~vanishes)
-        products["posteriors"] = posteriors
-        if calibration.ready:
-            columns["posterior"] = posteriors
         unrecognised = absent.any() if self.required else torch.zeros_like(vanishes)
         needs_calibrated = "calibrated_outputs" in self.needs
         unknown = unknown if needs_calibrated else torch.zeros_like(unknown)
@@ -257,6 +255,19 @@ def labels_of(outputs: Tensor, output_gradients: Tensor, clean: Tensor | None = 
     if clean is not None:
         known = known & clean
     return torch.where(known, labels, -1), highest
+
+
+def _lengths(
+    calibration: RunningCalibration, reference: Mapping[str, Tensor], direction: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the length of the calibrated reference's parameters and that of the direction to them."""
+    scale, biases = calibration.parameters
+    weights = {name: scale * tensor.float() for name, tensor in reference.items()}
+    # Without a bias of the layer, c is one of the calibrated reference's own.
+    bias = next((name for name, tensor in weights.items() if tensor.ndim == 1), "")
+    weights[bias] = weights.get(bias, torch.zeros_like(biases)) + biases
+    steps = {n: t - (reference[n] - direction[n]).float() if n in reference else t for n, t in weights.items()}
+    return {"calibrated_norm": norm_of(weights), "calibrated_direction_norm": norm_of(steps)}
 
 
 def _or_nan(values: Tensor, known: Tensor) -> Tensor:
