@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lightning_mimic.ledger import Ledger, LedgerError, LedgerWriter, open_run
+from lightning_mimic.ledger import NO_CLASS, Ledger, LedgerError, LedgerWriter, open_run
 from lightning_mimic.ledger.columns import schema
 from support.cases import for_each
 
@@ -54,6 +54,8 @@ def test_every_column_comes_back_with_its_type_and_nulls(ids, kind, tmp_path):
     columns = {"epoch": [3] * 3, "step": [2**40] * 3, "batch": [9] * 3, "batch_size": np.array([6] * 3)}
     columns |= {"score": floats, "weight": np.array([0.25, 0, 0.75], np.float32), "loss": floats + 1}
     columns |= {"flag": ["ok", "nonfinite_loss", "alone"], "label": np.array([4, 5, 6]), "predicted": None}
+    columns |= {"posterior": floats, "reference_predicted": np.array([1, NO_CLASS, 2])}
+    columns |= {"reference_confidence": floats + 1, "reference_loss": None}
     write(tmp_path, rows(ids, **columns))
     table = Ledger(tmp_path).table()
     assert table.schema == schema(pa.type_for_alias(kind))
@@ -61,6 +63,8 @@ def test_every_column_comes_back_with_its_type_and_nulls(ids, kind, tmp_path):
         "id": ids, "epoch": [3] * 3, "step": [2**40] * 3, "batch": [9] * 3, "rank": [0] * 3, "position": [0, 1, 2],
         "attempt": [0] * 3, "score": [0.5, None, -2.0], "weight": [0.25, 0.0, 0.75], "loss": [1.5, None, -1.0],
         "batch_size": [6] * 3, "flag": ["ok", "nonfinite_loss", "alone"], "label": [4, 5, 6], "predicted": [None] * 3,
+        "posterior": [0.5, None, -2.0], "reference_predicted": [1, None, 2],
+        "reference_confidence": [1.5, None, -1.0], "reference_loss": [None] * 3,
     }  # fmt: skip
 
 
