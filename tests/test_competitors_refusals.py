@@ -198,5 +198,5 @@ def test_the_softmax_keeps_its_defaults_and_its_own_refusals():
     assert (weighting.temperature, weighting.min_ess) == (1.0, 0.25)
     assert choose_weighting(MimicScore(), temperature=0.3).temperature == 0.3
     assert choose_weighting(MimicScore(), min_ess=0).min_ess == 0
-    with pytest.raises(ValueError, match=r"^`temperature` must be a positive finite number, not 0\.$"):
+    with pytest.raises(ValueError, match=r"^`temperature` must be a positive finite number or 'auto', not 0\.$"):
         GradMimic({}, "head", temperature=0)

@@ -66,7 +66,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, 
     found = {"plain": (fitted(good)[0], 0.5)}
     for name, source in (("good", state), ("shuffled", {k: v for k, v in shuffled.items() if k.startswith("head")})):
         doubt = (
-            pytest.warns(UserWarning, match="is doubtful: moving towards it") if name == "shuffled" else nullcontext()
+            pytest.warns(UserWarning, match="moving towards it does not lower the loss")
+            if name == "shuffled"
+            else nullcontext()
         )
         with doubt:
             accuracy, data = fitted(good, GradMimic(source, "head", ledger=folder / name))
@@ -87,4 +89,5 @@ def test_a_good_reference_finds_the_wrong_labels_and_helps(results):
 def test_a_reference_from_shuffled_labels_does_not_help(results):
     accuracy, auroc = results["shuffled"]
     assert auroc < 0.6
-    assert accuracy < results["plain"][0]
+    # It knows less than the model, and once that is seen all weights are uniform.
+    assert accuracy == pytest.approx(results["plain"][0], abs=0.03)

@@ -129,7 +129,7 @@ def test_bad_arguments_stop_fit_before_training(options, message):
         ({"reweight": "al"}, "`reweight` is 'al'; nearest: 'all'."),
         ({"uncovered": "ignore"}, "`uncovered` is 'ignore'"),
         ({"on_nonfinite": "skip"}, "`on_nonfinite` is 'skip'; nearest: 'mask'."),
-        ({"temperature": 0}, "`temperature` must be a positive finite number, not 0."),
+        ({"temperature": 0}, "`temperature` must be a positive finite number or 'auto', not 0."),
         ({"min_ess": 2}, "`min_ess` is a fraction of the batch between 0 and 1, not 2."),
     ],
 )

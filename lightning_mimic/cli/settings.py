@@ -21,8 +21,14 @@ _OWN = _PATHS | {
     "optimized_metric": str | None,
     "checkpoints": str | collections.abc.Sequence[str],
 }
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
-_WORDS |= {collections.abc.Sequence: "a list", tuple: "a list", list: "a list"}
+_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    type(None): "null",
+}
+_WORDS |= {collections.abc.Sequence: "a list", tuple: "a list", list: "a list", typing.Literal: "text"}
 
 
 def check_types(config: DictConfig) -> None:
@@ -96,6 +102,8 @@ def _is(value: Any, kind: Any) -> bool:
         return False
     if kind is float:
         return isinstance(value, int | float)
+    if origin is typing.Literal:  # which words there are, who builds from it knows, with the nearest names
+        return isinstance(value, str) or value in typing.get_args(kind)
     if origin is collections.abc.Callable:
         return callable(value)
     if isinstance(origin, type):
