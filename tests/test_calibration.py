@@ -169,20 +169,31 @@ def test_wrong_labels_have_the_lower_posteriors():
 
 
 def test_no_more_labels_are_wrong_than_the_model_did_not_predict_before_it_trained_on_them():
-    # A sharp reference of no more than a little use: by its own likelihood, most labels would be wrong.
     draw = torch.Generator().manual_seed(0)
     given = torch.randint(10, (2000,), generator=draw)
-    said = torch.where(torch.rand(2000, generator=draw) < 0.25, given, torch.randint(10, (2000,), generator=draw))
-    logits = 12.0 * one_hot(said, 10) + torch.randn(2000, 10, generator=draw)
-    alone, bounded = RunningCalibration(10, logits.device), RunningCalibration(10, logits.device)
-    model = 5.0 * one_hot(torch.where(torch.rand(2000, generator=draw) < 0.8, given, (given + 1) % 10), 10)
-    alone.update(logits, given)
-    bounded.update(logits, given, model)
-    assert alone.calibration().wrong_share > 0.6
-    assert bounded.calibration().wrong_share <= 0.25
+
+    def running(right):
+        """A sharp reference that predicts a share of the labels, alone and beside a model that predicts 80 %."""
+        said = torch.where(torch.rand(2000, generator=draw) < right, given, torch.randint(10, (2000,), generator=draw))
+        logits = 12.0 * one_hot(said, 10) + torch.randn(2000, 10, generator=draw)
+        own = torch.where(torch.rand(2000, generator=draw) < 0.8, given, (given + 1) % 10)
+        alone, bounded = RunningCalibration(10, logits.device), RunningCalibration(10, logits.device)
+        alone.update(logits, given)
+        bounded.update(logits, given, 5.0 * one_hot(own, 10))
+        return alone.calibration(), bounded.calibration()
+
+    # By its own likelihood the labels are wrong that it does not predict.
+    alone, bounded = running(0.6)
+    assert alone.wrong_share > 0.3
+    assert bounded.informative
+    assert 0.1 < bounded.wrong_share <= 1 - bounded.model_agreement + 2 * (0.8 * 0.2 / 256) ** 0.5
+    # One that knows far less than the model judges none of them.
+    alone, bounded = running(0.25)
+    assert alone.wrong_share > 0.6
+    assert bounded.knows_less
+    assert bounded.wrong_share == 0.0
 
 
-@for_each(("classes", "rows"), [(10, 2048), (1000, 4194), (50_000, 256)])
 def test_what_is_kept_of_many_classes_is_bounded(classes, rows):
     assert RunningCalibration(classes, torch.device("cpu"))._window == rows
 
