@@ -154,6 +154,12 @@ def test_a_reference_is_judged_in_training_and_not_while_scoring(tmp_path):
     # Only its margin is looked at while scoring, which turns the scores upside down.
     with pytest.raises(MimicError, match="the reference is unsure: it is less sure"):
         scored(tmp_path, module, checkpoints(tmp_path, MoodyWithLosses), data=data, **options)
+    warned = tmp_path / "warned"
+    warned.mkdir()
+    with pytest.warns(UserWarning, match="the reference is unsure: it is less sure"):
+        scored(warned, module, checkpoints(warned, MoodyWithLosses), data=data, reference=reference)
+    assert Ledger(warned / "scores").meta["attempts"][0]["diagnosis"]["verdict"] == "unsure"
+    assert Ledger(warned / "scores").table().num_rows == 1800
     mimic = GradMimic(reference, "head", on_doubtful="raise", ledger=tmp_path / "t")
     with pytest.raises(ValueError, match="the reference is unrelated"):
         trainer(mimic).fit(module, loader(data))

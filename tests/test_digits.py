@@ -66,7 +66,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, 
     found = {"plain": (fitted(good)[0], 0.5)}
     for name, source in (("good", state), ("shuffled", {k: v for k, v in shuffled.items() if k.startswith("head")})):
         doubt = (
-            pytest.warns(UserWarning, match="moving towards it does not lower the loss")
+            pytest.warns(UserWarning, match="unsure: it knows less than the model .* moving towards it does not lower")
             if name == "shuffled"
             else nullcontext()
         )
@@ -90,4 +90,4 @@ def test_a_reference_from_shuffled_labels_does_not_help(results):
     accuracy, auroc = results["shuffled"]
     assert auroc < 0.6
     # It knows less than the model, and once that is seen all weights are uniform.
-    assert accuracy == pytest.approx(results["plain"][0], abs=0.03)
+    assert accuracy == pytest.approx(results["plain"][0], abs=0.01)
