@@ -194,6 +194,7 @@ def test_no_more_labels_are_wrong_than_the_model_did_not_predict_before_it_train
     assert bounded.wrong_share == 0.0
 
 
+@for_each(("classes", "rows"), [(10, 2048), (1000, 4194), (50_000, 256)])
 def test_what_is_kept_of_many_classes_is_bounded(classes, rows):
     assert RunningCalibration(classes, torch.device("cpu"))._window == rows
 
