@@ -13,6 +13,7 @@ from lightning_mimic.callbacks.trainer_support import (
     check_support,
     keep_ids,
     loss_of,
+    with_loss,
 )
 from lightning_mimic.reference import Aligned, ReferenceSource
 from lightning_mimic.reweighting import Reweighter, Step, StepResult
@@ -87,6 +88,10 @@ class GradMimic(pl.Callback):
             every step, or ``"start"``, ``θ_ref − θ₀`` from those with which the run began; checkpoints hold θ₀. The
             latter is for a reference that began from the same weights, and for finding wrong labels with scores over
             the whole model (``reweight="none"``); as weights it made training worse.
+        keep_output_gradients: Where several layers are scored (``"all"``), keep the gradients of their outputs and form
+            the weighted gradients from these, so that no second pass goes through the network: 4/3 of a plain step's
+            arithmetic instead of 5/3, for about as much more memory as its activations take. For models without batch
+            normalisation in training mode or activation checkpointing of which all trainable parameters are scored.
 
     Raises:
         MimicError: An argument, or at the start of ``fit`` the reference, the parameters, the trainer or the
@@ -120,6 +125,7 @@ class GradMimic(pl.Callback):
         on_doubtful: OnDoubtful = "warn",
         diagnose_reference: bool = True,
         direction: Origin = "current",
+        keep_output_gradients: bool = False,
     ) -> None:
         self.settings = Settings(
             reference=reference,
@@ -138,6 +144,7 @@ class GradMimic(pl.Callback):
             on_doubtful=on_doubtful,
             diagnose_reference=diagnose_reference,
             direction=direction,
+            keep_output_gradients=keep_output_gradients,
         )
         self._fit: _Fit | None = None
         # What a checkpoint gave for the next fit, and what the last fit left.
@@ -321,5 +328,5 @@ class _Fit:
         outputs = call(step.batch, *args, **kwargs)
         loss = loss_of(outputs)
         if loss is not None:
-            step.after_forward(loss)
+            return with_loss(outputs, step.after_forward(loss))
         return outputs

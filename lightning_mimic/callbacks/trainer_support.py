@@ -99,3 +99,10 @@ def loss_of(outputs: Any) -> Tensor | None:
     """Return the loss of what a training_step returned; ``None`` if there is none that can be differentiated."""
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
     return loss if isinstance(loss, Tensor) and loss.grad_fn is not None else None
+
+
+def with_loss(outputs: Any, loss: Tensor) -> Any:
+    """Return what a training_step returned, with a loss in the place of its own."""
+    if loss is loss_of(outputs):
+        return outputs
+    return {**outputs, "loss": loss} if isinstance(outputs, Mapping) else loss

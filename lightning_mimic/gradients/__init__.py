@@ -9,6 +9,7 @@ from lightning_mimic.gradients.layers import LayerGradients
 from lightning_mimic.gradients.losses import LossGradients
 from lightning_mimic.gradients.model import ModelHooks, WholeModelGradients
 from lightning_mimic.gradients.nodes import gate_rows, hook_gradient
+from lightning_mimic.gradients.output_gradients import OutputGradients
 from lightning_mimic.gradients.parameters import named_parameters, owning_layer, select_parameters
 from lightning_mimic.gradients.rule_check import check_layer_rule
 from lightning_mimic.gradients.sample_gradients import SampleGradients
@@ -25,6 +26,7 @@ __all__ = [
     "LayerRule",
     "LossGradients",
     "ModelHooks",
+    "OutputGradients",
     "SampleGradients",
     "WholeModelGradients",
     "check_layer_rule",

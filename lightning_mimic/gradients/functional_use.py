@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from lightning_mimic.gradients.graph import Graph, Terminal
-from lightning_mimic.gradients.nodes import EXCHANGED, BatchAxis, kind_of, leaf_below, shape_of
+from lightning_mimic.gradients.nodes import EXCHANGED, BatchAxis, is_leaf, kind_of, leaf_below, shape_of
 
 # What the gradient of Add, Expand or Mul is summed over before it reaches the parameter is the batch; Mm and Addmm
 # contract it.
@@ -53,6 +53,12 @@ class FunctionalUse:
     def node(self) -> Node:
         """Where the output's gradient arrives."""
         return self.terminal.node
+
+    @property
+    def beside(self) -> tuple[Node, ...]:
+        """Where the gradients of the operation's other arguments arrive."""
+        others = [child for k, (child, _) in enumerate(self.node.next_functions) if k != self.terminal.argument]
+        return tuple(child for child in others if child is not None and not is_leaf(child))
 
     @torch.no_grad()
     def dot(self, output_gradients: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:

@@ -27,6 +27,7 @@ class LayerCall:
         node: Where the output's whole gradient arrives, in this shape or flattened: :func:`~.nodes.node_of_all`,
             taken before an in-place operation could replace it.
         shape: The output's shape.
+        beside: Where the gradients of the layer's inputs arrive.
     """
 
     name: str
@@ -34,6 +35,7 @@ class LayerCall:
     parts: Mapping[str, str]
     node: Node
     shape: tuple[int, ...]
+    beside: tuple[Node, ...] = field(repr=False)
     _args: tuple[Any, ...] = field(repr=False)
     _kwargs: Mapping[str, Any] = field(repr=False)
     _versions: tuple[tuple[Tensor, int], ...] = field(repr=False)
@@ -197,8 +199,11 @@ class LayerHooks:
         if node is None:
             return  # the graph may know more
         versions: list[tuple[Tensor, int]] = []
+        beside: list[Node] = []
 
         def detached(tensor: Tensor) -> Tensor:
+            if tensor.grad_fn is not None:
+                beside.append(tensor.grad_fn)
             twin = tensor.detach()  # counts changes in place together with the tensor
             if not twin.is_inference():
                 versions.append((twin, twin._version))
@@ -212,6 +217,7 @@ class LayerHooks:
                 parts=self.parts,
                 node=node,
                 shape=tuple(output.shape),
+                beside=tuple(beside),
                 _args=inputs,
                 _kwargs=named,
                 _versions=tuple(versions),

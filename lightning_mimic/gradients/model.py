@@ -10,18 +10,14 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients.functional_use import FunctionalUse, functional_use
-from lightning_mimic.gradients.graph import Graph, Terminal, is_compiled, normalises_batch
+from lightning_mimic.gradients.graph import Graph, Terminal, is_compiled, is_reentrant, normalises_batch
 from lightning_mimic.gradients.layer_hooks import CallWatch, LayerCall, LayerCalls, LayerHooks
 from lightning_mimic.gradients.layer_rules import is_linear
 from lightning_mimic.gradients.layers import LayerGradients
 from lightning_mimic.gradients.nodes import BatchAxis, gate_rows, hook_gradient, kind_of, leaf_below
+from lightning_mimic.gradients.output_gradients import OutputGradients, Use
 from lightning_mimic.gradients.sample_gradients import DotOnly
 from lightning_mimic.gradients.subgraph import SubgraphSearch, SubgraphUse
-
-#: A place where a parameter and the batch meet: a known layer's call, a known operation in the graph, or the first
-#: tensor above it that has a row per sample.
-Use = LayerCall | FunctionalUse | SubgraphUse
-
 
 _RAN_WITHOUT = (
     "its layer ran without gradient: it and all before it are frozen, or it ran under no_grad or reentrant activation "
@@ -169,7 +165,7 @@ class ModelHooks:
         Returns:
             Name to the reason.
         """
-        reentrant = any(kind_of(node).startswith("CheckpointFunction") for node in graph.order)
+        reentrant = any(map(is_reentrant, graph.order))
         found: dict[str, str] = {}
         for name, parameter in self._parameters.items():
             unreached = not graph.terminals(parameter)
@@ -222,11 +218,12 @@ class WholeModelGradients(DotOnly):
         #: The last :meth:`rows_that_mix_samples` saw both samples at every use.
         self.conclusive = False
 
-    def dot(self, vectors: Mapping[str, Tensor]) -> Tensor:
+    def dot(self, vectors: Mapping[str, Tensor], keep: OutputGradients | None = None) -> Tensor:
         """``⟨gᵢ, v⟩`` for every sample.
 
         Args:
             vectors: Parameter name to a tensor of its shape.
+            keep: Takes the output gradients of all uses on the way.
 
         Returns:
             Shape ``(B,)``, in the dtype of ``vectors`` or higher.
@@ -240,8 +237,11 @@ class WholeModelGradients(DotOnly):
             return use.dot(gradient, vectors)
 
         def take(use: Use, gradient: Tensor | None) -> None:
-            if gradient is not None:  # autograd's way to say zero
-                shares.append(share(use, gradient))
+            if gradient is None:  # autograd's way to say zero
+                return
+            shares.append(share(use, gradient))
+            if keep is not None:
+                keep.add(use, gradient)
 
         self._visit(self._seed, take)
         if not shares:

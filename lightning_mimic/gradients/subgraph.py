@@ -63,6 +63,36 @@ class Subgraph:
     ends: tuple[End, ...]
     beside: tuple[Node, ...] = field(repr=False)
 
+    def gradients(self, seeds: Mapping[End, Tensor], *, create_graph: bool = False) -> dict[str, Tensor]:
+        """Return ``Jᵀu``: what the parameters get if the ends get these gradients, on paths that come by no other end.
+
+        Computes no gradient of anything else. The graph stays as it is.
+
+        Args:
+            seeds: The gradient of every end.
+            create_graph: Let the result be differentiated by the seeds.
+
+        Returns:
+            By name, in the parameters' dtypes; a parameter that gets none is left out.
+        """
+        device = next(iter(seeds.values())).device.type
+        with torch.autocast(device, enabled=False), ExitStack() as hooks:
+            for node in {node for node, _ in self.ends}:
+                # What comes from an end above belongs to that one.
+                outputs = tuple(seeds.get((node, nr)) for nr in range(len(node._input_metadata)))
+                hooks.callback(node.register_prehook(lambda gradients, outputs=outputs: outputs).remove)
+            for node in self.beside:  # nothing is computed there
+                hooks.callback(node.register_prehook(lambda gradients: (None,) * len(gradients)).remove)
+            found = torch.autograd.grad(
+                [GradientEdge(*end) for end in seeds],
+                list(self.parameters.values()),
+                list(seeds.values()),
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        return {n: gradient for n, gradient in zip(self.parameters, found, strict=True) if gradient is not None}
+
     def derivatives(self, vectors: Mapping[str, Tensor]) -> dict[End, Tensor]:
         """Return the derivative of each end along v, on paths that come by no other end.
 
@@ -78,24 +108,12 @@ class Subgraph:
         # J v does not depend on the seeds, but Jᵀu does, linearly.
         seeds = {(node, nr): _zeros(node._input_metadata[nr]) for node, nr in self.ends}
         device = next(iter(seeds.values())).device.type
-        with torch.enable_grad(), torch.autocast(device, enabled=False), ExitStack() as hooks:
-            for node in {node for node, _ in self.ends}:
-                # What comes from an end above belongs to that one.
-                outputs = tuple(seeds.get((node, nr)) for nr in range(len(node._input_metadata)))
-                hooks.callback(node.register_prehook(lambda gradients, outputs=outputs: outputs).remove)
-            for node in self.beside:  # nothing is computed there
-                hooks.callback(node.register_prehook(lambda gradients: (None,) * len(gradients)).remove)
-            sums = torch.autograd.grad(
-                [GradientEdge(*end) for end in seeds],
-                list(self.parameters.values()),
-                list(seeds.values()),
-                create_graph=True,
-                allow_unused=True,
-            )
+        with torch.enable_grad(), torch.autocast(device, enabled=False):
+            sums = self.gradients(seeds, create_graph=True)
             shares = [
                 (gradient.to((vector := vectors[name]).dtype) * vector).sum()
-                for name, gradient in zip(self.parameters, sums, strict=True)
-                if gradient is not None and gradient.requires_grad
+                for name, gradient in sums.items()
+                if gradient.requires_grad
             ]
             if not shares:
                 return seeds

@@ -89,6 +89,33 @@ def check_start_direction(
             raise MimicError(f"`direction` is 'start', but {why}; leave it out.")
 
 
+def check_keeping(scorer: Scorer, needs: frozenset[Need], reweight: Reweight, uncovered: str) -> None:
+    """Check that a run can form the weighted gradients from kept output gradients.
+
+    Args:
+        scorer: The scorer.
+        needs: The products that scorer and weighting need.
+        reweight: What the weights reach.
+        uncovered: What to do about parameters that they do not reach.
+
+    Raises:
+        MimicError: It cannot.
+    """
+    name = type(scorer).__name__
+    of_layer = sorted(needs & ONE_LAYER_PRODUCTS.keys())
+    for given, why in (
+        (bool(of_layer), f"{ONE_LAYER_PRODUCTS[of_layer[0]]}, of one layer, are needed" if of_layer else ""),
+        ("dot" not in needs, f"{name} takes no gradients"),
+        (reweight != "all", f"with `reweight={reweight!r}` other parameters than the scored ones keep their gradients"),
+        (uncovered != "error", f"with `uncovered={uncovered!r}` some parameters keep their gradients"),
+    ):
+        if given:
+            raise MimicError(
+                "`keep_output_gradients` saves a second pass where several layers are scored and all gradients are "
+                f"weighted, but {why}; leave it out."
+            )
+
+
 def check_needs(scorer: Scorer, needs: frozenset[Need], module: nn.Module, targets: Mapping[str, nn.Parameter]) -> None:
     """Check that the module and its parameters can give what is needed.
 
@@ -124,6 +151,7 @@ def check_sharded(
     reference: ReferenceSource | Aligned | None,
     reweight: Reweight,
     on_doubtful: OnDoubtful,
+    keep_output_gradients: bool,
 ) -> None:
     """Check that a run does nothing that is not exact for a model sharded by ``fully_shard``.
 
@@ -134,6 +162,7 @@ def check_sharded(
         reference: As the user gave it.
         reweight: What the weights reach.
         on_doubtful: What to do about a reference that is not found compatible.
+        keep_output_gradients: Form the weighted gradients from the output gradients of the scoring pass.
 
     Raises:
         MimicError: It would.
@@ -145,6 +174,7 @@ def check_sharded(
         (isinstance(reference, Aligned), "An aligned reference is fitted from whole layers; give one as it is"),
         (on_doubtful == "align", "`on_doubtful='align'` fits whole layers; take 'warn' or 'raise'"),
         (reweight == "target", "`reweight='target'` adds to gradients that are sharded; take 'all' or 'none'"),
+        (keep_output_gradients, "`keep_output_gradients` adds to gradients that are sharded; leave it out"),
         (isinstance(scorer, UsesLoader), f"{name} runs the model on batches of its own; take MimicScore"),
         (unseen, f"{name} needs no layer, so give the module a method `sample_losses(batch)` that shows its samples"),
     ):

@@ -6,7 +6,7 @@ from typing import Literal
 from lightning_mimic import distributed
 from lightning_mimic.errors import MimicError
 from lightning_mimic.reweighting.forward import Forward
-from lightning_mimic.reweighting.messages import SHARDED
+from lightning_mimic.reweighting.messages import SHARDED, UNKEPT
 from lightning_mimic.reweighting.methods import (
     DoubleBackward,
     InBackward,
@@ -63,6 +63,8 @@ def choose_method(task: ScoringTask, forward: Forward, previous: Choice | None) 
             f"({choice.method.description}), and scores of the two kinds do not mix. Start another run."
         )
     choice.method.check_products()
+    if task.keeps and not isinstance(choice.method, ReversePass):
+        raise MimicError(UNKEPT.format(choice.method.description))
     refuse_uncovered(task, forward, choice.method.gate_edge(forward))
     return choice
 

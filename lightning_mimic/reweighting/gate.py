@@ -59,7 +59,7 @@ class Gate(ABC):
             return passing
         return torch.where((result.weights.counted == 0) & ~self._clean, torch.nan, passing)
 
-    def _rows(self, forward: Forward, result: StepResult) -> tuple[Tensor, Tensor, Tensor]:
+    def rows(self, forward: Forward, result: StepResult) -> tuple[Tensor, Tensor, Tensor]:
         """Return weights, passing factors and mask for the rows that arrive."""
         rows = result.weights.scale, self._passing(result), result.masked
         if not forward.of_all_ranks:
@@ -89,7 +89,7 @@ class FullGate(Gate):
 
     def before_backward(self, forward: Forward, edge: GradientEdge, result: StepResult, scale: Tensor) -> None:
         """Scale the rows where they will arrive."""
-        weights, passing, masked = self._rows(forward, result)
+        weights, passing, masked = self.rows(forward, result)
         self._hooks.on_edge(edge, lambda gradients: gate_rows(gradients, weights * passing, masked))
 
 
@@ -127,7 +127,7 @@ class TargetGate(Gate):
 
     def before_backward(self, forward: Forward, edge: GradientEdge, result: StepResult, scale: Tensor) -> None:
         """Compute the targets' share of the change in a pass of its own; the backward pass stays as it is."""
-        weights, passing, masked = self._rows(forward, result)
+        weights, passing, masked = self.rows(forward, result)
         handle = hook_gradient(edge, lambda gradients: gate_rows(gradients, weights - 1, masked))
         seed = forward.seed * scale / forward.rows
         parameters = list(self._targets.values())

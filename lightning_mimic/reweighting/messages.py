@@ -67,6 +67,27 @@ COMPILED_TWICE = (
     "layer alone, or do not compile the module."
 )
 
+UNSCORED = (
+    "`keep_output_gradients` forms the gradients of the scored parameters, and the loss reaches others, too: {}. Score "
+    "all trainable parameters with `parameters='all'`, or leave `keep_output_gradients` out."
+)
+
+NORMALISED = (
+    "`keep_output_gradients`: a batch normalisation in training mode lies between scored parameters and the loss, "
+    "through which a sample's weight reaches the gradients of others; the sum of weighted gradients of samples lacks "
+    "that. Leave `keep_output_gradients` out."
+)
+
+RECOMPUTED = (
+    "`keep_output_gradients` keeps a gradient for every activation, and layers run again in the backward pass "
+    "(activation checkpointing) so that less is kept. Leave one of the two out."
+)
+
+UNKEPT = (
+    "`keep_output_gradients` saves arithmetic where several layers are scored in a reverse pass of their own, and here "
+    "the scores come from {}. Leave it out."
+)
+
 SHARDED = (
     "`parameters`: the model is sharded (`fully_shard`), and these are not the one last layer that is scored within "
     "the backward pass: several layers, a layer that is called several times, or one that the loss reaches other "

@@ -18,12 +18,14 @@ from lightning_mimic.gradients import (
     LayerGradients,
     LossGradients,
     ModelHooks,
+    OutputGradients,
     WholeModelGradients,
     is_linear,
 )
 from lightning_mimic.gradients.compiled import compiled_parameters
 from lightning_mimic.gradients.graph import (
     is_compiled,
+    is_reentrant,
     mixes_samples,
     reaches,
     uncovered_parameters,
@@ -38,7 +40,7 @@ from lightning_mimic.reweighting.checks import ONE_LAYER_PRODUCTS
 from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.gate import Gate
 from lightning_mimic.reweighting.hooks import GradientHooks
-from lightning_mimic.reweighting.messages import COMPILED_TWICE, HOOKED
+from lightning_mimic.reweighting.messages import COMPILED_TWICE, HOOKED, NORMALISED, RECOMPUTED, UNSCORED
 from lightning_mimic.reweighting.products import GradientProducts, layer_products
 from lightning_mimic.reweighting.reference_monitor import warn_once_for_all_ranks
 from lightning_mimic.reweighting.weigh import StepResult
@@ -67,6 +69,7 @@ class ScoringTask:
         needs: The products that scorer and weighting need.
         reach: What the weights must reach.
         optional: Names of targets that the loss need not reach; their gradient is zero then.
+        keeps: Weighted gradients are formed from kept output gradients, and no backward pass goes through the graph.
     """
 
     module: nn.Module
@@ -76,6 +79,7 @@ class ScoringTask:
     needs: frozenset[Need]
     reach: Reach
     optional: frozenset[str] = frozenset()
+    keeps: bool = False
     hooked: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -183,13 +187,16 @@ class ScoringMethod(ABC):
         """
 
     @abstractmethod
-    def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> None:
+    def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> Tensor:
         """Have the step weigh its samples and let the weights enter the backward pass, now or within it.
 
         Args:
             forward: The micro-batch after its forward pass.
             edge: From :meth:`gate_edge`.
             step: Takes the products.
+
+        Returns:
+            The loss from which the backward pass begins.
         """
 
 
@@ -207,9 +214,10 @@ class NoGradient(ScoringMethod):
         at_losses = forward.of_all_ranks or bool(self._task.whole)
         return forward.losses_edge if forward.losses_edge and at_losses else self._cuts.lowest(forward)
 
-    def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> None:
+    def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> Tensor:
         """Weigh by the losses."""
         step.gate.before_backward(forward, edge, step.weigh({}), step.scale)
+        return forward.loss
 
 
 class InBackward(ScoringMethod):
@@ -232,7 +240,7 @@ class InBackward(ScoringMethod):
         """Return the layer's output."""
         return GradientEdge(self._call(forward).node, 0)
 
-    def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> None:
+    def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> Tensor:
         """Register a hook that scores, weighs and gates."""
         call, samples = self._call(forward), forward.rows
         needs = self._task.needs
@@ -257,6 +265,7 @@ class InBackward(ScoringMethod):
             step.hooks.on_edge(edge, on_gradient)
         else:
             on_gradient(*torch.autograd.grad(forward.loss, [edge], step.scale.to(forward.loss.dtype)))
+        return forward.loss
 
     def _call(self, forward: Forward) -> LayerCall:
         return forward.only_call(self._task.hooks.layers[0].name)
@@ -333,8 +342,8 @@ class ReversePass(ScoringMethod):
             raise MimicError(HOOKED.format(join_names(hooked)))
         return rows
 
-    def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> None:
-        """Go through the layers, weigh, and let the weights enter above them."""
+    def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> Tensor:
+        """Go through the layers, weigh, and let the weights enter above them or in the gradients that are formed."""
         # As small as in the backward pass: what fits into half precision there must fit here.
         scale = step.scale / forward.rows
         rows = self._rows(forward, edge, forward.seed * scale)
@@ -346,9 +355,28 @@ class ReversePass(ScoringMethod):
             call = forward.only_call(self._task.hooks.layers[0].name)
             own = rows.only_layer().divided(scale)
             products = layer_products(call, own, self._task.needs, step.direction, step.clean)
+        elif self._task.keeps and step.backward_follows:
+            return self._attached(forward, edge, rows, scale, step)
         else:
             products = {"dot": rows.dot(step.direction) / scale}
         step.gate.before_backward(forward, edge, step.weigh(products), step.scale)
+        return forward.loss
+
+    def _attached(
+        self, forward: Forward, edge: GradientEdge, rows: WholeModelGradients, scale: Tensor, step: MicroBatch
+    ) -> Tensor:
+        """Return a loss from which the weighted gradients come without another pass through the graph."""
+        task = self._task
+        refuse_uncovered(task, forward, edge)  # what an epoch's first step was checked for may have changed
+        refuse_unkept(task, forward, rows)
+        kept = OutputGradients(task.targets)
+        with task.hooks.recording() as again:
+            dots = rows.dot(step.direction, keep=kept)
+        if again.calls:
+            raise MimicError(RECOMPUTED)
+        result = step.weigh({"dot": dots / scale})
+        weights, passing, masked = step.gate.rows(forward, result)
+        return kept.attach(forward.loss, weights * passing / step.scale, masked)
 
 
 class DoubleBackward(ScoringMethod):
@@ -396,7 +424,7 @@ class DoubleBackward(ScoringMethod):
             raise MimicError(f"{refusal} Nor from the losses alone: {error}") from refusal
         task.report_unreached(zero)
 
-    def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> None:
+    def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> Tensor:
         """Differentiate, weigh, and let the weights enter at the losses."""
         reached = {n: p for n, p in self._task.targets.items() if forward.graph.terminals(p)}
         again = partial(unshard, self._task.module)
@@ -405,6 +433,7 @@ class DoubleBackward(ScoringMethod):
             # Every rank holds its own part of each sample's gradient.
             dots = distributed.sum_over_ranks(dots)[forward.own]
         step.gate.before_backward(forward, edge, step.weigh({"dot": dots}), step.scale)
+        return forward.loss
 
 
 class _Cuts:
@@ -501,6 +530,22 @@ def refuse_uncovered(task: ScoringTask, forward: Forward, edge: GradientEdge) ->
             f"{kind_of(edge.node)}), so the weights would not reach them: {join_names(names)}. Weight the target alone "
             "with `reweight='target'`, or let these have the plain mean with `uncovered='mean'`."
         )
+
+
+def refuse_unkept(task: ScoringTask, forward: Forward, rows: WholeModelGradients) -> None:
+    """Raise ``MimicError`` if the gradients formed from kept output gradients are not all that the loss would give."""
+    leaves = {id(leaf.variable) for leaf in forward.graph.leaves}  # type: ignore[attr-defined]
+    others = leaves - {id(p) for p in task.targets.values()}
+    hidden = ["what a reentrant checkpoint hides"] if any(map(is_reentrant, forward.graph.order)) else []
+    if others or hidden:
+        names = {id(p): name for name, p in task.module.named_parameters()}
+        found = sorted(names.get(leaf, "a tensor outside the module") for leaf in others)
+        raise MimicError(UNSCORED.format(join_names([*found, *hidden])))
+    if rows.normalised():
+        raise MimicError(NORMALISED)
+    hooked = [name for name, p in task.targets.items() if p._backward_hooks]
+    if hooked:
+        raise MimicError(HOOKED.format(join_names(hooked)))
 
 
 def _refuse_compiled(compiled: bool) -> None:

@@ -90,6 +90,7 @@ class Reweighter:
         on_doubtful: What to do about a reference that the diagnosis does not find compatible.
         diagnose_reference: Diagnose the reference on the first 512 samples.
         direction: ``"current"``, or ``"start"`` for the direction from the starting weights.
+        keep_output_gradients: Form the weighted gradients from the output gradients of the scoring pass.
         grad_scaler: The gradient scaler that the backward pass uses, if any.
         prepare: Moves a batch of the scorer's own loader to the model's device and precision; by default to its device.
 
@@ -135,6 +136,7 @@ class Reweighter:
         on_doubtful: OnDoubtful = "warn",
         diagnose_reference: bool = True,
         direction: Origin = "current",
+        keep_output_gradients: bool = False,
         grad_scaler: "torch.amp.GradScaler | None" = None,
         prepare: Callable[[Any], Any] | None = None,
     ) -> None:
@@ -155,6 +157,7 @@ class Reweighter:
             on_doubtful=on_doubtful,
             diagnose_reference=diagnose_reference,
             direction=direction,
+            keep_output_gradients=keep_output_gradients,
         )
         self._set_up(model, settings, grad_scaler, prepare)
 
@@ -188,6 +191,7 @@ class Reweighter:
                 settings.reference,
                 settings.reweight,
                 settings.on_doubtful,
+                settings.keep_output_gradients,
             )
         self._scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._target = Target(
@@ -512,7 +516,16 @@ class Reweighter:
         reach: Reach = "targets" if settings.reweight != "all" else "all" if settings.uncovered == "error" else "around"
         named = set() if settings.parameters is None else named_parameters(self.model, settings.parameters)
         optional = frozenset(targets.keys() - named)
-        task = ScoringTask(self.model, ModelHooks(self.model, targets), targets, self._whole, needs, reach, optional)
+        task = ScoringTask(
+            self.model,
+            ModelHooks(self.model, targets),
+            targets,
+            self._whole,
+            needs,
+            reach,
+            optional,
+            settings.keep_output_gradients,
+        )
         self._closing.callback(task.hooks.remove)
         if settings.reweight == "target" and task.hooked:
             raise MimicError(HOOKED.format(join_names(task.hooked)))

@@ -11,7 +11,7 @@ from lightning_mimic.errors import MimicError, nearest_names
 from lightning_mimic.reference import Aligned, ReferenceSource
 from lightning_mimic.reference.diagnose import SAMPLES
 from lightning_mimic.reweighting.batch import Ids
-from lightning_mimic.reweighting.checks import check_scorer, check_start_direction
+from lightning_mimic.reweighting.checks import check_keeping, check_scorer, check_start_direction
 from lightning_mimic.reweighting.gate import Reweight
 from lightning_mimic.reweighting.loss_check import AssertedLoss
 from lightning_mimic.reweighting.reference_monitor import OnDoubtful
@@ -64,6 +64,7 @@ class Settings:
     on_doubtful: OnDoubtful
     diagnose_reference: bool
     direction: Origin = "current"
+    keep_output_gradients: bool = False
     diagnosis_samples: int = SAMPLES
 
     def __post_init__(self) -> None:
@@ -92,6 +93,8 @@ class Settings:
             raise MimicError("`reweight='target'` weights the target parameters, and this scorer has none.")
         if self.direction == "start":
             check_start_direction(self.make_scores, self.needs, self.reference, self.on_doubtful)
+        if self.keep_output_gradients:
+            check_keeping(self.make_scores, self.needs, self.reweight, self.uncovered)
         if self.on_doubtful == "align" and not self.diagnose_reference:
             raise MimicError("`on_doubtful='align'` needs the diagnosis that `diagnose_reference=False` leaves out.")
 

@@ -166,13 +166,16 @@ class Step:
             if self._trace is not None:
                 self._recording.enter_context(self._trace.recording())
 
-    def after_forward(self, loss: Tensor, *, backward_follows: bool = True) -> None:
+    def after_forward(self, loss: Tensor, *, backward_follows: bool = True) -> Tensor:
         """Score the samples, or prepare to do so within the backward pass, and let the weights enter it.
 
         Args:
             loss: The mean loss of the micro-batch: not divided for accumulation, not scaled.
             backward_follows: A backward pass from the loss comes next; otherwise the samples are only scored, in a
                 reverse pass that computes no parameter's gradient.
+
+        Returns:
+            The loss from which the backward pass must begin: the one that was given, or one of the same value.
 
         Raises:
             MimicError: The scores would not be those of the samples.
@@ -204,10 +207,13 @@ class Step:
             method = self._context.choose(forward, self._check)
             edge = method.gate_edge(forward)
             self._watch(forward, edge)
-            method.score(forward, edge, self)
+            start = method.score(forward, edge, self)
+            if start is not loss:
+                self.hooks.on_edge(get_gradient_edge(start), self._remember)
         # The backward pass frees activations as it goes; nothing here may hold them.
         self._calls, self._captured, self._trace = LayerCalls(), [], None
         self._factor = None  # of a reverse pass for the scores
+        return start
 
     def backward(
         self,
@@ -234,8 +240,7 @@ class Step:
             MimicError: The scores would not be those of the samples.
         """
         self.classes = self._checked_classes(label=label, predicted=predicted)
-        self.after_forward(loss)
-        run(loss)
+        run(self.after_forward(loss))
         result = self.finish()
         if result is None or self._factor is None:
             raise RuntimeError("`run` must run the backward pass from the loss before it returns; it has not.")
@@ -419,11 +424,7 @@ class Step:
         if self._context.loss_check.looks_for_nan and self._not_nan is not None:
             problem = problem + (~self._not_nan).any() * LossProblem.MEANT_NAN
         self._problem = problem
-
-        def remember(gradient: Tensor) -> None:
-            self._factor = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32)).reshape(())
-
-        self.hooks.on_edge(get_gradient_edge(forward.loss), remember)
+        self.hooks.on_edge(get_gradient_edge(forward.loss), self._remember)
         if forward.losses is None:
             self._problem = self._problem + self._context.loss_check.problem(forward, edge)
             return
@@ -439,11 +440,15 @@ class Step:
                 raise MimicError(NOT_THE_MEAN)
             self._problem = problem + unequal * LossProblem.NOT_THE_MEAN
 
-        if self.backward_follows:
+        if self.backward_follows and not self._context.task.keeps:
             self.hooks.on_edge(forward.losses.edge, compare)
             return
         (gradients,) = torch.autograd.grad(forward.loss, [forward.losses.edge], retain_graph=True, allow_unused=True)
         compare(torch.zeros_like(forward.losses.values) if gradients is None else gradients)
+
+    def _remember(self, gradient: Tensor) -> None:
+        """Keep what the backward pass began with."""
+        self._factor = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32)).reshape(())
 
     def _checked_classes(self, **columns: Tensor | None) -> dict[str, Tensor]:
         given = {name: classes for name, classes in columns.items() if classes is not None}
