@@ -66,17 +66,21 @@ class FunctionalUse:
         moved = vectors[self.name]
         for node in self.terminal.chain:
             moved = moved.mT if kind_of(node) in EXCHANGED else moved.reshape(shape_of(node))
+        gradients = output_gradients.to(moved.dtype)
         match kind_of(self.node), self.factors:
             case _, ():
                 pass
             case "NativeLayerNorm", (inputs, mean, deviation):
-                moved = ((inputs - mean) * deviation).to(moved.dtype) * moved
+                gradients = (inputs - mean).mul_(deviation).to(moved.dtype).mul_(gradients)
             case "Mul", (factor,):
                 moved = factor.to(moved.dtype) * moved
             case _, (factor,):
                 moved = factor.to(moved.dtype) @ moved
-        product = output_gradients.to(moved.dtype) * moved
-        return product.reshape(self.shape).movedim(self.axis, 0).flatten(1).sum(1)
+        if moved.ndim == 1 < gradients.ndim and len(moved) > 1:  # the same for all rows: takes no memory of their size
+            product, shape = gradients @ moved, (*self.shape[:-1], 1)
+        else:
+            product, shape = gradients * moved, self.shape
+        return product.reshape(shape).movedim(self.axis, 0).flatten(1).sum(1)
 
 
 def functional_use(

@@ -79,6 +79,7 @@ class Graph:
         self.order = finished[::-1]
         self.leaves = {node for node in finished if is_leaf(node)}
         self._leaf_of = {id(node.variable): node for node in self.leaves}  # type: ignore[attr-defined]
+        self._terminals: dict[Node | None, list[Terminal]] = {}
 
     def __contains__(self, node: Node) -> bool:
         return node in self.parents
@@ -86,6 +87,8 @@ class Graph:
     def terminals(self, parameter: nn.Parameter) -> list[Terminal]:
         """Every operation that uses the parameter; none for a frozen or unused one."""
         leaf = self._leaf_of.get(id(parameter))
+        if leaf in self._terminals:
+            return self._terminals[leaf]
         found: list[Terminal] = []
         stack: list[tuple[Node, tuple[Node, ...]]] = [] if leaf is None else [(leaf, ())]
         while stack:
@@ -95,6 +98,7 @@ class Graph:
                     stack.append((parent, (*chain, parent)))
                 else:
                     found.append(Terminal(chain, parent, argument))
+        self._terminals[leaf] = found
         return found
 
     def shapes(self, node: Node) -> list[tuple[int, ...]]:

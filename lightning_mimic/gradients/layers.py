@@ -122,7 +122,11 @@ class LayerGradients:
         for name in vectors:
             if name not in self._rule.parameters:
                 raise MimicError(f"{type(self._layer).__name__} has no {name!r}; {nearest_names(name, self._parts)}.")
-        return self.along(self.output_change(vectors))
+        change = self.output_change(vectors)
+        if is_linear(self._layer) and "weight" in vectors:
+            # Nobody else holds what a matrix product has made, and other memory of its size costs more than the rest.
+            return change.mul_(self._output_gradients).flatten(1).sum(1)
+        return self.along(change)
 
     @torch.no_grad()
     def output_change(self, vectors: Mapping[str, Tensor]) -> Tensor:

@@ -130,11 +130,15 @@ class ModelHooks:
         search = SubgraphSearch(graph, samples)
         seen = [call for call in calls.calls if call.node in graph]
         hidden = self.hidden(calls, graph)
+        calls_of: dict[str, list[LayerCall]] = {}
+        for call in seen:
+            for name in call.names:
+                calls_of.setdefault(name, []).append(call)
         known: list[FunctionalUse] = []
         searched: set[str] = set()
         unseen: dict[str, str] = {}
         for name, parameter in self._parameters.items():
-            ends, own = graph.terminals(parameter), [call for call in seen if name in call.names]
+            ends, own = graph.terminals(parameter), calls_of.get(name, [])
             if name in hidden:
                 unseen[name] = hidden[name]
                 continue

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -44,7 +45,12 @@ def node_of_all(tensor: Tensor) -> Node | None:
 
 def kind_of(node: Node) -> str:
     """The operation that made the node: ``"Addmm"`` for ``AddmmBackward0``."""
-    return node.name().rpartition("::")[2].partition("Backward")[0]
+    return _kind(node.name())
+
+
+@cache
+def _kind(name: str) -> str:
+    return name.rpartition("::")[2].partition("Backward")[0]
 
 
 def in_same_order(node: Any) -> bool:
@@ -99,7 +105,7 @@ def gate_rows(gradients: Tensor, scale: Tensor, masked: Tensor) -> Tensor:
     per_row = (-1, *[1] * (gradients.ndim - 1))
     # Multiplied in the wider dtype: B·w can leave half precision's range before the product does.
     product = (gradients * scale.view(per_row)).to(gradients.dtype)
-    return torch.where(masked.view(per_row), torch.zeros_like(product), product)
+    return product.masked_fill_(masked.view(per_row), 0)
 
 
 def hook_gradient(edge: GradientEdge, change: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
