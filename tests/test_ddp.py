@@ -106,6 +106,7 @@ def gathered(embeddings: Tensor) -> Tensor:
 UNRELATED = {"reference": Aligned(toy(seed=1), every=2)}
 CACHED = {"reference": Aligned(toy(seed=1), every=2, cache=True)}
 WHOLE = [toy_data(8, seed=5)[:3], toy_data(8, seed=5)[3:8]]  # reference batches that every rank has
+KEPT = {"parameters": "all", "keep_output_gradients": True}
 SOFTMAX: dict[str, Any] = {"reference": None}
 SHARES: dict[str, Any] = {"reference": None, "temperature": None, "min_ess": None}
 
@@ -131,6 +132,10 @@ CASES: dict[str, tuple[type[Toy], tuple[int, int], dict[str, Any], dict[str, Any
     "all, find_unused_parameters": (Unused, EVEN, {"find_unused_parameters": True}, {"parameters": USED}, {}),
     "all, static_graph": (WithLosses, EVEN, {"static_graph": True}, {"parameters": "all"}, {}),
     "all, target": (Toy, EVEN, {}, {"parameters": ["all", "!head.bias"], "reweight": "target"}, {}),
+    "kept, accumulated": (Toy, UNEVEN, {}, KEPT, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}),
+    "kept, find_unused_parameters": (Lossy, EVEN, {"find_unused_parameters": True}, KEPT | {"parameters": USED}, {}),
+    "kept, static_graph": (WithLosses, EVEN, {"static_graph": True}, KEPT, {}),
+    "broken samples, kept": (WithLosses, UNEVEN, {}, KEPT, {}),
     "contrastive": (Contrastive, EVEN, {}, {"parameters": "all"}, {}),
     "contrastive, static_graph": (Contrastive, EVEN, {"static_graph": True}, {}, {}),
     "contrastive, target": (Contrastive, EVEN, {}, {"reweight": "target"}, {"accumulate_grad_batches": 2}),

@@ -266,11 +266,6 @@ def is_compiled(node: Node) -> bool:
     return kind_of(node).startswith("CompiledFunction")
 
 
-def is_reentrant(node: Node) -> bool:
-    """Whether the node is that of a reentrant activation checkpoint, whose own graph is made in the backward pass."""
-    return kind_of(node).startswith("CheckpointFunction")
-
-
 def normalises_batch(node: Node) -> bool:
     """Whether the node is a batch normalisation in training mode, which makes samples depend on each other."""
     if not any(norm in node.name() for norm in _NORMS) or not getattr(node, "_saved_training", True):

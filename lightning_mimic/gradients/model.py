@@ -10,7 +10,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_mimic.errors import MimicError
 from lightning_mimic.gradients.functional_use import FunctionalUse, functional_use
-from lightning_mimic.gradients.graph import Graph, Terminal, is_compiled, is_reentrant, normalises_batch
+from lightning_mimic.gradients.graph import Graph, Terminal, is_compiled, normalises_batch
 from lightning_mimic.gradients.layer_hooks import CallWatch, LayerCall, LayerCalls, LayerHooks
 from lightning_mimic.gradients.layer_rules import is_linear
 from lightning_mimic.gradients.layers import LayerGradients
@@ -131,9 +131,9 @@ class ModelHooks:
         seen = [call for call in calls.calls if call.node in graph]
         hidden = self.hidden(calls, graph)
         calls_of: dict[str, list[LayerCall]] = {}
-        for call in seen:
-            for name in call.names:
-                calls_of.setdefault(name, []).append(call)
+        for each in seen:
+            for name in each.names:
+                calls_of.setdefault(name, []).append(each)
         known: list[FunctionalUse] = []
         searched: set[str] = set()
         unseen: dict[str, str] = {}
@@ -169,7 +169,7 @@ class ModelHooks:
         Returns:
             Name to the reason.
         """
-        reentrant = any(map(is_reentrant, graph.order))
+        reentrant = any(kind_of(node).startswith("CheckpointFunction") for node in graph.order)
         found: dict[str, str] = {}
         for name, parameter in self._parameters.items():
             unreached = not graph.terminals(parameter)

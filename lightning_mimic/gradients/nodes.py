@@ -6,7 +6,6 @@ from functools import cache
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
@@ -98,6 +97,7 @@ def gate_rows(gradients: Tensor, scale: Tensor, masked: Tensor) -> Tensor:
         A new tensor of the shape and dtype of ``gradients``.
 
     Example:
+        >>> import torch
         >>> rows = torch.tensor([[1.0], [2.0], [float("nan")]])
         >>> gate_rows(rows, torch.tensor([0.5, 2.0, 1.0]), torch.tensor([False, False, True])).T
         tensor([[0.5000, 4.0000, 0.0000]])
@@ -119,6 +119,7 @@ def hook_gradient(edge: GradientEdge, change: Callable[[Tensor], Tensor | None])
         A handle whose ``remove()`` undoes it.
 
     Example:
+        >>> import torch
         >>> x = torch.ones(2, requires_grad=True)
         >>> y = x * 3
         >>> handle = hook_gradient(torch.autograd.graph.get_gradient_edge(y), lambda g: 10 * g)

@@ -72,7 +72,7 @@ class OutputGradients:
             _, uses = self._kept.popitem()
             subgraph = self._subgraph(uses[0][0])
             form = _WeightedSum(subgraph, uses, scale, masked)
-            loss = _Attached.apply(loss, form, *subgraph.parameters.values())  # type: ignore[no-untyped-call]
+            loss = _Attached.apply(loss, form, *subgraph.parameters.values())
         return loss
 
     def _subgraph(self, use: Use) -> Subgraph:
@@ -86,9 +86,7 @@ class OutputGradients:
 class _WeightedSum:
     """``Σ scaleᵢ gᵢ`` over the uses at the ends of one subgraph."""
 
-    def __init__(
-        self, subgraph: Subgraph, uses: list[tuple[Use, Tensor]], scale: Tensor, masked: Tensor
-    ) -> None:
+    def __init__(self, subgraph: Subgraph, uses: list[tuple[Use, Tensor]], scale: Tensor, masked: Tensor) -> None:
         self._subgraph, self._uses = subgraph, uses
         self._scale, self._masked = scale, masked
 
@@ -110,7 +108,7 @@ class _Attached(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         form, ctx.form = ctx.form, None  # what it holds is no longer needed
         if form is None:

@@ -25,7 +25,6 @@ from lightning_mimic.gradients import (
 from lightning_mimic.gradients.compiled import compiled_parameters
 from lightning_mimic.gradients.graph import (
     is_compiled,
-    is_reentrant,
     mixes_samples,
     reaches,
     uncovered_parameters,
@@ -376,7 +375,8 @@ class ReversePass(ScoringMethod):
             raise MimicError(RECOMPUTED)
         result = step.weigh({"dot": dots / scale})
         weights, passing, masked = step.gate.rows(forward, result)
-        return kept.attach(forward.loss, weights * passing / step.scale, masked)
+        # Rows as they were kept are those of the mean loss, multiplied by as much.
+        return kept.attach(forward.loss, weights * passing / scale / forward.rows, masked)
 
 
 class DoubleBackward(ScoringMethod):
@@ -536,11 +536,10 @@ def refuse_unkept(task: ScoringTask, forward: Forward, rows: WholeModelGradients
     """Raise ``MimicError`` if the gradients formed from kept output gradients are not all that the loss would give."""
     leaves = {id(leaf.variable) for leaf in forward.graph.leaves}  # type: ignore[attr-defined]
     others = leaves - {id(p) for p in task.targets.values()}
-    hidden = ["what a reentrant checkpoint hides"] if any(map(is_reentrant, forward.graph.order)) else []
-    if others or hidden:
+    if others:
         names = {id(p): name for name, p in task.module.named_parameters()}
         found = sorted(names.get(leaf, "a tensor outside the module") for leaf in others)
-        raise MimicError(UNSCORED.format(join_names([*found, *hidden])))
+        raise MimicError(UNSCORED.format(join_names(found)))
     if rows.normalised():
         raise MimicError(NORMALISED)
     hooked = [name for name, p in task.targets.items() if p._backward_hooks]
