@@ -167,6 +167,7 @@ def refused(rank: int, folder: Path) -> None:
     attempts: dict[str, Callable[[], Any]] = {
         "target": lambda: Reweighter(shard(toy(), "root"), reference, "head", reweight="target"),
         "aligned": lambda: Reweighter(shard(toy(), "root"), Aligned(toy(seed=1)), "head"),
+        "kept": lambda: Reweighter(shard(toy(), "root"), reference, "all", keep_output_gradients=True),
         "align": lambda: Reweighter(shard(toy(), "root"), reference, "head", on_doubtful="align"),
         "loader": lambda: Reweighter(
             shard(toy(WithLosses), "root"), parameters="head", scorer=Influence(loader=[toy_data(4)[:]])
@@ -275,6 +276,7 @@ def test_the_weights_of_a_sharded_model_are_compared_as_a_whole(folder):
 
 REFUSALS = {
     "target": r"sharded \(`fully_shard`\). `reweight='target'` adds .* 'all' or 'none', or train it under DDP",
+    "kept": "`keep_output_gradients` adds to gradients that are sharded; leave it out, or train it under DDP",
     "aligned": "An aligned reference is fitted from whole layers; give one",
     "align": "`on_doubtful='align'` fits whole layers; take 'warn' or 'raise'",
     "loader": "Influence runs the model on batches of its own; take MimicScore",

@@ -22,6 +22,7 @@ METHODS = {
     "plain": "plain training",
     "again": "plain training again: the noise",
     "ours": "GradMimic",
+    "kept": "GradMimic with keep_output_gradients",
     "vmap": "torch.func.vmap(grad) of the whole model; with all parameters its gradients also make the step",
     "loop": "one torch.autograd.grad per sample's loss, with retain_graph",
 }
@@ -45,6 +46,13 @@ class Model:
         return torch.randn(size, *self.shape), torch.randint(self.classes, (size,))
 
 
+def vit_tiny() -> nn.Module:
+    import timm  # large, and seldom needed here
+
+    net: nn.Module = timm.create_model("vit_tiny_patch16_224")
+    return net
+
+
 def small_net() -> nn.Module:
     layers = {"body": nn.Linear(6, 8), "tanh": nn.Tanh(), "mlp": nn.Linear(8, 8), "relu": nn.ReLU()}
     return nn.Sequential(OrderedDict(layers | {"head": nn.Linear(8, 4)}))
@@ -54,6 +62,7 @@ MODELS = {
     "vit_b_16": Model(vit_b_16, "heads", "encoder.layers.encoder_layer_11.mlp"),
     # It has no MLP; its last block stands for it.
     "resnet50": Model(resnet50, "fc", "layer4.2"),
+    "vit_tiny": Model(vit_tiny, "head", "blocks.11.mlp"),
     "small": Model(small_net, "head", "mlp", (6,), 4),  # to try the tool
 }
 
@@ -148,6 +157,10 @@ def method_of(
     if method == "ours":
         parameters = "all" if path is None else f"net.{path}"
         return Plain(net), [GradMimic(reference, parameters, temperature=TEMPERATURE)]
-    if method == "vmap" and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()):
+    if method in ("kept", "vmap") and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()):
         raise UnusableError("not with BatchNorm")
+    if method == "kept" and path is not None:
+        raise UnusableError("only with all parameters")
+    if method == "kept":
+        return Plain(net), [GradMimic(reference, "all", temperature=TEMPERATURE, keep_output_gradients=True)]
     return {"vmap": Vmapped, "loop": Looped}[method](net, path, reference), []

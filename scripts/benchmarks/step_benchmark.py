@@ -49,7 +49,9 @@ def groups_of(model: str, options: argparse.Namespace) -> Iterator[tuple[Sequenc
     plain = [Method(model, "–", name, make) for name in ("plain", "again") if name in ("plain", *options.methods)]
     by_hand = [name for name in ("vmap", "loop") if name in options.methods]
     targets = options.targets if "ours" in options.methods else []
-    yield [*plain, *(Method(model, target, "ours", make) for target in targets)], options.rounds
+    ours = [Method(model, target, "ours", make) for target in targets]
+    kept = [Method(model, "all", "kept", make)] if "kept" in options.methods and "all" in options.targets else []
+    yield [*plain, *ours, *kept], options.rounds
     for target in options.targets if by_hand else []:
         slow = [Method(model, target, name, make) for name in by_hand]
         yield [plain[0], *slow], min(options.slow_rounds, options.rounds)
