@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any], dict[str, Any] 
     "aligned, wider": ("vit", 96, {}, {}, {"reference": "wide"}, {}),
     "aligned, narrower, cached": ("vit", 96, {}, {}, {"reference": "narrow", "cache": True}, {}),
     "aligned, another architecture": ("vit", 96, {}, STATIC, {"reference": "biases"}, {}),
+    "aligned, siglip": ("siglip", 96, {}, {}, {"reference": "wide", "temperature": 0.01}, {}),
     "aligned, accumulated, locked": (
         "vit",
         96,

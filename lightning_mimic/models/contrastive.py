@@ -206,8 +206,11 @@ class _PairLosses(torch.autograd.Function):
                 own.neg_()  # softplus(-z · logit)
                 losses[block.rows] += F.softplus(block.logits).sum(1) / 2
             else:
-                norms[block.side, block.rows] = norm = block.logits.logsumexp(1)
-                losses[block.rows] += (norm - own) / 2
+                # Less the pair's own first: a small difference of large logits would be rounded as they are.
+                shift = own.clone()
+                cross_entropy = block.logits.sub_(shift[:, None]).logsumexp(1)
+                norms[block.side, block.rows] = cross_entropy + shift
+                losses[block.rows] += cross_entropy / 2
         if len(pairs.images) > len(images):
             losses, *norms_of = torch.cat(gather_equal(torch.cat([losses[None], norms])), 1)
             norms = torch.stack(norms_of)
