@@ -46,13 +46,13 @@ class OutputGradients:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
-        # Of a subgraph with several ends, or of one use.
-        self._kept: dict[int, list[tuple[Use, Tensor]]] = {}
+        # Of a subgraph with several ends, or of the parameters of one operation.
+        self._kept: dict[object, list[tuple[Use, Tensor]]] = {}
 
     def add(self, use: Use, gradient: Tensor) -> None:
         """Keep the gradient of a use's output."""
         if not self._parameters.keys().isdisjoint(use.names):
-            key = id(use.subgraph if isinstance(use, SubgraphUse) else use)
+            key = use.subgraph if isinstance(use, SubgraphUse) else (type(use), use.node, use.shape, use.axis)
             self._kept.setdefault(key, []).append((use, gradient))
 
     def attach(self, loss: Tensor, scale: Tensor, masked: Tensor) -> Tensor:
@@ -70,17 +70,21 @@ class OutputGradients:
         # They are formed from the loss downwards; the last node comes first.
         while self._kept:
             _, uses = self._kept.popitem()
-            subgraph = self._subgraph(uses[0][0])
+            subgraph = self._subgraph([use for use, _ in uses])
             form = _WeightedSum(subgraph, uses, scale, masked)
             loss = _Attached.apply(loss, form, *subgraph.parameters.values())
         return loss
 
-    def _subgraph(self, use: Use) -> Subgraph:
-        """Return what lies between a use's output and its trainable parameters."""
-        if isinstance(use, SubgraphUse):
-            return use.subgraph
-        parameters = {name: p for name, p in self._parameters.items() if name in use.names}
-        return Subgraph(parameters, ((use.node, use.output_nr),), use.beside)
+    def _subgraph(self, uses: list[Use]) -> Subgraph:
+        """Return what lies between the output of uses of one kind and their trainable parameters."""
+        first = uses[0]
+        if isinstance(first, SubgraphUse):
+            return first.subgraph
+        names = [name for use in uses for name in use.names if name in self._parameters]
+        # What is beside one parameter may be where another one enters.
+        beside = [node for node in first.beside if all(node in use.beside for use in uses)]  # type: ignore[union-attr]
+        parameters = {name: self._parameters[name] for name in names}
+        return Subgraph(parameters, ((first.node, first.output_nr),), tuple(beside))
 
 
 class _WeightedSum:
@@ -93,6 +97,8 @@ class _WeightedSum:
     def __call__(self, factor: Tensor) -> list[Tensor | None]:
         seeds: dict[End, Tensor] = {}
         for use, gradient in self._uses:
+            if (use.node, use.output_nr) in seeds:
+                continue
             rows = gate_rows(gradient.reshape(use.shape).movedim(use.axis, 0), self._scale * factor, self._masked)
             seeds[use.node, use.output_nr] = rows.movedim(0, use.axis).reshape(gradient.shape)
         found = self._subgraph.gradients(seeds)
