@@ -1,5 +1,6 @@
 """``mimic-train``: train a model, with or without Grad-Mimic, from a Hydra configuration."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lightning_mimic.data import CachedFeatures
 from lightning_mimic.errors import MimicError, nearest_names
 from lightning_mimic.reference import refuse_module_on_features
 from lightning_mimic.reference.read_file import read_file
+from lightning_mimic.stores import path_of
 from lightning_mimic.user_files import user_path
 
 
@@ -48,7 +50,7 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
             if isinstance(callback, GradMimic):
                 refuse_module_on_features(callback.settings.reference)
     if config.save_epochs_to:
-        callbacks.append(_every_epoch(Path(config.save_epochs_to).expanduser(), resumed=resume is not None))
+        callbacks.append(_every_epoch(path_of(config.save_epochs_to, "save_epochs_to"), resumed=resume is not None))
     logger = instantiate(config.logger) if config.get("logger") else False
     trainer: L.Trainer = instantiate(config.trainer, callbacks=callbacks, logger=logger)
     if trainer.accumulate_grad_batches < 1:
@@ -56,12 +58,12 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
     for each in trainer.loggers:
         # Plain containers: a checkpoint must not hold objects that need code to be read.
         each.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
-    trainer.fit(model, datamodule=data, ckpt_path=resume)
+    trainer.fit(model, datamodule=data, ckpt_path=None if resume is None else os.fspath(resume))
     _check_trained(trainer)
     if config.test:
         trainer.test(model, datamodule=data)
     if save_to is not None and not config.trainer.get("fast_dev_run"):
-        trainer.save_checkpoint(save_to)
+        trainer.save_checkpoint(os.fspath(save_to))
     return trainer
 
 
@@ -71,7 +73,7 @@ def _every_epoch(directory: Path, *, resumed: bool) -> ModelCheckpoint:
     if there and not resumed:
         raise MimicError(f"`save_epochs_to`: {there[0]} is there already, of another run; name another directory.")
     return ModelCheckpoint(
-        directory,
+        os.fspath(directory),
         "{epoch:03d}",
         auto_insert_metric_name=False,
         save_top_k=-1,
@@ -85,7 +87,7 @@ def _existing(resume: str | None) -> tuple[Path | None, Mapping[str, Any]]:
     """Return the path of a checkpoint to go on from, and what it holds."""
     if resume is None:
         return None, {}
-    path = Path(resume).expanduser()
+    path = path_of(resume, "resume")
     if not path.is_file():
         near = nearest_names(path.name, [each.name for each in path.parent.glob("*")])
         raise MimicError(f"`resume`: there is no file {path}; {near}.")

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lightning_mimic.errors import LedgerError
+from lightning_mimic.files import fetched
 from lightning_mimic.ledger.columns import FIRST_COLUMNS, nullable_columns, schema, summarised_columns
 from lightning_mimic.ledger.completeness import listed, missing_rows, rows_in_doubt
 from lightning_mimic.ledger.description import (
@@ -28,6 +29,7 @@ from lightning_mimic.ledger.description import (
 )
 from lightning_mimic.ledger.ids import unified
 from lightning_mimic.ledger.writer import PART_NAME
+from lightning_mimic.stores import as_store_path, path_of
 
 
 class Ledger:
@@ -47,7 +49,7 @@ class Ledger:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+        self.directory = path_of(directory, "ledger")
         meta = read_meta(self.directory)
         if meta is None:
             raise LedgerError(f"{self.directory} holds no ledger (no {META_FILE} in it).")
@@ -165,7 +167,7 @@ class Ledger:
     ) -> tuple[list["_Part"], list[str]]:
         """The parts that hold, and descriptions of those that are damaged."""
         whole, damaged = list[_Part](), list[str]()
-        with ThreadPoolExecutor(_READERS) as pool:
+        with ThreadPoolExecutor(_STORE_READERS if as_store_path(self.directory) else _READERS) as pool:
             looks = []
             for path, match in named:
                 declared = self.meta["attempts"][int(match[2])].get("columns")
@@ -233,7 +235,8 @@ class Ledger:
             raise LedgerError(f"{self.directory} mixes int and str ids; its ranks were given different ones.")
         for part in whole if kind == pa.uint64() else ():
             if part.id_type == pa.int64():
-                lowest = pc.min(pq.read_table(part.path, columns=["id"], partitioning=None)["id"]).as_py()
+                with fetched(part.path) as content:
+                    lowest = pc.min(pq.read_table(content, columns=["id"], partitioning=None)["id"]).as_py()
                 if lowest < 0:
                     raise LedgerError(
                         f"{self.directory}: {part.path.name} has the id {lowest}, and other parts have unsigned ids of "
@@ -299,6 +302,8 @@ class Parts:
 
 #: Reading waits for the disk, and checksums are computed outside the interpreter's lock.
 _READERS = 2
+#: A store answers many requests at once.
+_STORE_READERS = 16
 
 
 @dataclass(frozen=True)
@@ -318,7 +323,10 @@ def _look(
     path: Path, place: tuple[int, int], rows: int, asked: Sequence[str] | None, declared: Sequence[str] | None
 ) -> _Part:
     """Reads a part through, verifying every page's checksum, without keeping it."""
-    with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+    with (
+        fetched(path) as content,
+        pq.ParquetFile(content, page_checksum_verification=True, pre_buffer=False) as file,
+    ):
         form = file.schema_arrow
         known = _known_columns(form, declared)
         if file.metadata.num_rows != rows:
@@ -341,9 +349,10 @@ def _look(
 def _last_batch(path: Path) -> tuple[int, int, int] | None:
     """Epoch, step and batch of a part's last row; ``None`` if it cannot be read."""
     try:
-        table = pq.read_table(
-            path, columns=["epoch", "step", "batch"], partitioning=None, page_checksum_verification=True
-        )
+        with fetched(path) as content:
+            table = pq.read_table(
+                content, columns=["epoch", "step", "batch"], partitioning=None, page_checksum_verification=True
+            )
     except (OSError, ValueError, KeyError, pa.ArrowException):
         return None
     last = table.slice(table.num_rows - 1).to_pylist()
@@ -383,8 +392,9 @@ def _known_columns(form: pa.Schema, declared: Sequence[str] | None) -> list[str]
 
 def _rows(path: Path, form: pa.Schema) -> pa.Table:
     """A part's rows with all known columns, null where it lacks one."""
-    there = set(pq.read_schema(path).names)
-    table = pq.read_table(path, columns=[name for name in form.names if name in there], partitioning=None)
+    with fetched(path) as content:
+        there = set(pq.read_schema(content).names)
+        table = pq.read_table(content, columns=[name for name in form.names if name in there], partitioning=None)
     columns = [
         table[field.name].cast(field.type) if field.name in there else pa.nulls(table.num_rows, field.type)
         for field in form
