@@ -279,10 +279,12 @@ class StorePath:
         names = (self / name for name in self._run(found))
         yield from (each for each in names if fnmatch.fnmatchcase(each.name, pattern))
 
-    def open(self, mode: str = "rb", encoding: str | None = None, newline: str | None = None) -> IO[Any]:
+    def open(self, mode: str = "r", encoding: str | None = None, newline: str | None = None) -> IO[Any]:
         """Open it for reading: its copy, or the bytes on the store, of which no more are fetched than are read."""
         if self._copy is not None:
             return self._copy.open(mode, encoding=encoding, newline=newline)
+        if mode != "rb":
+            raise ValueError(f"{self} is read as bytes, or as text once it is fetched")
         return cast(IO[bytes], self._run(lambda system, place: system.open(place, "rb", cache_type="none")))
 
     def read_bytes(self) -> bytes:
