@@ -12,7 +12,6 @@ import pyarrow as pa
 
 from lightning_mimic.errors import CurationError
 from lightning_mimic.files import TemporaryFolder
-from lightning_mimic.stores import as_store_path
 from lightning_mimic.user_files import first_line, writing
 
 #: Told what is being done, and which share of it is.
@@ -45,7 +44,6 @@ class Database:
         if not isinstance(memory, str):
             raise CurationError(f"`memory` is {memory!r}; say it like '2GB'.")
         self._memory = memory
-        self._stores: dict[str, Any] = {}
         self._errors: type[Exception] = duckdb.Error
         with writing("the folder for temporary files"):
             self._spill = TemporaryFolder("mimic-curate-")
@@ -124,17 +122,6 @@ class Database:
         # A failure of the query is not one of the file that its rows are written to.
         with self._own_errors(OSError, pa.ArrowException):
             yield from answer
-
-    def register_store(self, path: Path) -> None:
-        """Make files on a store readable, through fsspec, if the path is on one."""
-        store = as_store_path(path)
-        if store is None:
-            return
-        system = store.filesystem
-        if str(system.protocol) not in self._stores:
-            self.connection.register_filesystem(system)
-        if self._stores.setdefault(str(system.protocol), system) != system:
-            raise CurationError(f"{path} is on another host than what is read beside it; copy one of the two.")
 
     def columns(self, table: str) -> dict[str, str]:
         """Names and DuckDB's types of a table's columns."""

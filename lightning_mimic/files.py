@@ -191,7 +191,22 @@ def fetched(path: Path) -> Iterator[Path]:
         yield path
         return
     with TemporaryFolder("lightning-mimic-get-") as folder:
-        yield cast(Path, store.fetch(folder.path / "content"))
+        yield copied(path, folder.path / "content")
+
+
+def copied(path: Path, to: Path) -> Path:
+    """Return a path on a store that is read from a copy on the disk, which is made if it is not there.
+
+    Args:
+        path: From :func:`~lightning_mimic.stores.path_of`, on a store.
+        to: Path of the copy.
+
+    Raises:
+        OSError: The file cannot be fetched.
+    """
+    store = _store(path)
+    assert store is not None
+    return cast(Path, store.at_copy(to) if to.exists() else store.fetch(to))
 
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp", re.DOTALL)

@@ -165,11 +165,6 @@ class StorePath:
         return self._copy is not None
 
     @property
-    def filesystem(self) -> Any:
-        """The file system of fsspec's that it is on."""
-        return url_to_fs(os.fspath(self))[0]
-
-    @property
     def name(self) -> str:
         """The last part."""
         return self._place.name
@@ -308,8 +303,14 @@ class StorePath:
         Raises:
             FileNotFoundError: There is no such file.
         """
-        self._run(lambda system, place: system.get_file(place, str(to)))
-        return StorePath(f"{self}{self._query}", to)
+        half = to.with_name(f"{to.name}.half")
+        self._run(lambda system, place: system.get_file(place, str(half)))
+        half.replace(to)
+        return self.at_copy(to)
+
+    def at_copy(self, copy: Path) -> "StorePath":
+        """Return the path as one that is read from a copy."""
+        return StorePath(f"{self}{self._query}", copy)
 
     def put(self, source: Path, *, exclusive: bool = False) -> None:
         """Give the name to a file's content, whole or not at all.

@@ -96,7 +96,6 @@ class Scores:
             allow_partial=allow_partial,
             advance=lambda done, of: database.report_progress(f"checking {name}", done / of),
         )
-        database.register_store(self.ledger.directory)
         self.samples = f"{name}_samples"
         self.id_type = sql_type(self.parts.id_type)
         self.attempts: list[dict[str, Any]] = [self.ledger.meta["attempts"][n] for n in self.parts.attempts]

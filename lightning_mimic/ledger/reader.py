@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lightning_mimic.errors import LedgerError
-from lightning_mimic.files import fetched
+from lightning_mimic.files import TemporaryFolder, copied, fetched
 from lightning_mimic.ledger.columns import FIRST_COLUMNS, nullable_columns, schema, summarised_columns
 from lightning_mimic.ledger.completeness import listed, missing_rows, rows_in_doubt
 from lightning_mimic.ledger.description import (
@@ -55,6 +55,7 @@ class Ledger:
             raise LedgerError(f"{self.directory} holds no ledger (no {META_FILE} in it).")
         #: The description: the run, and per attempt its configuration and first step.
         self.meta: dict[str, Any] = meta
+        self._copies: TemporaryFolder | None = None
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -70,6 +71,8 @@ class Ledger:
     ) -> "Parts":
         """Return the files that hold, each read through once, so that no damaged page goes unnoticed.
 
+        What is on a store is fetched first, each part by one request, and read from the disk from then on.
+
         Args:
             columns: Names of those whose pages are checked; ``None``: all.
             allow_partial: Read what there is, instead of refusing where parts are damaged or rows missing.
@@ -84,7 +87,7 @@ class Ledger:
                 another directory; or attempts differ in the size of their batches, which weights depend on and scores
                 do not.
         """
-        named = self._named()
+        named = self._on_disk(self._named())
         until, continued = self._lineage({int(match[2]) for _, match in named})
         whole, damaged = self._checked(named, columns, advance)
         attempts, ends = self.meta["attempts"], _ends(whole, until)
@@ -111,6 +114,7 @@ class Ledger:
             recorded=frozenset().union(*(part.recorded for part in held)),
             attempts=left,
             lost=(*missing, *damaged, *in_doubt),
+            copies=self._copies,
         )
 
     def behind(self, attempt: int, scored: tuple[int, int, int]) -> dict[int, str]:
@@ -159,6 +163,18 @@ class Ledger:
             raise LedgerError(f"{self.directory}: parts of attempt {latest}, which its {described} does not know.")
         return named
 
+    def _on_disk(self, named: Sequence[tuple[Path, re.Match[str]]]) -> Sequence[tuple[Path, re.Match[str]]]:
+        """The parts, those on a store with a copy on the disk."""
+        if as_store_path(self.directory) is None:
+            return named
+        try:
+            folder = self._copies = self._copies or TemporaryFolder("lightning-mimic-ledger-")
+            with ThreadPoolExecutor(_STORE_READERS) as pool:
+                paths = list(pool.map(lambda each: copied(each[0], folder.path / each[0].name), named))
+        except OSError as error:
+            raise LedgerError(f"{self.directory} cannot be read: {error}.") from error
+        return [(path, match) for path, (_, match) in zip(paths, named, strict=True)]
+
     def _checked(
         self,
         named: Sequence[tuple[Path, re.Match[str]]],
@@ -167,7 +183,7 @@ class Ledger:
     ) -> tuple[list["_Part"], list[str]]:
         """The parts that hold, and descriptions of those that are damaged."""
         whole, damaged = list[_Part](), list[str]()
-        with ThreadPoolExecutor(_STORE_READERS if as_store_path(self.directory) else _READERS) as pool:
+        with ThreadPoolExecutor(_READERS) as pool:
             looks = []
             for path, match in named:
                 declared = self.meta["attempts"][int(match[2])].get("columns")
@@ -283,6 +299,7 @@ class Parts:
         recorded: Of the columns that were checked, names of the nullable ones with a value in some row.
         attempts: Numbers of those that have rows which hold.
         lost: Descriptions of what is damaged, missing or in doubt, with the rows it held where that is known.
+        copies: Folder of the files' copies on the disk if they are on a store, for as long as this object is there.
     """
 
     paths: tuple[Path, ...]
@@ -293,6 +310,7 @@ class Parts:
     recorded: frozenset[str]
     attempts: tuple[int, ...]
     lost: tuple[str, ...]
+    copies: TemporaryFolder | None = None
 
     @property
     def has_classes(self) -> bool:

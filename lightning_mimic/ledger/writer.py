@@ -147,9 +147,10 @@ class LedgerWriter:
                 pq.write_table(table, file, compression="zstd", write_page_checksum=True, write_statistics=False)
         except OSError as error:
             if self._failed:
+                fix = "Restore the access to it" if as_store_path(self._directory) else "Free the disk"
                 raise LedgerError(
                     f"`ledger`: {table.num_rows} rows could not be written to {self._directory}, twice in a row: "
-                    f"{error}. Free the disk, or train without a ledger."
+                    f"{error}. {fix}, or train without a ledger."
                 ) from error
             self._failed = True
             return

@@ -30,7 +30,12 @@ class _Forwards(BaseHTTPRequestHandler):
     server: "Proxy"
 
     def _forward(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length // 2)
+        self.server.half_way(self.command)
+        body += self.rfile.read(length - len(body))
+        if len(body) < length:
+            return
         fault = self.server.next_fault(self.command, self.path)
         if fault == CLOSE:
             self.close_connection = True
@@ -43,9 +48,8 @@ class _Forwards(BaseHTTPRequestHandler):
         server.request(self.command, self.path, body, dict(self.headers.items()))
         reply = server.getresponse()
         content = reply.read()
-        length = reply.getheader("Content-Length") if self.command == "HEAD" else None
         headers = [(k, v) for k, v in reply.getheaders() if k.lower() not in _HOP]
-        self._answer(reply.status, headers, content, length)
+        self._answer(reply.status, headers, content, reply.getheader("Content-Length"))
         server.close()
 
     def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes, length: str | None = None) -> None:
@@ -71,6 +75,7 @@ class Proxy(ThreadingHTTPServer):
     Attributes:
         url: Its address.
         requests: How many of each method there were.
+        half_way: Called with the method of a request of which half is read.
         fault: Given the number of a request, its method and its path, what befalls it: CLOSE, BUSY or nothing.
     """
 
@@ -89,6 +94,7 @@ class Proxy(ThreadingHTTPServer):
     def heal(self) -> None:
         """Count from zero, and let nothing fail."""
         self.requests: Counter[str] = Counter()
+        self.half_way: Callable[[str], None] = lambda method: None
         self.fault: Callable[[int, str, str], str | None] = lambda number, method, path: None
 
     def go_away(self, seconds: float) -> None:
@@ -108,7 +114,8 @@ class Proxy(ThreadingHTTPServer):
 @contextlib.contextmanager
 def object_store() -> Iterator[Proxy]:
     """Start the server and the proxy, and give the environment its address and credentials."""
-    with subprocess.Popen([sys.executable, "-c", SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-c", SERVE], **pipes) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         host, port = process.stdout.readline().split()
