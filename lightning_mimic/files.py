@@ -206,7 +206,11 @@ def copied(path: Path, to: Path) -> Path:
     """
     store = _store(path)
     assert store is not None
-    return cast(Path, store.at_copy(to) if to.exists() else store.fetch(to))
+    if not to.exists():
+        half = to.with_name(f"{to.name}.half")
+        store.fetch(half)
+        os.replace(half, to)
+    return cast(Path, store.at_copy(to))
 
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp", re.DOTALL)

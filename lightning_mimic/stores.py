@@ -303,9 +303,7 @@ class StorePath:
         Raises:
             FileNotFoundError: There is no such file.
         """
-        half = to.with_name(f"{to.name}.half")
-        self._run(lambda system, place: system.get_file(place, str(half)))
-        half.replace(to)
+        self._run(lambda system, place: system.get_file(place, str(to)))
         return self.at_copy(to)
 
     def at_copy(self, copy: Path) -> "StorePath":
