@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from lightning_mimic.errors import MimicError, nearest_names
-from lightning_mimic.stores import path_of
+from lightning_mimic.stores import hide_secrets, path_of
 
 
 @contextlib.contextmanager
@@ -88,4 +88,6 @@ def check_inputs_exist(config: DictConfig) -> None:
         if not isinstance(config.paths[name], str):
             raise MimicError(f"`paths.{name}` is {config.paths[name]!r}; expected a path. It is made by: {command}")
         if not path_of(config.paths[name], f"paths.{name}").exists():
-            raise MimicError(f"`paths.{name}`: there is no {config.paths[name]}. It is made by: {command}")
+            raise MimicError(
+                f"`paths.{name}`: there is no {hide_secrets(config.paths[name])}. It is made by: {command}"
+            )

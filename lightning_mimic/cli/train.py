@@ -17,7 +17,7 @@ from lightning_mimic.data import CachedFeatures
 from lightning_mimic.errors import MimicError, nearest_names
 from lightning_mimic.reference import refuse_module_on_features
 from lightning_mimic.reference.read_file import read_file
-from lightning_mimic.stores import path_of
+from lightning_mimic.stores import hide_secrets, path_of
 from lightning_mimic.user_files import user_path
 
 
@@ -57,7 +57,7 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
         raise MimicError(f"`trainer.accumulate_grad_batches` is {trainer.accumulate_grad_batches}; expected 1 or more.")
     for each in trainer.loggers:
         # Plain containers: a checkpoint must not hold objects that need code to be read.
-        each.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+        each.log_hyperparams(OmegaConf.to_container(_without_secrets(config), resolve=True))  # type: ignore[arg-type]
     trainer.fit(model, datamodule=data, ckpt_path=None if resume is None else os.fspath(resume))
     _check_trained(trainer)
     if config.test:
@@ -65,6 +65,13 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
     if save_to is not None and not config.trainer.get("fast_dev_run"):
         trainer.save_checkpoint(os.fspath(save_to))
     return trainer
+
+
+def _without_secrets(config: DictConfig) -> DictConfig:
+    """Return a configuration whose URLs have no signatures."""
+    text = OmegaConf.to_yaml(config, resolve=True)
+    shown = hide_secrets(text)
+    return config if shown == text else OmegaConf.create(shown)  # type: ignore[return-value]
 
 
 def _every_epoch(directory: Path, *, resumed: bool) -> ModelCheckpoint:
