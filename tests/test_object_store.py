@@ -9,12 +9,13 @@ import threading
 import lightning.pytorch as pl
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
 from lightning_mimic import GradMimic, Ledger, MimicError, WithIds, collate_with_ids, stores
 from lightning_mimic.callbacks import AtCheckpoints
 from lightning_mimic.cli.curate import compare_main, curate_main, select_main
-from lightning_mimic.cli.train import train
+from lightning_mimic.cli.train import train, without_secrets
 from lightning_mimic.curation import CurationError, curate
 from lightning_mimic.errors import LedgerError
 from lightning_mimic.ledger import LedgerWriter, open_run
@@ -114,6 +115,15 @@ def test_commands_read_and_write_urls(place, tmp_path, monkeypatch, capsys):
     assert f"{place}/best.parquet: 3 of 8 samples kept" in said
     assert sum(row["keep"] for row in Manifest(f"{place}/best.parquet").table().to_pylist()) == 3
     assert path_of(plot, "x").read_bytes().startswith(b"\x89PNG")
+
+
+def test_loggers_get_no_signature_of_a_url(tmp_path):
+    plain = composed(tmp_path, "experiment=digits_noisy")
+    assert without_secrets(plain) is plain
+    plain.paths.reference = "https://host/ref.ckpt?Signature=1f&b=2"
+    logged = OmegaConf.to_container(without_secrets(plain), resolve=True)
+    assert logged["paths"]["reference"] == logged["mimic"]["reference"] == "https://host/ref.ckpt"
+    assert "1f&" not in str(logged)
 
 
 def write_run(folder, parts=2, size=4):

@@ -57,7 +57,7 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
         raise MimicError(f"`trainer.accumulate_grad_batches` is {trainer.accumulate_grad_batches}; expected 1 or more.")
     for each in trainer.loggers:
         # Plain containers: a checkpoint must not hold objects that need code to be read.
-        each.log_hyperparams(OmegaConf.to_container(_without_secrets(config), resolve=True))  # type: ignore[arg-type]
+        each.log_hyperparams(OmegaConf.to_container(without_secrets(config), resolve=True))  # type: ignore[arg-type]
     trainer.fit(model, datamodule=data, ckpt_path=None if resume is None else os.fspath(resume))
     _check_trained(trainer)
     if config.test:
@@ -67,8 +67,16 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
     return trainer
 
 
-def _without_secrets(config: DictConfig) -> DictConfig:
-    """Return a configuration whose URLs have no signatures."""
+def without_secrets(config: DictConfig) -> DictConfig:
+    """Return a configuration whose URLs have no signatures, for loggers.
+
+    Args:
+        config: Any; it is returned itself if it has none.
+
+    Example:
+        >>> without_secrets(OmegaConf.create({"root": "https://host/a.ckpt?Signature=1f"}))
+        {'root': 'https://host/a.ckpt'}
+    """
     text = OmegaConf.to_yaml(config, resolve=True)
     shown = hide_secrets(text)
     return config if shown == text else OmegaConf.create(shown)  # type: ignore[return-value]
