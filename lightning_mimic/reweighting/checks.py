@@ -89,10 +89,11 @@ def check_start_direction(
             raise MimicError(f"`direction` is 'start', but {why}; leave it out.")
 
 
-def check_keeping(scorer: Scorer, needs: frozenset[Need], reweight: Reweight, uncovered: str) -> None:
+def check_keeping(keep: bool, scorer: Scorer, needs: frozenset[Need], reweight: Reweight, uncovered: str) -> None:
     """Check that a run can form the weighted gradients from kept output gradients.
 
     Args:
+        keep: It is to do so.
         scorer: The scorer.
         needs: The products that scorer and weighting need.
         reweight: What the weights reach.
@@ -109,7 +110,7 @@ def check_keeping(scorer: Scorer, needs: frozenset[Need], reweight: Reweight, un
         (reweight != "all", f"with `reweight={reweight!r}` other parameters than the scored ones keep their gradients"),
         (uncovered != "error", f"with `uncovered={uncovered!r}` some parameters keep their gradients"),
     ):
-        if given:
+        if keep and given:
             raise MimicError(
                 "`keep_output_gradients` saves a second pass where several layers are scored and all gradients are "
                 f"weighted, but {why}; leave it out."

@@ -96,8 +96,7 @@ class Settings:
             raise MimicError("`reweight='target'` weights the target parameters, and this scorer has none.")
         if self.direction == "start":
             check_start_direction(self.make_scores, self.needs, self.reference, self.on_doubtful)
-        if self.keep_output_gradients:
-            check_keeping(self.make_scores, self.needs, self.reweight, self.uncovered)
+        check_keeping(self.keep_output_gradients, self.make_scores, self.needs, self.reweight, self.uncovered)
         if self.on_doubtful == "align" and not self.diagnose_reference:
             raise MimicError("`on_doubtful='align'` needs the diagnosis that `diagnose_reference=False` leaves out.")
 
