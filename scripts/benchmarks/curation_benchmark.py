@@ -40,9 +40,9 @@ def generate(folder: Path, ids: int, epochs: int, rows_per_part: int, seed: int 
     writer, random = LedgerWriter(folder, opened.run, 0, 0), np.random.default_rng(seed)
     wrong = random.random(ids) < WRONG
     for epoch in range(epochs):
-        order = random.permutation(ids)
+        order = random.permutation(np.arange(ids, dtype=np.int32 if ids < 2**31 else np.int64))
         for start in range(0, ids, rows_per_part):
-            members = order[start : start + rows_per_part]
+            members = order[start : start + rows_per_part].astype(np.int64)
             place = np.arange(start, start + len(members))
             score = np.where(wrong[members], -0.5, 0.5) + random.standard_normal(len(members))
             exponentials = np.exp(score)
@@ -62,6 +62,7 @@ def generate(folder: Path, ids: int, epochs: int, rows_per_part: int, seed: int 
                     "flag": pa.DictionaryArray.from_arrays(np.zeros(len(members), np.int8), ["ok"]),
                     "label": members % 1000,
                     "predicted": members % 1000,
+                    "posterior": (exponentials / (1 + exponentials)).astype(np.float32),
                 }
             )
             writer.flush()
