@@ -71,7 +71,8 @@ class Ensemble:
             balance = float(table.database.value(f"SELECT avg(good::INT) FROM ({means})"))
             weights, prior, found = self._weights(view, len(votes), balance)
             facts |= found
-        return Decision(_tally(view, votes, weights, prior), f"outvoted ({self.by.replace('_', ' ')})", facts)
+        query, reason = _tally(view, votes, weights, prior), f"outvoted ({self.by.replace('_', ' ')})"
+        return Decision(query, reason, facts, by_sample=all(vote.by_row for vote in votes))
 
     def _good(self, scores: Scores) -> str:
         """SQL for whether a sample's scorings speak for it, of which the label model takes the share beforehand."""
