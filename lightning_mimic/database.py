@@ -157,8 +157,8 @@ class Database:
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise CurationError(
-                f"{what} needs about {needed / 1e9:.3g} GB for temporary files, and the disk of {self.folder.parent} has "
-                f"{free / 1e9:.3g} GB left. Set the environment variable TMPDIR to a folder on a larger disk."
+                f"{what} needs about {needed / 1e9:.3g} GB for temporary files, and the disk of {self.folder.parent} "
+                f"has {free / 1e9:.3g} GB left. Set the environment variable TMPDIR to a folder on a larger disk."
             )
 
     def columns(self, table: str) -> dict[str, str]:

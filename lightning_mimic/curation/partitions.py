@@ -173,7 +173,8 @@ def summarise(database: Database, rows: str, columns: SampleColumns, samples: Pa
     any_odd = bool(database.value("SELECT count(*) FROM partition_odd"))
     if any_odd:
         run(
-            """CREATE OR REPLACE TABLE partition_repeats AS SELECT * FROM partition_rows SEMI JOIN partition_odd USING (id)
+            """CREATE OR REPLACE TABLE partition_repeats AS
+            SELECT * FROM partition_rows SEMI JOIN partition_odd USING (id)
             QUALIFY row_number() OVER (PARTITION BY id, epoch ORDER BY step, batch, rank, position) = 1"""
         )
         run("DELETE FROM partition_samples WHERE id IN (FROM partition_odd)")

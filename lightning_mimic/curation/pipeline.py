@@ -276,10 +276,9 @@ def _pool(data: Scores, pool: str | Path | None) -> list[str] | None:
         files = partitioned(database, "FROM pool", database.folder / "pool", data.partitions, "splitting the pool")
         parts = [parquet(*each) if each else "(FROM pool LIMIT 0)" for each in files]
     unknown, example = 0, None
-    for number, part in enumerate(parts):
-        with data.only(number):
-            others = f"FROM {data.samples} ANTI JOIN {part} AS part USING (id)"
-            count, one = database.row(f"SELECT count(*), min(id) {others}")
+    for number in data.one_at_a_time():
+        others = f"FROM {data.samples} ANTI JOIN {parts[number]} AS part USING (id)"
+        count, one = database.row(f"SELECT count(*), min(id) {others}")
         unknown, example = unknown + count, one if example is None else example
     if unknown:
         raise CurationError(
@@ -298,11 +297,10 @@ def _decide(data: Scores, pool: list[str] | None, decision: Decision, unscored: 
         nobody = f"(SELECT * FROM ({decision.query}) LIMIT 0)"
         opinions = [parquet(*each) if each else nobody for each in files]
     decided = [database.folder / f"decided-{number}.parquet" for number in range(count)]
-    for number, path in enumerate(decided):
+    for number in data.one_at_a_time(last=True):
         database.report_progress("putting together", number / count)
-        with data.only(number):
-            database.copy(_decided(data, None if pool is None else pool[number], decision, opinions[number], unscored), path)
-        data.forget(number)
+        listed = None if pool is None else pool[number]
+        database.copy(_decided(data, listed, decision, opinions[number], unscored), decided[number])
     database.report_progress("putting together", 1.0)
     database.run(f"CREATE VIEW decided AS FROM {parquet(*decided)}")
 

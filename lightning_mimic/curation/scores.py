@@ -1,6 +1,5 @@
 """A ledger's scores as tables: a row per scoring, and a row per sample."""
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -56,11 +55,18 @@ class ScoreTable:
         return f"hash(id) % {max(-(-self.samples // self.sample_size), 1)} = 0"
 
     @cached_property
+    def sample(self) -> str:
+        """Name of a table with the rows of the sampled samples."""
+        name = f"{self.name}_sample"
+        self.database.run(f"CREATE OR REPLACE TABLE {name} AS FROM {self.name} WHERE {self.sampled}", "sampling")
+        return name
+
+    @cached_property
     def sampled_scores(self) -> dict[int, Any]:
         """Scores of the sampled samples in ascending order, by epoch."""
         import numpy as np
 
-        found = self.database.arrays(f"SELECT epoch, score FROM {self.name} WHERE {self.sampled}")
+        found = self.database.arrays(f"SELECT epoch, score FROM {self.sample}")
         return {e: np.sort(found["score"][found["epoch"] == e]) for e in self.epochs if (found["epoch"] == e).any()}
 
 
@@ -147,19 +153,23 @@ class Scores:
         """The number of partitions of the samples, by ``hash(id)`` modulo this number."""
         return len(self._partitions)
 
-    @contextlib.contextmanager
-    def only(self, number: int) -> Iterator[None]:
-        """Restrict all tables to one partition within the context."""
-        self._show(self._partitions[number : number + 1])
-        try:
-            yield
-        finally:
-            self._show(self._partitions)
+    def one_at_a_time(self, *, last: bool = False) -> Iterator[int]:
+        """Restrict all tables to each partition in turn.
 
-    def forget(self, number: int) -> None:
-        """Remove the files with the rows of a partition, to make room; a table with its rows cannot be read any more."""
-        for path in self._partitions[number].files:
-            path.unlink()
+        Args:
+            last: The tables are not needed any more afterwards; the rows of each partition are removed when it has been
+                seen, to make room.
+
+        Yields:
+            The number of the partition.
+        """
+        for number, partition in enumerate(self._partitions):
+            self._show([partition])
+            yield number
+            for path in partition.files if last else ():
+                path.unlink()
+        if not last:
+            self._show(self._partitions)
 
     def _make(self) -> list[Partition]:
         """Sum up the samples, one partition at a time."""
@@ -168,7 +178,7 @@ class Scores:
         folder.mkdir()
         count = partition_count(self.parts, database.memory_bytes())
         rows = rows_of(self.parts, self._columns)
-        found = [()]
+        found: list[tuple[Path, ...]] = [()]
         if count > 1:
             database.require_space(sum(path.stat().st_size for path in self.parts.paths), f"curating {name}")
             found = partitioned(database, rows, folder / "rows", count, f"reading {name}")
