@@ -1,6 +1,7 @@
 """Tables that need not fit into memory, on DuckDB, which nothing else in the package imports."""
 
 import contextlib
+import importlib.metadata
 import re
 import shutil
 import threading
@@ -147,20 +148,6 @@ class Database:
         number, unit = str(self.value("SELECT current_setting('memory_limit')")).split()
         return int(float(number) * 1024 ** _UNITS.index(unit))
 
-    def require_space(self, needed: int, what: str) -> None:
-        """Raise :class:`CurationError` if the disk has no room for temporary files.
-
-        Args:
-            needed: Bytes, as far as they can be known beforehand.
-            what: What they are for.
-        """
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise CurationError(
-                f"{what} needs about {needed / 1e9:.3g} GB for temporary files, and the disk of {self.folder.parent} "
-                f"has {free / 1e9:.3g} GB left. Set the environment variable TMPDIR to a folder on a larger disk."
-            )
-
     def columns(self, table: str) -> dict[str, str]:
         """Names and DuckDB's types of a table's columns."""
         return {row[0]: row[1] for row in self.rows(f"DESCRIBE SELECT * FROM {table}")}
@@ -208,6 +195,27 @@ class Database:
             over.set()
             watcher.join()
         self.report_progress(what, 1.0)
+
+
+def database_version() -> str:
+    """Return DuckDB's version, on which the hashes of ids depend."""
+    return importlib.metadata.version("duckdb")
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raise :class:`CurationError` if a folder's disk has no room.
+
+    Args:
+        folder: Path of the folder.
+        needed: Bytes, as far as they can be known beforehand.
+        what: What needs them.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CurationError(
+            f"{what} needs about {needed / 1e9:.3g} GB of disk in {folder.parent}, which has {free / 1e9:.3g} GB left. "
+            "Free some, or use a larger disk (the environment variable TMPDIR names the folder for temporary files)."
+        )
 
 
 #: Fast to write and to read, for files that only this package reads.

@@ -53,17 +53,15 @@ class Partition:
     """The samples whose ids have one hash, modulo the number of partitions.
 
     Attributes:
-        rows: Their rows, as SQL to select from.
+        rows: Files with their rows; there may be none.
         samples: Parquet file with a row per sample.
         repeats: Parquet file with the rows that count of the samples some of whose rows do not count, or have no score;
             ``None`` if there are no such samples.
-        files: Files that hold the rows, if they are of nobody else's.
     """
 
-    rows: str
+    rows: tuple[Path, ...]
     samples: Path
     repeats: Path | None
-    files: tuple[Path, ...] = ()
 
 
 def partition_count(parts: Parts, memory: int) -> int:
@@ -97,7 +95,7 @@ def rows_of(parts: Parts, columns: SampleColumns) -> str:
     FROM {files} {f"WHERE NOT ({over})" if over else ""}"""
 
 
-def partitioned(database: Database, rows: str, folder: Path, count: int, what: str) -> list[tuple[Path, ...]]:
+def write_partitions(database: Database, rows: str, folder: Path, count: int, what: str) -> list[tuple[Path, ...]]:
     """Write the rows of a query to files by the hash of their ids, and return the files of each partition.
 
     Args:
@@ -112,7 +110,7 @@ def partitioned(database: Database, rows: str, folder: Path, count: int, what: s
 
 
 def partition_files(folder: Path, number: int) -> tuple[Path, ...]:
-    """Return the files of one partition that :func:`partitioned` has written; none where it has no rows."""
+    """Return the files of one partition that :func:`write_partitions` has written; none where it has no rows."""
     return tuple(sorted((folder / f"partition={number}").glob("*.parquet")))
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lightning_mimic.curation.filters import Decision, DecisionRule, Posterior, Sign, checked_rule
-from lightning_mimic.curation.partitions import partitioned
+from lightning_mimic.curation.partitions import write_partitions
 from lightning_mimic.curation.quality import calibrated_quality
 from lightning_mimic.curation.reference_facts import WrongShare, check_verdict, reference_verdict, wrong_share
 from lightning_mimic.curation.scorer_meaning import missing_basis
 from lightning_mimic.curation.scores import Scores
+from lightning_mimic.curation.shares import SharedPartitions
 from lightning_mimic.database import Database, Progress, parquet, quoted
 from lightning_mimic.errors import CurationError, nearest_names
 from lightning_mimic.files import TemporaryFolder, atomic_directory
@@ -78,6 +79,7 @@ def curate(  # noqa: PLR0913
     exports: Sequence[str] = (),
     allow_partial: bool = False,
     accept_verdict: bool = False,
+    partitioned: str | Path | None = None,
     memory: str = "2GB",
     progress: Progress | None = None,
 ) -> Curation:
@@ -98,6 +100,9 @@ def curate(  # noqa: PLR0913
         exports: Beside the manifest: ``"csv"``, ``"datacomp"``, ``"cleanlab"``.
         allow_partial: Read what there is of the ledger, instead of refusing where parts are damaged or rows missing.
         accept_verdict: Decide although the diagnosis found the reference ``doubtful`` or ``unsure``.
+        partitioned: Folder to which the ledger was split and summed up by many processes
+            (:func:`~lightning_mimic.curation.partition_share`, :func:`~lightning_mimic.curation.summarise_partition`);
+            ``None``: that is done here.
         memory: Of the database, which spills the rest to disk.
         progress: Told what is being done.
 
@@ -124,7 +129,8 @@ def curate(  # noqa: PLR0913
     with _temporary() if final is None else _written(final) as made:
         folder = made if isinstance(made, Path) else made.path
         with Database(memory, progress) as database:
-            data = Scores(user_path(ledger, "ledger"), database, allow_partial=allow_partial)
+            shared = None if partitioned is None else SharedPartitions(user_path(partitioned, "partitioned"))
+            data = Scores(user_path(ledger, "ledger"), database, allow_partial=allow_partial, shared=shared)
             place = str(data.ledger.directory)
             verdict = reference_verdict(place, data.attempts)
             check_verdict(place, verdict, accepted=accept_verdict)
@@ -273,7 +279,7 @@ def _pool(data: Scores, pool: str | Path | None) -> list[str] | None:
     settle_ids(database, {"pool": table}, data.id_type)
     parts = ["pool"]
     if data.partitions > 1:
-        files = partitioned(database, "FROM pool", database.folder / "pool", data.partitions, "splitting the pool")
+        files = write_partitions(database, "FROM pool", database.folder / "pool", data.partitions, "splitting the pool")
         parts = [parquet(*each) if each else "(FROM pool LIMIT 0)" for each in files]
     unknown, example = 0, None
     for number in data.one_at_a_time():
@@ -293,7 +299,7 @@ def _decide(data: Scores, pool: list[str] | None, decision: Decision, unscored: 
     database, count = data.database, data.partitions
     opinions = [f"({decision.query})"] * count
     if count > 1 and not decision.by_sample:
-        files = partitioned(database, decision.query, database.folder / "opinions", count, "deciding")
+        files = write_partitions(database, decision.query, database.folder / "opinions", count, "deciding")
         nobody = f"(SELECT * FROM ({decision.query}) LIMIT 0)"
         opinions = [parquet(*each) if each else nobody for each in files]
     decided = [database.folder / f"decided-{number}.parquet" for number in range(count)]

@@ -11,13 +11,14 @@ from lightning_mimic.curation.partitions import (
     Partition,
     SampleColumns,
     partition_count,
-    partitioned,
     rows_in,
     rows_of,
     scored_rows,
     summarise,
+    write_partitions,
 )
-from lightning_mimic.database import Database, parquet, sql_type
+from lightning_mimic.curation.shares import SharedPartitions
+from lightning_mimic.database import Database, parquet, require_space, sql_type
 from lightning_mimic.ledger import Ledger
 
 #: Samples on which clusters, mixtures and the label model are fitted.
@@ -82,8 +83,10 @@ class Scores:
         name: In front of the tables' names.
         allow_partial: Read what there is, instead of refusing where parts are damaged or rows missing.
         sample_size: Of the tables.
+        shared: The ledger's partitions, if they are there already.
 
     Raises:
+        CurationError: ``shared`` is of another ledger, or not complete.
         LedgerError: As for :meth:`lightning_mimic.Ledger.parts`.
 
     Attributes:
@@ -107,14 +110,18 @@ class Scores:
         *,
         allow_partial: bool = False,
         sample_size: int = SAMPLE_SIZE,
+        shared: SharedPartitions | None = None,
     ) -> None:
         self.ledger = Ledger(ledger)
         self.database = database
-        self.parts = self.ledger.parts(
-            READ_COLUMNS,
-            allow_partial=allow_partial,
-            advance=lambda done, of: database.report_progress(f"checking {name}", done / of),
-        )
+        if shared is None:
+            self.parts = self.ledger.parts(
+                READ_COLUMNS,
+                allow_partial=allow_partial,
+                advance=lambda done, of: database.report_progress(f"checking {name}", done / of),
+            )
+        else:
+            self.parts = shared.parts(self.ledger, allow_partial=allow_partial)
         self.samples = f"{name}_samples"
         self.id_type = sql_type(self.parts.id_type)
         self.attempts: list[dict[str, Any]] = [self.ledger.meta["attempts"][n] for n in self.parts.attempts]
@@ -123,7 +130,8 @@ class Scores:
         self.columns = self._columns.names
         self._name = name
         self._sample_size = sample_size
-        self._partitions = self._make()
+        self._shared, self._split = shared, shared is not None
+        self._partitions = self._make() if shared is None else shared.partitions()
         self._show(self._partitions)
         self._count = int(self.database.value(f"SELECT count(*) FROM {self.samples}"))
 
@@ -166,7 +174,7 @@ class Scores:
         for number, partition in enumerate(self._partitions):
             self._show([partition])
             yield number
-            for path in partition.files if last else ():
+            for path in partition.rows if last and self._shared is None else ():
                 path.unlink()
         if not last:
             self._show(self._partitions)
@@ -177,19 +185,19 @@ class Scores:
         folder = database.folder / name
         folder.mkdir()
         count = partition_count(self.parts, database.memory_bytes())
-        rows = rows_of(self.parts, self._columns)
-        found: list[tuple[Path, ...]] = [()]
-        if count > 1:
-            database.require_space(sum(path.stat().st_size for path in self.parts.paths), f"curating {name}")
-            found = partitioned(database, rows, folder / "rows", count, f"reading {name}")
+        found: list[tuple[Path, ...]] = [()]  # the ledger's own files
+        self._split = count > 1
+        if self._split:
+            require_space(folder, sum(path.stat().st_size for path in self.parts.paths), f"curating {name}")
+            found = write_partitions(
+                database, rows_of(self.parts, self._columns), folder / "rows", count, f"reading {name}"
+            )
         made = []
         for number, files in enumerate(found):
             database.report_progress(f"summing up {name}", number / count)
-            source = f"({rows})" if count == 1 else rows_in(files, self._columns, self.parts.id_type)
-            query = scored_rows(source, self._columns, self.parts.id_type)
             samples, repeats = (folder / f"{kind}-{number}.parquet" for kind in ("samples", "repeats"))
-            has_repeats = summarise(database, query, self._columns, samples, repeats)
-            made.append(Partition(source, samples, repeats if has_repeats else None, files))
+            has_repeats = summarise(database, self._scored(files), self._columns, samples, repeats)
+            made.append(Partition(files, samples, repeats if has_repeats else None))
         database.report_progress(f"summing up {name}", 1.0)
         return made
 
@@ -197,13 +205,21 @@ class Scores:
         """Make the views of the rows and samples of partitions."""
         run, name = self.database.run, self._name
         run(f"CREATE OR REPLACE VIEW {self.samples} AS FROM {parquet(*(each.samples for each in partitions))}")
-        files = [path for each in partitions for path in each.files]
-        source = rows_in(files, self._columns, self.parts.id_type) if files else partitions[0].rows
+        files = [path for each in partitions for path in each.rows]
         shown = f"SELECT id, epoch, score, relative_weight, {', '.join(self.columns)}"
-        rows = f"{shown} FROM ({scored_rows(source, self._columns, self.parts.id_type)})"
+        rows = f"{shown} FROM ({self._scored(files)})"
         repeats = [each.repeats for each in partitions if each.repeats is not None]
         if repeats:
             once = parquet(*repeats)
             rows += f""" ANTI JOIN (SELECT DISTINCT id FROM {once}) USING (id) WHERE score IS NOT NULL
             UNION ALL {shown} FROM {once}"""
         run(f"CREATE OR REPLACE VIEW {name}_rows AS {rows} WHERE score IS NOT NULL")
+
+    def _scored(self, files: Sequence[Path]) -> str:
+        """Query for the rows in files of partitions, or in the ledger's if it is not split."""
+        if self._split:
+            same = self._shared is None or self._shared.same_ids
+            source = rows_in(files, self._columns, self.parts.id_type, same_ids=same)
+        else:
+            source = f"({rows_of(self.parts, self._columns)})"
+        return scored_rows(source, self._columns, self.parts.id_type)

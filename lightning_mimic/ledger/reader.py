@@ -108,6 +108,14 @@ class Ledger:
         whole, damaged = self._checked(named[first:last], columns, advance)
         return CheckedParts(tuple(path.name for path, _ in named), tuple(whole), tuple(damaged))
 
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the files, whole or not, in order.
+
+        Raises:
+            LedgerError: Parts of another run, or of attempts that the description does not know.
+        """
+        return tuple(path.name for path, _ in self._named())
+
     def joined(self, checked: Sequence["CheckedParts"], *, allow_partial: bool = False) -> "Parts":
         """Return the files that hold from all shares of the files.
 
