@@ -150,9 +150,7 @@ def test_what_does_not_go_together_is_refused(tmp_path, monkeypatch):
     with pytest.raises(CurationError, match=r"share-0-of-2 is .* its number of partitions was 2, and now it is 3\."):
         partition_share(ledger, folder, 0, 2, 3)
     other = write_run(tmp_path / "other", samples=20, epochs=3)
-    with pytest.raises(
-        CurationError, match=r"holds the rows of another ledger than .*/other, or it has changed since;"
-    ):
+    with pytest.raises(CurationError, match=r"holds the rows of another ledger than .*/other, or it has"):
         curate(other, partitioned=folder)
     with pytest.raises(CurationError, match=r"its ledger's run was "):
         partition_share(other, folder, 1, 2, 2)
