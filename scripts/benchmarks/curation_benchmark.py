@@ -72,21 +72,21 @@ def generate(folder: Path, ids: int, epochs: int, rows_per_part: int, seed: int 
 
 
 def run(method: str, folder: Path, memory: str) -> dict[str, float]:
-    """Curate in this process; returns seconds, and memory (before, at its peak) and temporary files in GiB."""
+    """Curate in this process; returns seconds, and memory and temporary files in GiB."""
     before, temporary = own_memory("VmRSS"), folder / "temporary"
     temporary.mkdir(exist_ok=True)
     tempfile.tempdir = str(temporary)
     with largest_size(temporary) as size:
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         chosen = METHODS[method]
         if chosen is None:
             Ledger(folder / "ledger").parts()
         else:
             with tempfile.TemporaryDirectory(dir=folder) as out:
                 curate(folder / "ledger", chosen, out, memory=memory)
-        seconds = time.perf_counter() - started
+        seconds, used = time.perf_counter() - started, time.process_time() - used
     peak, start = own_memory("VmHWM") / 2**30, before / 2**30
-    return {"seconds": seconds, "peak": peak, "start": start, "disk": max(size) / 2**30}
+    return {"seconds": seconds, "cpu": used, "peak": peak, "start": start, "disk": max(size) / 2**30}
 
 
 @contextlib.contextmanager
@@ -131,13 +131,23 @@ def measure(options: argparse.Namespace) -> Iterator[Report]:
         for method, values in seconds.items():
             times = f"{statistics.median(values):.1f} ({min(values):.1f}–{max(values):.1f})"
             peak, disk = (f"{max(one[each] for one in runs[method]):.2f}" for each in ("peak", "disk"))
+            cpu = f"{statistics.median(one['cpu'] for one in runs[method]):.1f}"
             ratio = "–" if method == once else spread(values, seconds[once], 1)
-            rows.append([method, f"{count:,}", f"{size / 1e9:.2f} GB", times, ratio, peak, disk])
+            rows.append([method, f"{count:,}", f"{size / 1e9:.2f} GB", times, cpu, ratio, peak, disk])
         results[count] = {"bytes": size, "runs": runs}
         caption = (
             f"Median and range of {options.rounds} rounds; ratio to reading once: median and quartiles within rounds. "
             f"The database may hold {options.memory}; peak memory is the process's, "
             "disk the largest size of its temporary files."
         )
-        heads = ("method", "rows", "ledger", "seconds (range)", "of reading once", "peak memory, GiB", "disk, GiB")
+        heads = (
+            "method",
+            "rows",
+            "ledger",
+            "seconds (range)",
+            "CPU seconds",
+            "of reading once",
+            "peak memory, GiB",
+            "disk, GiB",
+        )
         yield Report("curation", heads, rows, caption, results)
