@@ -53,6 +53,7 @@ class Database:
         self.connection = duckdb.connect()
         # Order costs memory; where it matters, a query says so.
         self.connection.execute("SET preserve_insertion_order = false")
+        self.connection.execute("SET enable_progress_bar_print = false")  # it would print in a notebook
         self.connection.execute(f"SET temp_directory = {quoted(str(self.folder))}")
         try:
             self.connection.execute(f"SET memory_limit = {quoted(memory)}")
