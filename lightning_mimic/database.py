@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import os
 import re
 import shutil
 import threading
@@ -240,7 +241,7 @@ def parquet(*paths: Path, by_name: bool = False) -> str:
 
 
 def _literal(path: Path) -> str:
-    return quoted(re.sub(r"[\[*?]", r"[\g<0>]", str(path)))
+    return quoted(re.sub(r"[\[*?]", r"[\g<0>]", os.fspath(path)))
 
 
 def sql_type(kind: pa.DataType) -> str:

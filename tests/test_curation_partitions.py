@@ -154,6 +154,8 @@ def test_what_does_not_go_together_is_refused(tmp_path, monkeypatch):
         curate(other, partitioned=folder)
     with pytest.raises(CurationError, match=r"its ledger's run was "):
         partition_share(other, folder, 1, 2, 2)
+    with pytest.raises(CurationError, match=r"^`out` is memory://.*, on an object store; expected a folder that all "):
+        partition_share(ledger, "memory://shared")
     with pytest.raises(CurationError, match=r"`partition` is 2; expected a whole number from 0 to 1\."):
         summarise_partition(folder, 2)
     for place, call in (

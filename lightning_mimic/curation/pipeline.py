@@ -129,7 +129,7 @@ def curate(  # noqa: PLR0913
     with _temporary() if final is None else _written(final) as made:
         folder = made if isinstance(made, Path) else made.path
         with Database(memory, progress) as database:
-            shared = None if partitioned is None else SharedPartitions(user_path(partitioned, "partitioned"))
+            shared = None if partitioned is None else SharedPartitions(partitioned)
             data = Scores(user_path(ledger, "ledger"), database, allow_partial=allow_partial, shared=shared)
             place = str(data.ledger.directory)
             verdict = reference_verdict(place, data.attempts)
@@ -161,7 +161,7 @@ def curate(  # noqa: PLR0913
                 "diagnosis": f"{verdict}{'' if verdict.stands in (None, 'compatible') else '; decided all the same'}",
                 "filter": repr(chosen),
                 "facts": decision.facts,
-                "pool": None if pool is None else str(pool),
+                "pool": None if pool is None else str(user_path(pool, "pool")),
                 "unscored": {"samples": without, "are": unscored},
                 "lost": list(data.parts.lost),
                 "samples": samples,
@@ -239,7 +239,9 @@ def _require_empty(out: Path) -> Path:
     """The path, unless something is there already."""
     if out.is_symlink():
         raise CurationError(f"`out`: {out} is a symbolic link, and nothing is written through one.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    with writing(out):  # a store may refuse to be asked
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if taken:
         raise CurationError(f"`out`: {out} is there already; name another directory, or delete it.")
     return out
 
@@ -288,7 +290,7 @@ def _pool(data: Scores, pool: str | Path | None) -> list[str] | None:
         unknown, example = unknown + count, one if example is None else example
     if unknown:
         raise CurationError(
-            f"{data.ledger.directory} has scores of {unknown} samples that `pool` {pool} does not list, such as "
+            f"{data.ledger.directory} has scores of {unknown} samples that `pool` {table.path} does not list, such as "
             f"{example!r}. Give the pool that was trained on."
         )
     return parts
@@ -339,7 +341,7 @@ def _no_opinion(database: Database, count: int, samples: int) -> str:
 
 @contextlib.contextmanager
 def _written(out: Path) -> Iterator[Path]:
-    with writing(out), atomic_directory(out) as folder:
+    with writing(out), atomic_directory(out, "manifest.parquet") as folder:
         yield folder
 
 

@@ -30,6 +30,7 @@ from lightning_mimic.errors import CurationError
 from lightning_mimic.files import atomic_directory
 from lightning_mimic.ledger import CheckedPart, CheckedParts, Ledger, LedgerError, Parts, summarised_columns
 from lightning_mimic.ledger.ids import unified
+from lightning_mimic.stores import as_store_path
 from lightning_mimic.user_files import first_line, user_path, writing
 
 _FACTS = "facts.json"
@@ -77,7 +78,7 @@ def partition_share(  # noqa: PLR0913
             raise CurationError(f"`{name}` is {value!r}; expected a whole number of {least} or more.")
     if share >= shares:
         raise CurationError(f"`share` is {share}, and there are {shares} shares; they are numbered from 0.")
-    source, folder = Ledger(user_path(ledger, "ledger")), user_path(out, "out")
+    source, folder = Ledger(user_path(ledger, "ledger")), _folder(out, "out")
     final = _share(folder, share, shares)
     facts: dict[str, Any] = {"partitions": partitions, **_of_ledger(source)}
     if final.exists():
@@ -131,7 +132,7 @@ def summarise_partition(
             ...
         lightning_mimic.errors.CurationError: nowhere holds no shares of a ledger's rows (mimic-partition writes them).
     """
-    shared = SharedPartitions(user_path(partitioned, "partitioned"))
+    shared = SharedPartitions(partitioned)
     if type(partition) is not int or not 0 <= partition < shared.count:
         raise CurationError(f"`partition` is {partition!r}; expected a whole number from 0 to {shared.count - 1}.")
     final = shared.samples(partition)
@@ -152,7 +153,7 @@ class SharedPartitions:
     """A folder with all shares of a ledger's rows, by partition.
 
     Args:
-        folder: That :func:`partition_share` wrote to.
+        partitioned: Folder that :func:`partition_share` wrote to.
 
     Raises:
         CurationError: Missing shares, by name, or shares that do not go together.
@@ -164,8 +165,8 @@ class SharedPartitions:
         same_ids: The shares' files have ids of one type.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, partitioned: str | Path) -> None:
+        self._folder = folder = _folder(partitioned, "partitioned")
         found = sorted(folder.glob("share-*-of-*")) if folder.is_dir() else []
         if not found:
             raise CurationError(f"{folder} holds no shares of a ledger's rows (mimic-partition writes them).")
@@ -246,6 +247,14 @@ class SharedPartitions:
             repeats = folder / "repeats.parquet"
             made.append(Partition(self.rows(number), folder / "samples.parquet", repeats if repeats.exists() else None))
         return made
+
+
+def _folder(path: str | Path, argument: str) -> Path:
+    """Return the path of a folder on a disk: a store does not rename what is complete."""
+    folder = user_path(path, argument)
+    if as_store_path(folder):
+        raise CurationError(f"`{argument}` is {folder}, on an object store; expected a folder that all machines see.")
+    return folder
 
 
 def _share(folder: Path, number: int, count: int) -> Path:
