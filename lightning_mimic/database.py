@@ -1,8 +1,10 @@
 """Tables that need not fit into memory, on DuckDB, which nothing else in the package imports."""
 
 import contextlib
+import importlib.metadata
 import os
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -47,10 +49,13 @@ class Database:
         self._errors: type[Exception] = duckdb.Error
         with writing("the folder for temporary files"):
             self._spill = TemporaryFolder("mimic-curate-")
+        #: For files that are only needed as long as the database is open.
+        self.folder = self._spill.path
         self.connection = duckdb.connect()
         # Order costs memory; where it matters, a query says so.
         self.connection.execute("SET preserve_insertion_order = false")
-        self.connection.execute(f"SET temp_directory = {quoted(str(self._spill.path))}")
+        self.connection.execute("SET enable_progress_bar_print = false")  # it would print in a notebook
+        self.connection.execute(f"SET temp_directory = {quoted(str(self.folder))}")
         try:
             self.connection.execute(f"SET memory_limit = {quoted(memory)}")
             if not re.match(r"\s*[0-9]", memory):  # DuckDB takes a negative size for no limit
@@ -123,6 +128,28 @@ class Database:
         with self._own_errors(OSError, pa.ArrowException):
             yield from answer
 
+    def copy(self, query: str, path: Path, what: str = "") -> None:
+        """Write the answer of a query to a Parquet file."""
+        self.run(f"COPY ({query}) TO {quoted(str(path))} ({_PARQUET}, USE_TMP_FILE false)", what)
+
+    def copy_by(self, query: str, key: str, values: int, folder: Path, what: str = "") -> None:
+        """Write the answer of a query to Parquet files, those of each value of a column into a folder of their own.
+
+        Args:
+            query: The query.
+            key: Name of the column, which is not written; the folders are called ``key=value``.
+            values: About how many different values it has.
+            folder: Made for the folders.
+            what: What this is, for the progress.
+        """
+        self.run(f"SET partitioned_write_max_open_files = {max(values, 100)}")
+        self.run(f"COPY ({query}) TO {quoted(str(folder))} ({_PARQUET}, PARTITION_BY ({named(key)}))", what)
+
+    def memory_bytes(self) -> int:
+        """Return how much the database may hold."""
+        number, unit = str(self.value("SELECT current_setting('memory_limit')")).split()
+        return int(float(number) * 1024 ** _UNITS.index(unit))
+
     def columns(self, table: str) -> dict[str, str]:
         """Names and DuckDB's types of a table's columns."""
         return {row[0]: row[1] for row in self.rows(f"DESCRIBE SELECT * FROM {table}")}
@@ -170,6 +197,32 @@ class Database:
             over.set()
             watcher.join()
         self.report_progress(what, 1.0)
+
+
+def database_version() -> str:
+    """Return DuckDB's version, on which the hashes of ids depend."""
+    return importlib.metadata.version("duckdb")
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raise :class:`CurationError` if a folder's disk has no room.
+
+    Args:
+        folder: Path of the folder.
+        needed: Bytes, as far as they can be known beforehand.
+        what: What needs them.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CurationError(
+            f"{what} needs about {needed / 1e9:.3g} GB of disk in {folder.parent}, which has {free / 1e9:.3g} GB left. "
+            "Free some, or use a larger disk (the environment variable TMPDIR names the folder for temporary files)."
+        )
+
+
+#: Fast to write and to read, for files that only this package reads.
+_PARQUET = "FORMAT parquet, PARQUET_VERSION v2, COMPRESSION lz4_raw"
+_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def parquet(*paths: Path, by_name: bool = False) -> str:

@@ -35,6 +35,8 @@ COMMANDS = {
         "mimic-curate ledger=scores/",
         "filter: ensemble, gmm, kmeans, posterior, sign, threshold",
     ),
+    "partition": ("curate:partition_main", "mimic-partition ledger=scores/ out=partitions", "share: 0"),
+    "summarise": ("curate:summarise_main", "mimic-summarise partitioned=partitions", "partition: 0"),
     "select": ("curate:select_main", "mimic-select 'recipe=", "recipe: ???"),
     "make_shards": ("make_shards", "mimic-make-shards out=clean_shards", "out: outputs/digit_shards"),
     "compare": ("curate:compare_main", "mimic-compare 'manifests=", "manifests: ???"),
@@ -225,6 +227,7 @@ def test_every_experiment_composes_for_scoring(experiment, tmp_path):
 def test_what_a_command_cannot_do_without_is_missing_until_it_is_said(tmp_path):
     needed = {"train": set(), "score": {"checkpoints", "ledger"}, "curate": {"ledger"}}
     needed |= {"select": {"recipe", "out"}, "compare": {"manifests"}, "make_shards": set()}
+    needed |= {"partition": {"ledger"}, "summarise": {"partitioned"}}
     for root in ROOTS:
         assert OmegaConf.missing_keys(composed(tmp_path, root=root)) == needed[root], root
 

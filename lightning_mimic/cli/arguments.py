@@ -14,7 +14,7 @@ _MULTIRUN = frozenset({"-m", "--multirun"})
 
 #: Settings that are paths or names, also where they look like numbers.
 _TEXT = frozenset({"ledger", "out", "output", "reference", "pretrained", "resume", "save_to", "save_epochs_to"})
-_TEXT |= {"features", "keep", "root", "path", "dir", "checkpoints", "default_root_dir", "plot", "shards"}
+_TEXT |= {"features", "keep", "root", "path", "dir", "checkpoints", "default_root_dir", "plot", "shards", "partitioned"}
 
 _FROM_ENVIRONMENT = re.compile(r"\$\{oc\.env:[^{}]*\}")
 _INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)")

@@ -1,4 +1,4 @@
-"""``mimic-curate``, ``mimic-select`` and ``mimic-compare``: from recorded scores to decisions."""
+"""``mimic-curate`` and its steps on many machines, ``mimic-select`` and ``mimic-compare``: scores to decisions."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,7 +11,17 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 from rich.table import Table
 
 from lightning_mimic.cli.command import command
-from lightning_mimic.curation import Comparison, Curation, CurationError, Manifest, compare, curate, select
+from lightning_mimic.curation import (
+    Comparison,
+    Curation,
+    CurationError,
+    Manifest,
+    compare,
+    curate,
+    partition_share,
+    select,
+    summarise_partition,
+)
 
 
 @command("mimic-curate", "curate")
@@ -25,6 +35,22 @@ def curate_main(config: DictConfig) -> None:
     with _progress(console) as progress:
         done = curate(filter=instantiate(config.filter), progress=progress, **settings)
     show(console, done)
+
+
+@command("mimic-partition", "partition")
+def partition_main(config: DictConfig) -> None:
+    """Splits a share of a ledger into partitions."""
+    settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    with _progress(Console()) as progress:
+        print(partition_share(**settings, progress=progress))  # noqa: T201
+
+
+@command("mimic-summarise", "summarise")
+def summarise_main(config: DictConfig) -> None:
+    """Sums up the samples of a partition."""
+    settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    with _progress(Console()) as progress:
+        print(summarise_partition(**settings, progress=progress))  # noqa: T201
 
 
 @command("mimic-select", "select")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_mimic.curation.pipeline import Curation, curate
     from lightning_mimic.curation.reference_facts import WrongShare
     from lightning_mimic.curation.selection import Recipe, select
+    from lightning_mimic.curation.shares import partition_share, summarise_partition
     from lightning_mimic.errors import CurationError
     from lightning_mimic.manifest import Manifest
     from lightning_mimic.metrics import (
@@ -37,6 +38,7 @@ else:
             "lightning_mimic.curation.pipeline": ["Curation", "curate"],
             "lightning_mimic.curation.reference_facts": ["WrongShare"],
             "lightning_mimic.curation.selection": ["Recipe", "select"],
+            "lightning_mimic.curation.shares": ["partition_share", "summarise_partition"],
             "lightning_mimic.errors": ["CurationError"],
             "lightning_mimic.manifest": ["Manifest"],
             "lightning_mimic.metrics": [
@@ -79,5 +81,7 @@ __all__ = [
     "detect",
     "estimate_quality",
     "membership",
+    "partition_share",
     "select",
+    "summarise_partition",
 ]

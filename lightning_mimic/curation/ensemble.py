@@ -1,5 +1,6 @@
 """Many votes on a sample, one per filter and epoch, and what they say together."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -61,17 +62,20 @@ class Ensemble:
             )
         votes = [one.vote(table) for one in self.filters]
         view = replace(table, name=f"{table.name}_votes")
+        by_row = all(vote.by_row for vote in votes)
         columns = ", ".join(f"({vote.keep}) AS v{k}" for k, vote in enumerate(votes))
-        selected = f"SELECT id, epoch, {columns} FROM {table.name}"
-        table.database.run(f"CREATE OR REPLACE VIEW {view.name} AS {selected}")
+        selected = f"SELECT id, epoch, {columns} FROM"
+        table.database.run(f"CREATE OR REPLACE VIEW {view.name} AS {selected} {table.name}")
         facts: dict[str, Any] = {"voters": voters}
         weights, prior = None, 0.0
         if self.by == "label_model":
-            means = f"SELECT {good} AS good FROM {table.name} WHERE {table.sampled} GROUP BY id"
+            means = f"SELECT {good} AS good FROM {table.sample} GROUP BY id"
             balance = float(table.database.value(f"SELECT avg(good::INT) FROM ({means})"))
-            weights, prior, found = self._weights(view, len(votes), balance)
+            sampled = f"{selected} {table.sample}" if by_row else f"FROM {view.name} WHERE {view.sampled}"
+            weights, prior, found = self._weights(view, sampled, len(votes), balance)
             facts |= found
-        return Decision(_tally(view, votes, weights, prior), f"outvoted ({self.by.replace('_', ' ')})", facts)
+        query, reason = _tally(view, votes, weights, prior), f"outvoted ({self.by.replace('_', ' ')})"
+        return Decision(query, reason, facts, by_sample=by_row)
 
     def _good(self, scores: Scores) -> str:
         """SQL for whether a sample's scorings speak for it, of which the label model takes the share beforehand."""
@@ -86,29 +90,38 @@ class Ensemble:
         return "avg(score) >= 0"
 
     def _weights(
-        self, view: ScoreTable, filters: int, balance: float
+        self, view: ScoreTable, sampled: str, filters: int, balance: float
     ) -> tuple[list[dict[bool, dict[int, float]]], float, dict[str, Any]]:
-        """Log odds of each voter's yes and no, by filter and epoch; and those before anyone has voted."""
+        """Log odds of each voter's yes and no, by filter and epoch; and those before anyone has voted.
+
+        Args:
+            view: The votes of all rows.
+            sampled: Query for those of the sampled samples.
+            filters: How many vote.
+            balance: Share of samples to be kept, as known beforehand.
+        """
         import numpy as np
 
         columns = ", ".join(f"coalesce(v{k}::INT, -1) AS v{k}" for k in range(filters))
-        sampled = view.database.arrays(
-            f"SELECT id, epoch, {columns} FROM {view.name} WHERE {view.sampled} ORDER BY id, epoch"
-        )
-        ids, row = np.unique(sampled["id"], return_inverse=True)
-        column = np.searchsorted(view.epochs, sampled["epoch"])
+        found = view.database.arrays(f"SELECT id, epoch, {columns} FROM ({sampled}) ORDER BY id, epoch")
+        ids, row = np.unique(found["id"], return_inverse=True)
+        column = np.searchsorted(view.epochs, found["epoch"])
         votes = np.full((len(ids), filters * len(view.epochs)), -1, dtype=np.int64)
         for k in range(filters):
-            votes[row, k * len(view.epochs) + column] = sampled[f"v{k}"]
+            votes[row, k * len(view.epochs) + column] = found[f"v{k}"]
         model = fit_label_model(votes, balance, self.seed)
+        # Multiples of a power of two, whose sums are exact: the order in which votes are added up decides nothing.
+        largest = abs(model.prior) + float(np.maximum(abs(model.keep), abs(model.drop)).sum())
+        step = 2.0 ** (math.frexp(largest)[1] - 52)
+        keep, drop, prior = (np.round(each / step) * step for each in (model.keep, model.drop, model.prior))
         weights: list[dict[bool, dict[int, float]]] = []
         for k in range(filters):
             part = slice(k * len(view.epochs), (k + 1) * len(view.epochs))
-            yes, no = model.keep[part].tolist(), model.drop[part].tolist()
+            yes, no = keep[part].tolist(), drop[part].tolist()
             weights.append(
                 {True: dict(zip(view.epochs, yes, strict=True)), False: dict(zip(view.epochs, no, strict=True))}
             )
-        return weights, model.prior, {"class_balance": model.balance, "agreement_with_majority": model.agreement}
+        return weights, float(prior), {"class_balance": model.balance, "agreement_with_majority": model.agreement}
 
 
 def _tally(

@@ -21,10 +21,12 @@ class Vote:
     Attributes:
         keep: SQL over the columns of :class:`ScoreTable`: true, false, or null for no opinion.
         reason: Why a row for which it is false goes.
+        by_row: ``keep`` looks at the columns of its own row alone, so that it can be applied to some of the rows.
     """
 
     keep: str
     reason: str
+    by_row: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,15 @@ class Decision:
         reason: Why a sample goes.
         facts: What the decision rests on, for the manifest.
         abstains: Why a sample that has a score has no opinion.
+        by_sample: The query looks at each sample's own rows alone, so that it can be applied to some of the samples;
+            otherwise it must see all at once.
     """
 
     query: str
     reason: str
     facts: dict[str, Any]
     abstains: str = "no vote on it"
+    by_sample: bool = False
 
 
 class DecisionRule(Protocol):
@@ -97,7 +102,7 @@ class Filter(ABC):
         table = scores.means()
         vote = self.vote(table)
         query = f"SELECT id, ({vote.keep}) AS keep, NULL::BIGINT AS votes_keep, NULL::BIGINT AS votes FROM {table.name}"
-        return Decision(query, vote.reason, {})
+        return Decision(query, vote.reason, {}, by_sample=vote.by_row)
 
 
 #: What a filter does, by what it rests on.
@@ -132,7 +137,7 @@ class Sign(Filter):
 
     def vote(self, table: ScoreTable) -> Vote:
         """Score against 0."""
-        return Vote("score >= 0", "mean score below 0")
+        return Vote("score >= 0", "mean score below 0", by_row=True)
 
 
 #: Share of rows above which a posterior that is missing makes a filter refuse.
@@ -170,7 +175,7 @@ class Posterior(Filter):
     def vote(self, table: ScoreTable) -> Vote:
         """Posterior against 0.5."""
         _check_posteriors(table.database, table.name)
-        return Vote("posterior >= 0.5", "posterior below 0.5")
+        return Vote("posterior >= 0.5", "posterior below 0.5", by_row=True)
 
     def decide(self, scores: Scores) -> Decision:
         """Return the vote on the samples' mean posterior, also of those without a score."""
@@ -181,7 +186,7 @@ class Posterior(Filter):
             "SELECT id, posterior >= 0.5 AS keep, NULL::BIGINT AS votes_keep, NULL::BIGINT AS votes "
             f"FROM {scores.samples}"
         )
-        return Decision(query, "mean posterior below 0.5", {}, "no posterior")
+        return Decision(query, "mean posterior below 0.5", {}, "no posterior", by_sample=True)
 
 
 def _check_posteriors(database: Database, table: str, *, most: bool = True) -> None:
@@ -222,7 +227,7 @@ class Threshold(Filter):
 
     def vote(self, table: ScoreTable) -> Vote:
         """Weight against 1/B, to float32's rounding."""
-        return Vote("relative_weight >= 1 - 1e-6", "mean weight below 1/B")
+        return Vote("relative_weight >= 1 - 1e-6", "mean weight below 1/B", by_row=True)
 
 
 @dataclass(frozen=True)
@@ -360,7 +365,7 @@ def _by_cut(table: ScoreTable, cut: Any, reason: str) -> Vote:
         raise CurationError("no sample has a score, so there is nothing to cut.")
     keep = f"score >= {by_epoch(table.epochs, cuts)}"
     (first, *more) = cuts.values()
-    return Vote(keep, reason.format("the cut of its epoch" if more else f"{first:.4g}"))
+    return Vote(keep, reason.format("the cut of its epoch" if more else f"{first:.4g}"), by_row=True)
 
 
 def by_epoch(epochs: tuple[int, ...], values: dict[int, float]) -> str:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lightning_mimic.curation.filters import Decision, DecisionRule, Posterior, Sign, checked_rule
+from lightning_mimic.curation.partitions import write_partitions
 from lightning_mimic.curation.quality import calibrated_quality
 from lightning_mimic.curation.reference_facts import WrongShare, check_verdict, reference_verdict, wrong_share
 from lightning_mimic.curation.scorer_meaning import missing_basis
 from lightning_mimic.curation.scores import Scores
-from lightning_mimic.database import Database, Progress, quoted
+from lightning_mimic.curation.shares import SharedPartitions
+from lightning_mimic.database import Database, Progress, parquet, quoted
 from lightning_mimic.errors import CurationError, nearest_names
 from lightning_mimic.files import TemporaryFolder, atomic_directory
 from lightning_mimic.manifest import EXPORTS, Manifest, checked_exports, write_rows
@@ -77,6 +79,7 @@ def curate(  # noqa: PLR0913
     exports: Sequence[str] = (),
     allow_partial: bool = False,
     accept_verdict: bool = False,
+    partitioned: str | Path | None = None,
     memory: str = "2GB",
     progress: Progress | None = None,
 ) -> Curation:
@@ -97,6 +100,9 @@ def curate(  # noqa: PLR0913
         exports: Beside the manifest: ``"csv"``, ``"datacomp"``, ``"cleanlab"``.
         allow_partial: Read what there is of the ledger, instead of refusing where parts are damaged or rows missing.
         accept_verdict: Decide although the diagnosis found the reference ``doubtful`` or ``unsure``.
+        partitioned: Folder to which the ledger was split and summed up by many processes
+            (:func:`~lightning_mimic.curation.partition_share`, :func:`~lightning_mimic.curation.summarise_partition`);
+            ``None``: that is done here.
         memory: Of the database, which spills the rest to disk.
         progress: Told what is being done.
 
@@ -123,7 +129,8 @@ def curate(  # noqa: PLR0913
     with _temporary() if final is None else _written(final) as made:
         folder = made if isinstance(made, Path) else made.path
         with Database(memory, progress) as database:
-            data = Scores(user_path(ledger, "ledger"), database, allow_partial=allow_partial)
+            shared = None if partitioned is None else SharedPartitions(partitioned)
+            data = Scores(user_path(ledger, "ledger"), database, allow_partial=allow_partial, shared=shared)
             place = str(data.ledger.directory)
             verdict = reference_verdict(place, data.attempts)
             check_verdict(place, verdict, accepted=accept_verdict)
@@ -132,10 +139,10 @@ def curate(  # noqa: PLR0913
             _warn_of_contradiction(quality, wrong)
             for name in exports:
                 EXPORTS[name].check(database, data.samples)
-            all_samples = _all_samples(data, pool)
+            listed = _pool(data, pool)
             share_kept = _share_by_sign(data, chosen)
             decision = chosen.decide(data)
-            _decide(database, data, all_samples, decision, unscored)
+            _decide(data, listed, decision, unscored)
             samples, kept, without, mean, mean_kept = database.row(
                 "SELECT count(*), count_if(keep), count_if(opinion IS NULL), avg(score), avg(score) FILTER (keep) "
                 "FROM decided"
@@ -265,42 +272,62 @@ def _ordered(data: Scores) -> str:
 _CLASSES = ("label", "predicted", "reference_predicted")
 
 
-def _all_samples(data: Scores, pool: str | Path | None) -> str:
-    """All ids there are, as a table; those of the pool must include the ledger's."""
+def _pool(data: Scores, pool: str | Path | None) -> list[str] | None:
+    """The ids of the pool by partition, as tables; those of the ledger must be among them."""
     if pool is None:
-        return f"(SELECT id FROM {data.samples})"
+        return None
     database, table = data.database, Table(user_path(pool, "pool"))
     table.load(database, "pool", {"id": "id"}, "reading the pool")
     settle_ids(database, {"pool": table}, data.id_type)
-    unknown = database.column(f"SELECT id FROM {data.samples} WHERE id NOT IN (SELECT id FROM pool) LIMIT 3")
+    parts = ["pool"]
+    if data.partitions > 1:
+        files = write_partitions(database, "FROM pool", database.folder / "pool", data.partitions, "splitting the pool")
+        parts = [parquet(*each) if each else "(FROM pool LIMIT 0)" for each in files]
+    unknown, example = 0, None
+    for number in data.one_at_a_time():
+        others = f"FROM {data.samples} ANTI JOIN {parts[number]} AS part USING (id)"
+        count, one = database.row(f"SELECT count(*), min(id) {others}")
+        unknown, example = unknown + count, one if example is None else example
     if unknown:
-        count = database.value(f"SELECT count(*) FROM {data.samples} WHERE id NOT IN (SELECT id FROM pool)")
         raise CurationError(
-            f"{data.ledger.directory} has scores of {count} samples that `pool` {table.path} does not list, such as "
-            f"{unknown[0]!r}. Give the pool that was trained on."
+            f"{data.ledger.directory} has scores of {unknown} samples that `pool` {table.path} does not list, such as "
+            f"{example!r}. Give the pool that was trained on."
         )
-    return "pool"
+    return parts
 
 
-def _decide(database: Database, data: Scores, all_samples: str, decision: Decision, unscored: Unscored) -> None:
-    """The table ``decided``: all samples, the filter's opinion, and what is done."""
-    why = decision.reason.replace("'", "''")
-    columns = ", ".join(f"scores.{name}" for name in data.columns)
-    # On its own, so that its sums and the joins do not need their memory at once.
-    database.run(f"CREATE TABLE opinions AS {decision.query}", "deciding")
-    database.run(
-        f"""CREATE TABLE decided AS SELECT all_samples.id, scores.score, coalesce(scores.scorings, 0) AS scorings,
-            scores.relative_weight, {columns}, decision.keep AS opinion, votes_keep, votes,
+def _decide(data: Scores, pool: list[str] | None, decision: Decision, unscored: Unscored) -> None:
+    """The view ``decided``: all samples, the filter's opinion, and what is done."""
+    database, count = data.database, data.partitions
+    opinions = [f"({decision.query})"] * count
+    if count > 1 and not decision.by_sample:
+        files = write_partitions(database, decision.query, database.folder / "opinions", count, "deciding")
+        nobody = f"(SELECT * FROM ({decision.query}) LIMIT 0)"
+        opinions = [parquet(*each) if each else nobody for each in files]
+    decided = [database.folder / f"decided-{number}.parquet" for number in range(count)]
+    for number in data.one_at_a_time(last=True):
+        database.report_progress("putting together", number / count)
+        listed = None if pool is None else pool[number]
+        database.copy(_decided(data, listed, decision, opinions[number], unscored), decided[number])
+    database.report_progress("putting together", 1.0)
+    database.run(f"CREATE VIEW decided AS FROM {parquet(*decided)}")
+
+
+def _decided(data: Scores, pool: str | None, decision: Decision, opinions: str, unscored: Unscored) -> str:
+    """SQL for what is decided about the samples of one partition, with the opinions on them."""
+    source = f"{data.samples} AS scores"
+    if pool is not None:
+        source = f"{pool} AS pool LEFT JOIN {data.samples} AS scores ON pool.id = scores.id"
+    key = "scores" if pool is None else "pool"
+    return f"""SELECT {key}.id, scores.score, coalesce(scores.scorings, 0) AS scorings, scores.relative_weight,
+            {", ".join(f"scores.{name}" for name in data.columns)}, decision.keep AS opinion, votes_keep, votes,
             coalesce(decision.keep, {unscored == "keep"}) AS keep,
             CASE WHEN decision.keep IS NULL THEN coalesce(
-                    'no score: ' || scores.flag, CASE WHEN scores.scorings > 0 THEN '{decision.abstains}' END,
+                    'no score: ' || scores.flag,
+                    CASE WHEN scores.scorings > 0 THEN {quoted(decision.abstains)} END,
                     'never scored')
-                WHEN NOT decision.keep THEN '{why}' END AS reason
-        FROM {all_samples} AS all_samples
-        LEFT JOIN {data.samples} AS scores ON all_samples.id = scores.id
-        LEFT JOIN opinions AS decision ON all_samples.id = decision.id""",
-        "putting together",
-    )
+                WHEN NOT decision.keep THEN {quoted(decision.reason)} END AS reason
+        FROM {source} LEFT JOIN {opinions} AS decision ON {key}.id = decision.id"""
 
 
 def _no_opinion(database: Database, count: int, samples: int) -> str:

@@ -87,33 +87,97 @@ class Ledger:
                 another directory; or attempts differ in the size of their batches, which weights depend on and scores
                 do not.
         """
-        named = self._on_disk(self._named())
-        until, continued = self._lineage({int(match[2]) for _, match in named})
-        whole, damaged = self._checked(named, columns, advance)
+        return self.joined([self.checked(columns, advance=advance)], allow_partial=allow_partial)
+
+    def checked(
+        self,
+        columns: Sequence[str] | None = None,
+        share: int = 0,
+        shares: int = 1,
+        *,
+        advance: Callable[[int, int], None] | None = None,
+    ) -> "CheckedParts":
+        """Read a share of the files through, so that several processes can check a ledger together.
+
+        Args:
+            columns: As for :meth:`parts`.
+            share: Index of the share, from 0; the shares are runs of the files in the order of their names.
+            shares: Number of shares.
+            advance: As for :meth:`parts`.
+
+        Raises:
+            LedgerError: Parts of another run, or of attempts that the description does not know.
+        """
+        named = self._named()
+        first, last = (len(named) * k // shares for k in (share, share + 1))
+        whole, damaged = self._checked(self._on_disk(named[first:last]), columns, advance)
+        return CheckedParts(tuple(path.name for path, _ in named), tuple(whole), tuple(damaged))
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the files, whole or not, in order.
+
+        Raises:
+            LedgerError: Parts of another run, or of attempts that the description does not know.
+        """
+        return tuple(path.name for path, _ in self._named())
+
+    def joined(self, checked: Sequence["CheckedParts"], *, allow_partial: bool = False) -> "Parts":
+        """Return the files that hold from all shares of the files.
+
+        Args:
+            checked: From :meth:`checked`, every share once.
+            allow_partial: As for :meth:`parts`.
+
+        Raises:
+            LedgerError: As for :meth:`parts`.
+        """
+        names = checked[0].names
+        found = [match for match in map(PART_NAME.fullmatch, names) if match]
+        written = [(int(match[2]), int(match[3]), int(match[4]), int(match[5])) for match in found]
+        until, continued = self._lineage({attempt for attempt, *_ in written})
+        whole = [part for share in checked for part in share.whole]
+        damaged = [each for share in checked for each in share.damaged]
         attempts, ends = self.meta["attempts"], _ends(whole, until)
-        written = [(int(match[2]), int(match[3]), int(match[4]), int(match[5])) for _, match in named]
         missing = missing_rows(attempts, written, ends, continued)
         in_doubt = rows_in_doubt(attempts, ends)
         if (damaged or missing) and not allow_partial:
-            faults = [f"{len(damaged)} of {len(named)} parts are damaged: {listed(damaged)}"] if damaged else []
+            faults = [f"{len(damaged)} of {len(names)} parts are damaged: {listed(damaged)}"] if damaged else []
             faults += [f"rows are missing: {listed(missing)}"] if missing else []
             raise LedgerError(f"{self.directory}: {'; and '.join(faults)}. `allow_partial=True` reads the rest.")
         if not whole:
             raise LedgerError(f"{self.directory} holds no rows.")
         if in_doubt and not allow_partial:
-            warnings.warn(f"{self.directory}: {'; '.join(in_doubt)}.", stacklevel=2)
+            warnings.warn(f"{self.directory}: {'; '.join(in_doubt)}.", stacklevel=3)
         left = self._left(whole, until)
+        return self._parts(whole, until, left, (*missing, *damaged, *in_doubt))
+
+    def share_parts(self, checked: "CheckedParts") -> "Parts | None":
+        """Return the files of one share that hold, whatever the others are; ``None`` if there are none.
+
+        Raises:
+            LedgerError: Ids of two types.
+        """
+        until, _ = self._lineage({int(match[2]) for match in map(PART_NAME.fullmatch, checked.names) if match})
+        parts = self._parts(checked.whole, until, (), ())
+        return parts if parts.paths else None
+
+    def _parts(
+        self,
+        whole: Sequence["CheckedPart"],
+        until: Mapping[int, float],
+        attempts: tuple[int, ...],
+        lost: tuple[str, ...],
+    ) -> "Parts":
         held = [part for part in whole if part.first_step < until[part.attempt]]
-        id_type = self._id_type(held)
         return Parts(
             paths=tuple(part.path for part in held),
-            id_type=id_type,
+            id_type=self._id_type(held),
             until={number: int(step) for number, step in until.items() if step < math.inf},
             columns=tuple(each for each in schema(pa.string()).names if any(each in part.columns for part in held)),
             uniform=len({(part.names, part.id_type) for part in held}) == 1,
             recorded=frozenset().union(*(part.recorded for part in held)),
-            attempts=left,
-            lost=(*missing, *damaged, *in_doubt),
+            attempts=attempts,
+            lost=lost,
             copies=self._copies,
         )
 
@@ -180,9 +244,9 @@ class Ledger:
         named: Sequence[tuple[Path, re.Match[str]]],
         columns: Sequence[str] | None,
         advance: Callable[[int, int], None] | None,
-    ) -> tuple[list["_Part"], list[str]]:
+    ) -> tuple[list["CheckedPart"], list[str]]:
         """The parts that hold, and descriptions of those that are damaged."""
-        whole, damaged = list[_Part](), list[str]()
+        whole, damaged = list[CheckedPart](), list[str]()
         with ThreadPoolExecutor(_READERS) as pool:
             looks = []
             for path, match in named:
@@ -223,7 +287,7 @@ class Ledger:
             number = before
         return until, {number: step for number, step in continued.items() if step >= 0}
 
-    def _left(self, whole: Sequence["_Part"], until: Mapping[int, float]) -> tuple[int, ...]:
+    def _left(self, whole: Sequence["CheckedPart"], until: Mapping[int, float]) -> tuple[int, ...]:
         """The attempts with rows that hold, none of which differ in what their scores mean."""
         left = sorted({part.attempt for part in whole if part.first_step < until[part.attempt]})
         if not left:
@@ -240,13 +304,13 @@ class Ledger:
             warnings.warn(
                 f"{self.directory}: its attempts differ in {differing}. Their scores mean the same; their weights are "
                 "over batches of other sizes.",
-                stacklevel=3,
+                stacklevel=4,
             )
         return tuple(left)
 
-    def _id_type(self, whole: Sequence["_Part"]) -> pa.DataType:
+    def _id_type(self, whole: Sequence["CheckedPart"]) -> pa.DataType:
         """The type that holds the ids of all parts."""
-        kind = unified(part.id_type for part in whole)
+        kind = unified(part.id_type for part in whole) if whole else pa.int64()
         if kind is None:
             raise LedgerError(f"{self.directory} mixes int and str ids; its ranks were given different ones.")
         for part in whole if kind == pa.uint64() else ():
@@ -325,7 +389,21 @@ _STORE_READERS = 16
 
 
 @dataclass(frozen=True)
-class _Part:
+class CheckedPart:
+    """A file that was read through and holds.
+
+    Attributes:
+        path: Path of the file.
+        attempt: Number of the attempt that wrote it.
+        rank: Process that wrote it.
+        id_type: Type of its ids.
+        first_step: The lowest of its steps.
+        last_step: The highest of its steps.
+        names: Names of all its columns.
+        columns: Names of the known ones.
+        recorded: As in :class:`Parts`.
+    """
+
     path: Path
     attempt: int
     rank: int
@@ -337,9 +415,24 @@ class _Part:
     recorded: frozenset[str]
 
 
+@dataclass(frozen=True)
+class CheckedParts:
+    """A share of a ledger's files, read through.
+
+    Attributes:
+        names: Names of all files of the ledger, also of the other shares.
+        whole: Those of the share that hold.
+        damaged: Descriptions of those of the share that are damaged.
+    """
+
+    names: tuple[str, ...]
+    whole: tuple[CheckedPart, ...]
+    damaged: tuple[str, ...]
+
+
 def _look(
     path: Path, place: tuple[int, int], rows: int, asked: Sequence[str] | None, declared: Sequence[str] | None
-) -> _Part:
+) -> CheckedPart:
     """Reads a part through, verifying every page's checksum, without keeping it."""
     with (
         fetched(path) as content,
@@ -361,7 +454,7 @@ def _look(
         raise ValueError(f"holds {read} rows")
     found = frozenset(recorded).intersection(nullable_columns())
     names = frozenset(form.names)
-    return _Part(path, *place, form.field("id").type, first_step, last_step, names, frozenset(known), found)
+    return CheckedPart(path, *place, form.field("id").type, first_step, last_step, names, frozenset(known), found)
 
 
 def _last_batch(path: Path) -> tuple[int, int, int] | None:
@@ -377,7 +470,7 @@ def _last_batch(path: Path) -> tuple[int, int, int] | None:
     return (last[0]["epoch"], last[0]["step"], last[0]["batch"]) if last else None
 
 
-def _ends(whole: Sequence[_Part], until: Mapping[int, float]) -> dict[tuple[int, int], float]:
+def _ends(whole: Sequence[CheckedPart], until: Mapping[int, float]) -> dict[tuple[int, int], float]:
     """By attempt and rank, the last step of which rows hold."""
     ends: dict[tuple[int, int], float] = {}
     for part in whole:

@@ -1,0 +1,340 @@
+"""Curation in shares, for many processes or machines: a ledger's rows to partitions, partitions to samples.
+
+A folder that all of them see holds what is done: a folder for each share of the ledger's files with their rows by
+partition, and one for each partition with its samples. Each appears when it is complete, so that what was killed is run
+again, and :func:`~lightning_mimic.curation.curate` takes the folder when all are there.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from lightning_mimic.curation.partitions import (
+    READ_COLUMNS,
+    Partition,
+    SampleColumns,
+    partition_files,
+    rows_in,
+    rows_of,
+    scored_rows,
+    summarise,
+    write_partitions,
+)
+from lightning_mimic.database import Database, Progress, database_version, require_space
+from lightning_mimic.errors import CurationError
+from lightning_mimic.files import atomic_directory
+from lightning_mimic.ledger import CheckedPart, CheckedParts, Ledger, LedgerError, Parts, summarised_columns
+from lightning_mimic.ledger.ids import unified
+from lightning_mimic.stores import as_store_path
+from lightning_mimic.user_files import first_line, user_path, writing
+
+_FACTS = "facts.json"
+_ID_TYPES = {str(kind): kind for kind in (pa.int64(), pa.uint64(), pa.string())}
+
+
+def partition_share(  # noqa: PLR0913
+    ledger: str | Path,
+    out: str | Path,
+    share: int = 0,
+    shares: int = 1,
+    partitions: int = 64,
+    *,
+    allow_partial: bool = False,
+    memory: str = "2GB",
+    progress: Progress | None = None,
+) -> Path:
+    """Check a share of a ledger's files, and write their rows to partitions by a hash of the ids.
+
+    Args:
+        ledger: Recorded scores.
+        out: Folder that all shares write to.
+        share: Index of the share, from 0.
+        shares: Number of shares; the same for all.
+        partitions: Number of partitions; the same for all.
+        allow_partial: Go on where files are damaged; the merge must allow it, too.
+        memory: Of the database, which spills the rest to disk.
+        progress: Told what is being done.
+
+    Returns:
+        The folder of the share. One that is there already, of the same settings, stays as it is.
+
+    Raises:
+        CurationError: Numbers out of range; a share that is there with other settings; too small a disk.
+        LedgerError: A ledger that is not there, or damaged files.
+
+    Example:
+        >>> partition_share("scores", "partitions", share=4, shares=4)
+        Traceback (most recent call last):
+            ...
+        lightning_mimic.errors.CurationError: `share` is 4, and there are 4 shares; they are numbered from 0.
+    """
+    for name, value, least in (("share", share, 0), ("shares", shares, 1), ("partitions", partitions, 1)):
+        if type(value) is not int or value < least:
+            raise CurationError(f"`{name}` is {value!r}; expected a whole number of {least} or more.")
+    if share >= shares:
+        raise CurationError(f"`share` is {share}, and there are {shares} shares; they are numbered from 0.")
+    source, folder = Ledger(user_path(ledger, "ledger")), _folder(out, "out")
+    final = _share(folder, share, shares)
+    facts: dict[str, Any] = {"partitions": partitions, **_of_ledger(source)}
+    if final.exists():
+        _require_same(final, _facts(final), facts)
+        return final
+    with Database(memory, progress) as database:
+        checked = source.checked(
+            READ_COLUMNS, share, shares, advance=lambda done, of: database.report_progress("checking", done / of)
+        )
+        if checked.damaged and not allow_partial:
+            raise LedgerError(
+                f"{source.directory}: {len(checked.damaged)} parts are damaged: {'; '.join(checked.damaged[:3])}. "
+                "`allow_partial=true` reads the rest."
+            )
+        held = source.share_parts(checked)
+        facts |= {
+            "id_type": None if held is None else str(held.id_type),
+            "recorded": [] if held is None else sorted(held.recorded),
+            "whole": [_as_json(part) for part in checked.whole],
+            "damaged": list(checked.damaged),
+        }
+        with writing(final), atomic_directory(final) as made:
+            if held is not None:
+                require_space(made, sum(path.stat().st_size for path in held.paths), f"share {share}")
+                columns = SampleColumns.among([each.name for each in summarised_columns()])
+                write_partitions(database, rows_of(held, columns), made / "rows", partitions, "partitioning")
+            _write_facts(made, facts)
+    return final
+
+
+def summarise_partition(
+    partitioned: str | Path, partition: int = 0, *, memory: str = "2GB", progress: Progress | None = None
+) -> Path:
+    """Sum up the samples of a partition, once all shares are there.
+
+    Args:
+        partitioned: Folder that :func:`partition_share` wrote to.
+        partition: Index of the partition, from 0.
+        memory: Of the database, which spills the rest to disk.
+        progress: Told what is being done.
+
+    Returns:
+        The folder of the partition. One that is there already stays as it is.
+
+    Raises:
+        CurationError: Missing shares, by name; shares that do not go together; a damaged file; no such partition.
+
+    Example:
+        >>> summarise_partition("nowhere")
+        Traceback (most recent call last):
+            ...
+        lightning_mimic.errors.CurationError: nowhere holds no shares of a ledger's rows (mimic-partition writes them).
+    """
+    shared = SharedPartitions(partitioned)
+    if type(partition) is not int or not 0 <= partition < shared.count:
+        raise CurationError(f"`partition` is {partition!r}; expected a whole number from 0 to {shared.count - 1}.")
+    final = shared.samples(partition)
+    if final.exists():
+        return final
+    files = shared.rows(partition)
+    with Database(memory, progress) as database, writing(final), atomic_directory(final) as made:
+        database.report_progress("summing up", 0.0)
+        rows = rows_in(files, shared.columns, shared.id_type, same_ids=shared.same_ids)
+        query = scored_rows(rows, shared.columns, shared.id_type)
+        summarise(database, query, shared.columns, made / "samples.parquet", made / "repeats.parquet")
+        _write_facts(made, {})
+        database.report_progress("summing up", 1.0)
+    return final
+
+
+class SharedPartitions:
+    """A folder with all shares of a ledger's rows, by partition.
+
+    Args:
+        partitioned: Folder that :func:`partition_share` wrote to.
+
+    Raises:
+        CurationError: Missing shares, by name, or shares that do not go together.
+
+    Attributes:
+        count: Number of partitions.
+        columns: Those that are summed up.
+        id_type: Type of the ids of all shares.
+        same_ids: The shares' files have ids of one type.
+    """
+
+    def __init__(self, partitioned: str | Path) -> None:
+        self._folder = folder = _folder(partitioned, "partitioned")
+        found = sorted(folder.glob("share-*-of-*")) if folder.is_dir() else []
+        if not found:
+            raise CurationError(f"{folder} holds no shares of a ledger's rows (mimic-partition writes them).")
+        count = found[0].name.rpartition("-")[2]
+        others = [path for path in found if path.name.rpartition("-")[2] != count]
+        if others:
+            raise CurationError(
+                f"{folder} holds shares of two partitionings, {found[0].name} and {others[0].name}; remove those that "
+                "do not belong there."
+            )
+        self._shares = [_share(folder, number, int(count)) for number in range(int(count))]
+        _require(folder, self._shares, "shares", "mimic-partition")
+        self._facts = [_facts(path) for path in self._shares]
+        for path, facts in zip(self._shares, self._facts, strict=True):
+            _require_same(path, facts, self._facts[0])
+        if self._facts[0]["database"] != database_version():
+            raise CurationError(
+                f"{folder} was made with DuckDB {self._facts[0]['database']}, and this is {database_version()}, which "
+                "may hash ids in another way. Use one version for all."
+            )
+        self.count: int = self._facts[0]["partitions"]
+        types = {facts["id_type"] for facts in self._facts} - {None}
+        kind = unified(_ID_TYPES[each] for each in types) if types else pa.int64()
+        if kind is None:
+            raise CurationError(f"{folder} mixes int and str ids; the ledger's ranks were given different ones.")
+        self.id_type: pa.DataType = kind
+        self.same_ids = len(types) == 1
+        self.columns = SampleColumns.among({name for facts in self._facts for name in facts["recorded"]})
+
+    def samples(self, number: int) -> Path:
+        """Return the folder with the samples of a partition."""
+        return self._folder / f"partition-{number}-of-{self.count}"
+
+    def rows(self, number: int) -> tuple[Path, ...]:
+        """Return the files with the rows of a partition, each of which has its checksum.
+
+        Raises:
+            CurationError: A damaged file.
+        """
+        files = [(share, path) for share in self._shares for path in partition_files(share / "rows", number)]
+        for share, path in files:
+            _verify(share, path, self._facts[self._shares.index(share)])
+        return tuple(path for _, path in files)
+
+    def parts(self, ledger: Ledger, *, allow_partial: bool) -> Parts:
+        """Return the ledger's files as all shares together have checked them.
+
+        Raises:
+            CurationError: The shares are of another ledger, or it has changed since.
+            LedgerError: As for :meth:`lightning_mimic.Ledger.parts`.
+        """
+        theirs = {name: self._facts[0].get(name) for name in ("run", "files")}
+        if theirs != {name: _of_ledger(ledger)[name] for name in theirs}:
+            raise CurationError(
+                f"{self._folder} holds the rows of another ledger than {ledger.directory}, or it has changed since; "
+                "partition it again, into another folder."
+            )
+        names = ledger.names()
+        checked = [
+            CheckedParts(names, tuple(_from_json(part, ledger) for part in facts["whole"]), tuple(facts["damaged"]))
+            for facts in self._facts
+        ]
+        return ledger.joined(checked, allow_partial=allow_partial)
+
+    def partitions(self) -> list[Partition]:
+        """Return all partitions with their samples.
+
+        Raises:
+            CurationError: Partitions whose samples are missing, by name; a damaged file.
+        """
+        folders = [self.samples(number) for number in range(self.count)]
+        _require(self._folder, folders, "partitions", "mimic-summarise")
+        made = []
+        for number, folder in enumerate(folders):
+            facts = _facts(folder)
+            for name in facts["checksums"]:
+                _verify(folder, folder / name, facts)
+            repeats = folder / "repeats.parquet"
+            made.append(Partition(self.rows(number), folder / "samples.parquet", repeats if repeats.exists() else None))
+        return made
+
+
+def _folder(path: str | Path, argument: str) -> Path:
+    """Return the path of a folder on a disk: a store does not rename what is complete."""
+    folder = user_path(path, argument)
+    if as_store_path(folder):
+        raise CurationError(f"`{argument}` is {folder}, on an object store; expected a folder that all machines see.")
+    return folder
+
+
+def _share(folder: Path, number: int, count: int) -> Path:
+    return folder / f"share-{number}-of-{count}"
+
+
+def _require(folder: Path, paths: Sequence[Path], kind: str, command: str) -> None:
+    """Raise :class:`CurationError` unless all of these are there."""
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CurationError(
+            f"{folder}: {len(missing)} of {len(paths)} {kind} are missing: {', '.join(missing[:3])}{more}. Run "
+            f"{command} for them."
+        )
+
+
+def _of_ledger(ledger: Ledger) -> dict[str, Any]:
+    """What all shares of a ledger have in common."""
+    names = "\n".join(ledger.names())
+    return {
+        "database": database_version(),
+        "run": ledger.meta["run"],
+        "files": hashlib.sha256(names.encode()).hexdigest(),
+    }
+
+
+def _require_same(path: Path, facts: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+    """Raise :class:`CurationError` where a share that is there has other settings than others."""
+    for name in ("run", "files", "database", "partitions"):
+        if facts[name] != others[name]:
+            raise CurationError(
+                f"{path} is there already and does not go with the others: its {_NAMES[name]} was "
+                f"{facts[name]}, and now it is {others[name]}. Partition into another folder, or remove it."
+            )
+
+
+_NAMES = {
+    "run": "ledger's run",
+    "files": "list of the ledger's files (by its SHA-256)",
+    "database": "version of DuckDB",
+    "partitions": "number of partitions",
+}
+
+
+def _write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Note facts in a folder, with the checksums of all its files."""
+    files = sorted(path for path in folder.rglob("*.parquet"))
+    sums = {str(path.relative_to(folder)): _sha256(path) for path in files}
+    (folder / _FACTS).write_text(json.dumps({**facts, "checksums": sums}))
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    try:
+        facts: dict[str, Any] = json.loads((folder / _FACTS).read_text())
+    except (OSError, ValueError) as error:
+        raise CurationError(f"{folder / _FACTS} cannot be read: {first_line(error)}. Remove {folder}.") from error
+    return facts
+
+
+def _verify(folder: Path, path: Path, facts: Mapping[str, Any]) -> None:
+    """Raise :class:`CurationError` unless a file of a folder has the checksum that was noted."""
+    if not path.exists() or _sha256(path) != facts["checksums"].get(str(path.relative_to(folder))):
+        raise CurationError(f"{path} is damaged, as its checksum shows; remove {folder}, and run its job again.")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _as_json(part: CheckedPart) -> dict[str, Any]:
+    sets = {name: sorted(getattr(part, name)) for name in _SETS}
+    return asdict(part) | sets | {"path": part.path.name, "id_type": str(part.id_type)}
+
+
+def _from_json(facts: Mapping[str, Any], ledger: Ledger) -> CheckedPart:
+    sets = {name: frozenset(facts[name]) for name in _SETS}
+    place = {"path": ledger.directory / facts["path"], "id_type": _ID_TYPES[facts["id_type"]]}
+    return CheckedPart(**{**facts, **sets, **place})
+
+
+_SETS = ("names", "columns", "recorded")
