@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from lightning_mimic.data.ids import SampleWithId, collate_with_ids
 from lightning_mimic.data.images import TRANSPARENT
@@ -235,7 +234,8 @@ class PairStream(IterableDataset):
 
     def _images_and_texts(self, samples: list[tuple[Tensor, str]]) -> tuple[Tensor, Tensor]:
         images, captions = zip(*samples, strict=True)
-        return torch.stack(images), self.config.tokenizer(list(captions))
+        # In a worker this writes the batch into shared memory, where torch.stack would leave it to be copied.
+        return default_collate(images), self.config.tokenizer(list(captions))
 
 
 def no_pairs(config: ShardReaderConfig) -> MimicError:
