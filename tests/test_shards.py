@@ -485,7 +485,7 @@ REFUSED = {
         "{folder}",
         "`shards`: {folder} is a directory; name its shards. It holds 2 of them, 00000000.tar to 00000001.tar.",
     ),
-    "a strange address": ("s3://bucket/0.tar", "`shards`: 's3://bucket/0.tar' begins with s3:, which cannot be opened"),
+    "a strange address": ("s5://bucket/0.tar", "`shards`: 's5://bucket/0.tar' begins with s5:, which cannot be opened"),
     "a half brace": ("{{0..1.tar", "`shards`: '{{0..1.tar' cannot be expanded: Unbalanced braces"),
 }
 

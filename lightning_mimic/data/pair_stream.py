@@ -235,7 +235,7 @@ class PairStream(IterableDataset):
     def _images_and_texts(self, samples: list[tuple[Tensor, str]]) -> tuple[Tensor, Tensor]:
         images, captions = zip(*samples, strict=True)
         # In a worker this writes the batch into shared memory, where torch.stack would leave it to be copied.
-        return default_collate(images), self.config.tokenizer(list(captions))
+        return default_collate(list(images)), self.config.tokenizer(list(captions))
 
 
 def no_pairs(config: ShardReaderConfig) -> MimicError:
