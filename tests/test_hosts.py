@@ -68,7 +68,8 @@ def launch(folder, commands, address):
         codes = [each.wait(timeout=120) for each in running]
     finally:
         for each in running:
-            each.kill()
+            each.terminate()  # torchrun, which ends its own process
+            each.wait()
     assert codes == [0, 0], "\n".join((host / "errors.txt").read_text()[-3000:] for host in hosts)
     return hosts
 

@@ -343,8 +343,8 @@ def _absent_ranks(attempts: Sequence[Mapping[str, Any]], written: Sequence[tuple
     if not absent:
         return ""
     return (
-        f" No part of {_named_ranks(sorted(absent))} is here: where hosts share no folder, copy the files of each host's "
-        "folder into this one."
+        f" No part of {_named_ranks(sorted(absent))} is here: where hosts share no folder, copy the files of each "
+        "host's folder into this one."
     )
 
 

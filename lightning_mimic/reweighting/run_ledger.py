@@ -69,7 +69,7 @@ class RunLedger:
         self._run, self._attempt, self._token, ids = facts
         self._rank = distributed.rank()
         if self._ranks > 1:
-            _look_at_folder(directory, self._run)
+            _look_at_folder(directory, self._token)
         self.writer = LedgerWriter(directory, self._run, self._attempt, self._rank, ids)
         self._scored: tuple[int, int, int] | None = None
         # A state was given for a checkpoint; the description notes that when the run goes on, as it is saved by then.
@@ -158,7 +158,7 @@ class RunLedger:
         self._noted = by_rank
 
 
-def _look_at_folder(directory: Path, run: str) -> None:
+def _look_at_folder(directory: Path, token: str) -> None:
     """Make the folder on hosts that do not share the first rank's, and have the first rank warn of them."""
 
     def shared() -> bool:
@@ -167,19 +167,18 @@ def _look_at_folder(directory: Path, run: str) -> None:
         except OSError as error:
             raise LedgerError(f"`ledger`: {directory} cannot be made on {platform.node()}: {error}.") from error
         with contextlib.suppress(LedgerError):
-            return bool(Ledger(directory).meta["run"] == run)
+            return bool(Ledger(directory).meta["attempts"][-1].get("token") == token)
         return False
 
-    seen = distributed.gather_objects(
-        (distributed.on_all_ranks(shared, "has no folder for the ledger"), platform.node())
-    )
-    apart = [f"rank {rank} on {host}" for rank, (is_shared, host) in enumerate(seen) if not is_shared]
+    is_shared = distributed.on_all_ranks(shared, "has no folder for the ledger")
+    seen = distributed.gather_objects((is_shared, platform.node()))
+    apart = [f"rank {rank} on {host}" for rank, (sees, host) in enumerate(seen) if not sees]
     if apart and distributed.rank() == 0:
         warnings.warn(
             f"`ledger`: {directory} is not one folder for all ranks: {listed(apart)} cannot see what rank 0 on "
-            f"{seen[0][1]} writes there. Each host keeps its own ranks' rows. To read the ledger, or to resume the run, "
-            "copy the files of each host's folder into the first rank's; a folder that all hosts share, or a URL such "
-            "as s3://bucket/run, needs no copying.",
+            f"{seen[0][1]} writes there. Each host keeps its own ranks' rows. To read the ledger, or to resume the "
+            "run, copy the files of each host's folder into the first rank's; a folder that all hosts share, or a URL "
+            "such as s3://bucket/run, needs no copying.",
             stacklevel=6,
         )
 
