@@ -65,7 +65,7 @@ def launch(folder, commands, address):
         with (host / "errors.txt").open("w") as errors:
             running.append(subprocess.Popen([*command, *torchrun], cwd=host, env=environment, stderr=errors))
     try:
-        codes = [each.wait(timeout=120) for each in running]
+        codes = [each.wait(timeout=300) for each in running]
     finally:
         for each in running:
             each.terminate()  # torchrun, which ends its own process
