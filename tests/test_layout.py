@@ -88,7 +88,7 @@ OPTIONAL = {
     "torchvision": {"data/image_folder.py", "data/torchvision_sets.py", "data/transforms.py", "models/backbones.py"},
     "timm": {"data/transforms.py", "models/backbones.py"},
     "open_clip": {"models/zero_shot.py", "reference/open_clip_hub.py"},
-    "webdataset": {"data/shards.py"},
+    "webdataset": {"data/shard_files.py", "data/shards.py"},
     "PIL": {"data/digit_pairs.py", "data/images.py", "data/labelled.py"},
 }
 TRAINERS = {"lightning", "pytorch_lightning"}

@@ -160,6 +160,16 @@ def test_an_id_that_names_two_pairs_is_refused(name, pipe, tmp_path):
     assert shards[1] in str(caught.value) or name == "a uid twice in a shard"
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_id_in_two_shards_is_found_whichever_workers_read_them(num_workers, tmp_path):
+    shards = [keyed(tmp_path, f"{name}.tar", "7", uid="u") for name in "ab"]
+    data = module([f"pipe:cat {shard}" for shard in shards], num_workers=num_workers, batch_size=1)
+    with pytest.raises(
+        MimicError, match=r"the id 'u' names two pairs: 7 in pipe:cat .*a\.tar and 7 in pipe:cat .*b\.tar"
+    ):
+        list(data.train_dataloader())
+
+
 def test_ids_that_repeat_in_bulk_are_found_in_bounded_memory(monkeypatch):
     monkeypatch.setattr(PairSources, "MOST", 100)
     sources = PairSources(["0.tar", "1.tar"])
@@ -485,7 +495,7 @@ REFUSED = {
         "{folder}",
         "`shards`: {folder} is a directory; name its shards. It holds 2 of them, 00000000.tar to 00000001.tar.",
     ),
-    "a strange address": ("s3://bucket/0.tar", "`shards`: 's3://bucket/0.tar' begins with s3:, which cannot be opened"),
+    "a strange address": ("s5://bucket/0.tar", "`shards`: 's5://bucket/0.tar' begins with s5:, which cannot be opened"),
     "a half brace": ("{{0..1.tar", "`shards`: '{{0..1.tar' cannot be expanded: Unbalanced braces"),
 }
 

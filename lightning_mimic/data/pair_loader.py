@@ -11,6 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_mimic.data.pair_stream import PairStream, ShardReaderConfig, StreamPosition, no_pairs
+from lightning_mimic.data.pairs import Origin
+from lightning_mimic.data.shards import PairSources
 from lightning_mimic.distributed import gather_objects
 from lightning_mimic.files import TemporaryFolder
 from lightning_mimic.random_streams import torch_generator
@@ -54,10 +56,12 @@ class PairLoader:
     _loaded: dict[str, Any] | None = field(default=None, init=False)
     _given: dict[str, Any] | None = field(default=None, init=False)
     _pending: deque[tuple[int, int, int]] = field(default_factory=deque, init=False)
+    _sources: PairSources = field(init=False)
     _running: weakref.ref[Generator[Any, None, None]] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._position = self._start_position = self._start()
+        self._sources = PairSources(self.config.shards)
 
     def __len__(self) -> int:
         if self.batches_per_worker is None:
@@ -87,10 +91,13 @@ class PairLoader:
         self._running = weakref.ref(batches)
         return batches
 
-    def _batches(self, source: Iterator[tuple[int, int, int, Any]]) -> Generator[Any, None, None]:
+    def _batches(self, source: Iterator[tuple[int, int, int, list[Origin], Any]]) -> Generator[Any, None, None]:
         empty = True
-        for slot, given, read, batch in source:
+        for slot, given, read, origins, batch in source:
             empty = False
+            # Here and not in a worker, which sees its own shards only.
+            for name, (shard, key, by_key) in zip(batch.ids, origins, strict=True):
+                self._sources.add(name, shard, key, by_key=by_key)
             self._pending.append((slot, given, read))
             if self.trainer is None:
                 self.advance()

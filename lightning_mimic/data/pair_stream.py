@@ -3,18 +3,26 @@
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from lightning_mimic.data.ids import SampleWithId, collate_with_ids
 from lightning_mimic.data.images import TRANSPARENT
-from lightning_mimic.data.pairs import BrokenPairError, Pair, decode_image, described, id_of, is_verified, pair_of
+from lightning_mimic.data.pairs import (
+    BrokenPairError,
+    Origin,
+    Pair,
+    decode_image,
+    described,
+    id_of,
+    is_verified,
+    pair_of,
+)
 from lightning_mimic.data.rejects import Reason, Rejects, RejectWriter, examples, summary
-from lightning_mimic.data.shards import PairSources, name_in_shards, read_shard
+from lightning_mimic.data.shards import name_in_shards, read_shard
 from lightning_mimic.errors import MimicError
 from lightning_mimic.manifest import KeptIds
 from lightning_mimic.random_streams import stream_seed
@@ -99,19 +107,15 @@ class PairStream(IterableDataset):
     exact: bool
     epoch: int
     position: StreamPosition
-    _sources: PairSources = field(init=False)
 
-    def __post_init__(self) -> None:
-        self._sources = PairSources(self.config.shards)
-
-    def __iter__(self) -> Iterator[tuple[int, int, int, Any]]:
-        """Yield the worker, its batches so far, the pairs read for them, and the batch."""
+    def __iter__(self) -> Iterator[tuple[int, int, int, list[Origin], Any]]:
+        """Yield the worker, its batches so far, the pairs read for them, where the batch's pairs lie, and the batch."""
         info = get_worker_info()
         slot = ((0 if info is None else info.id) + self.position.next_worker) % self.config.workers
         name = f"{self.config.run}-e{self.epoch}-r{self.rank}-w{slot}"
         with RejectWriter(self.config.rejects, name) as reject:
-            for given, read, samples in self._batches(slot, reject):
-                yield slot, given, read, self._collated(samples)
+            for given, read, origins, samples in self._batches(slot, reject):
+                yield slot, given, read, origins, self._collated(samples)
 
     def list_rejects(self) -> int:
         """Read all shards, write what is rejected without decoding images, and return the number of other pairs."""
@@ -120,13 +124,14 @@ class PairStream(IterableDataset):
 
     def _batches(  # noqa: C901 -- one loop whose ends depend on each other
         self, slot: int, reject: RejectWriter
-    ) -> Iterator[tuple[int, int, list[SampleWithId]]]:
+    ) -> Iterator[tuple[int, int, list[Origin], list[SampleWithId]]]:
         given, skipped = self.position.workers[slot]
         expected = None if self.batches_per_worker is None else self.batches_per_worker[slot]
         if self.exact and given == expected:
             return
         shards, size = self._shards(slot), self.config.batch_size
-        batch: list[tuple[int, SampleWithId]] = []  # how many pairs had been read, and the last of them
+        # How many pairs had been read, and where the last of them lies.
+        batch: list[tuple[int, Origin, SampleWithId]] = []
         read = 0
         for number in itertools.count():
             found = False
@@ -141,7 +146,7 @@ class PairStream(IterableDataset):
                     given += 1
                     yield given, *_joined(batch)
                     batch = []
-                batch.append((read, sample))
+                batch.append((read, pair.origin, sample))
                 if (self.exact or number) and given + 1 == expected and len(batch) == size:
                     break
             fills = len(batch) == size if self.exact or number else bool(batch)
@@ -212,7 +217,6 @@ class PairStream(IterableDataset):
                 pair = pair_of(shard, key, name, files, description)
                 if self.config.verify:
                     unverified += not is_verified(pair.image, description)
-                self._sources.add(name, shard, key, by_key=description.get("uid") is None)
                 yield from itertools.repeat(pair, times)
             except BrokenPairError as broken:
                 reject(shard, broken.reason, broken.detail, key=key, id=name)
@@ -221,13 +225,14 @@ class PairStream(IterableDataset):
             reject(shard, Reason.NOT_VERIFIED, detail, found=unverified)
 
     def _sample(self, pair: Pair, reject: RejectWriter) -> SampleWithId | None:
+        shard, key, _ = pair.origin
         try:
             image = decode_image(pair.image, self.config.max_pixels)
         except BrokenPairError as broken:
-            reject(pair.shard, broken.reason, broken.detail, key=pair.key, id=pair.id)
+            reject(shard, broken.reason, broken.detail, key=key, id=pair.id)
             return None
         if TRANSPARENT in image.info:
-            reject(pair.shard, Reason.TRANSPARENT, key=pair.key, id=pair.id)
+            reject(shard, Reason.TRANSPARENT, key=key, id=pair.id)
         return SampleWithId((self.config.transform(image), pair.caption), pair.id)
 
     def _collated(self, samples: list[SampleWithId]) -> Any:
@@ -235,7 +240,8 @@ class PairStream(IterableDataset):
 
     def _images_and_texts(self, samples: list[tuple[Tensor, str]]) -> tuple[Tensor, Tensor]:
         images, captions = zip(*samples, strict=True)
-        return torch.stack(images), self.config.tokenizer(list(captions))
+        # In a worker this writes the batch into shared memory, where torch.stack would leave it to be copied.
+        return default_collate(list(images)), self.config.tokenizer(list(captions))
 
 
 def no_pairs(config: ShardReaderConfig) -> MimicError:
@@ -249,8 +255,8 @@ def no_pairs(config: ShardReaderConfig) -> MimicError:
     )
 
 
-def _joined(batch: list[tuple[int, SampleWithId]]) -> tuple[int, list[SampleWithId]]:
-    return batch[-1][0], [sample for _, sample in batch]
+def _joined(batch: list[tuple[int, Origin, SampleWithId]]) -> tuple[int, list[Origin], list[SampleWithId]]:
+    return batch[-1][0], [origin for _, origin, _ in batch], [sample for _, _, sample in batch]
 
 
 def shards_for_worker(shards: Sequence[str], rank: int, world: int, worker: int, workers: int) -> Sequence[str]:

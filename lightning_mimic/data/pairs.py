@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_mimic.data.images import ImageError, TooManyPixelsError
 from lightning_mimic.data.images import decode_image as decode_any_image
@@ -29,12 +29,19 @@ class BrokenPairError(MimicError):
         self.detail = detail
 
 
+class Origin(NamedTuple):
+    """Where a pair lies, and whether its id comes from there, for want of a ``uid``."""
+
+    shard: str
+    key: str
+    by_key: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
     """A pair whose image is not decoded yet."""
 
-    shard: str
-    key: str
+    origin: Origin
     id: str
     image: bytes
     caption: str
@@ -115,7 +122,8 @@ def pair_of(shard: str, key: str, id: str, files: Mapping[str, bytes], descripti
     image = next((files[suffix] for suffix in IMAGES if suffix in files), None)
     if image is None:
         raise BrokenPairError(Reason.NO_IMAGE, shown(files))
-    return Pair(shard, key, id, image, caption.strip())
+    origin = Origin(shard, key, by_key=description.get("uid") is None)
+    return Pair(origin, id, image, caption.strip())
 
 
 def decode_image(data: bytes, max_pixels: int) -> Any:

@@ -5,15 +5,25 @@ import json
 import re
 import tarfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from lightning_mimic.data.pairs import IMAGES, BrokenPairError, described, id_of, shown
 from lightning_mimic.data.rejects import Reason
+from lightning_mimic.data.shard_files import (
+    check_scheme,
+    contents,
+    is_on_store,
+    local_path,
+    missing_on_store,
+    open_shard,
+)
 from lightning_mimic.errors import MimicError
 
+#: Most shards of one list.
+MAX_SHARDS = 2**22
 #: Tars of at most so many bytes together are counted by their headers where nothing else tells the number of pairs.
 SCANNED_BYTES = 2**31
 # So many pairs without a json in a row, from the start of a shard, mean that it has none.
@@ -44,51 +54,68 @@ def list_shards(shards: str | Sequence[str], argument: str = "shards") -> list[s
         >>> list_shards("pipe:cat {08..10}.tar")
         ['pipe:cat 08.tar', 'pipe:cat 09.tar', 'pipe:cat 10.tar']
     """
-    from webdataset.gopen import gopen_schemes
-    from webdataset.shardlists import expand_urls
-
     if not isinstance(shards, str | Sequence):
         raise MimicError(f"`{argument}` is {shards!r}; expected paths such as 'shards/{{00000000..00000127}}.tar'.")
     found: list[str] = []
     for each in [shards] if isinstance(shards, str) else shards:
-        try:
-            found += expand_urls(str(each))
-        except ValueError as error:
-            raise MimicError(f"`{argument}`: {each!r} cannot be expanded: {error}.") from error
+        found += _expanded(str(each), MAX_SHARDS - len(found), argument)
     if not found:
         raise MimicError(f"`{argument}` is empty; give paths such as 'shards/{{00000000..00000127}}.tar'.")
-    for url in found:
-        if local_path(url) is None and (scheme := urlparse(url).scheme) not in gopen_schemes:
-            known = ", ".join(f"{name}:" for name in gopen_schemes if name != "__default__")
-            raise MimicError(
-                f"`{argument}`: {url!r} begins with {scheme}:, which cannot be opened; a path, or one of {known} "
-                f"(any command can stand after pipe:)."
-            )
+    on_store = [url for url in found if is_on_store(url)]
+    for url in {urlparse(url).scheme: url for url in on_store}.values():
+        check_scheme(url, argument)
     paths = [path for url in found if (path := local_path(url)) is not None]
     folder = next((path for path in paths if path.is_dir()), None)
     if folder is not None:
         raise MimicError(f"`{argument}`: {folder} is a directory; name its shards. It holds {_tars_in(folder)}.")
-    missing = [path for path in paths if not path.exists()]
+    missing = [str(path) for path in paths if not path.exists()]
     if missing:
-        folder = missing[0].parent
-        there = f"holds {_tars_in(folder)}" if folder.is_dir() else "is no directory"
+        folder = Path(missing[0]).parent
+        where = f" {folder} holds {_tars_in(folder)}." if folder.is_dir() else f" {folder} is no directory."
+    else:
+        missing, where = missing_on_store(on_store, argument), ""
+    if missing:
         raise MimicError(
-            f"`{argument}`: {len(missing)} of {len(found)} shards are not there: {', '.join(map(str, missing[:3]))}"
-            f"{' and more' if len(missing) > 3 else ''}. "
-            f"{folder} {there}. Ranges are written {{000..127}}; * is not expanded."
+            f"`{argument}`: {len(missing)} of {len(found)} shards are not there: {', '.join(missing[:3])}"
+            f"{' and more' if len(missing) > 3 else ''}.{where} Ranges are written {{000..127}}; * is not expanded."
         )
     return found
 
 
-def local_path(url: str) -> Path | None:
-    """Where a shard lies on this machine, if it does.
+def _expanded(text: str, most: int, argument: str) -> list[str]:
+    """Expand the ranges of one entry, of which at most so many may come."""
+    from webdataset.shardlists import envsubst, expand_urls
+
+    try:
+        text = envsubst(text)
+        # Before they are expanded: each range is made whole in memory.
+        count = _at_most(text)
+        found: list[str] = expand_urls(text) if count <= most else []
+    except (ValueError, AssertionError) as error:  # the latter of a variable that is not set
+        raise MimicError(f"`{argument}`: {text!r} cannot be expanded: {error}.") from error
+    if count > most:
+        raise MimicError(
+            f"`{argument}`: {text!r} stands for up to {count:,} shards; at most {MAX_SHARDS:,} are taken in all. "
+            "Look at its ranges, or make bigger shards."
+        )
+    return found
+
+
+def _at_most(text: str) -> int:
+    """Multiply the lengths of all ranges and lists in braces; that is too much where some lie within others.
 
     Example:
-        >>> local_path("a/0.tar"), local_path("pipe:cat a/0.tar")
-        (PosixPath('a/0.tar'), None)
+        >>> _at_most("{a,b}/{000..127}.tar"), _at_most("{0..10..5}.tar")
+        (256, 3)
     """
-    parts = urlparse(url)
-    return Path(url) if parts.scheme == "" else Path(parts.path) if parts.scheme == "file" else None
+    count = 1
+    for inside in re.findall(r"\{([^{}]*)\}", text):
+        if match := re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?", inside):
+            first, last, step = (int(each or 1) for each in match.groups())
+            count *= abs(last - first) // (step or 1) + 1
+        else:
+            count *= inside.count(",") + 1
+    return count
 
 
 def shard_name(url: str) -> str:
@@ -191,28 +218,35 @@ def _tars_in(folder: Path) -> str:
 
 
 def stated_counts(shards: Sequence[str]) -> dict[str, int]:
-    """Pairs of each shard, as far as files beside it tell: ``sizes.json``, else img2dataset's ``NAME_stats.json``."""
-    counts, sizes = {}, {}
-    for url in shards:
-        path = local_path(url)
-        if path is None:
-            continue
-        if path.parent not in sizes:
-            sizes[path.parent] = _read_json(path.parent / "sizes.json")
-        count = sizes[path.parent].get(path.name)
-        if count is None:
-            count = _read_json(path.with_name(f"{path.name.split('.')[0]}_stats.json")).get("successes")
-        if isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 2**63:
-            counts[url] = count
-    return counts
+    """Pairs of each shard, as far as files beside it tell: ``sizes.json``, else img2dataset's ``NAME_stats.json``.
+
+    Raises:
+        MimicError: A store does not answer.
+    """
+    places = {url: url.rpartition("/") for url in shards if is_on_store(url)}
+    places |= {url: (str(path.parent), "/", path.name) for url in shards if (path := local_path(url)) is not None}
+    sizes = _objects(f"{folder}/sizes.json" for folder, _, _ in places.values())
+    counts: dict[str, Any] = {url: sizes[f"{folder}/sizes.json"].get(name) for url, (folder, _, name) in places.items()}
+    unknown = {url: places[url] for url, count in counts.items() if count is None}
+    beside = {url: f"{folder}/{name.split('.')[0]}_stats.json" for url, (folder, _, name) in unknown.items()}
+    stats = _objects(beside.values())
+    counts |= {url: stats[name].get("successes") for url, name in beside.items()}
+    return {
+        url: count
+        for url, count in counts.items()
+        if isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 2**63
+    }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}  # then nothing is known, which is no error
-    return content if isinstance(content, dict) else {}
+def _objects(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The objects in json files; an empty one for a file that is not there or holds something else."""
+    names = list(dict.fromkeys(names))
+    objects: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for name, content in contents(names).items():
+        with contextlib.suppress(ValueError):  # then nothing is known, which is no error
+            found = json.loads(content)
+            objects[name] = found if isinstance(found, dict) else {}
+    return objects
 
 
 def scanned_ids(shards: Sequence[str]) -> dict[str, list[str]]:
@@ -292,11 +326,9 @@ def _files(url: str, heads: bool = False) -> Iterator[tuple[str, str, bytes | No
     Content is that of captions, images and json files (with ``heads`` that of json files alone), empty for others,
     and ``None`` for a file with more bytes than are taken. Raises _DamageError where the shard breaks off.
     """
-    from webdataset.gopen import gopen
-
     stream: Any = None
     try:
-        stream = gopen(url, "rb")
+        stream = open_shard(url)
         # A command's output itself: webdataset drops what is left of it once the command has failed.
         source = getattr(stream, "stream", stream)
         with tarfile.open(fileobj=source, mode="r:" if heads else "r|*", tarinfo=_Member) as tar:

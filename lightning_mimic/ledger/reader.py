@@ -52,7 +52,9 @@ class Ledger:
         self.directory = path_of(directory, "ledger")
         meta = read_meta(self.directory)
         if meta is None:
-            raise LedgerError(f"{self.directory} holds no ledger (no {META_FILE} in it).")
+            raise LedgerError(
+                f"{self.directory} holds no ledger (no {META_FILE} in it).{_of_other_ranks(self.directory)}"
+            )
         #: The description: the run, and per attempt its configuration and first step.
         self.meta: dict[str, Any] = meta
         self._copies: TemporaryFolder | None = None
@@ -143,7 +145,10 @@ class Ledger:
         if (damaged or missing) and not allow_partial:
             faults = [f"{len(damaged)} of {len(names)} parts are damaged: {listed(damaged)}"] if damaged else []
             faults += [f"rows are missing: {listed(missing)}"] if missing else []
-            raise LedgerError(f"{self.directory}: {'; and '.join(faults)}. `allow_partial=True` reads the rest.")
+            absent = _absent_ranks(attempts, written)
+            raise LedgerError(
+                f"{self.directory}: {'; and '.join(faults)}. `allow_partial=True` reads the rest.{absent}"
+            )
         if not whole:
             raise LedgerError(f"{self.directory} holds no rows.")
         if in_doubt and not allow_partial:
@@ -428,6 +433,39 @@ class CheckedParts:
     names: tuple[str, ...]
     whole: tuple[CheckedPart, ...]
     damaged: tuple[str, ...]
+
+
+def _of_other_ranks(directory: Path) -> str:
+    """A hint, where a folder has parts and no description, as on hosts that do not share the first rank's folder."""
+    matches = [match for path in directory.glob("*.parquet") if (match := PART_NAME.fullmatch(path.name))]
+    if not matches:
+        return ""
+    ranks, runs = sorted({int(match[3]) for match in matches}), sorted({match[1] for match in matches})
+    return (
+        f" It holds parts of {_named_ranks(ranks)} of run {', '.join(runs)}, whose description the first rank wrote. "
+        "Where hosts share no folder, copy the files of each host's folder into one."
+    )
+
+
+def _absent_ranks(attempts: Sequence[Mapping[str, Any]], written: Sequence[tuple[int, int, int, int]]) -> str:
+    """A hint, where ranks that have rows have no parts, as on a host that does not share their folder."""
+    there = {(attempt, rank) for attempt, rank, _, _ in written}
+    absent = {
+        rank
+        for attempt in {attempt for attempt, _ in there}
+        for rank in range(attempts[attempt].get("ranks", 0))
+        if (attempt, rank) not in there and attempts[attempt].get("rows", {rank: 1})[rank]
+    }
+    if not absent:
+        return ""
+    return (
+        f" No part of {_named_ranks(sorted(absent))} is here: where hosts share no folder, copy the files of each "
+        "host's folder into this one."
+    )
+
+
+def _named_ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed(list(map(str, ranks)))}"
 
 
 def _look(

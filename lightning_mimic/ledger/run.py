@@ -298,7 +298,8 @@ def _check_rows(directory: Path, checkpoint: Checkpoint, scored: tuple[int, int,
         raise LedgerError(
             f"`ledger`: the checkpoint has trained on what attempt {attempt} scored up to step {step} (epoch {epoch}, "
             f"batch {batch}), and {directory} lacks some of these rows: {'; '.join(behind.values())}. Resume from an "
-            "earlier checkpoint, or give another directory as `ledger`."
+            "earlier checkpoint, or give another directory as `ledger`; where hosts share no folder, first copy the "
+            "files of each host's folder into this one."
         )
 
 

@@ -1,5 +1,7 @@
 """The ledger of one run on all its ranks."""
 
+import contextlib
+import platform
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +11,8 @@ import torch
 
 from lightning_mimic import distributed
 from lightning_mimic.errors import LedgerError
-from lightning_mimic.ledger import Checkpoint, LedgerWriter, OpenRun, open_run
+from lightning_mimic.ledger import Checkpoint, Ledger, LedgerWriter, OpenRun, open_run
+from lightning_mimic.ledger.completeness import listed
 from lightning_mimic.reweighting.recorder import Position, ScoreRecorder
 from lightning_mimic.version import __version__
 
@@ -30,6 +33,9 @@ class RunLedger:
 
     Raises:
         LedgerError: See :func:`~lightning_mimic.ledger.open_run`; on all ranks together.
+
+    Warns:
+        UserWarning: The hosts of some ranks do not share the first rank's folder.
     """
 
     def __init__(
@@ -62,6 +68,8 @@ class RunLedger:
             raise LedgerError(facts)
         self._run, self._attempt, self._token, ids = facts
         self._rank = distributed.rank()
+        if self._ranks > 1:
+            _look_at_folder(directory, self._token)
         self.writer = LedgerWriter(directory, self._run, self._attempt, self._rank, ids, token=self._token)
         self._scored: tuple[int, int, int] | None = None
         # A state was given for a checkpoint; the description notes that when the run goes on, as it is saved by then.
@@ -148,6 +156,31 @@ class RunLedger:
         if by_rank != self._noted:
             self.note({"rows": by_rank})
         self._noted = by_rank
+
+
+def _look_at_folder(directory: Path, token: str) -> None:
+    """Make the folder on hosts that do not share the first rank's, and have the first rank warn of them."""
+
+    def shared() -> bool:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LedgerError(f"`ledger`: {directory} cannot be made on {platform.node()}: {error}.") from error
+        with contextlib.suppress(LedgerError):
+            return bool(Ledger(directory).meta["attempts"][-1].get("token") == token)
+        return False
+
+    is_shared = distributed.on_all_ranks(shared, "has no folder for the ledger")
+    seen = distributed.gather_objects((is_shared, platform.node()))
+    apart = [f"rank {rank} on {host}" for rank, (sees, host) in enumerate(seen) if not sees]
+    if apart and distributed.rank() == 0:
+        warnings.warn(
+            f"`ledger`: {directory} is not one folder for all ranks: {listed(apart)} cannot see what rank 0 on "
+            f"{seen[0][1]} writes there. Each host keeps its own ranks' rows. To read the ledger, or to resume the "
+            "run, copy the files of each host's folder into the first rank's; a folder that all hosts share, or a URL "
+            "such as s3://bucket/run, needs no copying.",
+            stacklevel=6,
+        )
 
 
 def _checkpoint(progress: Mapping[str, Any]) -> Checkpoint | None:
