@@ -1,0 +1,392 @@
+"""The report: one self-contained page about a manifest, that opens from disk without a network."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lightning_mimic.database import Database, Progress
+from lightning_mimic.errors import CurationError
+from lightning_mimic.files import atomic_write
+from lightning_mimic.manifest import Manifest
+from lightning_mimic.report.facts import ManifestFacts, Shown, class_name
+from lightning_mimic.report.samples import Render, View, views
+from lightning_mimic.user_files import user_path, writing
+
+#: Rows that a page can search and filter without delay.
+MOST_ROWS = 100_000
+#: Samples whose images or texts a page holds, unless asked otherwise.
+MOST_VIEWS = 1000
+#: A matrix of more classes has cells too small to read; it shows those with the most unlike predictions.
+MOST_CLASSES = 25
+#: Rows of the table of classes.
+_MOST_LISTED = 200
+
+
+def report(  # noqa: PLR0913
+    manifest: str | Path | Manifest,
+    dataset: Any = None,
+    out: str | Path = "report",
+    *,
+    render: Render | None = None,
+    ledger: str | Path | None = None,
+    title: str | None = None,
+    views: int = MOST_VIEWS,
+    megabytes: float = 25,
+    memory: str = "2GB",
+    progress: Progress | None = None,
+) -> Path:
+    """Write one page that shows what a manifest decides, and the samples behind it.
+
+    The page needs no network and sends nothing anywhere. Its figures are those of the whole manifest; it lists up to
+    100,000 samples (of more: the most suspicious, those nearest to the cut, and the best). It names no path.
+
+    Args:
+        manifest: A manifest, its file, or the directory that ``mimic-curate`` wrote.
+        dataset: The samples: a map-style data set with the ids that were scored, or a data module of
+            ``lightning_mimic.data``; ``None``: the page has no images and no texts.
+        out: Directory of the page, ``index.html``, which replaces an earlier one.
+        render: From a sample to a PIL image, a text, or a pair of them; by default the first image and the first text
+            of a sample, or its numbers.
+        ledger: The scores behind the manifest, for the course of each shown sample's score over the epochs.
+        title: Headline of the page.
+        views: Samples whose images or texts are in the page, at most.
+        megabytes: Size of the page, at most; images are left out from there on.
+        memory: Of the database, which spills the rest to disk.
+        progress: Told what is being done.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        CurationError: No manifest, a damaged one, or a page that cannot be written.
+        MimicError: The data set has none of the samples, or a sample that cannot be shown.
+
+    Example:
+        >>> import tempfile, pyarrow as pa, pyarrow.parquet as pq
+        >>> folder = tempfile.mkdtemp()
+        >>> pq.write_table(pa.table({"id": [0, 1], "keep": [True, False]}), f"{folder}/manifest.parquet")
+        >>> report(f"{folder}/manifest.parquet", ["a cat", "a dog"], f"{folder}/report").name
+        'index.html'
+    """
+    found = _manifest(manifest)
+    with Database(memory, progress) as database:
+        database.report_progress("counting", 0.0)
+        facts = ManifestFacts(found, database)
+        shown = facts.shown(MOST_ROWS)
+        courses = {} if ledger is None else _courses(user_path(ledger, "ledger"), database, shown, views)
+        context = _context(facts, title or "Which samples to trust")
+        database.report_progress("counting", 1.0)
+    data = _data(found, facts, shown, courses)
+    context |= {"samples_note": _samples_note(facts, shown)}
+    budget = int(megabytes * 1e6) - len(_page(context, data).encode())
+    data |= _pictures(dataset, shown, render, views, budget, progress) if dataset is not None else {}
+    folder = user_path(out, "out")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / "index.html", "w") as file:
+            file.write(_page(context, data))
+    return folder / "index.html"
+
+
+def _manifest(given: str | Path | Manifest) -> Manifest:
+    if isinstance(given, Manifest):
+        return given
+    path = user_path(given, "manifest")
+    return Manifest(path / "manifest.parquet" if path.is_dir() else path)
+
+
+def _page(context: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    """Render the template."""
+    try:
+        from jinja2 import Environment, StrictUndefined
+        from markupsafe import Markup
+    except ModuleNotFoundError as error:
+        raise CurationError("the report needs jinja2: pip install 'lightning-mimic[report]'.") from error
+    files = resources.files(__package__)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files.joinpath("page.html").read_text("utf-8"))
+    style, script = (Markup(files.joinpath(name).read_text("utf-8")) for name in ("page.css", "page.js"))
+    return template.render(context, data=Markup(_json(data)), style=style, script=script)
+
+
+def _json(data: Any) -> str:
+    """Return JSON that cannot end the element that holds it."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _data(manifest: Manifest, facts: ManifestFacts, shown: Shown, courses: Mapping[int, Any]) -> dict[str, Any]:
+    """What the script of the page works on."""
+    names = manifest.class_names
+    key = hashlib.sha256(json.dumps([manifest.provenance, facts.samples, facts.kept]).encode()).hexdigest()[:16]
+    return {
+        "key": key,
+        # As text, because a browser's numbers do not hold 64 bits.
+        "ids": [str(id) for id in shown.ids],
+        "keep": shown.keep,
+        "columns": {name: [_plain(each) for each in column] for name, column in shown.columns.items()},
+        "borderline": shown.borderline,
+        "class_names": None if names is None else list(names),
+        "courses": courses,
+        "images": {},
+        "texts": {},
+        "has_images": False,
+        "sharp": False,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN, and six digits are enough to look at."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if value == value and abs(value) != float("inf") else None
+
+
+def _pictures(
+    dataset: Any, shown: Shown, render: Render | None, most: int, budget: int, progress: Progress | None
+) -> dict[str, Any]:
+    """The views of the samples that a person looks at first, as far as they fit."""
+    if hasattr(dataset, "prepare_data") and hasattr(dataset, "setup"):
+        dataset.prepare_data()
+        dataset.setup("fit")
+    rows = {shown.ids[row]: row for row in reversed(_first_rows(shown, most))}
+    images, texts, sharp, left_out = dict[int, str](), dict[int, str](), False, 0
+    found: dict[int, View] = {}
+    ids = list(reversed(rows))
+    for done, (id, view) in enumerate(views(dataset, ids, render), start=1):
+        found[rows[id]] = view
+        if progress is not None:
+            progress("reading samples", done / len(ids))
+    for row in (rows[id] for id in ids if rows[id] in found):
+        view = found[row]
+        size = len(view.image or "") + len(view.text.encode()) + 16
+        if size > budget:
+            left_out += 1
+            continue
+        budget -= size
+        sharp = sharp or view.sharp
+        if view.image is not None:
+            images[row] = view.image
+        if view.text:
+            texts[row] = view.text
+    if progress is not None:
+        progress("reading samples", 1.0)
+    has_images = any(view.image is not None for view in found.values())
+    return {"images": images, "texts": texts, "has_images": has_images, "sharp": sharp}
+
+
+def _first_rows(shown: Shown, most: int) -> list[int]:
+    """Rows in the order in which they are worth an image: two suspicious ones, a borderline one, and one of the best."""
+    suspicious, borderline = iter(range(len(shown))), iter(shown.borderline)
+    best = iter(range(len(shown) - 1, -1, -1))
+    chosen: dict[int, None] = {}
+    while len(chosen) < min(most, len(shown)):
+        for source in (suspicious, suspicious, borderline, best):
+            row = next(source, None)
+            if row is not None:
+                chosen.setdefault(row)
+    return list(chosen)[:most]
+
+
+def _courses(ledger: Path, database: Database, shown: Shown, most: int) -> dict[int, list[list[float]]]:
+    """The scores of the samples with a view, by epoch."""
+    from lightning_mimic.curation.scores import Scores
+
+    import pyarrow as pa
+
+    rows = {shown.ids[row]: row for row in _first_rows(shown, most)}
+    scorings = Scores(ledger, database, "course", allow_partial=True).scorings().name
+    ids = pa.array(list(rows))
+    database.load("wanted", pa.schema([("id", ids.type)]), [pa.RecordBatch.from_arrays([ids], ["id"])])
+    found: dict[int, list[list[float]]] = {}
+    for id, epoch, score in database.rows(
+        f"SELECT id, epoch, score FROM {scorings} WHERE id IN (SELECT id FROM wanted) ORDER BY epoch"
+    ):
+        found.setdefault(rows[id], []).append([epoch, _plain(score)])
+    return found
+
+
+#: What a verdict on the reference means to somebody outside of the field.
+_VERDICTS = {
+    "compatible": "The reference model fits the trained one and knows the data, so that scores can be trusted",
+    "doubtful": "The reference model may not fit the trained one, so that decisions may be wrong",
+    "unsure": "The reference model is less sure than the trained one, so that scores may be upside down",
+    "unrelated": "The reference model does not fit the trained one, so that scores mean nothing",
+    None: "It is not known whether the reference model fits the trained one",
+}
+
+
+def _context(facts: ManifestFacts, title: str) -> dict[str, Any]:
+    """What the template shows."""
+    from lightning_mimic.report.charts import histogram
+
+    provenance, names = facts.manifest.provenance, facts.manifest.class_names
+    charts = []
+    for measure in ("posterior", "score"):
+        if measure == "posterior" and facts.measure != "posterior":
+            continue
+        bins = facts.histogram(measure) if facts.measure is not None else []
+        if bins:
+            cut = facts.cut if measure == facts.measure else None
+            charts.append({"linear": _svg(histogram(bins, measure, cut, log=False)), "log": _svg(histogram(bins, measure, cut, log=True))})
+    classes = facts.classes()
+    listed = [
+        {
+            "label": each.label,
+            "name": class_name(names, each.label),
+            "samples": f"{each.samples:,}",
+            "dropped": f"{each.dropped:,} ({each.dropped / each.samples:.1%})",
+            "share": f"{each.dropped / each.samples:.3f}",
+            "mean": "none" if each.mean is None else f"{each.mean:.3g}",
+            "other": "" if each.other is None else f"{class_name(names, each.other)} ({each.others:,})",
+        }
+        for each in classes[:_MOST_LISTED]
+    ]
+    left = len(classes) - len(listed)
+    return {
+        "title": title,
+        "lead": _lead(facts),
+        "figures": _figures(facts),
+        "warnings": _warnings(facts),
+        "charts": charts,
+        "distribution": _distribution(facts),
+        "classes": listed,
+        "classes_left": f"{left:,} more labels have smaller shares of dropped samples." if left else "",
+        "mean_head": "mean probability of being right" if facts.measure == "posterior" else "mean score",
+        "matrix": _matrix(facts, names),
+        "settings": _settings(provenance),
+    }
+
+
+def _svg(text: str) -> Any:
+    from markupsafe import Markup
+
+    return Markup(text)
+
+
+def _lead(facts: ManifestFacts) -> str:
+    dropped = facts.samples - facts.kept
+    share = dropped / facts.samples if facts.samples else 0.0
+    return f"Of {facts.samples:,} samples, {facts.kept:,} are kept and {dropped:,} ({share:.1%}) are dropped."
+
+
+def _figures(facts: ManifestFacts) -> list[dict[str, str]]:
+    provenance, dropped = facts.manifest.provenance, facts.samples - facts.kept
+    share = (lambda count: f"{count / facts.samples:.1%} of {facts.samples:,}") if facts.samples else (lambda count: "")
+    figures = [
+        {"name": "Kept", "value": f"{facts.kept:,}", "note": share(facts.kept)},
+        {"name": "Dropped", "value": f"{dropped:,}", "note": share(dropped)},
+    ]
+    wrong, quality = provenance.get("wrong_share"), provenance.get("quality")
+    if wrong is not None:
+        note = f"between {wrong['low']:.1%} and {wrong['high']:.1%} (95 % interval), as the calibrated reference estimates"
+        figures.append({"name": "Labels that are probably wrong", "value": f"{wrong['estimate']:.1%}", "note": note})
+    if quality is not None:
+        note = f"between {quality['low']:.1%} and {quality['high']:.1%} (95 % interval), by {quality['trusted']:,} trusted samples (quality)"
+        figures.append({"name": "Good samples", "value": f"{quality['estimate']:.1%}", "note": note})
+    if facts.unscored is not None:
+        scored = facts.samples - facts.unscored
+        note = "every sample has a score (coverage)" if not facts.unscored else f"{facts.unscored:,} samples have no score (coverage)"
+        figures.append({"name": "Samples with a score", "value": f"{scored / max(facts.samples, 1):.1%}", "note": note})
+    if "verdict" in provenance:
+        verdict = provenance["verdict"]
+        figures.append({"name": "Reference", "value": verdict or "not diagnosed", "note": f"{_VERDICTS.get(verdict, _VERDICTS[None])} (verdict)"})
+    return figures
+
+
+def _warnings(facts: ManifestFacts) -> list[str]:
+    provenance = facts.manifest.provenance
+    found = []
+    if provenance.get("verdict") not in (None, "compatible"):
+        found.append(f"{provenance.get('diagnosis', '')}.")
+    lost = provenance.get("lost") or []
+    if lost:
+        found.append(f"Scores are missing: {'; '.join(map(str, lost[:3]))}{' and more' if len(lost) > 3 else ''}.")
+    without = provenance.get("unscored") or {}
+    if without.get("samples"):
+        done = {"keep": "kept", "drop": "dropped"}.get(str(without.get("are")), "left")
+        found.append(f"{without['samples']:,} samples have no score and are {done} without having been judged.")
+    return found
+
+
+def _distribution(facts: ManifestFacts) -> str:
+    if facts.measure == "posterior":
+        return "How sure it is that each label is right, as the calibrated reference says (posterior). What lies left of the cut is dropped."
+    how = "How far a training step on a sample moves the model towards the reference (mean mimic score)."
+    return f"{how} What lies left of the cut is dropped." if facts.cut is not None else f"{how} The decision follows no single cut."
+
+
+def _matrix(facts: ManifestFacts, names: Sequence[str] | None) -> dict[str, Any] | None:
+    counts = facts.matrix()
+    labels = sorted({label for pair in counts for label in pair})
+    if len(labels) < 2:
+        return None
+    unlike = dict.fromkeys(labels, 0)
+    for (given, predicted), count in counts.items():
+        if given != predicted:
+            unlike[given] += count
+            unlike[predicted] += count
+    chosen = labels if len(labels) <= MOST_CLASSES else sorted(sorted(labels, key=lambda each: -unlike[each])[:MOST_CLASSES])
+    most = max((counts.get((g, p), 0) for g in chosen for p in chosen if g != p), default=0)
+    rows = [
+        {
+            "label": given,
+            "name": class_name(names, given),
+            "cells": [
+                {
+                    "label": predicted,
+                    "name": class_name(names, predicted),
+                    "count": counts.get((given, predicted), 0),
+                    "same": given == predicted,
+                    "share": f"{counts.get((given, predicted), 0) / most if most else 0:.3f}",
+                }
+                for predicted in chosen
+            ],
+        }
+        for given in chosen
+    ]
+    by = "the reference" if facts.predicted == "reference_predicted" else "the trained model"
+    explanation = f"How often each given label (rows) is predicted as another one (columns) by {by}."
+    if len(chosen) < len(labels):
+        explanation += f" Shown are the {len(chosen)} of {len(labels)} labels with the most unlike predictions."
+    return {"columns": [class_name(names, each) for each in chosen], "rows": rows, "explanation": explanation}
+
+
+def _settings(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Settings of run and decision; no path is among them."""
+    ledger = provenance.get("ledger") or {}
+    config = (ledger.get("config") or {}) if isinstance(ledger, dict) else {}
+    rows: Iterable[tuple[str, Any]] = (
+        ("filter", provenance.get("filter")),
+        ("samples without a score", (provenance.get("unscored") or {}).get("are")),
+        ("scorer", config.get("scorer")),
+        ("weighting", config.get("weighting")),
+        ("parameters", _joined(config.get("parameters"))),
+        ("temperature", config.get("temperature")),
+        ("reference", config.get("reference")),
+        ("score kind", ledger.get("score_kind") if isinstance(ledger, dict) else None),
+        ("run", ledger.get("run") if isinstance(ledger, dict) else None),
+        ("created", provenance.get("created")),
+        ("package", provenance.get("package_version")),
+    )
+    return [(name, str(value)) for name, value in rows if value is not None]
+
+
+def _joined(names: Any) -> str | None:
+    from lightning_mimic.errors import join_names
+
+    return join_names(names, most=4) if isinstance(names, list) else names
+
+
+def _samples_note(facts: ManifestFacts, shown: Shown) -> str:
+    if len(shown) == facts.samples:
+        return f"All {facts.samples:,} samples, the most suspicious first."
+    return (
+        f"{len(shown):,} of {facts.samples:,} samples: the most suspicious, those nearest to the cut, and the best. "
+        "Counts in tables and charts are of all samples."
+    )
