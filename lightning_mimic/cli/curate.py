@@ -1,16 +1,14 @@
 """``mimic-curate``, ``mimic-select`` and ``mimic-compare``: from recorded scores to decisions."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lightning_mimic.cli.command import command
+from lightning_mimic.cli.progress import shown_progress
 from lightning_mimic.curation import Comparison, Curation, CurationError, Manifest, compare, curate, select
 
 
@@ -22,7 +20,7 @@ def curate_main(config: DictConfig) -> None:
     del settings["filter"]
     if settings["out"] is None:
         raise CurationError("`out` is null; expected a directory for the manifest.")
-    with _progress(console) as progress:
+    with shown_progress(console) as progress:
         done = curate(filter=instantiate(config.filter), progress=progress, **settings)
     show(console, done)
 
@@ -31,7 +29,7 @@ def curate_main(config: DictConfig) -> None:
 def select_main(config: DictConfig) -> None:
     """Composes filters."""
     settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    with _progress(Console()) as progress:
+    with shown_progress(Console()) as progress:
         manifest = select(**settings, progress=progress)
     kept, samples = (manifest.provenance[name] for name in ("kept", "samples"))
     print(f"{manifest.path}: {kept:,} of {samples:,} samples kept ({kept / max(samples, 1):.1%})")  # noqa: T201
@@ -138,24 +136,3 @@ def _score(score: float | None) -> str:
 
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.1%}"
-
-
-@contextlib.contextmanager
-def _progress(console: Console) -> Iterator[Any]:
-    """A bar per stage of the work."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        tasks: dict[str, Any] = {}
-
-        def update(what: str, share: float) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=1.0)
-            progress.update(tasks[what], completed=share)
-
-        yield update

@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any, Literal
 
 from lightning_mimic.database import Database, parquet
-from lightning_mimic.errors import CurationError
 from lightning_mimic.manifest import Manifest
 
 #: By which samples are ordered from the most suspicious to the best.
@@ -142,17 +141,17 @@ class ManifestFacts:
         width = max(high - low, 1e-9 * max(abs(low), abs(high), 1.0)) / BINS
         anchor = self.cut if measure == self.measure and self.cut is not None else low
         counted = self._database.rows(
-            f"SELECT floor(({measure} - {anchor!r}) / {width!r})::BIGINT AS bin, count_if(keep), count(*) "
-            f"FROM {self._rows} WHERE isfinite({measure}) GROUP BY bin"
+            f"SELECT floor(({measure} - {anchor!r}) / {width!r})::BIGINT AS place, count_if(keep), count(*) "
+            f"FROM {self._rows} WHERE isfinite({measure}) GROUP BY place"
         )
-        found = {bin: (kept, count - kept) for bin, kept, count in counted}
+        found = {place: (kept, count - kept) for place, kept, count in counted}
         if measure == "posterior" and (end := round((1 - anchor) / width)) in found:  # 1 itself, in the last bin
             last = found.get(end - 1, (0, 0))
             found[end - 1] = last[0] + found[end][0], last[1] + found[end][1]
             del found[end]
         return [
-            Bin(anchor + bin * width, anchor + (bin + 1) * width, *found.get(bin, (0, 0)))
-            for bin in range(min(found), max(found) + 1)
+            Bin(anchor + place * width, anchor + (place + 1) * width, *found.get(place, (0, 0)))
+            for place in range(min(found), max(found) + 1)
         ]
 
     def classes(self) -> list[ClassFacts]:
@@ -197,14 +196,20 @@ class ManifestFacts:
         """
         value = self.measure or "keep::INT"  # without a measure the dropped ones are the suspicious ones
         middle = self._middle()
-        wanted = {name: name for name in ("score", "posterior", "label", "reason") if name in self._names}
+        wanted: dict[str, str] = {
+            name: name for name in ("score", "posterior", "label", "reason") if name in self._names
+        }
         if self.predicted is not None:
             wanted["predicted"] = self.predicted
         columns = ", ".join(["id", "keep", f"{middle} AS distance", *(f"{c} AS {n}" for n, c in wanted.items())])
         ascending = f"{value} NULLS LAST, id"
         orders = {ascending: most}
         if self.samples > most:
-            orders = {ascending: most // 2, f"{middle} NULLS LAST, id": most // 4, f"{value} DESC NULLS LAST, id": most // 4}
+            orders = {
+                ascending: most // 2,
+                f"{middle} NULLS LAST, id": most // 4,
+                f"{value} DESC NULLS LAST, id": most // 4,
+            }
         # A sample that the pool lists twice has two rows that do not differ.
         chosen = " UNION ".join(
             f"(SELECT DISTINCT {columns}, {value} AS value FROM {self._rows} ORDER BY {order} LIMIT {count})"

@@ -75,7 +75,8 @@
   const picture = (row) => {
     const address = data.images[row];
     if (address) {
-      const image = make("img", "picture" + (data.sharp ? " sharp" : ""));
+      const image = make("img", "picture");
+      image.addEventListener("load", () => image.classList.toggle("sharp", image.naturalWidth <= 48));
       image.src = address;
       image.alt = "Sample " + data.ids[row];
       return image;
@@ -99,7 +100,7 @@
     fact("id", String(data.ids[row]));
     if (column("label") && labelOf(row) !== null) fact("given", className(labelOf(row)));
     if (column("predicted") && value("predicted", row) !== null) fact("predicted", className(value("predicted", row)));
-    if (column("posterior")) fact("right with", percent(value("posterior", row)));
+    if (column("posterior")) fact("right:", percent(value("posterior", row)));
     else if (column("score")) fact("score", number(value("score", row), 3));
     button.append(facts);
     return button;

@@ -2,17 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
+from lightning_mimic.curation.scores import Scores
 from lightning_mimic.database import Database, Progress
-from lightning_mimic.errors import CurationError
+from lightning_mimic.errors import CurationError, join_names
 from lightning_mimic.files import atomic_write
 from lightning_mimic.manifest import Manifest
 from lightning_mimic.report.facts import ManifestFacts, Shown, class_name
-from lightning_mimic.report.samples import Render, View, views
+from lightning_mimic.report.samples import Render, views
 from lightning_mimic.user_files import user_path, writing
 
 #: Rows that a page can search and filter without delay.
@@ -33,7 +37,7 @@ def report(  # noqa: PLR0913
     render: Render | None = None,
     ledger: str | Path | None = None,
     title: str | None = None,
-    views: int = MOST_VIEWS,
+    most_views: int = MOST_VIEWS,
     megabytes: float = 25,
     memory: str = "2GB",
     progress: Progress | None = None,
@@ -52,7 +56,7 @@ def report(  # noqa: PLR0913
             of a sample, or its numbers.
         ledger: The scores behind the manifest, for the course of each shown sample's score over the epochs.
         title: Headline of the page.
-        views: Samples whose images or texts are in the page, at most.
+        most_views: Samples whose images or texts are in the page, at most.
         megabytes: Size of the page, at most; images are left out from there on.
         memory: Of the database, which spills the rest to disk.
         progress: Told what is being done.
@@ -76,13 +80,16 @@ def report(  # noqa: PLR0913
         database.report_progress("counting", 0.0)
         facts = ManifestFacts(found, database)
         shown = facts.shown(MOST_ROWS)
-        courses = {} if ledger is None else _courses(user_path(ledger, "ledger"), database, shown, views)
+        courses = {} if ledger is None else _courses(user_path(ledger, "ledger"), database, shown, most_views)
         context = _context(facts, title or "Which samples to trust")
         database.report_progress("counting", 1.0)
     data = _data(found, facts, shown, courses)
     context |= {"samples_note": _samples_note(facts, shown)}
     budget = int(megabytes * 1e6) - len(_page(context, data).encode())
-    data |= _pictures(dataset, shown, render, views, budget, progress) if dataset is not None else {}
+    if dataset is not None:
+        held = _views(dataset, shown, render, most_views, budget, progress or (lambda what, share: None))
+        data |= {"images": held.images, "texts": held.texts, "has_images": bool(held.images)}
+        context["samples_note"] += f" {held.note}"
     folder = user_path(out, "out")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +134,7 @@ def _data(manifest: Manifest, facts: ManifestFacts, shown: Shown, courses: Mappi
     return {
         "key": key,
         # As text, because a browser's numbers do not hold 64 bits.
-        "ids": [str(id) for id in shown.ids],
+        "ids": [str(each) for each in shown.ids],
         "keep": shown.keep,
         "columns": {name: [_plain(each) for each in column] for name, column in shown.columns.items()},
         "borderline": shown.borderline,
@@ -136,7 +143,6 @@ def _data(manifest: Manifest, facts: ManifestFacts, shown: Shown, courses: Mappi
         "images": {},
         "texts": {},
         "has_images": False,
-        "sharp": False,
     }
 
 
@@ -147,41 +153,48 @@ def _plain(value: Any) -> Any:
     return float(f"{value:.6g}") if value == value and abs(value) != float("inf") else None
 
 
-def _pictures(
-    dataset: Any, shown: Shown, render: Render | None, most: int, budget: int, progress: Progress | None
-) -> dict[str, Any]:
-    """The views of the samples that a person looks at first, as far as they fit."""
+@dataclass(frozen=True)
+class _Views:
+    """The views that a page holds, by row, and a sentence about those that it lacks."""
+
+    images: dict[int, str]
+    texts: dict[int, str]
+    note: str
+
+
+def _views(
+    dataset: Any, shown: Shown, render: Render | None, most: int, budget: int, progress: Callable[[str, float], None]
+) -> _Views:
+    """Read the samples that a person looks at first, as far as they fit."""
     if hasattr(dataset, "prepare_data") and hasattr(dataset, "setup"):
         dataset.prepare_data()
         dataset.setup("fit")
-    rows = {shown.ids[row]: row for row in reversed(_first_rows(shown, most))}
-    images, texts, sharp, left_out = dict[int, str](), dict[int, str](), False, 0
-    found: dict[int, View] = {}
-    ids = list(reversed(rows))
-    for done, (id, view) in enumerate(views(dataset, ids, render), start=1):
-        found[rows[id]] = view
-        if progress is not None:
-            progress("reading samples", done / len(ids))
-    for row in (rows[id] for id in ids if rows[id] in found):
-        view = found[row]
+    rows = {shown.ids[row]: row for row in _first_rows(shown, most)}
+    images, texts, found, left_out = dict[int, str](), dict[int, str](), 0, 0
+    for key, view in views(dataset, list(rows), render):
+        found += 1
+        progress("reading samples", found / len(rows))
         size = len(view.image or "") + len(view.text.encode()) + 16
         if size > budget:
             left_out += 1
             continue
         budget -= size
-        sharp = sharp or view.sharp
         if view.image is not None:
-            images[row] = view.image
+            images[rows[key]] = view.image
         if view.text:
-            texts[row] = view.text
-    if progress is not None:
-        progress("reading samples", 1.0)
-    has_images = any(view.image is not None for view in found.values())
-    return {"images": images, "texts": texts, "has_images": has_images, "sharp": sharp}
+            texts[rows[key]] = view.text
+    notes = []
+    if len(rows) < len(shown):
+        notes.append(f"The first {len(rows):,} of each tab have a picture or text.")
+    if missing := len(rows) - found:
+        notes.append(f"{missing:,} of them are not in the data set that was given.")
+    if left_out:
+        notes.append(f"{left_out:,} are left out, so that the page does not become too big.")
+    return _Views(images, texts, " ".join(notes))
 
 
 def _first_rows(shown: Shown, most: int) -> list[int]:
-    """Rows in the order in which they are worth an image: two suspicious ones, a borderline one, and one of the best."""
+    """The rows of which a picture is most wanted: by turns two suspicious ones, a borderline one, one of the best."""
     suspicious, borderline = iter(range(len(shown))), iter(shown.borderline)
     best = iter(range(len(shown) - 1, -1, -1))
     chosen: dict[int, None] = {}
@@ -195,19 +208,15 @@ def _first_rows(shown: Shown, most: int) -> list[int]:
 
 def _courses(ledger: Path, database: Database, shown: Shown, most: int) -> dict[int, list[list[float]]]:
     """The scores of the samples with a view, by epoch."""
-    from lightning_mimic.curation.scores import Scores
-
-    import pyarrow as pa
-
     rows = {shown.ids[row]: row for row in _first_rows(shown, most)}
     scorings = Scores(ledger, database, "course", allow_partial=True).scorings().name
     ids = pa.array(list(rows))
     database.load("wanted", pa.schema([("id", ids.type)]), [pa.RecordBatch.from_arrays([ids], ["id"])])
     found: dict[int, list[list[float]]] = {}
-    for id, epoch, score in database.rows(
+    for key, epoch, score in database.rows(
         f"SELECT id, epoch, score FROM {scorings} WHERE id IN (SELECT id FROM wanted) ORDER BY epoch"
     ):
-        found.setdefault(rows[id], []).append([epoch, _plain(score)])
+        found.setdefault(rows[key], []).append([epoch, _plain(score)])
     return found
 
 
@@ -233,7 +242,12 @@ def _context(facts: ManifestFacts, title: str) -> dict[str, Any]:
         bins = facts.histogram(measure) if facts.measure is not None else []
         if bins:
             cut = facts.cut if measure == facts.measure else None
-            charts.append({"linear": _svg(histogram(bins, measure, cut, log=False)), "log": _svg(histogram(bins, measure, cut, log=True))})
+            charts.append(
+                {
+                    "linear": _svg(histogram(bins, measure, cut, log=False)),
+                    "log": _svg(histogram(bins, measure, cut, log=True)),
+                }
+            )
     classes = facts.classes()
     listed = [
         {
@@ -276,27 +290,31 @@ def _lead(facts: ManifestFacts) -> str:
 
 
 def _figures(facts: ManifestFacts) -> list[dict[str, str]]:
-    provenance, dropped = facts.manifest.provenance, facts.samples - facts.kept
-    share = (lambda count: f"{count / facts.samples:.1%} of {facts.samples:,}") if facts.samples else (lambda count: "")
-    figures = [
-        {"name": "Kept", "value": f"{facts.kept:,}", "note": share(facts.kept)},
-        {"name": "Dropped", "value": f"{dropped:,}", "note": share(dropped)},
+    """The figures at the head of the page: what a person outside the field understands, with the term in brackets."""
+    provenance, whole = facts.manifest.provenance, max(facts.samples, 1)
+    figures: list[tuple[str, str, str]] = [
+        ("Kept", f"{facts.kept:,}", f"{facts.kept / whole:.1%} of {facts.samples:,}"),
+        ("Dropped", f"{facts.samples - facts.kept:,}", f"{1 - facts.kept / whole:.1%} of {facts.samples:,}"),
     ]
-    wrong, quality = provenance.get("wrong_share"), provenance.get("quality")
-    if wrong is not None:
-        note = f"between {wrong['low']:.1%} and {wrong['high']:.1%} (95 % interval), as the calibrated reference estimates"
-        figures.append({"name": "Labels that are probably wrong", "value": f"{wrong['estimate']:.1%}", "note": note})
-    if quality is not None:
-        note = f"between {quality['low']:.1%} and {quality['high']:.1%} (95 % interval), by {quality['trusted']:,} trusted samples (quality)"
-        figures.append({"name": "Good samples", "value": f"{quality['estimate']:.1%}", "note": note})
+    if (wrong := provenance.get("wrong_share")) is not None:
+        note = f"{_interval(wrong)}, estimated by the calibrated reference (share of wrong labels)"
+        figures.append(("Labels that are probably wrong", f"{wrong['estimate']:.1%}", note))
+    if (quality := provenance.get("quality")) is not None:
+        note = f"{_interval(quality)}, by {quality['trusted']:,} trusted samples (quality)"
+        figures.append(("Good samples", f"{quality['estimate']:.1%}", note))
     if facts.unscored is not None:
-        scored = facts.samples - facts.unscored
-        note = "every sample has a score (coverage)" if not facts.unscored else f"{facts.unscored:,} samples have no score (coverage)"
-        figures.append({"name": "Samples with a score", "value": f"{scored / max(facts.samples, 1):.1%}", "note": note})
+        without = f"{facts.unscored:,} have none" if facts.unscored else "all of them"
+        share = f"{1 - facts.unscored / whole:.1%}"
+        figures.append(("Samples with a score", share, f"{without} (coverage)"))
     if "verdict" in provenance:
         verdict = provenance["verdict"]
-        figures.append({"name": "Reference", "value": verdict or "not diagnosed", "note": f"{_VERDICTS.get(verdict, _VERDICTS[None])} (verdict)"})
-    return figures
+        note = f"{_VERDICTS.get(verdict, _VERDICTS[None])} (verdict)"
+        figures.append(("Reference", verdict or "not diagnosed", note))
+    return [{"name": name, "value": value, "note": note} for name, value, note in figures]
+
+
+def _interval(estimate: Mapping[str, float]) -> str:
+    return f"between {estimate['low']:.1%} and {estimate['high']:.1%} (95 % interval)"
 
 
 def _warnings(facts: ManifestFacts) -> list[str]:
@@ -316,9 +334,10 @@ def _warnings(facts: ManifestFacts) -> list[str]:
 
 def _distribution(facts: ManifestFacts) -> str:
     if facts.measure == "posterior":
-        return "How sure it is that each label is right, as the calibrated reference says (posterior). What lies left of the cut is dropped."
-    how = "How far a training step on a sample moves the model towards the reference (mean mimic score)."
-    return f"{how} What lies left of the cut is dropped." if facts.cut is not None else f"{how} The decision follows no single cut."
+        how = "How sure it is that each label is right, by the calibrated reference (posterior)."
+    else:
+        how = "How far a training step on a sample moves the model towards the reference (mean mimic score)."
+    return f"{how} {'No single cut divides' if facts.cut is None else 'The cut divides'} what is kept from what is not."
 
 
 def _matrix(facts: ManifestFacts, names: Sequence[str] | None) -> dict[str, Any] | None:
@@ -331,7 +350,9 @@ def _matrix(facts: ManifestFacts, names: Sequence[str] | None) -> dict[str, Any]
         if given != predicted:
             unlike[given] += count
             unlike[predicted] += count
-    chosen = labels if len(labels) <= MOST_CLASSES else sorted(sorted(labels, key=lambda each: -unlike[each])[:MOST_CLASSES])
+    chosen = (
+        labels if len(labels) <= MOST_CLASSES else sorted(sorted(labels, key=lambda each: -unlike[each])[:MOST_CLASSES])
+    )
     most = max((counts.get((g, p), 0) for g in chosen for p in chosen if g != p), default=0)
     rows = [
         {
@@ -378,8 +399,6 @@ def _settings(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _joined(names: Any) -> str | None:
-    from lightning_mimic.errors import join_names
-
     return join_names(names, most=4) if isinstance(names, list) else names
 
 

@@ -5,18 +5,20 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from numbers import Number
+from functools import partial
+from numbers import Number, Real
 from typing import Any, Protocol, runtime_checkable
 
 from lightning_mimic.dataset_ids import row_ids, sample_ids
 from lightning_mimic.errors import MimicError
+from lightning_mimic.user_files import first_line
 
 #: From a sample to a PIL image, text, or a pair of them.
 Render = Callable[[Any], Any]
 
 #: Longest side of a thumbnail, in pixels; shown at half of this on ordinary screens.
 THUMBNAIL = 192
-#: Images up to this size are stored as they are, and shown with sharp pixels.
+#: Images up to this size are stored as they are.
 _SMALL = 48
 _MOST_TEXT = 600
 _MOST_NUMBERS = 12
@@ -30,12 +32,10 @@ class View:
     Attributes:
         image: A ``data:`` address of its thumbnail; ``None`` where it has no image.
         text: Its caption, text or numbers; empty where it has none.
-        sharp: The thumbnail is so small that its pixels are shown as squares.
     """
 
     image: str | None
     text: str = ""
-    sharp: bool = False
 
 
 @runtime_checkable
@@ -63,18 +63,18 @@ def views(source: Any, ids: Sequence[int | str], render: Render | None = None) -
 
     Example:
         >>> dict(views(["a cat", "a dog"], [1]))
-        {1: View(image=None, text='a dog', sharp=False)}
+        {1: View(image=None, text='a dog')}
     """
     draw = default_render if render is None else render
     with ThreadPoolExecutor(_THREADS) as pool:
         if isinstance(source, HasSamples):
             # One reader, because it may be a stream; drawing is done beside it.
-            waiting = [(id, pool.submit(_view, draw, sample, id)) for id, sample in source.samples_by_id(ids)]
+            found = ((key, partial(_view, draw, sample, key)) for key, sample in source.samples_by_id(ids))
         else:
             rows = _rows(source, ids)
-            waiting = [(id, pool.submit(lambda id: _view(draw, source[rows[id]], id), id)) for id in ids if id in rows]
-        for id, view in waiting:
-            yield id, view.result()
+            found = ((key, partial(_read, draw, source, rows[key], key)) for key in ids if key in rows)
+        for key, view in [(key, pool.submit(make)) for key, make in found]:
+            yield key, view.result()
 
 
 def default_render(sample: Any) -> Any:
@@ -119,9 +119,9 @@ def _rows(dataset: Any, ids: Sequence[int | str]) -> dict[int | str, int]:
     known = sample_ids(dataset)
     wanted = set(ids)
     found: dict[int | str, int] = {}
-    for row, id in enumerate(row_ids(dataset) if known is None else known):
-        if id in wanted:
-            found.setdefault(id, row)
+    for row, key in enumerate(row_ids(dataset) if known is None else known):
+        if key in wanted:
+            found.setdefault(key, row)
     if wanted and not found:
         example = next(iter(ids))
         raise MimicError(
@@ -131,7 +131,16 @@ def _rows(dataset: Any, ids: Sequence[int | str]) -> dict[int | str, int]:
     return found
 
 
-def _view(render: Render, sample: Any, id: int | str) -> View:
+def _read(render: Render, dataset: Any, row: int, key: int | str) -> View:
+    """Read a sample and draw it; one that cannot be read is worth to be seen, too."""
+    try:
+        sample = dataset[row]
+    except Exception as error:
+        return View(None, f"cannot be read: {first_line(error)}")
+    return _view(render, sample, key)
+
+
+def _view(render: Render, sample: Any, key: int | str) -> View:
     shown = render(sample)
     image, text = shown if isinstance(shown, tuple) and len(shown) == 2 else (shown, None)
     if isinstance(image, str):
@@ -140,13 +149,13 @@ def _view(render: Render, sample: Any, id: int | str) -> View:
     if (image is not None and picture is None) or not isinstance(text, str | None):
         kind = type(shown).__name__
         raise MimicError(
-            f"`render` returned a {kind} for sample {id!r}; expected a PIL image, a text, or a pair of them."
+            f"`render` returned a {kind} for sample {key!r}; expected a PIL image, a text, or a pair of them."
         )
     text = text or ""
     text = text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}…"
     if picture is None:
         return View(None, text)
-    return View(_address(picture), text, max(picture.size) <= _SMALL)
+    return View(_address(picture), text)
 
 
 def _parts(sample: Any) -> Iterator[Any]:
@@ -200,8 +209,8 @@ def _numbers(part: Any) -> list[float]:
     if array is not None:
         return [float(each) for each in array.reshape(-1).tolist() if not isinstance(each, str)]
     if isinstance(part, tuple | list):
-        return [float(each) for each in part]
-    return [float(part)] if isinstance(part, Number) and not isinstance(part, complex) else []
+        return [float(each) for each in part if isinstance(each, Real)]
+    return [float(part)] if isinstance(part, Real) else []
 
 
 def _address(image: Any) -> str:
