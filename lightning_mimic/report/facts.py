@@ -197,7 +197,7 @@ class ManifestFacts:
         value = self.measure or "keep::INT"  # without a measure the dropped ones are the suspicious ones
         middle = self._middle()
         wanted: dict[str, str] = {
-            name: name for name in ("score", "posterior", "label", "reason") if name in self._names
+            name: name for name in ("score", "posterior", "label", "corrected_label", "reason") if name in self._names
         }
         if self.predicted is not None:
             wanted["predicted"] = self.predicted

@@ -27,7 +27,10 @@
   };
   const correction = (row) => corrections.get(String(data.ids[row])) || {};
   const isKept = (row) => (correction(row).keep !== undefined ? correction(row).keep : data.keep[row] === true);
-  const labelOf = (row) => (correction(row).label !== undefined ? correction(row).label : value("label", row));
+  const labelOf = (row) => {
+    if (correction(row).label !== undefined) return correction(row).label;
+    return value("corrected_label", row) !== null ? value("corrected_label", row) : value("label", row);
+  };
 
   const tabs = {
     suspicious: Int32Array.from({ length: rows }, (_, place) => place),
@@ -167,7 +170,8 @@
     };
     fact("decision", (isKept(row) ? "kept" : "dropped") + (by.keep !== undefined ? " (by hand)" : ""));
     fact("reason", value("reason", row));
-    if (column("label")) fact("given label", className(value("label", row)) + (by.label !== undefined ? ` → ${className(by.label)} (by hand)` : ""));
+    const corrected = labelOf(row) === value("label", row) ? "" : ` → ${className(labelOf(row))} (by hand)`;
+    if (column("label")) fact("given label", className(value("label", row)) + corrected);
     if (column("predicted")) fact("predicted label", className(value("predicted", row)));
     if (column("posterior")) fact("probability that the label is right", percent(value("posterior", row)));
     if (column("score")) fact("mean score", number(value("score", row), 4));
@@ -183,7 +187,8 @@
     if (row === undefined) return;
     const id = String(data.ids[row]);
     const found = change === null ? {} : { ...correction(row), ...change };
-    if (found.label === value("label", row)) delete found.label;
+    const before = value("corrected_label", row) !== null ? value("corrected_label", row) : value("label", row);
+    if (found.label === before) delete found.label;
     if (found.keep === (data.keep[row] === true) && found.label === undefined) delete found.keep;
     if (Object.keys(found).length) corrections.set(id, found);
     else corrections.delete(id);
