@@ -6,10 +6,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from lightning_mimic.curation import Manifest
+from lightning_mimic.curation import Manifest, report
 from lightning_mimic.data import WithIds
 from lightning_mimic.manifest import write_manifest
-from lightning_mimic.report import report
 from support.browser import started_browser
 
 pytestmark = pytest.mark.slow

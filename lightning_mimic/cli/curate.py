@@ -50,7 +50,7 @@ def compare_main(config: DictConfig) -> None:
     comparison = compare(manifests, noise)
     show_comparison(Console(), comparison)
     if settings["plot"]:
-        from lightning_mimic.curation.report import plot_quality
+        from lightning_mimic.curation.plots import plot_quality
 
         plot_quality(settings["plot"], comparison)
         print(f"\n{settings['plot']}")  # noqa: T201

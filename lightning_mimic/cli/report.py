@@ -8,7 +8,7 @@ from rich.console import Console
 
 from lightning_mimic.cli.command import command
 from lightning_mimic.cli.progress import shown_progress
-from lightning_mimic.report import report
+from lightning_mimic.curation import report
 
 
 @command("mimic-report", "report", first="manifest")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_mimic.curation.filters import KMeans, Mixture, Posterior, Sign, Threshold, TopK
     from lightning_mimic.curation.pipeline import Curation, curate
     from lightning_mimic.curation.reference_facts import WrongShare
+    from lightning_mimic.curation.report_page import report
     from lightning_mimic.curation.selection import Recipe, select
     from lightning_mimic.errors import CurationError
     from lightning_mimic.manifest import Manifest
@@ -36,6 +37,7 @@ else:
             "lightning_mimic.curation.filters": ["KMeans", "Mixture", "Posterior", "Sign", "Threshold", "TopK"],
             "lightning_mimic.curation.pipeline": ["Curation", "curate"],
             "lightning_mimic.curation.reference_facts": ["WrongShare"],
+            "lightning_mimic.curation.report_page": ["report"],
             "lightning_mimic.curation.selection": ["Recipe", "select"],
             "lightning_mimic.errors": ["CurationError"],
             "lightning_mimic.manifest": ["Manifest"],
@@ -79,5 +81,6 @@ __all__ = [
     "detect",
     "estimate_quality",
     "membership",
+    "report",
     "select",
 ]

@@ -1,5 +1,21 @@
-"""The report: a page that shows what a manifest decides, and the samples behind it."""
+"""Pages and views that show what a manifest decides, and the samples behind it."""
 
-from lightning_mimic.report.page import report
+from lightning_mimic.report.facts import ManifestFacts, Shown
+from lightning_mimic.report.held_views import Views, first_rows, held_views
+from lightning_mimic.report.page import Courses, render_page
+from lightning_mimic.report.samples import HasSamples, Render, View, default_render, views
 
-__all__ = ["report"]
+__all__ = [
+    "Courses",
+    "HasSamples",
+    "ManifestFacts",
+    "Render",
+    "Shown",
+    "View",
+    "Views",
+    "default_render",
+    "first_rows",
+    "held_views",
+    "render_page",
+    "views",
+]

@@ -1,111 +1,45 @@
-"""The report: one self-contained page about a manifest, that opens from disk without a network."""
+"""The page of the report: HTML that opens from disk without a network."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
-from lightning_mimic.curation.scores import Scores
-from lightning_mimic.database import Database, Progress
 from lightning_mimic.errors import CurationError, join_names
-from lightning_mimic.files import atomic_write
-from lightning_mimic.manifest import Manifest
 from lightning_mimic.report.facts import ManifestFacts, Shown, class_name
-from lightning_mimic.report.samples import Render, views
-from lightning_mimic.user_files import user_path, writing
+from lightning_mimic.report.held_views import Views
 
-#: Rows that a page can search and filter without delay.
-MOST_ROWS = 100_000
-#: Samples whose images or texts a page holds, unless asked otherwise.
-MOST_VIEWS = 1000
+#: Epoch and score of every scoring of a sample, by its row.
+Courses = Mapping[int, Sequence[tuple[int, float]]]
+
 #: A matrix of more classes has cells too small to read; it shows those with the most unlike predictions.
 MOST_CLASSES = 25
 #: Rows of the table of classes.
 _MOST_LISTED = 200
 
 
-def report(  # noqa: PLR0913
-    manifest: str | Path | Manifest,
-    dataset: Any = None,
-    out: str | Path = "report",
-    *,
-    render: Render | None = None,
-    ledger: str | Path | None = None,
-    title: str | None = None,
-    most_views: int = MOST_VIEWS,
-    megabytes: float = 25,
-    memory: str = "2GB",
-    progress: Progress | None = None,
-) -> Path:
-    """Write one page that shows what a manifest decides, and the samples behind it.
-
-    The page needs no network and sends nothing anywhere. Its figures are those of the whole manifest; it lists up to
-    100,000 samples (of more: the most suspicious, those nearest to the cut, and the best). It names no path.
+def render_page(facts: ManifestFacts, shown: Shown, held: Views, courses: Courses, title: str) -> str:
+    """Return the page as HTML that needs nothing else.
 
     Args:
-        manifest: A manifest, its file, or the directory that ``mimic-curate`` wrote.
-        dataset: The samples: a map-style data set with the ids that were scored, or a data module of
-            ``lightning_mimic.data``; ``None``: the page has no images and no texts.
-        out: Directory of the page, ``index.html``, which replaces an earlier one.
-        render: From a sample to a PIL image, a text, or a pair of them; by default the first image and the first text
-            of a sample, or its numbers.
-        ledger: The scores behind the manifest, for the course of each shown sample's score over the epochs.
+        facts: Of the manifest.
+        shown: The rows that the page lists.
+        held: The views of some of them.
+        courses: Epoch and score of every scoring, by row.
         title: Headline of the page.
-        most_views: Samples whose images or texts are in the page, at most.
-        megabytes: Size of the page, at most; images are left out from there on.
-        memory: Of the database, which spills the rest to disk.
-        progress: Told what is being done.
-
-    Returns:
-        Path of the page.
 
     Raises:
-        CurationError: No manifest, a damaged one, or a page that cannot be written.
-        MimicError: The data set has none of the samples, or a sample that cannot be shown.
-
-    Example:
-        >>> import tempfile, pyarrow as pa, pyarrow.parquet as pq
-        >>> folder = tempfile.mkdtemp()
-        >>> pq.write_table(pa.table({"id": [0, 1], "keep": [True, False]}), f"{folder}/manifest.parquet")
-        >>> report(f"{folder}/manifest.parquet", ["a cat", "a dog"], f"{folder}/report").name
-        'index.html'
+        CurationError: jinja2, altair or vl-convert are not installed.
     """
-    found = _manifest(manifest)
-    with Database(memory, progress) as database:
-        database.report_progress("counting", 0.0)
-        facts = ManifestFacts(found, database)
-        shown = facts.shown(MOST_ROWS)
-        courses = {} if ledger is None else _courses(user_path(ledger, "ledger"), database, shown, most_views)
-        context = _context(facts, title or "Which samples to trust")
-        database.report_progress("counting", 1.0)
-    data = _data(found, facts, shown, courses)
-    context |= {"samples_note": _samples_note(facts, shown)}
-    budget = int(megabytes * 1e6) - len(_page(context, data).encode())
-    if dataset is not None:
-        held = _views(dataset, shown, render, most_views, budget, progress or (lambda what, share: None))
-        data |= {"images": held.images, "texts": held.texts, "has_images": bool(held.images)}
-        context["samples_note"] += f" {held.note}"
-    folder = user_path(out, "out")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / "index.html", "w") as file:
-            file.write(_page(context, data))
-    return folder / "index.html"
+    context = _context(facts, title)
+    context["samples_note"] = f"{_samples_note(facts, shown)} {held.note}".strip()
+    data = _data(facts, shown, courses)
+    data |= {"images": held.images, "texts": held.texts, "has_images": bool(held.images)}
+    return _filled(context, data)
 
 
-def _manifest(given: str | Path | Manifest) -> Manifest:
-    if isinstance(given, Manifest):
-        return given
-    path = user_path(given, "manifest")
-    return Manifest(path / "manifest.parquet" if path.is_dir() else path)
-
-
-def _page(context: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+def _filled(context: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     """Render the template."""
     try:
         from jinja2 import Environment, StrictUndefined
@@ -127,8 +61,9 @@ def _json(data: Any) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _data(manifest: Manifest, facts: ManifestFacts, shown: Shown, courses: Mapping[int, Any]) -> dict[str, Any]:
+def _data(facts: ManifestFacts, shown: Shown, courses: Courses) -> dict[str, Any]:
     """What the script of the page works on."""
+    manifest = facts.manifest
     names = manifest.class_names
     key = hashlib.sha256(json.dumps([manifest.provenance, facts.samples, facts.kept]).encode()).hexdigest()[:16]
     return {
@@ -139,10 +74,7 @@ def _data(manifest: Manifest, facts: ManifestFacts, shown: Shown, courses: Mappi
         "columns": {name: [_plain(each) for each in column] for name, column in shown.columns.items()},
         "borderline": shown.borderline,
         "class_names": None if names is None else list(names),
-        "courses": courses,
-        "images": {},
-        "texts": {},
-        "has_images": False,
+        "courses": {row: [[epoch, _plain(score)] for epoch, score in course] for row, course in courses.items()},
     }
 
 
@@ -151,73 +83,6 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, float):
         return value
     return float(f"{value:.6g}") if value == value and abs(value) != float("inf") else None
-
-
-@dataclass(frozen=True)
-class _Views:
-    """The views that a page holds, by row, and a sentence about those that it lacks."""
-
-    images: dict[int, str]
-    texts: dict[int, str]
-    note: str
-
-
-def _views(
-    dataset: Any, shown: Shown, render: Render | None, most: int, budget: int, progress: Callable[[str, float], None]
-) -> _Views:
-    """Read the samples that a person looks at first, as far as they fit."""
-    if hasattr(dataset, "prepare_data") and hasattr(dataset, "setup"):
-        dataset.prepare_data()
-        dataset.setup("fit")
-    rows = {shown.ids[row]: row for row in _first_rows(shown, most)}
-    images, texts, found, left_out = dict[int, str](), dict[int, str](), 0, 0
-    for key, view in views(dataset, list(rows), render):
-        found += 1
-        progress("reading samples", found / len(rows))
-        size = len(view.image or "") + len(view.text.encode()) + 16
-        if size > budget:
-            left_out += 1
-            continue
-        budget -= size
-        if view.image is not None:
-            images[rows[key]] = view.image
-        if view.text:
-            texts[rows[key]] = view.text
-    notes = []
-    if len(rows) < len(shown):
-        notes.append(f"The first {len(rows):,} of each tab have a picture or text.")
-    if missing := len(rows) - found:
-        notes.append(f"{missing:,} of them are not in the data set that was given.")
-    if left_out:
-        notes.append(f"{left_out:,} are left out, so that the page does not become too big.")
-    return _Views(images, texts, " ".join(notes))
-
-
-def _first_rows(shown: Shown, most: int) -> list[int]:
-    """The rows of which a picture is most wanted: by turns two suspicious ones, a borderline one, one of the best."""
-    suspicious, borderline = iter(range(len(shown))), iter(shown.borderline)
-    best = iter(range(len(shown) - 1, -1, -1))
-    chosen: dict[int, None] = {}
-    while len(chosen) < min(most, len(shown)):
-        for source in (suspicious, suspicious, borderline, best):
-            row = next(source, None)
-            if row is not None:
-                chosen.setdefault(row)
-    return list(chosen)[:most]
-
-
-def _courses(ledger: Path, database: Database, shown: Shown, most: int) -> dict[int, list[list[float]]]:
-    """The scores of the samples with a view, by epoch."""
-    rows = {shown.ids[row]: row for row in _first_rows(shown, most)}
-    scorings = Scores(ledger, database, "course", allow_partial=True).scorings().name
-    ids = pa.array(list(rows))
-    database.load("wanted", pa.schema([("id", ids.type)]), [pa.RecordBatch.from_arrays([ids], ["id"])])
-    found: dict[int, list[list[float]]] = {}
-    for key, epoch, score in database.rows(
-        f"SELECT id, epoch, score FROM {scorings} WHERE id IN (SELECT id FROM wanted) ORDER BY epoch"
-    ):
-        found.setdefault(rows[key], []).append([epoch, _plain(score)])
-    return found
 
 
 #: What a verdict on the reference means to somebody outside of the field.

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_mimic.curation import curate, detect
-from lightning_mimic.curation.report import plot_scores
+from lightning_mimic.curation.plots import plot_scores
 from scripts.studies.digits import (
     EACH_EPOCH,
     SPLIT,
