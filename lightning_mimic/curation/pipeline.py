@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning_mimic.curation.corrections import apply_corrections
 from lightning_mimic.curation.filters import Decision, DecisionRule, Posterior, Sign, checked_rule
@@ -23,6 +23,9 @@ from lightning_mimic.metrics.estimate import Quality
 from lightning_mimic.tables import Table, settle_ids
 from lightning_mimic.user_files import user_path, writing
 from lightning_mimic.version import __version__
+
+if TYPE_CHECKING:
+    from lightning_mimic.report import Inline, Render
 
 Unscored = Literal["keep", "drop", "fail"]
 #: What the manifest notes of the attempts whose rows count.
@@ -64,6 +67,24 @@ class Curation:
     files: tuple[Path, ...]
     verdict: str | None
     wrong_share: WrongShare | None
+
+    def show(self, dataset: Any = None, samples: int = 10, render: "Render | None" = None) -> "Inline":
+        """Return a view for a notebook: the figures, and the most suspicious samples.
+
+        Args:
+            dataset: The samples, as for :func:`~lightning_mimic.curation.report`; ``None``: without images and texts.
+            samples: Number of samples.
+            render: From a sample to a PIL image, a text, or a pair of them.
+
+        Raises:
+            MimicError: The data set has none of the samples, or one that cannot be shown.
+        """
+        from lightning_mimic.report import manifest_view
+
+        return manifest_view(self.manifest, dataset, samples, render)
+
+    def _repr_html_(self) -> str:
+        return self.show()._repr_html_()
 
 
 def curate(  # noqa: PLR0913

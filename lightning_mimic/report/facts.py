@@ -10,6 +10,8 @@ from lightning_mimic.manifest import Manifest
 
 #: By which samples are ordered from the most suspicious to the best.
 Measure = Literal["posterior", "score"]
+#: Columns that are shown of a sample, as far as the manifest has them.
+_SHOWN = ("score", "posterior", "label", "corrected_label", "reason")
 #: Bins of a histogram.
 BINS = 60
 
@@ -194,25 +196,38 @@ class ManifestFacts:
             most: Number of rows; of more, half are the most suspicious, a quarter the nearest to the cut, and a
                 quarter the best.
         """
-        value = self.measure or "keep::INT"  # without a measure the dropped ones are the suspicious ones
-        middle = self._middle()
-        wanted: dict[str, str] = {
-            name: name for name in ("score", "posterior", "label", "corrected_label", "reason") if name in self._names
-        }
+        if self.samples <= most:
+            return self._chosen({self._ascending: most})
+        nearest, best = f"{self._distance} NULLS LAST, id", f"{self._value} DESC NULLS LAST, id"
+        return self._chosen({self._ascending: most // 2, nearest: most // 4, best: most // 4})
+
+    def suspicious(self, most: int) -> Shown:
+        """Return the most suspicious rows.
+
+        Args:
+            most: Number of rows.
+        """
+        return self._chosen({self._ascending: most})
+
+    @property
+    def _value(self) -> str:
+        # Without a measure the dropped ones are the suspicious ones.
+        return self.measure or "keep::INT"
+
+    @property
+    def _ascending(self) -> str:
+        return f"{self._value} NULLS LAST, id"
+
+    def _chosen(self, orders: Mapping[str, int]) -> Shown:
+        """Return the first rows in each of several orders."""
+        wanted: dict[str, str] = {name: name for name in _SHOWN if name in self._names}
         if self.predicted is not None:
             wanted["predicted"] = self.predicted
-        columns = ", ".join(["id", "keep", f"{middle} AS distance", *(f"{c} AS {n}" for n, c in wanted.items())])
-        ascending = f"{value} NULLS LAST, id"
-        orders = {ascending: most}
-        if self.samples > most:
-            orders = {
-                ascending: most // 2,
-                f"{middle} NULLS LAST, id": most // 4,
-                f"{value} DESC NULLS LAST, id": most // 4,
-            }
+        columns = ["id", "keep", f"{self._distance} AS distance", f"{self._value} AS value"]
+        columns += [f"{column} AS {name}" for name, column in wanted.items()]
         # A sample that the pool lists twice has two rows that do not differ.
         chosen = " UNION ".join(
-            f"(SELECT DISTINCT {columns}, {value} AS value FROM {self._rows} ORDER BY {order} LIMIT {count})"
+            f"(SELECT DISTINCT {', '.join(columns)} FROM {self._rows} ORDER BY {order} LIMIT {count})"
             for order, count in orders.items()
         )
         with self._database.reader(f"SELECT * FROM ({chosen}) ORDER BY value NULLS LAST, id") as reader:
@@ -226,7 +241,8 @@ class ManifestFacts:
             borderline=sorted(known, key=distances.__getitem__),
         )
 
-    def _middle(self) -> str:
+    @property
+    def _distance(self) -> str:
         """SQL for how far a row is from the decision's edge."""
         if self.cut is not None:
             return f"abs({self.measure} - {self.cut!r})"

@@ -36,21 +36,40 @@ def render_page(facts: ManifestFacts, shown: Shown, held: Views, courses: Course
     context["samples_note"] = f"{_samples_note(facts, shown)} {held.note}".strip()
     data = _data(facts, shown, courses)
     data |= {"images": held.images, "texts": held.texts, "has_images": bool(held.images)}
-    return _filled(context, data)
+    style, script = (_Trusted(_own_file(name)) for name in ("page.css", "page.js"))
+    return rendered("page.html", data=_Trusted(_json(data)), style=style, script=script, **context)
 
 
-def _filled(context: Mapping[str, Any], data: Mapping[str, Any]) -> str:
-    """Render the template."""
+def rendered(name: str, **context: Any) -> str:
+    """Render a template of this package, in which all text is escaped.
+
+    Args:
+        name: File name of the template.
+        context: What it shows.
+
+    Raises:
+        CurationError: jinja2 is not installed.
+    """
     try:
         from jinja2 import Environment, StrictUndefined
-        from markupsafe import Markup
     except ModuleNotFoundError as error:
         raise CurationError("the report needs jinja2: pip install 'lightning-mimic[report]'.") from error
-    files = resources.files(__package__)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files.joinpath("page.html").read_text("utf-8"))
-    style, script = (Markup(files.joinpath(name).read_text("utf-8")) for name in ("page.css", "page.js"))
-    return template.render(context, data=Markup(_json(data)), style=style, script=script)
+    return environment.from_string(_own_file(name)).render(context)
+
+
+def _own_file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text("utf-8")
+
+
+class _Trusted:
+    """HTML of this package's own, which is not escaped."""
+
+    def __init__(self, html: str) -> None:
+        self._html = html
+
+    def __html__(self) -> str:
+        return self._html
 
 
 def _json(data: Any) -> str:
@@ -109,8 +128,8 @@ def _context(facts: ManifestFacts, title: str) -> dict[str, Any]:
             cut = facts.cut if measure == facts.measure else None
             charts.append(
                 {
-                    "linear": _svg(histogram(bins, measure, cut, log=False)),
-                    "log": _svg(histogram(bins, measure, cut, log=True)),
+                    "linear": _Trusted(histogram(bins, measure, cut, log=False)),
+                    "log": _Trusted(histogram(bins, measure, cut, log=True)),
                 }
             )
     classes = facts.classes()
@@ -130,7 +149,7 @@ def _context(facts: ManifestFacts, title: str) -> dict[str, Any]:
     return {
         "title": title,
         "lead": _lead(facts),
-        "figures": _figures(facts),
+        "figures": figures(facts),
         "warnings": _warnings(facts),
         "charts": charts,
         "distribution": _distribution(facts),
@@ -142,40 +161,34 @@ def _context(facts: ManifestFacts, title: str) -> dict[str, Any]:
     }
 
 
-def _svg(text: str) -> Any:
-    from markupsafe import Markup
-
-    return Markup(text)
-
-
 def _lead(facts: ManifestFacts) -> str:
     dropped = facts.samples - facts.kept
     share = dropped / facts.samples if facts.samples else 0.0
     return f"Of {facts.samples:,} samples, {facts.kept:,} are kept and {dropped:,} ({share:.1%}) are dropped."
 
 
-def _figures(facts: ManifestFacts) -> list[dict[str, str]]:
+def figures(facts: ManifestFacts) -> list[dict[str, str]]:
     """The figures at the head of the page: what a person outside the field understands, with the term in brackets."""
     provenance, whole = facts.manifest.provenance, max(facts.samples, 1)
-    figures: list[tuple[str, str, str]] = [
+    found: list[tuple[str, str, str]] = [
         ("Kept", f"{facts.kept:,}", f"{facts.kept / whole:.1%} of {facts.samples:,}"),
         ("Dropped", f"{facts.samples - facts.kept:,}", f"{1 - facts.kept / whole:.1%} of {facts.samples:,}"),
     ]
     if (wrong := provenance.get("wrong_share")) is not None:
         note = f"{_interval(wrong)}, estimated by the calibrated reference (share of wrong labels)"
-        figures.append(("Labels that are probably wrong", f"{wrong['estimate']:.1%}", note))
+        found.append(("Labels that are probably wrong", f"{wrong['estimate']:.1%}", note))
     if (quality := provenance.get("quality")) is not None:
         note = f"{_interval(quality)}, by {quality['trusted']:,} trusted samples (quality)"
-        figures.append(("Good samples", f"{quality['estimate']:.1%}", note))
+        found.append(("Good samples", f"{quality['estimate']:.1%}", note))
     if facts.unscored is not None:
         without = f"{facts.unscored:,} have none" if facts.unscored else "all of them"
         share = f"{1 - facts.unscored / whole:.1%}"
-        figures.append(("Samples with a score", share, f"{without} (coverage)"))
+        found.append(("Samples with a score", share, f"{without} (coverage)"))
     if "verdict" in provenance:
         verdict = provenance["verdict"]
         note = f"{_VERDICTS.get(verdict, _VERDICTS[None])} (verdict)"
-        figures.append(("Reference", verdict or "not diagnosed", note))
-    return [{"name": name, "value": value, "note": note} for name, value, note in figures]
+        found.append(("Reference", verdict or "not diagnosed", note))
+    return [{"name": name, "value": value, "note": note} for name, value, note in found]
 
 
 def _interval(estimate: Mapping[str, float]) -> str:
