@@ -9,7 +9,7 @@ from rich.table import Table
 
 from lightning_mimic.cli.command import command
 from lightning_mimic.cli.progress import shown_progress
-from lightning_mimic.curation import Comparison, Curation, CurationError, Manifest, compare, curate, select
+from lightning_mimic.curation import Comparison, Curation, CurationError, Manifest, compare, curate, report, select
 
 
 @command("mimic-curate", "curate")
@@ -49,6 +49,14 @@ def compare_main(config: DictConfig) -> None:
         noise = {str(name): share for name, share in noise.items()}
     comparison = compare(manifests, noise)
     show_comparison(Console(), comparison)
+    if settings["page"]:
+        if len(manifests) != 2:
+            raise CurationError(f"`page` shows two data sets, and `manifests` has {len(manifests)}.")
+        (one, first), (other, second) = manifests.items()
+        data = instantiate(config.data) if config.get("data") else None
+        with shown_progress(Console()) as progress:
+            page = report(first, data, settings["page"], against=second, names=(one, other), progress=progress)
+        print(page)  # noqa: T201
     if settings["plot"]:
         from lightning_mimic.curation.plots import plot_quality
 

@@ -89,7 +89,7 @@ def _check_rows(
     has_labels: bool,
 ) -> None:
     """Raise :class:`CurationError` for corrections that cannot be applied."""
-    unknown = database.column("SELECT id FROM corrections ANTI JOIN decided USING (id) ORDER BY id LIMIT 3")
+    unknown = database.column("SELECT id FROM corrections WHERE id NOT IN (SELECT id FROM decided) ORDER BY id LIMIT 3")
     if unknown:
         raise CurationError(
             f"{path} corrects samples that are not decided on, such as {unknown[0]!r}. Give the corrections of this "

@@ -9,7 +9,17 @@ from lightning_mimic.curation.scores import Scores
 from lightning_mimic.database import Database, Progress
 from lightning_mimic.files import atomic_write
 from lightning_mimic.manifest import Manifest
-from lightning_mimic.report import Courses, ManifestFacts, Render, Shown, Views, first_rows, held_views, render_page
+from lightning_mimic.report import (
+    NAMES,
+    Courses,
+    ManifestFacts,
+    Render,
+    Shown,
+    Views,
+    first_rows,
+    held_views,
+    render_page,
+)
 from lightning_mimic.user_files import user_path, writing
 
 #: Rows that a page can search and filter without delay.
@@ -25,6 +35,8 @@ def report(  # noqa: PLR0913
     *,
     render: Render | None = None,
     ledger: str | Path | None = None,
+    against: str | Path | Manifest | None = None,
+    names: tuple[str, str] = NAMES,
     title: str | None = None,
     most_views: int = MOST_VIEWS,
     megabytes: float = 25,
@@ -44,6 +56,9 @@ def report(  # noqa: PLR0913
         render: From a sample to a PIL image, a text, or a pair of them; by default the first image and the first text
             of a sample, or its numbers.
         ledger: The scores behind the manifest, for the course of each shown sample's score over the epochs.
+        against: Another manifest of the same samples: the page then shows what each of the two keeps and the other
+            drops.
+        names: What the two are called there.
         title: Headline of the page.
         most_views: Samples whose images or texts are in the page, at most.
         megabytes: Size of the page, at most; images are left out from there on.
@@ -65,18 +80,19 @@ def report(  # noqa: PLR0913
         'index.html'
     """
     found = opened_manifest(manifest)
+    headline = title or (_TITLE if against is None else f"{names[0]} and {names[1]}")
     advance = progress or (lambda what, share: None)
     with Database(memory, progress) as database:
         advance("counting", 0.0)
-        facts = ManifestFacts(found, database)
+        facts = ManifestFacts(found, database, None if against is None else opened_manifest(against))
         shown = facts.shown(MOST_ROWS)
         courses = {} if ledger is None else _courses(user_path(ledger, "ledger"), database, shown, most_views)
-        page = render_page(facts, shown, Views(), courses, title or _TITLE)
+        page = render_page(facts, shown, Views(), courses, headline, names)
         advance("counting", 1.0)
         if dataset is not None:
             room = megabytes * 1e6 - len(page.encode())
             held = held_views(dataset, shown, most_views, room, render, advance)
-            page = render_page(facts, shown, held, courses, title or _TITLE)
+            page = render_page(facts, shown, held, courses, headline, names)
     folder = user_path(out, "out")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

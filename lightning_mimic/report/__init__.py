@@ -3,10 +3,11 @@
 from lightning_mimic.report.facts import ManifestFacts, Shown
 from lightning_mimic.report.held_views import Views, first_rows, held_views
 from lightning_mimic.report.notebook import Inline, manifest_view
-from lightning_mimic.report.page import Courses, render_page
+from lightning_mimic.report.page import NAMES, Courses, render_page
 from lightning_mimic.report.samples import HasSamples, Render, View, default_render, views
 
 __all__ = [
+    "NAMES",
     "Courses",
     "HasSamples",
     "Inline",

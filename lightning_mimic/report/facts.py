@@ -6,12 +6,13 @@ from functools import cached_property
 from typing import Any, Literal
 
 from lightning_mimic.database import Database, parquet
+from lightning_mimic.errors import CurationError
 from lightning_mimic.manifest import Manifest
 
 #: By which samples are ordered from the most suspicious to the best.
 Measure = Literal["posterior", "score"]
 #: Columns that are shown of a sample, as far as the manifest has them.
-_SHOWN = ("score", "posterior", "label", "corrected_label", "reason")
+_SHOWN = ("score", "posterior", "label", "corrected_label", "reason", "other_keep")
 #: Bins of a histogram.
 BINS = 60
 
@@ -55,14 +56,36 @@ class ClassFacts:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """Numbers of samples by the decisions of two manifests.
+
+    Attributes:
+        both: Kept by both.
+        here: Kept by the first alone.
+        there: Kept by the other alone.
+        neither: Dropped by both.
+        unknown: Not in the other manifest.
+        missing: In the other manifest alone.
+    """
+
+    both: int
+    here: int
+    there: int
+    neither: int
+    unknown: int
+    missing: int
+
+
+@dataclass(frozen=True)
 class Shown:
     """The rows of a manifest that a page holds, in columns of one length, the most suspicious first.
 
     Attributes:
         ids: Sample ids.
         keep: Decisions; ``None`` where nothing was decided.
-        columns: By name, values or ``None``: ``score``, ``posterior``, ``label``, ``predicted``, ``reason``, as far as
-            the manifest has them.
+        columns: By name, values or ``None``: ``score``, ``posterior``, ``label``, ``corrected_label``,
+            ``predicted``, ``reason`` and ``other_keep`` (the decision of the manifest that this one is compared with),
+            as far as there are such.
         borderline: Positions of the rows whose distance from the decision's edge is known, the nearest first.
     """
 
@@ -81,6 +104,7 @@ class ManifestFacts:
     Args:
         manifest: The manifest.
         database: Where it is read.
+        other: A manifest to compare its decisions with.
 
     Attributes:
         samples: Number of rows.
@@ -91,16 +115,27 @@ class ManifestFacts:
             where there is none.
 
     Raises:
-        CurationError: The manifest is damaged.
+        CurationError: A manifest is damaged, or the two have ids of different types.
     """
 
-    def __init__(self, manifest: Manifest, database: Database) -> None:
+    def __init__(self, manifest: Manifest, database: Database, other: Manifest | None = None) -> None:
         self.manifest = manifest
+        self.other = other
         self._database = database
         self._rows = parquet(manifest.path)
+        if other is not None:
+            # A sample that is listed twice is kept if one of its rows is.
+            decided = (
+                f"(SELECT id, bool_or(coalesce(keep, false)) AS other_keep FROM {parquet(other.path)} GROUP BY id)"
+            )
+            ids = [database.columns(rows)["id"] for rows in (self._rows, parquet(other.path))]
+            if (ids[0] == "VARCHAR") != (ids[1] == "VARCHAR"):
+                raise CurationError(f"{manifest.path} has ids of type {ids[0]}, and {other.path} of type {ids[1]}.")
+            database.run(f"CREATE VIEW compared AS SELECT * FROM {self._rows} LEFT JOIN {decided} USING (id)")
+            self._rows = "compared"
         self._names = set(database.columns(self._rows))
-        decided = "posterior" in self._names and str(manifest.provenance.get("filter", "")).startswith("Posterior(")
-        by_posterior = decided or ("posterior" in self._names and not self._any("score"))
+        decides = "posterior" in self._names and str(manifest.provenance.get("filter", "")).startswith("Posterior(")
+        by_posterior = decides or ("posterior" in self._names and not self._any("score"))
         self.measure: Measure | None = "posterior" if by_posterior else "score" if self._any("score") else None
         by_reference = self._any("reference_predicted")
         self.predicted = "reference_predicted" if by_reference else "predicted" if self._any("predicted") else None
@@ -108,6 +143,20 @@ class ManifestFacts:
         scored = "count(score)" if "score" in self._names else "NULL"
         self.samples, self.kept, scores = database.row(f"SELECT count(*), count_if(keep), {scored} FROM {self._rows}")
         self.unscored = None if scores is None else self.samples - scores
+
+    def agreement(self) -> Agreement:
+        """Count the samples by both decisions."""
+        assert self.other is not None
+        both, here, there, neither, alone = self._database.row(
+            f"""SELECT count_if(keep AND other_keep), count_if(keep AND NOT other_keep),
+            count_if(other_keep AND NOT coalesce(keep, false)), count_if(NOT other_keep AND NOT coalesce(keep, false)),
+            count_if(other_keep IS NULL) FROM {self._rows}"""
+        )
+        known, others = (parquet(each.path) for each in (self.manifest, self.other))
+        missing = self._database.value(
+            f"SELECT count(DISTINCT id) FROM {others} WHERE id NOT IN (SELECT id FROM {known})"
+        )
+        return Agreement(both, here, there, neither, alone, missing)
 
     @cached_property
     def cut(self) -> float | None:

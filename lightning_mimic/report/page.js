@@ -37,6 +37,13 @@
     borderline: Int32Array.from(data.borderline),
     best: Int32Array.from({ length: rows }, (_, place) => rows - 1 - place),
   };
+  if (data.compared) tabs.unlike = tabs.suspicious.filter((row) => value("other_keep", row) !== null && value("other_keep", row) !== (data.keep[row] === true));
+  const decided = {
+    kept: isKept,
+    dropped: (row) => !isKept(row),
+    here: (row) => data.keep[row] === true && value("other_keep", row) === false,
+    there: (row) => data.keep[row] !== true && value("other_keep", row) === true,
+  };
   const state = { tab: "suspicious", page: 0, chosen: [], open: -1 };
   const text = (row) => (data.texts[row] || "");
 
@@ -56,7 +63,7 @@
     const order = state.tab === "corrected" ? [...corrections.keys()].map((id) => byId.get(id)) : tabs[state.tab];
     const chosen = [];
     for (const row of order) {
-      if (decision && isKept(row) !== (decision === "kept")) continue;
+      if (decision && !decided[decision](row)) continue;
       if (given !== "" && value("label", row) !== Number(given)) continue;
       if (predicted !== "" && value("predicted", row) !== Number(predicted)) continue;
       if (search && !String(data.ids[row]).toLowerCase().includes(search) && !text(row).toLowerCase().includes(search)) continue;
@@ -75,6 +82,7 @@
     state.chosen = chosen;
   };
 
+  const other = (row) => (value("other_keep", row) === null ? "unknown to " : value("other_keep", row) ? "✓ kept by " : "✗ dropped by ") + data.compared[1];
   const picture = (row) => {
     const address = data.images[row];
     if (address) {
@@ -94,7 +102,8 @@
     const image = picture(row);
     if (image) button.append(image);
     if (text(row)) button.append(make("span", "text", text(row)));
-    button.append(make("span", "mark", (kept ? "✓ kept" : "✗ dropped") + (byHand ? ", by hand" : "")));
+    button.append(make("span", "mark", (kept ? "✓ kept" : "✗ dropped") + (byHand ? ", by hand" : data.compared ? " by " + data.compared[0] : "")));
+    if (data.compared) button.append(make("span", "other", other(row)));
     const facts = make("span", "facts");
     const fact = (name, found) => {
       if (facts.childNodes.length) facts.append(make("br"));
@@ -169,6 +178,7 @@
       if (found !== null && found !== "") list.append(make("dt", "", name), make("dd", "", found));
     };
     fact("decision", (isKept(row) ? "kept" : "dropped") + (by.keep !== undefined ? " (by hand)" : ""));
+    if (data.compared) fact("decision of " + data.compared[1], other(row));
     fact("reason", value("reason", row));
     const corrected = labelOf(row) === value("label", row) ? "" : ` → ${className(labelOf(row))} (by hand)`;
     if (column("label")) fact("given label", className(value("label", row)) + corrected);

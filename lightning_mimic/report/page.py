@@ -7,19 +7,23 @@ from importlib import resources
 from typing import Any
 
 from lightning_mimic.errors import CurationError, join_names
-from lightning_mimic.report.facts import ManifestFacts, Shown, class_name
+from lightning_mimic.report.facts import Agreement, ManifestFacts, Shown, class_name
 from lightning_mimic.report.held_views import Views
 
 #: Epoch and score of every scoring of a sample, by its row.
 Courses = Mapping[int, Sequence[tuple[int, float]]]
 
+#: Of a manifest and the one that it is compared with.
+NAMES = ("this", "the other")
 #: A matrix of more classes has cells too small to read; it shows those with the most unlike predictions.
 MOST_CLASSES = 25
 #: Rows of the table of classes.
 _MOST_LISTED = 200
 
 
-def render_page(facts: ManifestFacts, shown: Shown, held: Views, courses: Courses, title: str) -> str:
+def render_page(
+    facts: ManifestFacts, shown: Shown, held: Views, courses: Courses, title: str, names: tuple[str, str] = NAMES
+) -> str:
     """Return the page as HTML that needs nothing else.
 
     Args:
@@ -28,13 +32,15 @@ def render_page(facts: ManifestFacts, shown: Shown, held: Views, courses: Course
         held: The views of some of them.
         courses: Epoch and score of every scoring, by row.
         title: Headline of the page.
+        names: Of the manifest and of the one that it is compared with.
 
     Raises:
         CurationError: jinja2, altair or vl-convert are not installed.
     """
-    context = _context(facts, title)
+    context = _context(facts, title, names)
     context["samples_note"] = f"{_samples_note(facts, shown)} {held.note}".strip()
     data = _data(facts, shown, courses)
+    data["compared"] = list(names) if facts.other is not None else None
     data |= {"images": held.images, "texts": held.texts, "has_images": bool(held.images)}
     style, script = (_Trusted(_own_file(name)) for name in ("page.css", "page.js"))
     return rendered("page.html", data=_Trusted(_json(data)), style=style, script=script, **context)
@@ -114,7 +120,7 @@ _VERDICTS = {
 }
 
 
-def _context(facts: ManifestFacts, title: str) -> dict[str, Any]:
+def _context(facts: ManifestFacts, title: str, of: tuple[str, str]) -> dict[str, Any]:
     """What the template shows."""
     from lightning_mimic.report.charts import histogram
 
@@ -149,7 +155,8 @@ def _context(facts: ManifestFacts, title: str) -> dict[str, Any]:
     return {
         "title": title,
         "lead": _lead(facts),
-        "figures": figures(facts),
+        "figures": figures(facts, of),
+        "compared": of if facts.other is not None else None,
         "warnings": _warnings(facts),
         "charts": charts,
         "distribution": _distribution(facts),
@@ -167,7 +174,21 @@ def _lead(facts: ManifestFacts) -> str:
     return f"Of {facts.samples:,} samples, {facts.kept:,} are kept and {dropped:,} ({share:.1%}) are dropped."
 
 
-def figures(facts: ManifestFacts) -> list[dict[str, str]]:
+def _agreement(counts: Agreement, names: tuple[str, str]) -> list[tuple[str, str, str]]:
+    """The figures of two manifests' decisions."""
+    one, other = names
+    found = [
+        ("Kept by both", f"{counts.both:,}", f"{counts.neither:,} are dropped by both"),
+        (f"Kept by {one} alone", f"{counts.here:,}", f"{other} drops them"),
+        (f"Kept by {other} alone", f"{counts.there:,}", f"{one} drops them"),
+    ]
+    if counts.unknown or counts.missing:
+        note = f"{counts.unknown:,} are in {one} alone, {counts.missing:,} in {other} alone"
+        found.append(("Samples of one of them alone", f"{counts.unknown + counts.missing:,}", note))
+    return found
+
+
+def figures(facts: ManifestFacts, names: tuple[str, str] = NAMES) -> list[dict[str, str]]:
     """The figures at the head of the page: what a person outside the field understands, with the term in brackets."""
     provenance, whole = facts.manifest.provenance, max(facts.samples, 1)
     found: list[tuple[str, str, str]] = [
@@ -184,6 +205,8 @@ def figures(facts: ManifestFacts) -> list[dict[str, str]]:
         without = f"{facts.unscored:,} have none" if facts.unscored else "all of them"
         share = f"{1 - facts.unscored / whole:.1%}"
         found.append(("Samples with a score", share, f"{without} (coverage)"))
+    if facts.other is not None:
+        found += _agreement(facts.agreement(), names)
     if "verdict" in provenance:
         verdict = provenance["verdict"]
         note = f"{_VERDICTS.get(verdict, _VERDICTS[None])} (verdict)"
