@@ -141,16 +141,19 @@ class ManifestFacts:
         self.predicted = "reference_predicted" if by_reference else "predicted" if self._any("predicted") else None
         self.has_labels = self._any("label")
         scored = "count(score)" if "score" in self._names else "NULL"
-        self.samples, self.kept, scores = database.row(f"SELECT count(*), count_if(keep), {scored} FROM {self._rows}")
+        self.samples, self.kept, scores = database.row(
+            f"SELECT count(*), count(*) FILTER (keep), {scored} FROM {self._rows}"
+        )
         self.unscored = None if scores is None else self.samples - scores
 
     def agreement(self) -> Agreement:
         """Count the samples by both decisions."""
         assert self.other is not None
         both, here, there, neither, alone = self._database.row(
-            f"""SELECT count_if(keep AND other_keep), count_if(keep AND NOT other_keep),
-            count_if(other_keep AND NOT coalesce(keep, false)), count_if(NOT other_keep AND NOT coalesce(keep, false)),
-            count_if(other_keep IS NULL) FROM {self._rows}"""
+            f"""SELECT count(*) FILTER (keep AND other_keep), count(*) FILTER (keep AND NOT other_keep),
+            count(*) FILTER (other_keep AND NOT coalesce(keep, false)),
+            count(*) FILTER (NOT other_keep AND NOT coalesce(keep, false)),
+            count(*) FILTER (other_keep IS NULL) FROM {self._rows}"""
         )
         known, others = (parquet(each.path) for each in (self.manifest, self.other))
         missing = self._database.value(
