@@ -1,11 +1,14 @@
 """The report without a browser: its figures against slow ones, its views of samples, its limits."""
 
+import io
 import json
 import re
+import sys
 from collections import Counter
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +18,14 @@ from lightning_mimic.curation import CurationError, curate, report
 from lightning_mimic.database import Database
 from lightning_mimic.errors import MimicError
 from lightning_mimic.manifest import write_manifest
-from lightning_mimic.report import ManifestFacts, default_render, manifest_view, views
+from lightning_mimic.report import (
+    ManifestFacts,
+    default_render,
+    fiftyone_samples,
+    manifest_view,
+    views,
+    write_spotlight,
+)
 from support.cases import for_each
 from support.ledgers import write_ledger
 
@@ -256,3 +266,45 @@ def test_what_is_no_manifest_is_refused(tmp_path):
     with pytest.raises(CurationError, match="is no manifest"):
         report(tmp_path, out=tmp_path / "page")
     assert not (tmp_path / "page").exists()
+
+
+@pytest.fixture
+def photographed(tmp_path):
+    columns = {"id": ["a", "b", "c"], "keep": [False, True, True], "score": [-1.0, 0.5, 1.0], "label": [0, 1, 1]}
+    columns |= {"predicted": [1, 1, None], "reason": ["mean score below 0", None, None]}
+    manifest = manifest_of(tmp_path / "m", columns, filter="Sign()", class_names=["cat", "dog"])
+    return manifest, WithIds([(torch.rand(3, 60, 50), "a"), (torch.rand(3, 9, 9), "b"), "no image"], columns["id"])
+
+
+def test_spotlight_shows_the_table_that_is_written_for_it(tmp_path, photographed):
+    path = write_spotlight(*photographed, tmp_path / "table.parquet")
+    rows = pq.read_table(path).to_pylist()
+    assert [(row["id"], row["keep"], row["given_label"], row["predicted_label"], row["text"]) for row in rows] == [
+        ("a", False, "cat", "dog", "a"), ("b", True, "dog", "dog", "b"), ("c", True, "dog", None, "no image"),
+    ]  # fmt: skip
+    sizes = [None if row["image"] is None else Image.open(io.BytesIO(row["image"])).size for row in rows]
+    assert sizes == [(50, 60), (9, 9), None]
+    with pytest.raises(CurationError, match="is there already"):
+        write_spotlight(*photographed, path)
+    spotlight = pytest.importorskip("renumics.spotlight", reason="VIEWER TEST NOT RUN: renumics-spotlight is missing")
+    viewer = spotlight.show(path, dtype={"image": spotlight.Image}, no_browser=True, wait=False)
+    try:
+        assert viewer.df["id"].tolist() == ["a", "b", "c"]
+    finally:
+        viewer.close()
+
+
+def test_fiftyone_takes_the_samples_that_are_made_for_it(tmp_path, photographed):
+    pytest.importorskip("fiftyone", reason="VIEWER TEST NOT RUN: fiftyone is missing")
+    first, second = fiftyone_samples(*photographed, tmp_path / "images")
+    assert (first.tags, second.tags) == (["dropped"], ["kept"])
+    assert (first.sample_id_in_run, first.score, first.given_label.label, first.predicted_label.label) == (
+        "a", -1.0, "cat", "dog",
+    )  # fmt: skip
+    assert [Image.open(each.filepath).size for each in (first, second)] == [(50, 60), (9, 9)]
+
+
+def test_without_fiftyone_it_is_said_how_to_get_it(tmp_path, photographed, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fiftyone", None)
+    with pytest.raises(CurationError, match="pip install fiftyone"):
+        fiftyone_samples(*photographed, tmp_path / "images")

@@ -23,4 +23,4 @@ def main(config: DictConfig) -> None:
     print(page)  # noqa: T201
 
 
-_SETTINGS = ("manifest", "out", "ledger", "title", "most_views", "megabytes", "memory")
+_SETTINGS = ("manifest", "out", "ledger", "spotlight", "title", "most_views", "megabytes", "memory")

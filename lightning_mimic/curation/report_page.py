@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from lightning_mimic.curation.scores import Scores
 from lightning_mimic.database import Database, Progress
+from lightning_mimic.errors import CurationError
 from lightning_mimic.files import atomic_write
 from lightning_mimic.manifest import Manifest
 from lightning_mimic.report import (
@@ -19,6 +20,7 @@ from lightning_mimic.report import (
     first_rows,
     held_views,
     render_page,
+    write_spotlight,
 )
 from lightning_mimic.user_files import user_path, writing
 
@@ -37,6 +39,7 @@ def report(  # noqa: PLR0913
     ledger: str | Path | None = None,
     against: str | Path | Manifest | None = None,
     names: tuple[str, str] = NAMES,
+    spotlight: str | Path | None = None,
     title: str | None = None,
     most_views: int = MOST_VIEWS,
     megabytes: float = 25,
@@ -59,6 +62,8 @@ def report(  # noqa: PLR0913
         against: Another manifest of the same samples: the page then shows what each of the two keeps and the other
             drops.
         names: What the two are called there.
+        spotlight: Path of a Parquet table to write beside, for Renumics Spotlight, see
+            :func:`~lightning_mimic.report.write_spotlight`.
         title: Headline of the page.
         most_views: Samples whose images or texts are in the page, at most.
         megabytes: Size of the page, at most; images are left out from there on.
@@ -79,6 +84,8 @@ def report(  # noqa: PLR0913
         >>> report(f"{folder}/manifest.parquet", ["a cat", "a dog"], f"{folder}/report").name
         'index.html'
     """
+    if spotlight is not None and dataset is None:
+        raise CurationError("`spotlight` needs the samples: give `dataset`.")
     found = opened_manifest(manifest)
     headline = title or (_TITLE if against is None else f"{names[0]} and {names[1]}")
     advance = progress or (lambda what, share: None)
@@ -98,6 +105,8 @@ def report(  # noqa: PLR0913
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / "index.html", "w") as file:
             file.write(page)
+    if spotlight is not None:
+        write_spotlight(found, dataset, spotlight, render=render)
     return folder / "index.html"
 
 

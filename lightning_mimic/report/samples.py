@@ -2,8 +2,9 @@
 
 import base64
 import io
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from numbers import Number, Real
@@ -23,6 +24,21 @@ _SMALL = 48
 _MOST_TEXT = 600
 _MOST_NUMBERS = 12
 _THREADS = 4
+#: Samples that are held while they wait to be drawn.
+_WAITING = 64
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An image as a file.
+
+    Attributes:
+        kind: ``"png"`` or ``"webp"``.
+        content: Its bytes.
+    """
+
+    kind: str
+    content: bytes
 
 
 @dataclass(frozen=True)
@@ -47,34 +63,47 @@ class HasSamples(Protocol):
 
 
 def views(source: Any, ids: Sequence[int | str], render: Render | None = None) -> Iterator[tuple[int | str, View]]:
-    """Yield the views of samples, each read once.
+    """Yield the views of samples; see :func:`drawn`.
+
+    Example:
+        >>> dict(views(["a cat", "a dog"], [1]))
+        {1: View(image=None, text='a dog')}
+    """
+    for key, (image, text) in drawn(source, ids, render, size=THUMBNAIL):
+        shown = text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}…"
+        yield key, View(None if image is None else _address(image), shown)
+
+
+def drawn(
+    source: Any, ids: Sequence[int | str], render: Render | None = None, size: int | None = None
+) -> Iterator[tuple[int | str, tuple[Encoded | None, str]]]:
+    """Yield samples as encoded image and text, each read once.
+
+    Samples are read one after another, because a data set need not be safe for threads; drawing is done beside that.
 
     Args:
         source: An object with :meth:`HasSamples.samples_by_id`; or a map-style data set, whose ids are those of
             :func:`~lightning_mimic.dataset_ids.sample_ids` or else row numbers.
         ids: Ids of the samples, in the order in which they are wanted.
         render: From a sample to a PIL image, a text, or a pair of them; by default :func:`default_render`.
+        size: Longest side of an image in pixels; ``None``: as it is.
 
     Yields:
-        An id and its view, for every id that the source has.
+        An id, and image and text, for every id that the source has; of a sample that cannot be read, the reason.
 
     Raises:
         MimicError: No such source, or ``render`` returned something else.
-
-    Example:
-        >>> dict(views(["a cat", "a dog"], [1]))
-        {1: View(image=None, text='a dog')}
     """
-    draw = default_render if render is None else render
+    draw = partial(_drawn, default_render if render is None else render, size)
     with ThreadPoolExecutor(_THREADS) as pool:
-        if isinstance(source, HasSamples):
-            # One reader, because it may be a stream; drawing is done beside it.
-            found = ((key, partial(_view, draw, sample, key)) for key, sample in source.samples_by_id(ids))
-        else:
-            rows = _rows(source, ids)
-            found = ((key, partial(_read, draw, source, rows[key], key)) for key in ids if key in rows)
-        for key, view in [(key, pool.submit(make)) for key, make in found]:
-            yield key, view.result()
+        waiting: deque[tuple[int | str, Future[tuple[Encoded | None, str]]]] = deque()
+        for key, sample in source.samples_by_id(ids) if isinstance(source, HasSamples) else _samples(source, ids):
+            waiting.append((key, pool.submit(draw, sample, key)))
+            while len(waiting) > _WAITING:
+                first, done = waiting.popleft()
+                yield first, done.result()
+        for key, done in waiting:
+            yield key, done.result()
 
 
 def default_render(sample: Any) -> Any:
@@ -131,17 +160,24 @@ def _rows(dataset: Any, ids: Sequence[int | str]) -> dict[int | str, int]:
     return found
 
 
-def _read(render: Render, dataset: Any, row: int, key: int | str) -> View:
-    """Read a sample and draw it; one that cannot be read is worth to be seen, too."""
-    try:
-        sample = dataset[row]
-    except Exception as error:
-        return View(None, f"cannot be read: {first_line(error)}")
-    return _view(render, sample, key)
+def _samples(dataset: Any, ids: Sequence[int | str]) -> Iterator[tuple[int | str, Any]]:
+    """Yield the samples of a data set; in place of one that cannot be read, the reason."""
+    rows = _rows(dataset, ids)
+    for key in ids:
+        if key in rows:
+            try:
+                sample = dataset[rows[key]]
+            except Exception as error:  # of the data set, the decoder, the system
+                sample = _Unreadable(f"cannot be read: {first_line(error)}")
+            yield key, sample
 
 
-def _view(render: Render, sample: Any, key: int | str) -> View:
-    shown = render(sample)
+class _Unreadable(str):
+    """The reason why a sample cannot be read."""
+
+
+def _drawn(render: Render, size: int | None, sample: Any, key: int | str) -> tuple[Encoded | None, str]:
+    shown = str(sample) if isinstance(sample, _Unreadable) else render(sample)
     image, text = shown if isinstance(shown, tuple) and len(shown) == 2 else (shown, None)
     if isinstance(image, str):
         image, text = None, image
@@ -151,11 +187,7 @@ def _view(render: Render, sample: Any, key: int | str) -> View:
         raise MimicError(
             f"`render` returned a {kind} for sample {key!r}; expected a PIL image, a text, or a pair of them."
         )
-    text = text or ""
-    text = text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}…"
-    if picture is None:
-        return View(None, text)
-    return View(_address(picture), text)
+    return None if picture is None else _encoded(picture, size), text or ""
 
 
 def _parts(sample: Any) -> Iterator[Any]:
@@ -213,13 +245,17 @@ def _numbers(part: Any) -> list[float]:
     return [float(part)] if isinstance(part, Real) else []
 
 
-def _address(image: Any) -> str:
-    """Return a ``data:`` address of a thumbnail."""
+def _encoded(image: Any, size: int | None) -> Encoded:
+    """Return an image as a file; small ones and those of full size lose nothing."""
     content = io.BytesIO()
-    if max(image.size) <= _SMALL:
-        image.save(content, "PNG", optimize=True)
-        return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+    if size is None or max(image.size) <= _SMALL:
+        image.save(content, "PNG")
+        return Encoded("png", content.getvalue())
     image = image.copy()
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((size, size))
     image.convert("RGB").save(content, "WEBP", quality=75)
-    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return Encoded("webp", content.getvalue())
+
+
+def _address(image: Encoded) -> str:
+    return f"data:image/{image.kind};base64,{base64.b64encode(image.content).decode()}"
