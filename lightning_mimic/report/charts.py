@@ -60,8 +60,8 @@ def histogram(bins: Sequence[Bin], measure: Measure, cut: float | None, *, log: 
         layers.append(alt.Chart(at).mark_rule(strokeDash=[5, 4], color="currentColor").encode(x="cut:Q"))
         layers.append(
             alt.Chart(at)
-            .mark_text(align="left", dx=5, y=8, color="currentColor", fontSize=12)
-            .encode(x="cut:Q", text="label:N")
+            .mark_text(baseline="bottom", color="currentColor", fontSize=12)
+            .encode(x="cut:Q", y=alt.value(-3), text="label:N")
         )
     text = {"labelColor": "currentColor", "titleColor": "currentColor", "labelFontSize": 12, "titleFontSize": 13}
     lines = {"domainColor": "currentColor", "tickColor": "currentColor", "gridColor": "currentColor"}
