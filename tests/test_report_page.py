@@ -6,10 +6,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from lightning_mimic.curation import Manifest, report
+from lightning_mimic.curation import Manifest, curate, report
 from lightning_mimic.data import WithIds
 from lightning_mimic.manifest import write_manifest
 from support.browser import started_browser
+from support.ledgers import write_ledger
 
 pytestmark = pytest.mark.slow
 
@@ -131,7 +132,7 @@ def test_search_tabs_sort_and_pages(browser, page):
     assert browser.texts(".card .facts")[0].startswith("id =1+1")
 
 
-def test_corrections_are_made_by_keys_kept_and_downloaded(browser, page):
+def test_corrections_are_made_by_keys_kept_downloaded_and_applied(browser, page, tmp_path):
     browser.open(page)
     browser.run("localStorage.clear()")
     browser.open(page)
@@ -160,6 +161,12 @@ def test_corrections_are_made_by_keys_kept_and_downloaded(browser, page):
         ["'=1+1", "true", "", ""],
         [f"{EVIL}/5", "true", "1", EVIL],
     ]
+    seen = Manifest(page.parent.parent / "curated" / "manifest.parquet").table()
+    scored = {name: seen[name].to_pylist() for name in ("id", "score", "label")}
+    write_ledger(tmp_path / "scores", scored, notes={"class_names": NAMES})
+    corrected = curate(tmp_path / "scores", corrections=file).manifest.table().to_pylist()
+    by_hand = {row["id"]: (row["keep"], row["corrected_label"]) for row in corrected if row["reason"] == "by hand"}
+    assert by_hand == {"=1+1": (True, None), f"{EVIL}/5": (True, 1)}
 
 
 def test_it_is_readable_in_the_dark_and_on_a_telephone(browser, page):

@@ -179,7 +179,7 @@
     };
     fact("decision", (isKept(row) ? "kept" : "dropped") + (by.keep !== undefined ? " (by hand)" : ""));
     if (data.compared) fact("decision of " + data.compared[1], other(row));
-    fact("reason", value("reason", row));
+    if (by.keep === undefined) fact("reason", value("reason", row));
     const corrected = labelOf(row) === value("label", row) ? "" : ` → ${className(labelOf(row))} (by hand)`;
     if (column("label")) fact("given label", className(value("label", row)) + corrected);
     if (column("predicted")) fact("predicted label", className(value("predicted", row)));
