@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
+from open_clip.loss import SigLipLoss
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_mimic.models import CLIP, pair_losses
 from support.cases import for_each
-from support.clips import KINDS, TEXT, TIMM, VISION, clip, losses_of, pairs, towers
+from support.clips import KINDS, TEXT, TIMM, clip, losses_of, pairs, towers
 from support.toys import loader, trainer
 
 STEP = {"optimizer": partial(torch.optim.SGD, lr=0.1)}
@@ -146,7 +147,7 @@ ONE = [["image"], ["text"]]
 def test_locked_towers_train_their_projections_alone(kind, locked):
     module = CLIP(norm_towers(), locked=locked, warmup_steps=0, **STEP) if kind == "batch norm" else None
     module = clip(kind, locked=locked, **STEP) if module is None else module
-    projections = ("visual.proj", "visual.head.proj", "text_projection", "text.text_projection", "logit_scale")
+    projections = ("visual.proj", "visual.head.proj", "text_projection", "text.text_projection", "logit_")
     before = {name: tensor.clone() for name, tensor in module.towers.state_dict().items()}
     modes = {}
     look = Callback()
@@ -177,10 +178,6 @@ def test_checkpointing_gives_the_same_gradients(options):
     assert clip(**options).towers.visual.transformer.grad_checkpointing
 
 
-def siglip():
-    return open_clip.CustomTextCLIP(12, VISION, TEXT, init_logit_bias=-10.0)
-
-
 def unknown_end():
     made = towers()
     made.visual.proj = None
@@ -189,7 +186,7 @@ def unknown_end():
 
 REFUSED = {
     "a classifier": (lambda: nn.Linear(2, 2), {}, "`towers` is a Linear; expected a CLIP of open_clip"),
-    "a logit bias": (siglip, {}, "`towers` has a logit bias, as SigLIP's models do"),
+    "no block": (towers, {"block_size": 0}, "`block_size` is 0; expected a whole number of 1 or more."),
     "an unknown tower": (towers, {"locked": ["images"]}, "`locked`: there is no tower 'images'; "),
     "no projection": (unknown_end, {"locked": ["image"]}, "`locked`: the image tower of CLIP has none of the proj"),
     "no such file": (towers, {"pretrained": "none.ckpt"}, "`pretrained`: no file none.ckpt"),
@@ -253,22 +250,25 @@ def test_running_statistics_are_taken_over():
     torch.testing.assert_close({n: found[n] for n in names}, {n: wanted[n] for n in names}, rtol=0, atol=0)
 
 
-@for_each("rows", [1, 2, 7])
-def test_losses_are_the_mean_of_both_cross_entropies(rows):
-    module, batch = clip("wide"), pairs(rows)[:rows]
+@for_each(("kind", "rows"), [("wide", 1), ("wide", 2), ("wide", 7), ("siglip", 1), ("siglip", 7)])
+def test_losses_are_half_of_a_pair_s_row_and_half_of_its_column(kind, rows):
+    module, batch = clip(kind, block_size=3), pairs(rows)[:rows]
     losses = module.sample_losses(batch)
     torch.testing.assert_close(losses, losses_of(module, batch), rtol=1e-12, atol=1e-12)
     images, texts = module.encode_image(batch[0]), module.encode_text(batch[1])
     assert not torch.allclose(images, module.encode_image(batch[0], normalize=True))
     torch.testing.assert_close(F.normalize(texts, dim=1), module.encode_text(batch[1], normalize=True))
-    trained = module.scale.expand(rows)
-    torch.testing.assert_close(pair_losses(3 * images, texts / 7, trained), losses, rtol=1e-12, atol=1e-12)
+    found = pair_losses(3 * images, texts / 7, module.scale, module.bias)
+    torch.testing.assert_close(found, losses, rtol=1e-12, atol=1e-12)
 
 
 def test_losses_are_open_clips_own():
     images, texts = torch.randn(6, 5), torch.randn(6, 5)
-    theirs = open_clip.ClipLoss()(F.normalize(images), F.normalize(texts), torch.tensor(20.0))
-    torch.testing.assert_close(pair_losses(images, texts, torch.tensor(20.0)).mean(), theirs)
+    normalised, scale, bias = (F.normalize(images), F.normalize(texts)), torch.tensor(20.0), torch.tensor(-3.0)
+    theirs = open_clip.ClipLoss()(*normalised, scale)
+    torch.testing.assert_close(pair_losses(images, texts, scale).mean(), theirs)
+    theirs = SigLipLoss()(*normalised, scale, bias)
+    torch.testing.assert_close(pair_losses(images, texts, scale, bias).mean(), theirs)
 
 
 @for_each("dtype", [torch.float16, torch.bfloat16])

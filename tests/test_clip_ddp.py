@@ -26,6 +26,10 @@ STATIC = {"static_graph": True}
 CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any], dict[str, Any] | None, dict[str, Any]]] = {
     "plain": ("vit", 24, {}, {}, None, {}),
     "as they are": ("vit", 24, {}, {}, {}, {}),
+    "in blocks": ("vit", 24, {"block_size": 3}, {}, {}, {}),
+    "siglip, plain": ("siglip", 24, {}, {}, None, {}),
+    "siglip": ("siglip", 24, {"block_size": 3}, {}, {}, {}),
+    "scale and bias": ("siglip", 24, {}, {}, {"parameters": ["towers.logit_scale", "towers.logit_bias"]}, {}),
     "static_graph": ("vit", 24, {}, STATIC, {}, {}),
     "accumulated": ("vit", 48, {}, {}, {}, {"accumulate_grad_batches": 2}),
     "locked": ("vit", 24, {"locked": ["image"]}, {}, {}, {}),
@@ -35,6 +39,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any], dict[str, Any] 
     "aligned, wider": ("vit", 96, {}, {}, {"reference": "wide"}, {}),
     "aligned, narrower, cached": ("vit", 96, {}, {}, {"reference": "narrow", "cache": True}, {}),
     "aligned, another architecture": ("vit", 96, {}, STATIC, {"reference": "biases"}, {}),
+    "aligned, siglip": ("siglip", 96, {}, {}, {"reference": "wide", "temperature": 0.01}, {}),
     "aligned, accumulated, locked": (
         "vit",
         96,

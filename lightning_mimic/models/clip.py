@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_mimic.distributed import gather_rows
 from lightning_mimic.errors import MimicError, nearest_names
-from lightning_mimic.models.contrastive import global_pair_losses, pair_losses
+from lightning_mimic.models.contrastive import BLOCK_SIZE, global_pair_losses, pair_losses
 from lightning_mimic.models.zero_shot import ZeroShot, recall_at_k
 from lightning_mimic.reference import match_reference, read_reference
 from lightning_mimic.trainer_package import pl
@@ -32,13 +32,16 @@ _PROJECTIONS: dict[str, tuple[str, ...]] = {
 class CLIP(pl.LightningModule):
     """Two towers of open_clip under a contrastive loss over the pairs of all ranks.
 
+    The loss is CLIP's, or that of SigLIP where the towers have a ``logit_bias``.
+
     A batch is ``(images, texts)``: ``(B, 3, H, W)`` as the towers' transform makes them, and int64 tokens ``(B, L)``.
     A batch that evaluates may also be ``(images, labels)``, int64 ``(B,)``, which are classified by ``zero_shot``. Logs
     ``train/loss``, ``val/loss`` (of a process's batch; depends on its size), ``val/image_to_text_R@k``,
     ``val/text_to_image_R@k`` and ``val/zero_shot_accuracy``, and the same as ``test/``.
 
     Args:
-        towers: ``open_clip.create_model(...)``, ``open_clip.CLIP(...)`` or ``open_clip.CustomTextCLIP(...)``.
+        towers: ``open_clip.create_model(...)``, ``open_clip.CLIP(...)`` or ``open_clip.CustomTextCLIP(...)``; with
+            ``init_logit_bias`` they are trained as a SigLIP.
         pretrained: A checkpoint (anything a reference may be: a path, or ``open_clip:ARCHITECTURE/TAG``) whose weights
             are taken over.
         locked: Towers that do not train, ``"image"`` and ``"text"``, but for their projections into the shared space.
@@ -49,6 +52,8 @@ class CLIP(pl.LightningModule):
             open_clip's: 0.9, 0.98 and 1e-6 where the image tower is a vision transformer, else 0.9, 0.999 and 1e-8.
         warmup_steps: Over which the learning rate rises from zero, linearly; then it falls as a cosine, to zero at
             the end of the fit.
+        block_size: Pairs of this rank whose similarities to all ranks' pairs are held at once. The loss needs about
+            five matrices of so many rows and as many columns as there are pairs.
 
     Raises:
         MimicError: Towers of another kind, or an unknown one to lock.
@@ -71,18 +76,17 @@ class CLIP(pl.LightningModule):
         zero_shot: ZeroShot | None = None,
         optimizer: Callable[..., torch.optim.Optimizer] = ADAMW,
         warmup_steps: int = 500,
+        block_size: int = BLOCK_SIZE,
     ) -> None:
         super().__init__()
         if not callable(getattr(towers, "encode_text", None)) or not hasattr(towers, "logit_scale"):
             raise MimicError(
                 f"`towers` is a {type(towers).__name__}; expected a CLIP of open_clip: `open_clip.create_model(...)`."
             )
-        if getattr(towers, "logit_bias", None) is not None:
-            raise MimicError(
-                "`towers` has a logit bias, as SigLIP's models do, which are trained with another loss than CLIP's. "
-                "Take an architecture without one."
-            )
+        if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
+            raise MimicError(f"`block_size` is {block_size!r}; expected a whole number of 1 or more.")
         self.towers = towers
+        self.block_size = block_size
         if pretrained is not None:
             wanted = {n: t for n, t in towers.state_dict().items() if t.is_floating_point()}
             tensors = read_reference(pretrained, argument="pretrained")
@@ -117,6 +121,13 @@ class CLIP(pl.LightningModule):
         """What cosines are multiplied with, a scalar."""
         return self._logit_scale.exp().reshape(())
 
+    @property
+    def bias(self) -> Tensor | None:
+        """What is added to scaled cosines, a scalar; ``None`` for a CLIP, whose loss does not depend on it."""
+        bias = getattr(self.towers, "logit_bias", None)
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
     def sample_losses(self, batch: Any) -> Tensor:
         """One loss per pair, the contract with the callback.
 
@@ -124,11 +135,12 @@ class CLIP(pl.LightningModule):
             batch: Images and tokens.
 
         Returns:
-            The mean of both cross-entropies, shape ``(B,)``; ``(B · ranks,)`` where there are several, of all ranks'
-            pairs in their order (:func:`~lightning_mimic.models.global_pair_losses`).
+            Half of each pair's row and half of its column, shape ``(B,)``; ``(B · ranks,)`` where there are several, of
+            all ranks' pairs in their order (:func:`~lightning_mimic.models.global_pair_losses`).
         """
         images, texts = batch
-        return global_pair_losses(self.encode_image(images), self.encode_text(texts), self.scale)
+        embedded = self.encode_image(images), self.encode_text(texts)
+        return global_pair_losses(*embedded, self.scale, self.bias, block_size=self.block_size)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         losses = self.sample_losses(batch)
@@ -201,7 +213,7 @@ class CLIP(pl.LightningModule):
             log(f"{stage}/zero_shot_accuracy", accuracy, prog_bar=True)
             return
         texts = self.encode_text(others, normalize=True)
-        losses = pair_losses(embedded, texts, self.scale)
+        losses = pair_losses(embedded, texts, self.scale, self.bias, block_size=self.block_size)
         log(f"{stage}/loss", losses.mean(), sync_dist=True)
         self._evaluated.append((embedded.float(), texts.float(), others))
 

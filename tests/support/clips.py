@@ -1,7 +1,7 @@
 """Small CLIPs and pairs, and what they compute written out; at module level, so that spawned processes find them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,8 +22,9 @@ TIMM |= {"image_size": SIDE}
 BARE = ["towers.visual.proj", "towers.text_projection"]
 
 # name: class, width of the shared space, image tower, text tower, both projections as `parameters` takes them
-KINDS: dict[str, tuple[type[nn.Module], int, dict[str, Any], dict[str, Any], list[str]]] = {
+KINDS: dict[str, tuple[Callable[..., nn.Module], int, dict[str, Any], dict[str, Any], list[str]]] = {
     "vit": (open_clip.CLIP, 12, VISION, TEXT, BARE),
+    "siglip": (partial(open_clip.CLIP, init_logit_bias=-1.5), 12, VISION, TEXT, BARE),
     "wide": (open_clip.CLIP, 20, VISION, TEXT, BARE),
     "narrow": (open_clip.CLIP, 7, VISION, TEXT, BARE),
     "convolution": (
@@ -72,6 +73,10 @@ def losses_of(module: nn.Module, batch: Any) -> Tensor:
     images, texts = (F.normalize(e, dim=1) for e in (towers.encode_image(batch[0]), towers.encode_text(batch[1])))
     cosines = images @ texts.T
     logits = towers.logit_scale.exp() * cosines
+    if towers.logit_bias is not None:
+        belong = 2 * torch.eye(len(logits), dtype=logits.dtype) - 1
+        both = -F.logsigmoid(belong * (logits + towers.logit_bias))
+        return (both.sum(0) + both.sum(1)) / 2
     by_image, by_text = -logits.log_softmax(1).diagonal(), -logits.log_softmax(0).diagonal()
     return (by_image + by_text) / 2
 

@@ -27,11 +27,11 @@ PRELOADED = [
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
-def on_two_ranks(act: Callable[[int, Path], None], folder: Path) -> Path:
-    """Has both ranks act, each with its number and the folder; returns the folder."""
+def on_two_ranks(act: Callable[[int, Path], None], folder: Path, world: int = WORLD) -> Path:
+    """Has both ranks (or more) act, each with its number and the folder; returns the folder."""
     if METHOD == "forkserver":
         multiprocessing.set_forkserver_preload(PRELOADED)
-    torch.multiprocessing.start_processes(_run, (act, folder), nprocs=WORLD, start_method=METHOD)
+    torch.multiprocessing.start_processes(_run, (act, folder, world), nprocs=world, start_method=METHOD)
     return folder
 
 
@@ -44,12 +44,12 @@ def two() -> dict[str, Any]:
     return {"devices": WORLD, "use_distributed_sampler": False, "plugins": [TorchElasticEnvironment()]}
 
 
-def _run(rank: int, act: Callable[[int, Path], None], folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
+def _run(rank: int, act: Callable[[int, Path], None], folder: Path, world: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=WORLD
+        "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=world
     )
     act(rank, folder)
     torch.distributed.destroy_process_group()
