@@ -1,6 +1,7 @@
 """Tables that need not fit into memory, on DuckDB, which nothing else in the package imports."""
 
 import contextlib
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -187,7 +188,7 @@ def parquet(*paths: Path, by_name: bool = False) -> str:
 
 
 def _literal(path: Path) -> str:
-    return quoted(re.sub(r"[\[*?]", r"[\g<0>]", str(path)))
+    return quoted(re.sub(r"[\[*?]", r"[\g<0>]", os.fspath(path)))
 
 
 def sql_type(kind: pa.DataType) -> str:

@@ -1,10 +1,13 @@
-"""Atomic writes: a file or folder under its final name is complete, even after a crash or a power failure.
+"""Atomic writes, on a disk or a store: a file or folder under its final name is complete, even after a crash.
 
 Content is written under a hidden temporary name in the same folder (``.NAME.UUID.tmp``, never shared by two writers),
 flushed to the disk, and renamed. If that fails, the temporary is removed and what was under the final name stays. A
 writer that is killed leaves its temporary behind. Writers hold a lock on theirs, which goes with the process, so that
 the next one tells what was left behind from what is being written, and removes it. A final name that is a symbolic link
 is refused.
+
+On a store (:mod:`lightning_mimic.stores`) content is written on the disk first, and put there whole. There are no
+folders that could appear at once: of several files that belong together, the one that readers begin with is put last.
 """
 
 import contextlib
@@ -19,7 +22,10 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, cast
+
+if TYPE_CHECKING:
+    from lightning_mimic.stores import StorePath
 
 #: Elsewhere nothing is locked, and what killed writers leave stays.
 _HAS_LOCKS = os.name == "posix"
@@ -39,7 +45,7 @@ def atomic_write(
     r"""Open a file for writing that gets its final name when the ``with`` block ends without an error.
 
     Args:
-        path: Final name of the file; its folder must exist.
+        path: Final name of the file, on the disk or a store; its folder must exist.
         mode: ``"wb"`` for bytes or ``"w"`` for text in UTF-8.
         exclusive: Fail if there is a file of this name already, at the start or at the end; of several writers that
             do this at the same time, exactly one succeeds.
@@ -63,7 +69,7 @@ def atomic_write(
         >>> path.read_text()
         '1 2 3\n'
     """
-    with _renamed(Path(path), exclusive, tidy) as temporary:
+    with _temporary(path, exclusive, tidy) as temporary:
         encoding = None if "b" in mode else "utf-8"
         with temporary.open(mode, encoding=encoding, newline=newline) as file:
             yield file
@@ -86,7 +92,7 @@ def atomic_path(path: str | Path, *, exclusive: bool = False) -> Iterator[Path]:
         FileExistsError: ``exclusive``, and the file exists.
         OSError: The file cannot be written, its name is a symbolic link, or the block has written nothing.
     """
-    with _renamed(Path(path), exclusive, tidy=True) as temporary:
+    with _temporary(path, exclusive, tidy=True) as temporary:
         yield temporary
         if not temporary.stat().st_size:
             raise FileNotFoundError(errno.ENOENT, "nothing was written for", str(path))
@@ -94,11 +100,12 @@ def atomic_path(path: str | Path, *, exclusive: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
+def atomic_directory(path: str | Path, last: str | None = None) -> Iterator[Path]:
     """Create a folder that gets its final name when the ``with`` block ends without an error.
 
     Args:
         path: Final name of the folder; an empty folder of this name is replaced. Missing parents are created.
+        last: Name of the file that readers begin with: on a store, where files appear one after another, the last one.
 
     Yields:
         The temporary folder in which the block writes.
@@ -107,6 +114,11 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         FileExistsError: There is something other than an empty folder under this name.
         OSError: The folder cannot be created or renamed, or its name is a symbolic link.
     """
+    if (store := _store(path)) is not None:
+        with TemporaryFolder("lightning-mimic-put-") as made:
+            yield made.path
+            _put_folder(made.path, store, last)
+        return
     final = Path(path).absolute()
     remove_leftovers(final.parent)
     _refuse_link(final)
@@ -153,9 +165,52 @@ def remove_leftovers(directory: str | Path) -> None:
     Those of running writers stay, and so does everything where the file system has no locks.
 
     Args:
-        directory: Where their final names would be; nothing is done if it does not exist.
+        directory: Where their final names would be; nothing is done if it does not exist, or is on a store.
     """
-    _remove_unlocked(Path(directory), _TEMPORARY)
+    if not _store(directory):
+        _remove_unlocked(Path(directory), _TEMPORARY)
+
+
+@contextlib.contextmanager
+def fetched(path: Path) -> Iterator[Path]:
+    """Yield a path whose content is on the disk within the ``with`` block: the path itself, or one that shows as it.
+
+    Args:
+        path: From :func:`~lightning_mimic.stores.path_of`. What is on a store is fetched by one request, into the
+            system's place for temporary files; a folder is not.
+
+    Yields:
+        The path; ``os.fspath`` returns the name of the file on the disk.
+
+    Raises:
+        FileNotFoundError: There is no such file on the store.
+        OSError: It cannot be fetched.
+    """
+    store = _store(path)
+    if store is None or store.is_fetched:
+        yield path
+        return
+    with TemporaryFolder("lightning-mimic-get-") as folder:
+        yield copied(path, folder.path / "content")
+
+
+def copied(path: Path, to: Path) -> Path:
+    """Return a path on a store that is read from a copy on the disk, which is made if it is not there.
+
+    Args:
+        path: From :func:`~lightning_mimic.stores.path_of`, on a store.
+        to: Path of the copy.
+
+    Raises:
+        OSError: The file cannot be fetched.
+    """
+    store = _store(path)
+    assert store is not None
+    if not to.exists():
+        half = to.with_name(f"{to.name}.half")
+        store.fetch(half)
+        os.replace(half, to)
+    return cast(Path, store.at_copy(to))
 
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp", re.DOTALL)
@@ -215,6 +270,33 @@ def _make_empty(path: Path) -> None:
 
 def _make_private(path: Path) -> None:
     path.mkdir(mode=0o700)
+
+
+@contextlib.contextmanager
+def _temporary(path: str | Path, exclusive: bool, tidy: bool) -> Iterator[Path]:
+    """Yield an empty file on the disk, which gets its final name afterwards, on a disk or a store."""
+    store = _store(path)
+    if store is None:
+        with _renamed(Path(path), exclusive, tidy) as temporary:
+            yield temporary
+        return
+    with TemporaryFolder("lightning-mimic-put-") as folder:
+        temporary = folder.path / store.name
+        _make_empty(temporary)
+        yield temporary
+        store.put(temporary, exclusive=exclusive)
+
+
+def _store(path: "str | Path | StorePath") -> "StorePath | None":
+    """Return a path that is on a store; ``None`` for one on the disk."""
+    return None if isinstance(path, str | Path) else path
+
+
+def _put_folder(made: Path, final: "StorePath", last: str | None) -> None:
+    """Put the files of a folder on a store, one of them last, and none in the place of another writer's."""
+    names = sorted(each.relative_to(made).as_posix() for each in made.rglob("*") if each.is_file())
+    for name in sorted(names, key=lambda name: name == last):
+        (final / name).put(made / name, exclusive=True)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """Tables that users bring, as Parquet or CSV: one type per column in all files, and ids and decisions that hold."""
 
+import contextlib
 import csv
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +14,8 @@ import pyarrow.parquet as pq
 
 from lightning_mimic.database import Database, is_whole, quoted
 from lightning_mimic.errors import CurationError, nearest_names
+from lightning_mimic.files import fetched
+from lightning_mimic.stores import as_store_path
 from lightning_mimic.user_files import first_line, open_parquet, plain_type, user_path
 
 #: Rows that are in memory at once.
@@ -43,6 +47,14 @@ class Table:
 
     def __init__(self, path: str | Path, kind: Literal["parquet"] | None = None) -> None:
         self.path = user_path(path, "path")
+        try:
+            self._find(kind)
+        except OSError as error:
+            raise CurationError(f"{self.path} cannot be read: {first_line(error)}.") from error
+        self._schemas = {file: self._schema(file) for file in self._files}
+
+    def _find(self, kind: Literal["parquet"] | None) -> None:
+        """Find the files, and fetch what is on a store: once, for as long as the table is in use."""
         self.is_csv = kind is None and self.path.suffix == ".csv" and not self.path.is_dir()
         if self.path.is_dir():
             self._files = _files_in(self.path)
@@ -52,7 +64,10 @@ class Table:
             raise CurationError(f"{self.path} is not there.")
         else:
             self._files = [self.path]
-        self._schemas = {file: self._schema(file) for file in self._files}
+        if as_store_path(self.path):
+            copies = contextlib.ExitStack()
+            weakref.finalize(self, copies.close)
+            self._files = [copies.enter_context(fetched(file)) for file in self._files]
 
     @property
     def names(self) -> list[str]:

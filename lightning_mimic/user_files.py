@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_mimic.errors import CurationError, MimicError
+from lightning_mimic.files import fetched
+from lightning_mimic.stores import as_store_path, path_of
 
 #: In front of the checksum that lies between the pages of a sealed file and its footer.
 _MARK = b"\nlightning_mimic\n"
@@ -21,14 +23,14 @@ _SEAL = len(_MARK) + hashlib.sha256().digest_size
 
 
 def user_path(path: Any, argument: str) -> Path:
-    """Return a path that a user gave, with his home directory in place of ``~``.
+    """Return a path that a user gave, with his home directory in place of ``~``, or one on a store.
 
     Args:
-        path: The path.
+        path: The path, or a URL; see :func:`~lightning_mimic.stores.path_of`.
         argument: Name of the argument, for the message.
 
     Raises:
-        CurationError: It is no path.
+        CurationError: It is no path, or a URL that cannot be used.
 
     Example:
         >>> user_path(None, "out")
@@ -39,8 +41,12 @@ def user_path(path: Any, argument: str) -> Path:
     if not isinstance(path, str | os.PathLike) or not os.fspath(path) or "\0" in str(path):
         raise CurationError(f"`{argument}` is {path!r}; expected a path.")
     try:
-        Path(path).exists()  # a name may be too long, or not belong to the file system's encoding
-        return Path(path).expanduser()
+        found = path_of(path, argument)
+        if not as_store_path(found):
+            found.exists()  # a name may be too long, or not belong to the file system's encoding
+        return found
+    except MimicError as error:
+        raise CurationError(str(error)) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise CurationError(f"`{argument}` is {str(path)!r}, which is no path: {first_line(error)}.") from error
 
@@ -104,21 +110,22 @@ def open_parquet(path: Path, fault: str = "cannot be read") -> Iterator[pq.Parqu
     """Open a Parquet file whose seal holds, or that never had any; checksums of pages are verified in either.
 
     Args:
-        path: Path of the file.
+        path: Path of the file; one on a store is fetched, unless it was (:func:`~lightning_mimic.files.fetched`).
         fault: What the message says of a file that is refused, behind its name.
 
     Raises:
         CurationError: No such file, another kind of file, or a damaged one; at the start or within the block.
     """
-    if not path.is_file():
-        raise CurationError(f"{path} {fault}: there is no such file.")
     try:
-        sealed = _verify_seal(path)
-        # A footer that was not verified may make pyarrow raise anything.
-        with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
-            if not sealed and SEALED in (file.metadata.metadata or {}):
-                raise ValueError("it was changed after it was written, as its checksum is gone")
-            yield file
+        if not path.is_file():
+            raise CurationError(f"{path} {fault}: there is no such file.")
+        with fetched(path) as content:
+            sealed = _verify_seal(content)
+            # A footer that was not verified may make pyarrow raise anything.
+            with pq.ParquetFile(content, page_checksum_verification=True, pre_buffer=False) as file:
+                if not sealed and SEALED in (file.metadata.metadata or {}):
+                    raise ValueError("it was changed after it was written, as its checksum is gone")
+                yield file
     except MimicError:
         raise
     except Exception as error:

@@ -22,7 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: Loaded by importing anything of the package.
 FRONT = {"errors", "lazy", "version"}
-BASE = FRONT | {"dataset_ids", "files", "random_streams"}
+BASE = FRONT | {"dataset_ids", "files", "random_streams", "stores"}
 RECORDS = {"ledger", "manifest"}
 PURE = BASE | {"batches", "distributed", "sharding", "gradients", "scorers", "reference"}
 TABLES = {"user_files", "database", "tables"}
@@ -32,10 +32,12 @@ MAY_IMPORT = {
     "version": set(),
     "errors": set(),
     "batches": set(),
-    **{room: {"errors", "version"} for room in ("dataset_ids", "distributed", "files", "lazy", "random_streams")},
-    "user_files": {"errors"},
+    **{room: {"errors", "version"} for room in ("dataset_ids", "distributed", "lazy", "random_streams")},
+    "stores": {"errors"},
+    "files": {"errors", "version", "stores"},
+    "user_files": {"errors", "files", "stores"},
     "database": {"errors", "files", "user_files"},
-    "tables": {"errors", "user_files", "database"},
+    "tables": {"errors", "files", "stores", "user_files", "database"},
     "sharding": {"errors", "distributed"},
     "gradients": PURE - {"gradients", "scorers", "reference"},
     "scorers": PURE - {"scorers", "reference"},
@@ -59,6 +61,7 @@ STAGES = {
         "errors",
         "lazy",
         "dataset_ids",
+        "stores",
         "files",
         "random_streams",
         *sorted(TABLES),
@@ -93,7 +96,7 @@ OPTIONAL = {
     "PIL": {"data/digit_pairs.py", "data/images.py", "data/labelled.py", "report/samples.py"},
 }
 TRAINERS = {"lightning", "pytorch_lightning"}
-CORE = TRAINERS | {"torch", "torchmetrics", "hydra", "omegaconf", "pyarrow", "filelock", "lightning_mimic"}
+CORE = TRAINERS | {"torch", "torchmetrics", "hydra", "omegaconf", "pyarrow", "filelock", "fsspec", "lightning_mimic"}
 #: Names that one file uses, and no other file of the package but those that are listed.
 OWNED = {
     r"torch\.distributed(?!\.checkpoint)|gather_all_tensors|\bdist\.|all_reduce|all_gather": {
@@ -101,6 +104,7 @@ OWNED = {
         "sharding.py",
     },
     r"\bmanual_seed|random\.seed\(|(default_rng|RandomState)\((?!stream_seed)": {"random_streams.py"},
+    r"\bfsspec\.|url_to_fs": {"stores.py"},
     r"\bos\.(replace|rename|link|fsync)\b|\bfsync\b|shutil\.move|NamedTemporaryFile|\.tmp\b": {"files.py"},
 }
 #: Of the core's packages, those that a room's files may name at all; elsewhere all but Hydra's.

@@ -13,12 +13,14 @@ import torch
 from lightning_mimic.callbacks.grad_mimic import GradMimic
 from lightning_mimic.callbacks.trainer_support import backward_scale, loss_of
 from lightning_mimic.errors import MimicError, nearest_names
+from lightning_mimic.files import fetched
 from lightning_mimic.gradients import select_parameters
 from lightning_mimic.reference import Aligned, ReferenceLoadError, read_reference
 from lightning_mimic.reference.read_folder import is_index
 from lightning_mimic.reweighting import Reweighter
 from lightning_mimic.reweighting.recorder import Position
 from lightning_mimic.reweighting.reference_batches import evaluating
+from lightning_mimic.stores import path_of
 from lightning_mimic.trainer_package import fabric_of, package_of, pl
 
 
@@ -32,8 +34,8 @@ class AtCheckpoints(pl.Callback):
 
     Args:
         checkpoints: Files with the whole module's weights, ``.ckpt``, ``.pt`` or ``.safetensors``; or a directory,
-            which stands for its ``.ckpt`` files in the order of their names. The trainer's ``max_epochs`` is their
-            number.
+            which stands for its ``.ckpt`` files in the order of their names; or URLs of these. The trainer's
+            ``max_epochs`` is their number.
 
     Raises:
         MimicError: No checkpoints, another number of epochs, a trainer without GradMimic; with an
@@ -49,16 +51,16 @@ class AtCheckpoints(pl.Callback):
 
     def __init__(self, checkpoints: str | Path | Sequence[str | Path]) -> None:
         if isinstance(checkpoints, str | Path):
-            given, folder = checkpoints, Path(checkpoints).expanduser()
+            folder = path_of(checkpoints, "checkpoints")
             checkpoints = sorted(folder.glob("*.ckpt")) if folder.is_dir() else []
             if not checkpoints:
                 raise MimicError(
-                    f"`checkpoints` is {str(given)!r}; expected a directory of .ckpt files, or a list of files."
+                    f"`checkpoints` is {str(folder)!r}; expected a directory of .ckpt files, or a list of files."
                 )
         if not checkpoints:
             raise MimicError("`checkpoints` is empty; expected a directory of .ckpt files, or a list of files.")
         #: In the order of the ledger's epochs.
-        self.checkpoints = [Path(path).expanduser() for path in checkpoints]
+        self.checkpoints = [path_of(path, "checkpoints") for path in checkpoints]
         # Progress bars of the trainer that are off meanwhile.
         self._hidden_bars: list[Any] = []
 
@@ -226,7 +228,7 @@ def _digest(path: Path) -> str:
     for each in sorted(file for file in folder.iterdir() if file.is_file()) if several else [path]:
         if several:
             digest.update(f"{each.name}\0{each.stat().st_size}\0".encode("utf-8", "surrogateescape"))
-        with each.open("rb") as file:
+        with fetched(each) as content, content.open("rb") as file:
             while chunk := file.read(2**20):
                 digest.update(chunk)
     return digest.hexdigest()

@@ -4,7 +4,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException, MissingConfigException
@@ -12,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from lightning_mimic.errors import MimicError, nearest_names
+from lightning_mimic.stores import hide_secrets, path_of
 
 
 @contextlib.contextmanager
@@ -87,5 +87,7 @@ def check_inputs_exist(config: DictConfig) -> None:
             continue
         if not isinstance(config.paths[name], str):
             raise MimicError(f"`paths.{name}` is {config.paths[name]!r}; expected a path. It is made by: {command}")
-        if not Path(config.paths[name]).expanduser().exists():
-            raise MimicError(f"`paths.{name}`: there is no {config.paths[name]}. It is made by: {command}")
+        if not path_of(config.paths[name], f"paths.{name}").exists():
+            raise MimicError(
+                f"`paths.{name}`: there is no {hide_secrets(config.paths[name])}. It is made by: {command}"
+            )

@@ -1,7 +1,6 @@
 """``mimic-score``: score a data set at checkpoints, without training."""
 
 import warnings
-from pathlib import Path
 
 import lightning as L
 from hydra.utils import instantiate
@@ -56,7 +55,7 @@ def score(config: DictConfig) -> Ledger:
 @command("mimic-score", "score")
 def main(config: DictConfig) -> None:
     """The command line."""
-    print(Path(score(config).directory))  # noqa: T201
+    print(score(config).directory)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """``mimic-train``: train a model, with or without Grad-Mimic, from a Hydra configuration."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lightning_mimic.data import CachedFeatures
 from lightning_mimic.errors import MimicError, nearest_names
 from lightning_mimic.reference import refuse_module_on_features
 from lightning_mimic.reference.read_file import read_file
+from lightning_mimic.stores import hide_secrets, path_of
 from lightning_mimic.user_files import user_path
 
 
@@ -47,13 +49,13 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
         raise MimicError(f"`trainer.accumulate_grad_batches` is {trainer.accumulate_grad_batches}; expected 1 or more.")
     for each in trainer.loggers:
         # Plain containers: a checkpoint must not hold objects that need code to be read.
-        each.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
-    trainer.fit(model, datamodule=data, ckpt_path=resume)
+        each.log_hyperparams(OmegaConf.to_container(without_secrets(config), resolve=True))  # type: ignore[arg-type]
+    trainer.fit(model, datamodule=data, ckpt_path=None if resume is None else os.fspath(resume))
     _check_trained(trainer)
     if config.test:
         trainer.test(model, datamodule=data)
     if save_to is not None and not config.trainer.get("fast_dev_run"):
-        trainer.save_checkpoint(save_to)
+        trainer.save_checkpoint(os.fspath(save_to))
     return trainer
 
 
@@ -69,8 +71,23 @@ def _callbacks(config: DictConfig, more: Sequence[L.Callback], *, resumed: bool)
     if config.suspicious_images:
         callbacks.append(SuspiciousImages(config.suspicious_images))
     if config.save_epochs_to:
-        callbacks.append(_every_epoch(Path(config.save_epochs_to).expanduser(), resumed=resumed))
+        callbacks.append(_every_epoch(path_of(config.save_epochs_to, "save_epochs_to"), resumed=resumed))
     return callbacks
+
+
+def without_secrets(config: DictConfig) -> DictConfig:
+    """Return a configuration whose URLs have no signatures, for loggers.
+
+    Args:
+        config: Any; it is returned itself if it has none.
+
+    Example:
+        >>> without_secrets(OmegaConf.create({"root": "https://host/a.ckpt?Signature=1f"}))
+        {'root': 'https://host/a.ckpt'}
+    """
+    text = OmegaConf.to_yaml(config, resolve=True)
+    shown = hide_secrets(text)
+    return config if shown == text else OmegaConf.create(shown)  # type: ignore[return-value]
 
 
 def _every_epoch(directory: Path, *, resumed: bool) -> ModelCheckpoint:
@@ -79,7 +96,7 @@ def _every_epoch(directory: Path, *, resumed: bool) -> ModelCheckpoint:
     if there and not resumed:
         raise MimicError(f"`save_epochs_to`: {there[0]} is there already, of another run; name another directory.")
     return ModelCheckpoint(
-        directory,
+        os.fspath(directory),
         "{epoch:03d}",
         auto_insert_metric_name=False,
         save_top_k=-1,
@@ -93,7 +110,7 @@ def _existing(resume: str | None) -> tuple[Path | None, Mapping[str, Any]]:
     """Return the path of a checkpoint to go on from, and what it holds."""
     if resume is None:
         return None, {}
-    path = Path(resume).expanduser()
+    path = path_of(resume, "resume")
     if not path.is_file():
         near = nearest_names(path.name, [each.name for each in path.parent.glob("*")])
         raise MimicError(f"`resume`: there is no file {path}; {near}.")

@@ -189,7 +189,7 @@ def curate(  # noqa: PLR0913
                 "diagnosis": f"{verdict}{'' if verdict.stands in (None, 'compatible') else '; decided all the same'}",
                 "filter": repr(chosen),
                 "facts": decision.facts,
-                "pool": None if pool is None else str(pool),
+                "pool": None if pool is None else str(user_path(pool, "pool")),
                 "unscored": {"samples": without, "are": unscored},
                 "corrections": corrected,
                 "lost": list(data.parts.lost),
@@ -268,7 +268,9 @@ def _require_empty(out: Path) -> Path:
     """The path, unless something is there already."""
     if out.is_symlink():
         raise CurationError(f"`out`: {out} is a symbolic link, and nothing is written through one.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    with writing(out):  # a store may refuse to be asked
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if taken:
         raise CurationError(f"`out`: {out} is there already; name another directory, or delete it.")
     return out
 
@@ -310,7 +312,7 @@ def _all_samples(data: Scores, pool: str | Path | None) -> str:
     if unknown:
         count = database.value(f"SELECT count(*) FROM {data.samples} WHERE id NOT IN (SELECT id FROM pool)")
         raise CurationError(
-            f"{data.ledger.directory} has scores of {count} samples that `pool` {pool} does not list, such as "
+            f"{data.ledger.directory} has scores of {count} samples that `pool` {table.path} does not list, such as "
             f"{unknown[0]!r}. Give the pool that was trained on."
         )
     return "pool"
@@ -348,7 +350,7 @@ def _no_opinion(database: Database, count: int, samples: int) -> str:
 
 @contextlib.contextmanager
 def _written(out: Path) -> Iterator[Path]:
-    with writing(out), atomic_directory(out) as folder:
+    with writing(out), atomic_directory(out, "manifest.parquet") as folder:
         yield folder
 
 

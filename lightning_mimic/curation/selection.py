@@ -1,7 +1,6 @@
 """Other filters' tables and manifests, put together: and, or, minus, top and bottom."""
 
 import contextlib
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from typing import Any, Literal
 from lightning_mimic.database import Database, Progress, is_whole
 from lightning_mimic.errors import CurationError
 from lightning_mimic.manifest import EXPORTS, Manifest, checked_exports, write_manifest
+from lightning_mimic.stores import hide_secrets
 from lightning_mimic.tables import Table, settle_ids
-from lightning_mimic.user_files import user_path
+from lightning_mimic.user_files import user_path, writing
 from lightning_mimic.version import __version__
 
 End = Literal["top", "bottom"]
@@ -120,7 +120,9 @@ def select(
     if out.suffix != ".parquet":
         raise CurationError(f"`out` is {out}; a manifest is a .parquet file.")
     exports = checked_exports(exports)
-    if os.path.lexists(out):
+    with writing(out):  # a store may refuse to be asked
+        taken = out.is_symlink() or out.exists()
+    if taken:
         raise CurationError(f"`out`: {out} is there already; name another file, or delete it.")
     with Database(memory, progress) as database:
         tables = {f"term{k}": _load(database, f"term{k}", term) for k, term in enumerate(read.terms)}
@@ -190,7 +192,7 @@ def _verdicts(terms: Sequence[Term]) -> dict[str, Any]:
 def _term(text: str) -> Term:
     match = _TERM.fullmatch(text)
     if match is None:
-        raise CurationError(f"`recipe`: {text!r} cannot be read; {_GRAMMAR}.")
+        raise CurationError(f"`recipe`: {hide_secrets(text)!r} cannot be read; {_GRAMMAR}.")
     if match["column"] is None:
         return Term(match["path"])
     amount = _AMOUNT.fullmatch(match["amount"])
@@ -210,7 +212,7 @@ def _load(database: Database, name: str, term: Term) -> Table:
     columns = {"id": "id", "keep": "keep"} if term.column is None else {"id": "id", "value": term.column}
     if _CORRECTED in table.names:
         columns[_CORRECTED] = _CORRECTED
-    table.load(database, name, columns, f"reading {Path(term.path).name}")
+    table.load(database, name, columns, f"reading {table.path.name}")
     return table
 
 

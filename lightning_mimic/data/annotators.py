@@ -8,7 +8,9 @@ from torch import Tensor
 
 from lightning_mimic.data.noise import check_labels
 from lightning_mimic.errors import MimicError, nearest_names
+from lightning_mimic.files import fetched
 from lightning_mimic.reference.archive import check_archive
+from lightning_mimic.stores import path_of
 
 _CLEAN = "clean_label"
 
@@ -33,7 +35,7 @@ class AnnotatorNoise:
     """
 
     def __init__(self, path: str | Path, annotator: str) -> None:
-        self.path = Path(path).expanduser()
+        self.path = path_of(path, "noise")
         self.annotator = annotator
 
     def __call__(self, labels: Tensor, num_classes: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -105,9 +107,9 @@ def _arrays(path: Path) -> dict[str, Any]:
     kinds = [type(np.dtype(kind)) for kind in ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")]
     allowed: list[Any] = [np.ndarray, np.dtype, *kinds, *((rebuild, name) for name in names)]
     try:
-        with path.open("rb") as file:
+        with fetched(path) as local, local.open("rb") as file:
             if file.read(2) == b"PK":  # torch compares no checksums
-                check_archive(file, path.stat().st_size, str(path), "noise")
+                check_archive(file, local.stat().st_size, str(path), "noise")
             file.seek(0)
             with torch.serialization.safe_globals(allowed):
                 content = torch.load(file, map_location="cpu", weights_only=True)

@@ -1,11 +1,14 @@
 """A frozen backbone's features of a data set, computed once, from which heads are trained again and again."""
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import io
 import math
 import shutil
+import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_mimic.errors import MimicError, join_names
-from lightning_mimic.files import atomic_write
+from lightning_mimic.files import atomic_write, fetched
 from lightning_mimic.random_streams import torch_generator
 from lightning_mimic.reference import fingerprint
+from lightning_mimic.stores import as_store_path, path_of
 from lightning_mimic.trainer_package import pl
 
 #: Of the files; what is cached under another one is not used.
@@ -54,12 +58,14 @@ class FeatureRows:
     """Features by row, from a memory-mapped file.
 
     Args:
-        path: Of a file that :class:`CachedFeatures` wrote.
+        path: Of a file that :class:`CachedFeatures` wrote; one on a store is fetched, for as long as this is in use.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._rows = _opened(path)
+        self._copy = contextlib.ExitStack()
+        weakref.finalize(self, self._copy.close)
+        self.path = self._copy.enter_context(fetched(path))
+        self._rows = _opened(self.path)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -91,7 +97,8 @@ class CachedFeatures(pl.LightningDataModule):
         data: A data module of labelled images, such as those of ``lightning_mimic.data``; nothing but flipping may
             change its training images.
         model: The classifier that is trained, with ``freeze_backbone=True``.
-        directory: For the files.
+        directory: For the files, or its URL. From a store a file is fetched once by every process that trains, and once
+            by the one that checks it.
 
     Raises:
         MimicError: Another kind of data module or model, a backbone that trains, or random changes of the images.
@@ -134,7 +141,7 @@ class CachedFeatures(pl.LightningDataModule):
             )
         self.data: Any = data
         self.model = model
-        self.directory = Path(directory).expanduser()
+        self.directory = path_of(directory, "features")
         self._plain: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
@@ -235,6 +242,10 @@ class CachedFeatures(pl.LightningDataModule):
 
     def _holds(self, path: Path, images: Any, views: int) -> bool:
         """Whether a file has the features of these images."""
+        with fetched(path) as content:
+            return self._content_holds(content, images, views)
+
+    def _content_holds(self, path: Path, images: Any, views: int) -> bool:
         try:
             held = _opened(path)
         except Exception as error:  # a damaged header fails in many ways
@@ -260,9 +271,11 @@ class CachedFeatures(pl.LightningDataModule):
 
     def _write(self, path: Path, images: Any, views: int) -> None:
         shape = (len(images), views, self.model.head.in_features)
-        size, free = 4 * math.prod(shape), shutil.disk_usage(self.directory).free
+        # What goes to a store is written on the disk first.
+        disk = tempfile.gettempdir() if as_store_path(self.directory) else self.directory
+        size, free = 4 * math.prod(shape), shutil.disk_usage(disk).free
         no_room = (
-            f"`features`: {self.directory} has no room for the {size / 2**30:.2f} GiB of these images' features; name "
+            f"`features`: {disk} has no room for the {size / 2**30:.2f} GiB of these images' features; name "
             "another directory, or train without `features`."
         )
         if free < size:

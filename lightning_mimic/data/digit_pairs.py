@@ -18,6 +18,7 @@ from lightning_mimic.data.noise import SymmetricNoise
 from lightning_mimic.errors import MimicError
 from lightning_mimic.files import atomic_directory
 from lightning_mimic.random_streams import torch_generator
+from lightning_mimic.stores import path_of
 
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
@@ -129,11 +130,11 @@ def write_digit_shards(out: str | Path, seed: int = 0, mismatched: float = 0.4) 
     digits, truth = DigitsDataModule(), []
     digits.setup()
     generator = torch_generator(seed, "captions")
-    folder = Path(out).expanduser()
+    folder = path_of(out, "out")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise MimicError(f"`out`: {folder} is not an empty directory; name another one, or remove what it holds.")
     try:
-        with atomic_directory(folder) as made:
+        with atomic_directory(folder, "truth.parquet") as made:
             for part, (rows, shown, named) in parts.items():
                 ids = [pair_id(seed, row) for row in rows.tolist()]
                 wordings = torch.randint(len(TEMPLATES), named.shape, generator=generator).tolist()

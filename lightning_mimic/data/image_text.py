@@ -23,6 +23,7 @@ from lightning_mimic.distributed import rank, world_size
 from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.files import TemporaryFolder
 from lightning_mimic.manifest import KeptIds
+from lightning_mimic.stores import path_of
 from lightning_mimic.trainer_package import pl
 
 
@@ -303,8 +304,9 @@ class ImageTextDataModule(pl.LightningDataModule):
                 raise MimicError(f"no temporary folder can be made: {error}. Give `rejects=` a directory.") from error
             directory = self._temporary.path
         if self.trainer is not None:
-            run, directory = self.trainer.strategy.broadcast((run, str(directory)))
-        self._run, self._directory = run, Path(str(directory))
+            run, directory = self.trainer.strategy.broadcast((run, directory))
+        assert directory is not None
+        self._run, self._directory = run, path_of(directory, "rejects")
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:

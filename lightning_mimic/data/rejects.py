@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_mimic.errors import MimicError
-from lightning_mimic.files import atomic_write
+from lightning_mimic.files import atomic_write, fetched
+from lightning_mimic.stores import path_of
 
 
 class Reason(enum.StrEnum):
@@ -71,7 +72,7 @@ class RejectWriter:
     """
 
     def __init__(self, directory: str | Path, name: str, every: int = 1000) -> None:
-        self._directory = Path(directory)
+        self._directory = path_of(directory, "directory")
         self._name = name
         self._every = every
         self._rows: list[tuple[str | int | None, ...]] = []
@@ -142,11 +143,11 @@ class Rejects:
     """
 
     def __init__(self, directory: str | Path, run: str | None = None) -> None:
-        parts = sorted(Path(directory).glob(f"rejects-{run or ''}*.parquet"))
+        parts = sorted(path_of(directory, "directory").glob(f"rejects-{run or ''}*.parquet"))
         tables = [_SCHEMA.empty_table()]
         for path in parts:
             try:
-                with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                with fetched(path) as content, pq.ParquetFile(content, page_checksum_verification=True) as file:
                     tables.append(file.read().select(_SCHEMA.names).cast(_SCHEMA))
             except (OSError, ValueError, KeyError) as error:
                 raise MimicError(f"{path} is no list of rejects: {str(error).splitlines()[0]}") from error

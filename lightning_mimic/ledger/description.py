@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_mimic.errors import LedgerError
 from lightning_mimic.files import write_json
+from lightning_mimic.stores import as_store_path
 
 #: Raised by one whenever a reader of the older format would misread the newer.
 SCHEMA_VERSION = 1
@@ -17,14 +17,39 @@ SCHEMA_VERSION = 1
 META_FILE = "_meta.json"
 #: Of ledgers that an earlier release began.
 _EARLIER_META_FILE = "meta.json"
+#: Of the descriptions on a store, each a file of its own that is named by its number; the last one holds.
+_META_FOLDER = "_meta"
 #: The key of the checksum over all else.
 _CHECKSUM = "sha256"
 
 
 def meta_path(directory: Path) -> Path:
     """Return the path of a ledger's description, be it there or not."""
+    last = max((directory / _META_FOLDER).glob("[0-9]" * 6 + ".json"), key=_number, default=None)
+    if last is not None:
+        return last
     earlier, path = directory / _EARLIER_META_FILE, directory / META_FILE
-    return earlier if os.path.isfile(earlier) and not os.path.lexists(path) else path
+    return earlier if earlier.is_file() and not (path.is_symlink() or path.exists()) else path
+
+
+def next_meta_path(path: Path, directory: Path) -> Path:
+    """Return the path of the description that follows another one: its own on a disk, a new one on a store.
+
+    A store has no locks. Of several processes that write the next description at once, one succeeds, if all of them
+    write it ``exclusive``; a copy of such a ledger goes on in the same way.
+
+    Example:
+        >>> next_meta_path(Path("run/_meta/000007.json"), Path("run")).name
+        '000008.json'
+    """
+    if as_store_path(directory) or path.parent != directory:
+        number = _number(path) if path.parent != directory else 0
+        return directory / _META_FOLDER / f"{number + 1:06d}.json"
+    return path
+
+
+def _number(path: Path) -> int:
+    return int(path.stem)
 
 
 def read_meta(directory: Path) -> dict[str, Any] | None:
@@ -52,7 +77,7 @@ def read_meta(directory: Path) -> dict[str, Any] | None:
     version, checksum = meta["schema_version"], meta.pop(_CHECKSUM, None)
     if version != SCHEMA_VERSION or isinstance(version, bool | float):
         raise LedgerError(f"{path} has schema version {version!r}; this release reads version {SCHEMA_VERSION}.")
-    if checksum is None and path.name == META_FILE:
+    if checksum is None and path.name != _EARLIER_META_FILE:
         raise LedgerError(f"{path} was damaged or changed: it has no checksum ({_CHECKSUM}).")
     if checksum is not None and checksum != _checksum(meta):
         raise LedgerError(
@@ -141,6 +166,13 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> str:
         if len(values) > 1:
             shown.append(f"{key}: {', '.join(values)}")
     return "; ".join(shown)
+
+
+def last_attempt(meta: Mapping[str, Any]) -> str:
+    """Return which attempt is the last one, when it started and where, as a phrase."""
+    last = meta["attempts"][-1]
+    where = f" on {last['host']}" if "host" in last else ""
+    return f"attempt {len(meta['attempts']) - 1} of run {meta['run']} (started {last['started']}{where})"
 
 
 #: What changes weights and not scores.

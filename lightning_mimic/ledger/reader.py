@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lightning_mimic.errors import LedgerError
+from lightning_mimic.files import TemporaryFolder, copied, fetched
 from lightning_mimic.ledger.columns import FIRST_COLUMNS, nullable_columns, schema, summarised_columns
 from lightning_mimic.ledger.completeness import listed, missing_rows, rows_in_doubt
 from lightning_mimic.ledger.description import (
@@ -29,6 +30,7 @@ from lightning_mimic.ledger.description import (
 )
 from lightning_mimic.ledger.ids import unified
 from lightning_mimic.ledger.writer import PART_NAME
+from lightning_mimic.stores import as_store_path, path_of
 
 
 class Ledger:
@@ -48,12 +50,13 @@ class Ledger:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+        self.directory = path_of(directory, "ledger")
         meta = read_meta(self.directory)
         if meta is None:
             raise LedgerError(f"{self.directory} holds no ledger (no {META_FILE} in it).")
         #: The description: the run, and per attempt its configuration and first step.
         self.meta: dict[str, Any] = meta
+        self._copies: TemporaryFolder | None = None
 
     def _repr_html_(self) -> str:
         rows = {
@@ -82,6 +85,8 @@ class Ledger:
     ) -> "Parts":
         """Return the files that hold, each read through once, so that no damaged page goes unnoticed.
 
+        What is on a store is fetched first, each part by one request, and read from the disk from then on.
+
         Args:
             columns: Names of those whose pages are checked; ``None``: all.
             allow_partial: Read what there is, instead of refusing where parts are damaged or rows missing.
@@ -96,7 +101,7 @@ class Ledger:
                 another directory; or attempts differ in the size of their batches, which weights depend on and scores
                 do not.
         """
-        named = self._named()
+        named = self._on_disk(self._named())
         until, continued = self._lineage({int(match[2]) for _, match in named})
         whole, damaged = self._checked(named, columns, advance)
         attempts, ends = self.meta["attempts"], _ends(whole, until)
@@ -123,6 +128,7 @@ class Ledger:
             recorded=frozenset().union(*(part.recorded for part in held)),
             attempts=left,
             lost=(*missing, *damaged, *in_doubt),
+            copies=self._copies,
         )
 
     def behind(self, attempt: int, scored: tuple[int, int, int]) -> dict[int, str]:
@@ -170,6 +176,18 @@ class Ledger:
         if latest >= len(self.meta["attempts"]):
             raise LedgerError(f"{self.directory}: parts of attempt {latest}, which its {described} does not know.")
         return named
+
+    def _on_disk(self, named: Sequence[tuple[Path, re.Match[str]]]) -> Sequence[tuple[Path, re.Match[str]]]:
+        """The parts, those on a store with a copy on the disk."""
+        if as_store_path(self.directory) is None:
+            return named
+        try:
+            folder = self._copies = self._copies or TemporaryFolder("lightning-mimic-ledger-")
+            with ThreadPoolExecutor(_STORE_READERS) as pool:
+                paths = list(pool.map(lambda each: copied(each[0], folder.path / each[0].name), named))
+        except OSError as error:
+            raise LedgerError(f"{self.directory} cannot be read: {error}.") from error
+        return [(path, match) for path, (_, match) in zip(paths, named, strict=True)]
 
     def _checked(
         self,
@@ -247,7 +265,8 @@ class Ledger:
             raise LedgerError(f"{self.directory} mixes int and str ids; its ranks were given different ones.")
         for part in whole if kind == pa.uint64() else ():
             if part.id_type == pa.int64():
-                lowest = pc.min(pq.read_table(part.path, columns=["id"], partitioning=None)["id"]).as_py()
+                with fetched(part.path) as content:
+                    lowest = pc.min(pq.read_table(content, columns=["id"], partitioning=None)["id"]).as_py()
                 if lowest < 0:
                     raise LedgerError(
                         f"{self.directory}: {part.path.name} has the id {lowest}, and other parts have unsigned ids of "
@@ -294,6 +313,7 @@ class Parts:
         recorded: Of the columns that were checked, names of the nullable ones with a value in some row.
         attempts: Numbers of those that have rows which hold.
         lost: Descriptions of what is damaged, missing or in doubt, with the rows it held where that is known.
+        copies: Folder of the files' copies on the disk if they are on a store, for as long as this object is there.
     """
 
     paths: tuple[Path, ...]
@@ -304,6 +324,7 @@ class Parts:
     recorded: frozenset[str]
     attempts: tuple[int, ...]
     lost: tuple[str, ...]
+    copies: TemporaryFolder | None = None
 
     @property
     def has_classes(self) -> bool:
@@ -313,6 +334,8 @@ class Parts:
 
 #: Reading waits for the disk, and checksums are computed outside the interpreter's lock.
 _READERS = 2
+#: A store answers many requests at once.
+_STORE_READERS = 16
 
 
 @dataclass(frozen=True)
@@ -332,7 +355,10 @@ def _look(
     path: Path, place: tuple[int, int], rows: int, asked: Sequence[str] | None, declared: Sequence[str] | None
 ) -> _Part:
     """Reads a part through, verifying every page's checksum, without keeping it."""
-    with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+    with (
+        fetched(path) as content,
+        pq.ParquetFile(content, page_checksum_verification=True, pre_buffer=False) as file,
+    ):
         form = file.schema_arrow
         known = _known_columns(form, declared)
         if file.metadata.num_rows != rows:
@@ -355,9 +381,10 @@ def _look(
 def _last_batch(path: Path) -> tuple[int, int, int] | None:
     """Epoch, step and batch of a part's last row; ``None`` if it cannot be read."""
     try:
-        table = pq.read_table(
-            path, columns=["epoch", "step", "batch"], partitioning=None, page_checksum_verification=True
-        )
+        with fetched(path) as content:
+            table = pq.read_table(
+                content, columns=["epoch", "step", "batch"], partitioning=None, page_checksum_verification=True
+            )
     except (OSError, ValueError, KeyError, pa.ArrowException):
         return None
     last = table.slice(table.num_rows - 1).to_pylist()
@@ -397,8 +424,9 @@ def _known_columns(form: pa.Schema, declared: Sequence[str] | None) -> list[str]
 
 def _rows(path: Path, form: pa.Schema) -> pa.Table:
     """A part's rows with all known columns, null where it lacks one."""
-    there = set(pq.read_schema(path).names)
-    table = pq.read_table(path, columns=[name for name in form.names if name in there], partitioning=None)
+    with fetched(path) as content:
+        there = set(pq.read_schema(content).names)
+        table = pq.read_table(content, columns=[name for name in form.names if name in there], partitioning=None)
     columns = [
         table[field.name].cast(field.type) if field.name in there else pa.nulls(table.num_rows, field.type)
         for field in form

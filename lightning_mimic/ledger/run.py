@@ -27,13 +27,16 @@ from lightning_mimic.ledger.description import (
     config_hash,
     differences,
     is_torn,
+    last_attempt,
     meaning,
     meta_path,
+    next_meta_path,
     read_meta,
     write_meta,
 )
 from lightning_mimic.ledger.reader import Ledger
 from lightning_mimic.ledger.writer import LedgerWriter
+from lightning_mimic.stores import as_store_path, path_of
 
 #: Held while a run is written. The file stays; the system ends the lock with the process.
 LOCK_FILE = "_lock"
@@ -62,6 +65,8 @@ class Checkpoint:
 class OpenRun:
     """An attempt that is being written, made by :func:`open_run`. No other process can open the run until it is closed.
 
+    A store has no locks: a process that opens the run there goes on with it, and this attempt ends with its next part.
+
     Attributes:
         run: The run's id.
         attempt: The attempt's number.
@@ -69,7 +74,7 @@ class OpenRun:
         ids: ``"int"`` or ``"str"``, the kind of the ids that the run has so far; ``None`` where that is not known.
     """
 
-    def __init__(self, directory: Path, meta: Mapping[str, Any], lock: FileLock) -> None:
+    def __init__(self, directory: Path, meta: Mapping[str, Any], lock: FileLock | None) -> None:
         self._directory = directory
         self._lock = lock
         self.run: str = meta["run"]
@@ -85,10 +90,10 @@ class OpenRun:
             notes: As for :func:`open_run`.
 
         Raises:
-            LedgerError: The description was removed or replaced while the run was writing, or cannot hold the notes or
-                be written.
+            LedgerError: The description was removed or replaced while the run was writing, as on a store by another
+                process that goes on with the run; or it cannot hold the notes or be written.
         """
-        path = meta_path(self._directory)
+        path = meta_path(self._directory)  # looked up before it is read, so that it is not newer
         meta = read_meta(self._directory)
         if meta is None:
             raise LedgerError(f"`ledger`: {path} was removed while the run was writing.")
@@ -99,14 +104,19 @@ class OpenRun:
             )
         _note(meta, notes)
         _warn_of_other_data(self._directory, meta, notes)
+        following = next_meta_path(path, self._directory)
         try:
-            write_meta(path, meta)
+            write_meta(following, meta, exclusive=following != path)
+        except FileExistsError as error:
+            raise LedgerError(
+                f"`ledger`: {path} was replaced while the run was writing, by another process."
+            ) from error
         except OSError as error:
             raise _cannot_write(self._directory, error) from error
 
     def close(self) -> None:
         """Let others open the run; can be called again."""
-        self._lock.release()
+        _release(self._lock)
 
 
 def open_run(
@@ -123,7 +133,7 @@ def open_run(
     is ever deleted.
 
     Args:
-        directory: The ledger, made if it is not there.
+        directory: The ledger, or its URL; made if it is not there.
         config: What decides the meaning of scores; attempts that differ in it are not mixed.
         start_step: Optimizer steps done before this attempt.
         run: The run that is continued (a resumed checkpoint's, or an earlier fit's of the same object), or
@@ -141,14 +151,15 @@ def open_run(
         UserWarning: The run goes on with other settings; it starts again, because it was killed before its first
             checkpoint; its earlier rows are in another directory; or the file system has no locks.
     """
-    directory = Path(directory)
+    directory = path_of(directory, "ledger")
     ours = f"run {run}, resumed at step {start_step}" if run else "a new run"
     with contextlib.ExitStack() as failed:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             lock = _locked(directory, ours)
-            failed.callback(lock.release)
+            failed.callback(_release, lock)
             remove_leftovers(directory)
+            path = meta_path(directory)  # looked up before it is read, so that it is not newer
             torn = is_torn(directory)
             meta = _known(directory, torn)
             parts = sorted(path.name for path in directory.glob("*.parquet"))
@@ -175,15 +186,10 @@ def open_run(
                 )
             else:
                 facts |= _continuation(directory, meta, facts, checkpoint)
+            _warn_of_running(directory, meta)
             _begin(meta, facts, notes)
             _warn_of_other_data(directory, meta, notes)
-            path = meta_path(directory) if len(meta["attempts"]) > 1 else directory / META_FILE
-            try:
-                write_meta(path, meta, exclusive=len(meta["attempts"]) == 1 and not torn)
-            except FileExistsError as error:  # where the file system has no locks
-                raise LedgerError(
-                    f"`ledger`: another run started in {directory} just now. Give each its own."
-                ) from error
+            _write_begun(directory, path, meta, torn)
         except LedgerError:
             raise
         except (OSError, ValueError, TypeError) as error:
@@ -192,8 +198,10 @@ def open_run(
     return OpenRun(directory, meta, lock)
 
 
-def _locked(directory: Path, ours: str) -> FileLock:
-    """Return the lock of a run, held if the file system has locks."""
+def _locked(directory: Path, ours: str) -> FileLock | None:
+    """Return the lock of a run, held if the file system has locks; ``None`` on a store."""
+    if as_store_path(directory):
+        return None
     # Not the kind of lock that is a file to be removed, which would outlive a killed process.
     lock = FileLock(directory / LOCK_FILE, timeout=0, thread_local=False, fallback_to_soft=False)
     try:
@@ -213,6 +221,11 @@ def _locked(directory: Path, ours: str) -> FileLock:
     return lock
 
 
+def _release(lock: FileLock | None) -> None:
+    if lock is not None:
+        lock.release()
+
+
 def _writer(directory: Path) -> str:
     """Who holds the lock, as a phrase."""
     try:
@@ -221,9 +234,7 @@ def _writer(directory: Path) -> str:
         meta = None
     if meta is None:
         return "another run, which is just starting"
-    last = meta["attempts"][-1]
-    where = f" on {last['host']}" if "host" in last else ""
-    return f"attempt {len(meta['attempts']) - 1} of run {meta['run']} (started {last['started']}{where})"
+    return last_attempt(meta)
 
 
 def _known(directory: Path, torn: bool) -> dict[str, Any] | None:
@@ -305,6 +316,23 @@ def _begin(meta: dict[str, Any], facts: Mapping[str, Any], notes: Mapping[str, A
     _note(meta, notes)
 
 
+def _write_begun(directory: Path, path: Path, meta: Mapping[str, Any], torn: bool) -> None:
+    """Write the description of a run whose last attempt was just added.
+
+    Args:
+        directory: The ledger.
+        path: Path of the description so far.
+        meta: The new one.
+        torn: The one so far is damaged.
+    """
+    first = len(meta["attempts"]) == 1
+    following = next_meta_path(directory / META_FILE if first else path, directory)
+    try:
+        write_meta(following, meta, exclusive=following != path or (first and not torn))
+    except FileExistsError as error:  # on a store, and where the file system has no locks
+        raise LedgerError(f"`ledger`: another run started in {directory} just now. Give each its own.") from error
+
+
 def _note(meta: dict[str, Any], notes: Mapping[str, Any]) -> None:
     """Put notes into the description: class names once for the run, the rest with the last attempt."""
     rest = dict(notes)
@@ -340,6 +368,15 @@ def _warn_of_other_data(directory: Path, meta: Mapping[str, Any], notes: Mapping
         _warn(
             f"{directory} goes on with other settings ({changed}): scores mean the same, weights are over batches of "
             "another size."
+        )
+
+
+def _warn_of_running(directory: Path, meta: Mapping[str, Any]) -> None:
+    """Warn if the last attempt may still run, as on a store nothing shows whether it does."""
+    if as_store_path(directory) and meta["attempts"] and "rows" not in meta["attempts"][-1]:
+        _warn(
+            f"{last_attempt(meta)} in {directory} has not ended. If its process still runs, it stops when it writes "
+            "its next part, as this one goes on with the run."
         )
 
 

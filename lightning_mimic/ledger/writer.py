@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 from lightning_mimic.errors import LedgerError
 from lightning_mimic.files import atomic_write
 from lightning_mimic.ledger.columns import NO_CLASS, nullable_columns, schema
+from lightning_mimic.ledger.description import last_attempt, read_meta
 from lightning_mimic.ledger.ids import id_array, unified
+from lightning_mimic.stores import as_store_path, path_of
 
 #: run, attempt, rank, number, rows: the count in the name tells what a damaged part has lost.
 PART_NAME = re.compile(r"part-(\w+)-a(\d+)-r(\d+)-(\d+)-n(\d+)\.parquet")
@@ -31,15 +33,26 @@ class LedgerWriter:
         rank: This process's rank.
         ids: ``"int"`` or ``"str"``, the kind of the run's ids so far; ``None``: there are none, or it is not known.
         parts: Number of parts that this rank has written in this attempt.
+        token: Of the attempt, which must be the run's last one while it is written: on a store, nothing else keeps
+            another process from going on with the run.
 
     Attributes:
-        rows: Number of rows that are on the disk.
+        rows: Number of rows that are on the disk, or the store.
     """
 
     def __init__(
-        self, directory: str | Path, run: str, attempt: int, rank: int, ids: str | None = None, parts: int = 0
+        self,
+        directory: str | Path,
+        run: str,
+        attempt: int,
+        rank: int,
+        ids: str | None = None,
+        *,
+        parts: int = 0,
+        token: str | None = None,
     ) -> None:
-        self._directory = Path(directory)
+        self._directory = path_of(directory, "ledger")
+        self._token = token
         self._run = run
         self._attempt = attempt
         self._rank = rank
@@ -115,8 +128,8 @@ class LedgerWriter:
         A failed write keeps its rows and is tried again at the next flush.
 
         Raises:
-            LedgerError: The write failed twice in a row; or this is a forked copy of the process that writes, whose
-                parts would have the same names.
+            LedgerError: The write failed twice in a row; another process goes on with the run; or this is a forked
+                copy of the process that writes, whose parts would have the same names.
         """
         if not self._pending:
             return
@@ -128,14 +141,16 @@ class LedgerWriter:
         table = self._table()
         name = f"part-{self._run}-a{self._attempt}-r{self._rank}-{self._parts:06d}-n{table.num_rows}.parquet"
         try:
-            with atomic_write(self._directory / name, tidy=False) as file:
+            exclusive = as_store_path(self._directory) is not None
+            with atomic_write(self._directory / name, exclusive=exclusive, tidy=False) as file:
                 # No statistics: checksums do not cover them, and a query engine would believe them.
                 pq.write_table(table, file, compression="zstd", write_page_checksum=True, write_statistics=False)
         except OSError as error:
             if self._failed:
+                fix = "Restore the access to it" if as_store_path(self._directory) else "Free the disk"
                 raise LedgerError(
                     f"`ledger`: {table.num_rows} rows could not be written to {self._directory}, twice in a row: "
-                    f"{error}. Free the disk, or train without a ledger."
+                    f"{error}. {fix}, or train without a ledger."
                 ) from error
             self._failed = True
             return
@@ -143,6 +158,7 @@ class LedgerWriter:
         self._parts += 1
         self.rows += table.num_rows
         self._pending.clear()
+        self._check_not_replaced()
 
     def commit(self) -> None:
         """Commits the rest; what cannot be written is tried once more and then raised."""
@@ -174,6 +190,21 @@ class LedgerWriter:
         if places != {(self._attempt, self._rank)}:
             raise LedgerError("`ledger`: the rows that the checkpoint holds are not of its own attempt.")
         self._pending.append(table)
+
+    def _check_not_replaced(self) -> None:
+        """Raise ``LedgerError`` if another process goes on with a run on a store; the rows of this one are there."""
+        if self._token is None or not as_store_path(self._directory):
+            return
+        try:
+            meta = read_meta(self._directory)
+        except LedgerError:
+            return  # the store may be away; the next part, or the end of the run, shows it
+        if meta is not None and meta["attempts"][-1].get("token") != self._token:
+            raise LedgerError(
+                f"`ledger`: {last_attempt(meta)} goes on in {self._directory}, and this is attempt {self._attempt} of "
+                f"run {self._run}, which ends here. Its rows stay there; of those that the other one goes over again, "
+                "the other one's are read."
+            )
 
     def _table(self) -> pa.Table:
         id_type = unified(table.schema.field("id").type for table in self._pending)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from lightning_mimic.files import atomic_path
 from lightning_mimic.manifest.exports import EXPORTS
 from lightning_mimic.manifest.reader import PROVENANCE, Manifest
+from lightning_mimic.stores import as_store_path, path_of
 from lightning_mimic.user_files import SEALED, seal_parquet, writing
 
 if os.name == "posix":
@@ -30,7 +31,7 @@ def write_manifest(
         rows: Batches with at least ``id`` and ``keep``.
         provenance: Settings and sources of the decisions, as JSON has them.
         exports: Names of :data:`EXPORTS`, to be written beside the manifest and named after it, in place of what has
-            these names already.
+            these names already; on a store, where there are no locks, these names must be free.
 
     Returns:
         The manifest that was written.
@@ -45,7 +46,8 @@ def write_manifest(
         >>> write_manifest(path, table.to_reader(), {"made_by": "hand"}).table()["id"].to_pylist()
         [1, 2]
     """
-    path = Path(path)
+    path = path_of(path, "path")
+    on_store = as_store_path(path) is not None
     with writing(path), contextlib.ExitStack() as finished:
         path.parent.mkdir(parents=True, exist_ok=True)
         alone = finished.enter_context(_lock(path.parent))
@@ -53,7 +55,9 @@ def write_manifest(
         write_rows(temporary, rows, provenance)
         for name in exports:
             # What is entered later is placed earlier: the manifest is the last to appear.
-            beside = finished.enter_context(atomic_path(path.with_name(f"{path.stem}.{EXPORTS[name].file}")))
+            place = path.with_name(f"{path.stem}.{EXPORTS[name].file}")
+            # On a store no lock keeps another writer's export from being put beside this manifest.
+            beside = finished.enter_context(atomic_path(place, exclusive=on_store))
             EXPORTS[name].write(Manifest(temporary), beside)
         alone()
         if path.exists():
@@ -82,7 +86,7 @@ def write_rows(path: Path, rows: pa.RecordBatchReader, provenance: Mapping[str, 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[Callable[[], None]]:
     """Yield a function that waits until no other writer places files in a folder; then none does until the end."""
-    if os.name != "posix":
+    if os.name != "posix" or as_store_path(folder):
         yield lambda: None
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lightning_mimic.errors import ReferenceLoadError
+from lightning_mimic.errors import MimicError, ReferenceLoadError
 from lightning_mimic.reference.distributed_checkpoint import ONE_FILE
 from lightning_mimic.reference.read_file import read_file
 from lightning_mimic.reference.read_folder import is_index, read_folder, read_index
 from lightning_mimic.reference.weights import choose_weights
+from lightning_mimic.stores import StorePath, path_of
 
 #: What a reference may be given as.
 ReferenceSource = str | Path | nn.Module | Mapping[str, Tensor]
@@ -27,8 +28,8 @@ def read_reference(source: ReferenceSource, *, argument: str = "reference") -> d
     Args:
         source: Path of a Lightning ``.ckpt``, a ``.pt``/``.pth`` state dict or a ``.safetensors`` file, of the index
             of a checkpoint in shards (``model.safetensors.index.json``) or its folder, or of a folder that
-            ``torch.distributed.checkpoint`` wrote; a module; a state dict; one of open_clip's models,
-            ``"open_clip:ARCHITECTURE/TAG"``. Files are read with ``weights_only=True``, always, whatever their
+            ``torch.distributed.checkpoint`` wrote; a URL of any of these; a module; a state dict; one of open_clip's
+            models, ``"open_clip:ARCHITECTURE/TAG"``. Files are read with ``weights_only=True``, always, whatever their
             suffix, and their checksums are compared where the format has any (torch's archives).
         argument: Name of the caller's argument that holds the source, for messages.
 
@@ -48,7 +49,7 @@ def read_reference(source: ReferenceSource, *, argument: str = "reference") -> d
         return dict(source.state_dict())
     if isinstance(source, Mapping):
         return choose_weights(source, "the given state dict", argument, None)
-    if not isinstance(source, str | Path):
+    if not isinstance(source, str | Path | StorePath):
         raise ReferenceLoadError(
             f"`{argument}` has type {type(source).__name__}; expected a path (.ckpt, .pt, .safetensors), a module, a "
             "state dict or 'open_clip:ARCHITECTURE/TAG'."
@@ -57,14 +58,16 @@ def read_reference(source: ReferenceSource, *, argument: str = "reference") -> d
         from lightning_mimic.reference.open_clip_hub import open_clip_model  # it imports from here
 
         return dict(open_clip_model(str(source), argument=argument).state_dict())
-    if "://" in str(source):
-        raise ReferenceLoadError(f"`{argument}`: {source} is an address; download the file and give its path.")
     try:
-        return _read_path(Path(source).expanduser(), argument)
+        path = path_of(source, argument)
+    except MimicError as error:
+        raise ReferenceLoadError(str(error)) from error
+    try:
+        return _read_path(path, argument)
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, ReferenceLoadError):
             raise
-        raise ReferenceLoadError(f"`{argument}`: {str(source)!r} may not or cannot be read: {error}.") from error
+        raise ReferenceLoadError(f"`{argument}`: {str(path)!r} may not or cannot be read: {error}.") from error
 
 
 def _read_path(path: Path, argument: str) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Read what one checkpoint file holds, of any format, without ever unpickling code."""
 
 import io
+import os
 import pickle
 import re
 import warnings
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mimic.errors import ReferenceLoadError
+from lightning_mimic.files import fetched
 from lightning_mimic.reference.archive import LARGEST_PICKLE, check_archive, too_many_objects
 from lightning_mimic.reference.file_kinds import kind_of
 
@@ -27,13 +29,18 @@ def read_file(path: Path, argument: str) -> Any:
     """Return what a checkpoint file holds; which format it is in is seen from its content.
 
     Args:
-        path: An existing file.
+        path: An existing file; one on a store is fetched.
         argument: Name of the caller's argument that holds the path, for messages.
 
     Raises:
         ReferenceLoadError: A damaged or foreign file, one that could run code, or one that would fill the memory; the
             original error is chained.
     """
+    with fetched(path) as content:
+        return _read_content(content, argument)
+
+
+def _read_content(path: Path, argument: str) -> Any:
     kind = kind_of(path, argument)
     size = path.stat().st_size
     if kind == "safetensors":
@@ -157,7 +164,7 @@ def _read_safetensors(path: Path, size: int, argument: str) -> dict[str, Tensor]
             "100,000 tensors. Save the model's weights alone."
         )
     try:
-        return safetensors.torch.load_file(path)
+        return safetensors.torch.load_file(os.fspath(path))
     except Exception as error:  # safetensors raises its own types and plain Exception
         raise ReferenceLoadError(
             f"`{argument}`: {path} ({size} bytes) is not a complete safetensors file: {error}. Fetch or save it again."

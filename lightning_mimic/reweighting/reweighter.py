@@ -51,6 +51,7 @@ from lightning_mimic.reweighting.target import Target
 from lightning_mimic.reweighting.weigh import StepResult
 from lightning_mimic.scorers import KeepsState, RunWeighting, Scorer, Temperature, Weighting
 from lightning_mimic.sharding import whole_parameters
+from lightning_mimic.stores import path_of
 
 _log = logging.getLogger("lightning_mimic")
 # Micro-batches between two looks at the figures that show an unsure reference; each is a host sync.
@@ -499,7 +500,7 @@ class Reweighter:
 
     @property
     def _directory(self) -> Path | None:
-        return None if self.settings.ledger is None else Path(self.settings.ledger).expanduser()
+        return None if self.settings.ledger is None else path_of(self.settings.ledger, "ledger")
 
     def _attach(self) -> StepContext:
         """Put hooks on the model, all of which :meth:`close` removes."""

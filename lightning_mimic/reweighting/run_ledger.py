@@ -62,7 +62,7 @@ class RunLedger:
             raise LedgerError(facts)
         self._run, self._attempt, self._token, ids = facts
         self._rank = distributed.rank()
-        self.writer = LedgerWriter(directory, self._run, self._attempt, self._rank, ids)
+        self.writer = LedgerWriter(directory, self._run, self._attempt, self._rank, ids, token=self._token)
         self._scored: tuple[int, int, int] | None = None
         # A state was given for a checkpoint; the description notes that when the run goes on, as it is saved by then.
         self._state_given = False

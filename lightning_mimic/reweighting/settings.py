@@ -24,6 +24,7 @@ from lightning_mimic.scorers import (
     choose_weighting,
     validate_needs,
 )
+from lightning_mimic.stores import path_of
 
 #: What to do about trainable parameters that the weights do not reach.
 Uncovered = Literal["error", "mean"]
@@ -76,6 +77,8 @@ class Settings:
             raise MimicError(f"`loss` is {self.loss!r}; expected 'mean', or nothing.")
         if self.ledger is not None and (not isinstance(self.ledger, str | os.PathLike) or self.ledger == ""):
             raise MimicError(f"`ledger` is {self.ledger!r}; expected the path of a directory, or None for no ledger.")
+        if self.ledger is not None:
+            path_of(self.ledger, "ledger")
         names = [self.parameters] if isinstance(self.parameters, str | None) else self.parameters
         if not isinstance(names, Iterable) or not all(isinstance(name, str | None) for name in names):
             raise MimicError(

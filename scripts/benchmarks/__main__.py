@@ -24,6 +24,7 @@ BENCHMARKS = {
     "features": ("feature_benchmark", "time of a linear probe from cached features, beside one from images"),
     "shards": ("shard_benchmark", "image-text pairs per second, beside open_clip's own pipeline"),
     "curation": ("curation_benchmark", "time and memory of filters on ledgers of millions of rows"),
+    "store": ("store_benchmark", "seconds and requests of a ledger on an object store, beside one on a disk"),
 }
 
 
