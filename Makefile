@@ -13,6 +13,7 @@ LOWEST_TESTS = $(addsuffix .py,$(addprefix tests/test_,nodes graph graph_uses fu
 demo: $(VENV)/.installed
 	$(RUN)/python -m scripts.studies demo
 	$(RUN)/python -m scripts.studies aligned --parts noisy
+	@echo 'Look at the samples: open outputs/studies/demo/files/report/index.html in a browser.'
 
 # A worker per core. A file's tests share one, as they share fixtures; tests/conftest.py puts the slow files first.
 PARALLEL = --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder

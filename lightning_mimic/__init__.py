@@ -9,7 +9,7 @@ from lightning_mimic.lazy import lazy_front
 from lightning_mimic.version import __version__
 
 if TYPE_CHECKING:
-    from lightning_mimic.callbacks import AtCheckpoints, GradMimic
+    from lightning_mimic.callbacks import AtCheckpoints, GradMimic, SuspiciousImages
     from lightning_mimic.data import WithIds, collate_with_ids
     from lightning_mimic.errors import LedgerError, MimicError, ReferenceLoadError
     from lightning_mimic.ledger import Ledger
@@ -20,7 +20,7 @@ else:
     __getattr__, __dir__ = lazy_front(
         __name__,
         {
-            "lightning_mimic.callbacks": ["AtCheckpoints", "GradMimic"],
+            "lightning_mimic.callbacks": ["AtCheckpoints", "GradMimic", "SuspiciousImages"],
             "lightning_mimic.data": ["WithIds", "collate_with_ids"],
             "lightning_mimic.errors": ["LedgerError", "MimicError", "ReferenceLoadError"],
             "lightning_mimic.ledger": ["Ledger"],
@@ -40,6 +40,7 @@ __all__ = [
     "MimicError",
     "ReferenceLoadError",
     "Reweighter",
+    "SuspiciousImages",
     "WithIds",
     "__version__",
     "collate_with_ids",

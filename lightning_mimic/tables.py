@@ -69,6 +69,12 @@ class Table:
             weakref.finalize(self, copies.close)
             self._files = [copies.enter_context(fetched(file)) for file in self._files]
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the columns that all files have."""
+        first, *more = (form.names for form in self._schemas.values())
+        return [name for name in first if all(name in names for names in more)]
+
     def load(self, database: Database, name: str, columns: Mapping[str, str] | None = None, what: str = "") -> None:
         """Make a table of a database from columns.
 

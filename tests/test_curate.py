@@ -111,7 +111,8 @@ def test_what_it_was_made_of_is_noted(tmp_path):
     ledger = {"directory": str(tmp_path / "scores"), "run": run, "config": {"scorer": "x"}, "checkpoints": None}
     assert said == {
         "package_version": __version__, "ledger": ledger | notes, "filter": "Threshold()", "facts": {}, "pool": None,
-        "unscored": {"samples": 0, "are": "fail"}, "lost": [], "samples": 3, "kept": 3, "share_kept": 2 / 3,
+        "unscored": {"samples": 0, "are": "fail"}, "corrections": None, "lost": [], "samples": 3, "kept": 3,
+        "share_kept": 2 / 3,
         "mean_score": {"all": 0.5 / 3, "kept": 0.5 / 3}, "quality": None, "wrong_share": None, "verdict": None,
         "diagnosis": "The reference was not diagnosed",
     }  # fmt: skip

@@ -29,7 +29,7 @@ from lightning_mimic.curation import (
     membership,
     select,
 )
-from lightning_mimic.curation.report import plot_quality, plot_scores
+from lightning_mimic.curation.plots import plot_quality, plot_scores
 from support.cases import for_each
 from support.ledgers import write_scores
 

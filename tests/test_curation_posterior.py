@@ -22,7 +22,7 @@ from lightning_mimic.curation import (
     compare,
     curate,
 )
-from lightning_mimic.curation.report import plot_quality
+from lightning_mimic.curation.plots import plot_quality
 from support.cases import case, for_each
 from support.ledgers import note, write_ledger, write_scores
 from support.toys import parameters_of, toy, toy_data

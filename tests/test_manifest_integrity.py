@@ -12,7 +12,7 @@ import pytest
 from lightning_mimic import WithIds
 from lightning_mimic.curation import CurationError, Manifest, compare, curate, select
 from lightning_mimic.curation.comparison import Comparison
-from lightning_mimic.curation.report import plot_quality
+from lightning_mimic.curation.plots import plot_quality
 from lightning_mimic.errors import MimicError
 from lightning_mimic.manifest import EXPORTS, Export, KeptIds, kept_subset
 from lightning_mimic.user_files import SEALED

@@ -162,6 +162,15 @@ class GradMimic(pl.Callback):
         """
         return self._running.reweighter
 
+    @property
+    def last_step(self) -> tuple[StepResult, Ids | None] | None:
+        """Scores and weights of the micro-batch that ended last, and its ids; ``None`` if it was not scored.
+
+        Raises:
+            RuntimeError: No fit is running.
+        """
+        return self._running.last
+
     def should_score(self, trainer: pl.Trainer) -> bool:
         """Return whether the batch that starts now is scored and re-weighted; override for a schedule.
 
@@ -282,6 +291,8 @@ class _Fit:
         self.reweighter = reweighter
         #: ``None`` between micro-batches, and for those that are not scored.
         self.step: Step | None = None
+        #: Of the micro-batch that ended last.
+        self.last: tuple[StepResult, Ids | None] | None = None
         self._started = False
         self._undo = ExitStack()
         self._undo.callback(wrap_method(module, "training_step", self._around_training_step))
@@ -300,11 +311,13 @@ class _Fit:
 
     def end_step(self, outputs: Any) -> StepResult | None:
         """Record the micro-batch; return its result, if it was scored."""
-        step, self.step = self.step, None
+        step, self.step, self.last = self.step, None, None
         if step is None:
             return None
         with closing(step):
-            return self.reweighter.end(step, outputs)
+            result = self.reweighter.end(step, outputs)
+            self.last = None if result is None else (result, step.ids)
+            return result
 
     def close(self) -> None:
         """Write the last scores, and take everything off the module."""

@@ -15,22 +15,29 @@ _MULTIRUN = frozenset({"-m", "--multirun"})
 #: Settings that are paths or names, also where they look like numbers.
 _TEXT = frozenset({"ledger", "out", "output", "reference", "pretrained", "resume", "save_to", "save_epochs_to"})
 _TEXT |= {"features", "keep", "root", "path", "dir", "checkpoints", "default_root_dir", "plot", "shards", "partitioned"}
+_TEXT |= {"manifest", "title", "corrections", "page", "spotlight"}
 
 _FROM_ENVIRONMENT = re.compile(r"\$\{oc\.env:[^{}]*\}")
 _INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
-def arranged(words: Sequence[str]) -> list[str]:
+def arranged(words: Sequence[str], first: str | None = None) -> list[str]:
     """Return the words of a command line so that Hydra reads them as they were meant.
 
     ``--multirun`` comes first, because Hydra takes no setting after it from the processes that Lightning starts; values
     that are not of Hydra's grammar, such as the paths of Lightning's own checkpoints, are quoted.
 
+    Args:
+        words: The words.
+        first: Setting that the first word stands for, if it is no flag and has no ``=``.
+
     Example:
         >>> arranged(["resume=epoch=0-step=35.ckpt", "trainer.max_epochs=2", "--multirun"])
         ['--multirun', "resume='epoch=0-step=35.ckpt'", 'trainer.max_epochs=2']
     """
+    if first is not None and words and "=" not in words[0] and not words[0].startswith(("-", "~", "+")):
+        words = [f"{first}={words[0]}", *words[1:]]
     flags = [word for word in words if word in _MULTIRUN]
     return [*flags, *(_readable(word, sweeps=bool(flags)) for word in words if word not in _MULTIRUN)]
 

@@ -22,12 +22,15 @@ from lightning_mimic.cli.settings import check_types
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
-def command(name: str, config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+def command(
+    name: str, config_name: str, first: str | None = None
+) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Make a command of a function of a configuration.
 
     Args:
         name: Of the command.
         config_name: Of the root in ``conf``.
+        first: Setting that a first word without a name stands for.
 
     Returns:
         A decorator. What the function returns is what a sweeper optimises.
@@ -37,7 +40,7 @@ def command(name: str, config_name: str) -> Callable[[Callable[[DictConfig], Any
         @functools.wraps(task)
         def main() -> None:
             full = os.environ.get(_FULL_ERROR)
-            sys.argv[1:] = arranged(sys.argv[1:])
+            sys.argv[1:] = arranged(sys.argv[1:], first)
             started = []
 
             @functools.wraps(task)

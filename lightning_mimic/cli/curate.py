@@ -1,16 +1,14 @@
 """``mimic-curate`` and its steps on many machines, ``mimic-select`` and ``mimic-compare``: scores to decisions."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lightning_mimic.cli.command import command
+from lightning_mimic.cli.progress import shown_progress
 from lightning_mimic.curation import (
     Comparison,
     Curation,
@@ -19,6 +17,7 @@ from lightning_mimic.curation import (
     compare,
     curate,
     partition_share,
+    report,
     select,
     summarise_partition,
 )
@@ -32,7 +31,7 @@ def curate_main(config: DictConfig) -> None:
     del settings["filter"]
     if settings["out"] is None:
         raise CurationError("`out` is null; expected a directory for the manifest.")
-    with _progress(console) as progress:
+    with shown_progress(console) as progress:
         done = curate(filter=instantiate(config.filter), progress=progress, **settings)
     show(console, done)
 
@@ -41,7 +40,7 @@ def curate_main(config: DictConfig) -> None:
 def partition_main(config: DictConfig) -> None:
     """Splits a share of a ledger into partitions."""
     settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    with _progress(Console()) as progress:
+    with shown_progress(Console()) as progress:
         print(partition_share(**settings, progress=progress))  # noqa: T201
 
 
@@ -49,7 +48,7 @@ def partition_main(config: DictConfig) -> None:
 def summarise_main(config: DictConfig) -> None:
     """Sums up the samples of a partition."""
     settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    with _progress(Console()) as progress:
+    with shown_progress(Console()) as progress:
         print(summarise_partition(**settings, progress=progress))  # noqa: T201
 
 
@@ -57,7 +56,7 @@ def summarise_main(config: DictConfig) -> None:
 def select_main(config: DictConfig) -> None:
     """Composes filters."""
     settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    with _progress(Console()) as progress:
+    with shown_progress(Console()) as progress:
         manifest = select(**settings, progress=progress)
     kept, samples = (manifest.provenance[name] for name in ("kept", "samples"))
     print(f"{manifest.path}: {kept:,} of {samples:,} samples kept ({kept / max(samples, 1):.1%})")  # noqa: T201
@@ -77,8 +76,16 @@ def compare_main(config: DictConfig) -> None:
         noise = {str(name): share for name, share in noise.items()}
     comparison = compare(manifests, noise)
     show_comparison(Console(), comparison)
+    if settings["page"]:
+        if len(manifests) != 2:
+            raise CurationError(f"`page` shows two data sets, and `manifests` has {len(manifests)}.")
+        (one, first), (other, second) = manifests.items()
+        data = instantiate(config.data) if config.get("data") else None
+        with shown_progress(Console()) as progress:
+            page = report(first, data, settings["page"], against=second, names=(one, other), progress=progress)
+        print(page)  # noqa: T201
     if settings["plot"]:
-        from lightning_mimic.curation.report import plot_quality
+        from lightning_mimic.curation.plots import plot_quality
 
         plot_quality(settings["plot"], comparison)
         print(f"\n{settings['plot']}")  # noqa: T201
@@ -164,24 +171,3 @@ def _score(score: float | None) -> str:
 
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.1%}"
-
-
-@contextlib.contextmanager
-def _progress(console: Console) -> Iterator[Any]:
-    """A bar per stage of the work."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        tasks: dict[str, Any] = {}
-
-        def update(what: str, share: float) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=1.0)
-            progress.update(tasks[what], completed=share)
-
-        yield update

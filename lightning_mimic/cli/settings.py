@@ -18,6 +18,7 @@ _PATHS = dict.fromkeys(("resume", "save_to", "save_epochs_to", "features"), str 
 _OWN = _PATHS | {
     "seed": int,
     "test": bool,
+    "suspicious_images": int,
     "optimized_metric": str | None,
     "checkpoints": str | collections.abc.Sequence[str],
 }

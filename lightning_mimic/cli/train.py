@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_mimic.callbacks import GradMimic
+from lightning_mimic.callbacks import GradMimic, SuspiciousImages
 from lightning_mimic.cli.command import command
 from lightning_mimic.cli.errors import check_inputs_exist
 from lightning_mimic.data import CachedFeatures
@@ -42,15 +42,7 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
     _check_fits(resume, resumed, model)
     if config.features:
         data = CachedFeatures(data, model, config.features)
-    # Of mimic=none an experiment's own settings may be left.
-    scores = OmegaConf.select(config, "mimic._target_") is not None
-    callbacks = [*([instantiate(config.mimic)] if scores else []), *more_callbacks]
-    if config.features:
-        for callback in callbacks:
-            if isinstance(callback, GradMimic):
-                refuse_module_on_features(callback.settings.reference)
-    if config.save_epochs_to:
-        callbacks.append(_every_epoch(path_of(config.save_epochs_to, "save_epochs_to"), resumed=resume is not None))
+    callbacks = _callbacks(config, more_callbacks, resumed=resume is not None)
     logger = instantiate(config.logger) if config.get("logger") else False
     trainer: L.Trainer = instantiate(config.trainer, callbacks=callbacks, logger=logger)
     if trainer.accumulate_grad_batches < 1:
@@ -65,6 +57,22 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
     if save_to is not None and not config.trainer.get("fast_dev_run"):
         trainer.save_checkpoint(os.fspath(save_to))
     return trainer
+
+
+def _callbacks(config: DictConfig, more: Sequence[L.Callback], *, resumed: bool) -> list[L.Callback]:
+    """Build the callbacks that the configuration names, with more of them."""
+    # Of mimic=none an experiment's own settings may be left.
+    scores = OmegaConf.select(config, "mimic._target_") is not None
+    callbacks = [*([instantiate(config.mimic)] if scores else []), *more]
+    if config.features:
+        for callback in callbacks:
+            if isinstance(callback, GradMimic):
+                refuse_module_on_features(callback.settings.reference)
+    if config.suspicious_images:
+        callbacks.append(SuspiciousImages(config.suspicious_images))
+    if config.save_epochs_to:
+        callbacks.append(_every_epoch(path_of(config.save_epochs_to, "save_epochs_to"), resumed=resumed))
+    return callbacks
 
 
 def without_secrets(config: DictConfig) -> DictConfig:

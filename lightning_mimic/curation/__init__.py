@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_mimic.curation.filters import KMeans, Mixture, Posterior, Sign, Threshold, TopK
     from lightning_mimic.curation.pipeline import Curation, curate
     from lightning_mimic.curation.reference_facts import WrongShare
+    from lightning_mimic.curation.report_page import report
     from lightning_mimic.curation.selection import Recipe, select
     from lightning_mimic.curation.shares import partition_share, summarise_partition
     from lightning_mimic.errors import CurationError
@@ -37,6 +38,7 @@ else:
             "lightning_mimic.curation.filters": ["KMeans", "Mixture", "Posterior", "Sign", "Threshold", "TopK"],
             "lightning_mimic.curation.pipeline": ["Curation", "curate"],
             "lightning_mimic.curation.reference_facts": ["WrongShare"],
+            "lightning_mimic.curation.report_page": ["report"],
             "lightning_mimic.curation.selection": ["Recipe", "select"],
             "lightning_mimic.curation.shares": ["partition_share", "summarise_partition"],
             "lightning_mimic.errors": ["CurationError"],
@@ -82,6 +84,7 @@ __all__ = [
     "estimate_quality",
     "membership",
     "partition_share",
+    "report",
     "select",
     "summarise_partition",
 ]

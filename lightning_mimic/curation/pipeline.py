@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from lightning_mimic.curation.corrections import apply_corrections
 from lightning_mimic.curation.filters import Decision, DecisionRule, Posterior, Sign, checked_rule
 from lightning_mimic.curation.partitions import write_partitions
 from lightning_mimic.curation.quality import calibrated_quality
@@ -24,6 +25,9 @@ from lightning_mimic.metrics.estimate import Quality
 from lightning_mimic.tables import Table, settle_ids
 from lightning_mimic.user_files import user_path, writing
 from lightning_mimic.version import __version__
+
+if TYPE_CHECKING:
+    from lightning_mimic.report import Inline, Render
 
 Unscored = Literal["keep", "drop", "fail"]
 #: What the manifest notes of the attempts whose rows count.
@@ -66,6 +70,24 @@ class Curation:
     verdict: str | None
     wrong_share: WrongShare | None
 
+    def show(self, dataset: Any = None, samples: int = 10, render: "Render | None" = None) -> "Inline":
+        """Return a view for a notebook: the figures, and the most suspicious samples.
+
+        Args:
+            dataset: The samples, as for :func:`~lightning_mimic.curation.report`; ``None``: without images and texts.
+            samples: Number of samples.
+            render: From a sample to a PIL image, a text, or a pair of them.
+
+        Raises:
+            MimicError: The data set has none of the samples, or one that cannot be shown.
+        """
+        from lightning_mimic.report import manifest_view
+
+        return manifest_view(self.manifest, dataset, samples, render)
+
+    def _repr_html_(self) -> str:
+        return self.show()._repr_html_()
+
 
 def curate(  # noqa: PLR0913
     ledger: str | Path,
@@ -76,6 +98,7 @@ def curate(  # noqa: PLR0913
     unscored: Unscored = "fail",
     trusted: str | Path | None = None,
     mislabelled: str | Path | Sequence[str | Path] | None = None,
+    corrections: str | Path | None = None,
     exports: Sequence[str] = (),
     allow_partial: bool = False,
     accept_verdict: bool = False,
@@ -97,6 +120,9 @@ def curate(  # noqa: PLR0913
         mislabelled: the same samples scored with wrong labels (several ledgers: each with other ones, the more the
             better): they calibrate the quality. All must be scored at the same moments as the data: by
             :class:`~lightning_mimic.AtCheckpoints`, at the same checkpoints.
+        corrections: What a person has corrected: CSV or Parquet with ``id``, ``keep``, ``label`` and ``label_name``, as
+            the report's page downloads it. An empty cell changes nothing. Such decisions have the reason ``by hand``;
+            corrected labels are in the column ``corrected_label``, and :meth:`Manifest.subset` trains on them.
         exports: Beside the manifest: ``"csv"``, ``"datacomp"``, ``"cleanlab"``.
         allow_partial: Read what there is of the ledger, instead of refusing where parts are damaged or rows missing.
         accept_verdict: Decide although the diagnosis found the reference ``doubtful`` or ``unsure``.
@@ -143,6 +169,15 @@ def curate(  # noqa: PLR0913
             share_kept = _share_by_sign(data, chosen)
             decision = chosen.decide(data)
             _decide(data, listed, decision, unscored)
+            corrected = None
+            if corrections is not None:
+                corrected = apply_corrections(
+                    corrections,
+                    database,
+                    id_type=data.id_type,
+                    class_names=data.class_names,
+                    has_labels=data.parts.has_classes,
+                )
             samples, kept, without, mean, mean_kept = database.row(
                 "SELECT count(*), count_if(keep), count_if(opinion IS NULL), avg(score), avg(score) FILTER (keep) "
                 "FROM decided"
@@ -163,6 +198,7 @@ def curate(  # noqa: PLR0913
                 "facts": decision.facts,
                 "pool": None if pool is None else str(user_path(pool, "pool")),
                 "unscored": {"samples": without, "are": unscored},
+                "corrections": corrected,
                 "lost": list(data.parts.lost),
                 "samples": samples,
                 "kept": kept,
@@ -173,7 +209,7 @@ def curate(  # noqa: PLR0913
             }
             if data.class_names is not None:
                 provenance["class_names"] = list(data.class_names)
-            with database.reader(_ordered(data), "writing") as rows:
+            with database.reader(_ordered(data, corrected), "writing") as rows:
                 write_rows(folder / "manifest.parquet", rows, provenance)
         # The database has let go of its memory by now; an export opens its own.
         _export(Manifest(folder / "manifest.parquet"), folder, exports, progress or (lambda what, share: None))
@@ -253,17 +289,17 @@ def _export(manifest: Manifest, folder: Path, exports: Sequence[str], progress: 
         progress(f"exporting {name}", 1.0)
 
 
-def _ordered(data: Scores) -> str:
+def _ordered(data: Scores, corrected: dict[str, Any] | None) -> str:
     """The manifest's rows, the most suspicious first."""
     columns = list(data.columns)
+    classes = [each for each in _CLASSES if each in columns]
+    if corrected is not None:
+        columns.append("corrected_label")
+        classes.append("corrected_label")
     if data.class_names is not None:
         names = f"[{', '.join(quoted(name) for name in data.class_names)}]::VARCHAR[]"
         known = f"BETWEEN 0 AND {len(data.class_names) - 1}"
-        columns += [
-            f"CASE WHEN {each} {known} THEN ({names})[{each} + 1] END AS {each}_name"
-            for each in _CLASSES
-            if each in data.columns
-        ]
+        columns += [f"CASE WHEN {each} {known} THEN ({names})[{each} + 1] END AS {each}_name" for each in classes]
     return f"""SELECT id, keep, score, scorings::INT AS scorings, relative_weight, votes_keep::INT AS votes_keep,
         votes::INT AS votes, reason, {", ".join(columns)} FROM decided ORDER BY score NULLS LAST, id"""
 

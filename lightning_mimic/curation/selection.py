@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +19,8 @@ from lightning_mimic.version import __version__
 End = Literal["top", "bottom"]
 _JOINTS = {"and": "INTERSECT", "or": "UNION", "minus": "EXCEPT"}
 _PATH = r"(?P<path>\S+?(?:\.(?:parquet|csv)|/))"
+#: Column of the labels that a person has corrected.
+_CORRECTED = "corrected_label"
 _TERM = re.compile(_PATH + r"(?::(?P<column>\S+)\s+(?P<end>top|bottom)\s+(?P<amount>\S+))?")
 _AMOUNT = re.compile(r"(?P<percent>\d+(?:\.\d+)?)\s*%|(?P<count>\d+)")
 _GRAMMAR = (
@@ -93,7 +95,8 @@ def select(
         progress: Told what is being done.
 
     Returns:
-        A manifest that decides on every sample that any of the tables knows. A sample that the first table lists
+        A manifest that decides on every sample that any of the tables knows, with the labels that one of them has
+        corrected. A sample that the first table lists
         more than once stays in it as often.
 
     Raises:
@@ -152,13 +155,29 @@ def select(
             "kept": kept,
             **_verdicts(read.terms),
         }
+        corrected = _corrected(database, tables)
         query = (
-            f"SELECT all_samples.id, selected.id IS NOT NULL AS keep, {why} AS reason "
-            f"FROM ({all_samples}) AS all_samples "
-            "LEFT JOIN selected ON all_samples.id = selected.id ORDER BY all_samples.id"
+            f"SELECT all_samples.id, selected.id IS NOT NULL AS keep, {why} AS reason"
+            f"{', corrected_label' if corrected else ''} FROM ({all_samples}) AS all_samples "
+            "LEFT JOIN selected ON all_samples.id = selected.id "
+            f"{'LEFT JOIN corrected ON all_samples.id = corrected.id' if corrected else ''} ORDER BY all_samples.id"
         )
         with database.reader(query, "writing") as rows:
             return write_manifest(out, rows, provenance, exports)
+
+
+def _corrected(database: Database, tables: Mapping[str, Table]) -> bool:
+    """Make a table of the labels that a person has corrected in any of the manifests; return whether there are some."""
+    found = [name for name, table in tables.items() if _CORRECTED in table.names]
+    if not found:
+        return False
+    each = " UNION ".join(f"SELECT id, TRY_CAST({_CORRECTED} AS BIGINT) AS {_CORRECTED} FROM {name}" for name in found)
+    database.run(f"CREATE TABLE corrected AS SELECT * FROM ({each}) WHERE {_CORRECTED} IS NOT NULL")
+    twice = database.column("SELECT id FROM corrected GROUP BY id HAVING count(*) > 1 ORDER BY id LIMIT 1")
+    if twice:
+        paths = " and ".join(str(tables[name].path) for name in found)
+        raise CurationError(f"`recipe`: {paths} have different corrected labels of {twice[0]!r}. Correct one of them.")
+    return True
 
 
 def _verdicts(terms: Sequence[Term]) -> dict[str, Any]:
@@ -191,6 +210,8 @@ def _load(database: Database, name: str, term: Term) -> Table:
     """A table with ``id``, and ``keep`` or ``value``."""
     table = Table(term.path)
     columns = {"id": "id", "keep": "keep"} if term.column is None else {"id": "id", "value": term.column}
+    if _CORRECTED in table.names:
+        columns[_CORRECTED] = _CORRECTED
     table.load(database, name, columns, f"reading {table.path.name}")
     return table
 
@@ -207,7 +228,8 @@ def _choose(database: Database, name: str, term: Term) -> None:
         )
         order = "DESC" if term.end == "top" else "ASC"
         chosen = f"{valued} AND row_number() OVER (PARTITION BY {valued} ORDER BY {value} {order}, id) <= {most}"
-    database.run(f"CREATE OR REPLACE TABLE {name} AS SELECT id, ({chosen}) AS chosen FROM {name}")
+    unused = "keep" if term.column is None else "value"
+    database.run(f"CREATE OR REPLACE TABLE {name} AS SELECT * EXCLUDE ({unused}), ({chosen}) AS chosen FROM {name}")
 
 
 def _value(database: Database, name: str, term: Term) -> tuple[str, str]:

@@ -49,6 +49,15 @@ class DecodedImages:
         return len(self.dataset) if self.files is None else len(self.files)
 
     def __getitem__(self, row: int) -> Any:
+        image = self.original(row)
+        return image if self.transform is None else self.transform(image)
+
+    def original(self, row: int) -> Any:
+        """Return an image before the transform, a PIL image of mode RGB.
+
+        Raises:
+            MimicError: It cannot be decoded.
+        """
         try:
             image = self.dataset[row][0] if self.files is None else self._decoded(self.files[row])
         except Exception as error:  # of the system, of Pillow
@@ -59,7 +68,7 @@ class DecodedImages:
             raise MimicError(
                 f"image {row} cannot be decoded: {place}{why}. {fix}; nothing is left out in silence."
             ) from error
-        return image if self.transform is None else self.transform(image)
+        return image
 
     def _decoded(self, file: Path) -> Any:
         image = decode_image(file.read_bytes(), self.max_pixels, FOLDER_FORMATS)
@@ -193,6 +202,9 @@ class ImageSplits(LabelledSplits):
         noisy[torch.cat(list(parts.values()))] = False
         test = torch.arange(len(self.sources["test"].labels))
         return {**parts, "noisy": noisy.nonzero().flatten(), "test": test}
+
+    def _original(self, row: int) -> Any:
+        return self.sources["train"].images.original(row)
 
     def train_dataloader(self) -> DataLoader:
         if self.transform is None:

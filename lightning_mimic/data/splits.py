@@ -1,8 +1,9 @@
 """Disjoint splits of labelled images: noisy labels, trusted labels, and a test set."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -175,6 +176,25 @@ class LabelledSplits(pl.LightningDataModule, ABC):
     def test_dataloader(self) -> DataLoader:
         return self._evaluation("test", self.rows["test"])
 
+    def samples_by_id(self, ids: Sequence[int | str]) -> Iterator[tuple[int | str, Any]]:
+        """Yield images of the training split as a person looks at them, known after :meth:`setup`.
+
+        Args:
+            ids: Of the images; those that the split does not have are left out.
+
+        Yields:
+            An id and its image, without transform and flips.
+        """
+        source = self.sources["train"]
+        known = range(len(source.labels)) if source.ids is None else self._rows_by_id
+        for each in ids:
+            if each in known:
+                yield each, self._original(known[each])  # type: ignore[index]
+
+    def _original(self, row: int) -> Any:
+        """Return an image of the training split before any transform."""
+        return self.sources["train"].images[row]
+
     def flipped(self, ids: Any, epoch: int) -> Tensor:
         """Return which training images are flipped in an epoch; independent of the number of processes and of resuming.
 
@@ -190,9 +210,12 @@ class LabelledSplits(pl.LightningDataModule, ABC):
         flips = torch.rand(len(source.labels), generator=generator) < 0.5
         if source.ids is None:
             return flips[torch.as_tensor(ids)]
-        if not hasattr(self, "_row_of"):
-            self._row_of = {each: row for row, each in enumerate(source.ids)}
-        return flips[[self._row_of[each] for each in ids]]
+        return flips[[self._rows_by_id[each] for each in ids]]
+
+    @cached_property
+    def _rows_by_id(self) -> dict[str, int]:
+        """Rows of the training split, whose images have ids."""
+        return {each: row for row, each in enumerate(self.sources["train"].ids or ())}
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if self.flip and self.trainer is not None and self.trainer.training:

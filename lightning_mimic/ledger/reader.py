@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,19 @@ class Ledger:
         #: The description: the run, and per attempt its configuration and first step.
         self.meta: dict[str, Any] = meta
         self._copies: TemporaryFolder | None = None
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "ledger": self.directory.name,
+            "run": self.meta["run"],
+            "attempts": len(self.meta["attempts"]),
+            "parts": sum(1 for _ in self.directory.glob("*.parquet")),
+        }
+        last = self.meta["attempts"][-1]
+        rows |= {name: last["config"][name] for name in ("scorer", "weighting", "reweight") if name in last["config"]}
+        rows |= {"score kind": last.get("score_kind"), "verdict": (last.get("diagnosis") or {}).get("verdict")}
+        cells = (f"<tr><th>{escape(k)}</th><td>{escape(str(v))}</td></tr>" for k, v in rows.items() if v is not None)
+        return f"<table>{''.join(cells)}</table>"
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

@@ -1,7 +1,9 @@
 """Which samples of a data set, or of a stream of samples, a manifest keeps."""
 
+import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 def kept_subset(dataset: Any, manifest: str | Path) -> "Subset":
     """Return the samples that a manifest keeps, in the data set's order; one that it keeps twice is there twice.
+
+    Labels that a person has corrected are put in place of the data set's.
 
     Args:
         dataset: Map-style. The ids are those of :func:`~lightning_mimic.dataset_ids.sample_ids` (``WithIds``, in
@@ -38,7 +42,7 @@ def kept_subset(dataset: Any, manifest: str | Path) -> "Subset":
     """
     from torch.utils.data import Subset  # importing the package must not load torch
 
-    rows = read_decisions(user_path(manifest, "manifest"))
+    rows = read_decisions(user_path(manifest, "manifest"), ("id", "keep"), optional=("corrected_label",))
     known, keep = rows["id"].to_pylist(), rows["keep"].to_pylist()
     ids = _ids_of(dataset)
     unlike = sorted(set(ids) ^ set(known), key=str)
@@ -51,7 +55,85 @@ def kept_subset(dataset: Any, manifest: str | Path) -> "Subset":
     times = Counter(each for each, stays in zip(known, keep, strict=True) if stays)
     if not times:
         raise MimicError(f"{manifest} keeps none of its {len(known)} samples.")
+    labels = _corrected(rows)
+    if labels:
+        dataset = CorrectedLabels(dataset, {place: labels[each] for place, each in enumerate(ids) if each in labels})
     return Subset(dataset, [place for place, each in enumerate(ids) for _ in range(times[each])])
+
+
+def _corrected(rows: pa.Table) -> dict[int | str, int]:
+    """Return the labels that a person has corrected, by id."""
+    if "corrected_label" not in rows.column_names:
+        return {}
+    rows = rows.filter(pc.is_valid(rows["corrected_label"]))
+    return dict(zip(rows["id"].to_pylist(), rows["corrected_label"].to_pylist(), strict=True))
+
+
+class CorrectedLabels:
+    """A data set some of whose labels are replaced.
+
+    A sample is a tuple or list whose second item is the label, or a mapping with a key ``label`` or ``labels``; the
+    label is an integer, or an integer tensor or array without axes.
+
+    Args:
+        dataset: Map-style.
+        labels: Row to its label.
+
+    Raises:
+        MimicError: On access, a sample of another kind.
+
+    Example:
+        >>> data = CorrectedLabels([("a", 0), ("b", 1)], {1: 7})
+        >>> data[0], data[1]
+        (('a', 0), ('b', 7))
+    """
+
+    def __init__(self, dataset: Any, labels: Mapping[int, int]) -> None:
+        self.dataset = dataset
+        self.labels = dict(labels)
+        if callable(getattr(dataset, "sample_ids", None)):
+            self.sample_ids = dataset.sample_ids
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> Any:
+        sample = self.dataset[row]
+        label = self.labels.get(row % len(self))
+        return sample if label is None else _with_label(sample, label)
+
+
+def _with_label(sample: Any, label: int) -> Any:
+    """Return a copy of a sample with another label."""
+    inner = getattr(sample, "sample", None)
+    if hasattr(sample, "id") and inner is not None:  # of WithIds
+        return type(sample)(_with_label(inner, label), sample.id)
+    if isinstance(sample, tuple | list) and len(sample) > 1 and _is_label(sample[1]):
+        items = [sample[0], _as_label(label, sample[1]), *sample[2:]]
+        return type(sample)(*items) if hasattr(sample, "_fields") else type(sample)(items)
+    if isinstance(sample, Mapping):
+        name = next((each for each in ("label", "labels") if each in sample and _is_label(sample[each])), None)
+        if name is not None:
+            copied: Any = copy.copy(sample)
+            copied[name] = _as_label(label, sample[name])
+            return copied
+    raise MimicError(
+        f"the manifest has corrected labels, and a sample of the data set is a {type(sample).__name__} whose label is "
+        "not known; expected (input, label, ...) or a mapping with 'label', and labels that are integers."
+    )
+
+
+def _is_label(value: Any) -> bool:
+    if hasattr(value, "dtype") and hasattr(value, "ndim"):
+        return value.ndim == 0 and "int" in str(value.dtype)
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _as_label(label: int, like: Any) -> Any:
+    """Return a label as the same kind of number as another one."""
+    if hasattr(like, "new_tensor"):
+        return like.new_tensor(label)
+    return like.dtype.type(label) if hasattr(like, "dtype") else label
 
 
 def _ids_of(dataset: Any) -> SampleIds:
@@ -151,12 +233,15 @@ def _sorted_columns(ids: pa.ChunkedArray, keep: pa.ChunkedArray) -> Any:
     return high[new], low[new], np.add.reduceat(stays, np.flatnonzero(new)).astype(np.uint32)
 
 
-def read_decisions(path: Path, columns: Sequence[str] | None = ("id", "keep")) -> pa.Table:
+def read_decisions(
+    path: Path, columns: Sequence[str] | None = ("id", "keep"), optional: Sequence[str] = ()
+) -> pa.Table:
     """Read columns of a manifest into memory, verifying its checksums, because a flipped bit would be another sample.
 
     Args:
         path: Path of the file.
         columns: Names of the columns, ``id`` and ``keep`` among them; ``None``: all.
+        optional: Names of further ones that are read where they are there.
 
     Returns:
         The table, whose ids are whole numbers or text and whose decisions are booleans.
@@ -165,6 +250,8 @@ def read_decisions(path: Path, columns: Sequence[str] | None = ("id", "keep")) -
         CurationError: No such file, something else, or a damaged one.
     """
     with open_parquet(path, "is no manifest") as file:
+        if columns is not None:
+            columns = [*columns, *(name for name in optional if name in file.schema_arrow.names)]
         rows = file.read(None if columns is None else list(columns))
         rows.validate(full=True)
         for name, check in (("id", checked_ids), ("keep", decisions)):

@@ -22,7 +22,8 @@ class Manifest:
     """Decisions about samples, with their provenance.
 
     The file has a row per sample (or per listing of a sample, where a pool lists it more than once), the most
-    suspicious first. A manifest made of others has ``id``, ``keep`` and ``reason`` only.
+    suspicious first. A manifest made of others has ``id``, ``keep`` and ``reason`` only, and
+    ``corrected_label`` where one of them has it.
 
     - ``id``; ``keep``; ``reason``: why it goes or has no opinion, null where it is kept on its score;
     - ``score``: mean mimic score, loss per unit of weight distance, unbounded; lower is more suspicious, null: none;
@@ -34,6 +35,7 @@ class Manifest:
     - ``reference_predicted``: index of the class that the reference suggests, where recorded;
     - ``label_name``, ``predicted_name`` and ``reference_predicted_name``: the names of these classes, where the run
       recorded them;
+    - ``corrected_label`` and its ``corrected_label_name``: what a person has put in place of ``label``, null elsewhere;
     - what else the ledger's table of columns sums up and the run recorded.
 
     Args:
@@ -79,7 +81,7 @@ class Manifest:
         return read_decisions(self.path, None)
 
     def subset(self, dataset: Any) -> "Subset":
-        """Return the samples of a data set that are kept, in its order.
+        """Return the samples of a data set that are kept, in its order, with corrected labels where there are some.
 
         Args:
             dataset: A :class:`~lightning_mimic.WithIds`, or one whose row numbers are the ids; subsets of these and

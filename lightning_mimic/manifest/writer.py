@@ -75,9 +75,7 @@ def write_rows(path: Path, rows: pa.RecordBatchReader, provenance: Mapping[str, 
     """
     form = rows.schema.with_metadata({PROVENANCE: json.dumps(dict(provenance)), SEALED: "sha256"})
     # Only reasons and names repeat.
-    repeats = [
-        name for name in ("reason", "label_name", "predicted_name", "reference_predicted_name") if name in form.names
-    ]
+    repeats = [name for name in form.names if name == "reason" or name.endswith("_name")]
     how = {"compression": "zstd", "use_dictionary": repeats, "write_statistics": False}
     with pq.ParquetWriter(path, form, write_page_checksum=True, **how) as writer:
         for batch in rows:

@@ -27,7 +27,7 @@ from lightning_mimic.curation import (
     detect,
     membership,
 )
-from lightning_mimic.curation.report import plot_quality
+from lightning_mimic.curation.plots import plot_quality
 from lightning_mimic.random_streams import torch_generator
 from scripts.studies.digits import EACH_EPOCH, SPLIT, noisy_digits, path_of, reference_logits, references
 from scripts.studies.lab import Lab

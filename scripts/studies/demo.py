@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from lightning_mimic.curation import curate, detect
-from lightning_mimic.curation.report import plot_scores
+from lightning_mimic.curation import report as make_report
+from lightning_mimic.curation.plots import plot_scores
 from scripts.studies.digits import (
     EACH_EPOCH,
     SPLIT,
@@ -76,11 +77,14 @@ def report(lab: Lab, chosen: Chosen) -> Iterator[Table]:
 
 
 def write_files(out: Path, seed: int, rate: float, ledger: Path) -> None:
-    """What a user has of one run: the manifest, the picture, and here the truth."""
+    """What a user has of one run: the manifest, the report, a picture, and here the truth."""
     digits = noisy_digits(seed, rate)
     shutil.rmtree(out, ignore_errors=True)  # of an earlier report
     out.mkdir(parents=True)
-    manifest = curate(ledger, out=out / "curated", exports=["csv"]).manifest.table().to_pylist()
+    curated = curate(ledger, out=out / "curated", exports=["csv"]).manifest
+    page = {"title": f"{len(digits.noisy_ids):,} handwritten digits, {percent(rate)} wrong labels"}
+    make_report(curated, digits, out / "report", ledger=ledger, **page)
+    manifest = curated.table().to_pylist()
     with (out / "noise.csv").open("w", newline="") as file:
         columns = (digits.noisy_ids, digits.true_labels, digits.given_labels, digits.wrong.long())
         writer = csv.writer(file)

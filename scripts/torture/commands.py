@@ -218,7 +218,7 @@ def write_manifests(folder: Path) -> None:
 
 
 def plot(folder: Path, name: str) -> None:
-    from lightning_mimic.curation.report import plot_quality
+    from lightning_mimic.curation.plots import plot_quality
 
     manifests = {each: Manifest(folder / "made" / "manifest.parquet") for each in ("one", "other")}
     plot_quality(folder / f"{name}.png", compare(manifests, {"one": 0.1, "other": 0.2}))
