@@ -15,6 +15,7 @@ from PIL import Image
 
 from lightning_mimic import Ledger, WithIds
 from lightning_mimic.curation import CurationError, curate, report
+from lightning_mimic.data.image_text import ImageTextDataModule
 from lightning_mimic.database import Database
 from lightning_mimic.errors import MimicError
 from lightning_mimic.manifest import write_manifest
@@ -28,6 +29,7 @@ from lightning_mimic.report import (
 )
 from support.cases import for_each
 from support.ledgers import write_ledger
+from support.pair_shards import pair, picture_of, tokenizer, transform, uid, write, write_shards
 
 
 def manifest_of(folder, columns, **provenance):
@@ -184,6 +186,21 @@ def test_samples_that_are_not_there_or_cannot_be_read_are_said_to_be(tmp_path):
         report(tmp_path / "m", WithIds(["a", "b"], ["x", "y"]), tmp_path / "page")
     with pytest.raises(MimicError, match="`dataset` is a int; expected a map-style data set"):
         report(tmp_path / "m", 3, tmp_path / "page")
+
+
+def test_images_and_captions_of_shards_are_found_by_id(tmp_path):
+    shards = write_shards(tmp_path, 5, 3)
+    broken = write(tmp_path / "broken.tar", pair(8, txt=b"  ") + pair(9))
+    module = ImageTextDataModule([*map(str, shards), str(broken)], transform, tokenizer)
+    module.setup("fit")
+    wanted = [uid(6), uid(1), uid(8), uid(9), "unknown"]
+    found = dict(module.samples_by_id(wanted))
+    assert {name: caption for name, (_, caption) in found.items()} == {uid(n): f"number {n}" for n in (1, 6, 9)}
+    assert all(image.getpixel((0, 0)) == picture_of(n).getpixel((0, 0)) for n in (1, 6) for image in [found[uid(n)][0]])
+    manifest_of(tmp_path / "m", {"id": wanted, "keep": [True] * 5, "score": [0.0, 1.0, 2.0, 3.0, 4.0]})
+    data = data_of(report(tmp_path / "m", module, tmp_path / "page"))
+    assert data["texts"] == {"0": "number 6", "1": "number 1", "3": "number 9"}
+    assert set(data["images"]) == {"0", "1", "3"}
 
 
 IMAGE = Image.new("RGB", (2, 2), (255, 0, 0))

@@ -11,7 +11,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from lightning_mimic.data import shard_files
-from lightning_mimic.data.rejects import Reason, Rejects
+from lightning_mimic.data.rejects import Reason, Rejects, RejectWriter
 from lightning_mimic.data.shards import MAX_SHARDS, list_shards, stated_counts
 from lightning_mimic.errors import MimicError
 from support.pair_shards import SIZES, batches_of, flat, module, of_rank, write_shards
@@ -87,7 +87,7 @@ def test_shards_on_a_store_are_read_as_local_ones(num_workers, store, tmp_path):
     assert (sorted(given), rejected) == (ALL, [])
 
 
-def test_counts_beside_shards_on_a_store_are_read_so_that_ranks_give_as_many_batches(store):
+def test_counts_beside_shards_on_a_store_are_read_so_that_ranks_give_as_many_batches(store, tmp_path):
     files = fsspec.filesystem("flaky")
     with pytest.raises(MimicError, match="their number is not known for 5 of 5 shards, such as flaky://pool/00000000"):
         of_rank(list_shards(URLS), 0, 2).train_dataloader()
@@ -96,7 +96,7 @@ def test_counts_beside_shards_on_a_store_are_read_so_that_ranks_give_as_many_bat
     files.pipe("/pool/sizes.json", json.dumps(sizes).encode())
     files.pipe("/pool/00000003_stats.json", json.dumps({"successes": SIZES[3]}).encode())
     assert list(stated_counts(list_shards(URLS)).values()) == list(SIZES)
-    ranks = [of_rank(list_shards(URLS), rank, 2).train_dataloader() for rank in (0, 1)]
+    ranks = [of_rank(list_shards(URLS), rank, 2, rejects=tmp_path).train_dataloader() for rank in (0, 1)]
     assert [len(batches_of(loader)) for loader in ranks] == [5, 5]
 
 
@@ -239,3 +239,15 @@ def test_the_bound_holds_for_all_entries_of_a_list_and_for_variables(monkeypatch
     with pytest.raises(MimicError, match="cannot be expanded: missing environment variable"):
         list_shards("pipe:cat ${NONE}/0.tar")
     assert MAX_SHARDS == 2**22
+
+
+def test_signed_urls_are_shown_without_their_signature(tmp_path):
+    with RejectWriter(tmp_path, "run") as reject:
+        url, detail = "https://host/0.tar?X-Amz-Signature=1f", "GET https://me:pw@host/0.tar?a=1 failed"
+        reject(url, Reason.SHARD_UNREADABLE, detail)
+    row = Rejects(tmp_path).table.to_pylist()[0]
+    assert (row["shard"], row["detail"]) == ("https://host/0.tar", "GET https://host/0.tar failed")
+    with pytest.raises(MimicError, match="begins with nowhere:") as raised:
+        list_shards("nowhere://me:secret@host/0.tar?Signature=1f")
+    assert "secret" not in str(raised.value)
+    assert "1f" not in str(raised.value)

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,21 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_mimic.data.images import MAX_PIXELS
 from lightning_mimic.data.labelled import LabelledImages
 from lightning_mimic.data.pair_loader import PairLoader
-from lightning_mimic.data.pair_stream import PairStream, ShardReaderConfig, StreamPosition, no_pairs, shards_for_worker
+from lightning_mimic.data.pair_stream import (
+    PairStream,
+    ShardReaderConfig,
+    StreamPosition,
+    find_pairs,
+    no_pairs,
+    shards_for_worker,
+)
 from lightning_mimic.data.rejects import Rejects, summary
 from lightning_mimic.data.shards import list_shards, scanned_ids, stated_counts
 from lightning_mimic.distributed import rank, world_size
 from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.files import TemporaryFolder
 from lightning_mimic.manifest import KeptIds
-from lightning_mimic.stores import path_of
+from lightning_mimic.stores import hide_secrets, path_of
 from lightning_mimic.trainer_package import pl
 
 
@@ -159,6 +166,21 @@ class ImageTextDataModule(pl.LightningDataModule):
             self._resumed = None
         return self._train
 
+    def samples_by_id(self, ids: Sequence[int | str]) -> Iterator[tuple[int | str, Any]]:
+        """Yield pairs of the training shards as a person looks at them, known after :meth:`setup`.
+
+        Args:
+            ids: Of the pairs; those that the shards do not have, or whose files are broken, are left out.
+
+        Yields:
+            An id, and image (PIL, mode RGB) and caption; every shard is read at most once, up to the last pair.
+        """
+        wanted = set(map(str, ids))
+        for shard in self._train_urls:
+            for name, pair in find_pairs(shard, wanted, self.max_pixels) if wanted else ():
+                wanted.discard(name)
+                yield name, pair
+
     def state_dict(self) -> dict[str, Any]:
         """Where the training pairs are; a loader that is asked for its length early would not be told by Lightning."""
         return {} if self._train is None else {"train": self._train.state_dict()}
@@ -242,7 +264,9 @@ class ImageTextDataModule(pl.LightningDataModule):
         """Return the error of shards that hold no pair by the names of their files, once it is listed why."""
         every = dataclasses.replace(config, kept=None)
         if PairStream(every, rank, 1, None, False, 0, StreamPosition([[0, 0]])).list_rejects():
-            return MimicError(f"`keep`: {self.keep} keeps none of the pairs in {join_names(config.shards, 3)}.")
+            return MimicError(
+                hide_secrets(f"`keep`: {self.keep} keeps none of the pairs in {join_names(config.shards, 3)}.")
+            )
         return no_pairs(config)
 
     @property
@@ -258,10 +282,12 @@ class ImageTextDataModule(pl.LightningDataModule):
         if unknown and world > 1:
             why = "which pairs `keep` keeps of each shard" if self._kept and argument == "shards" else "their number"
             raise MimicError(
-                f"`{argument}`: {world} ranks need the same number of batches, and {why} is not known for "
-                f"{len(unknown)} of {len(urls)} shards, such as {unknown[0]}. Write sizes.json beside them "
-                '({"00000000.tar": 10000, ...}; `keep` needs local tars of at most 2 GiB), or draw '
-                "`with_replacement` with `samples_per_epoch`."
+                hide_secrets(
+                    f"`{argument}`: {world} ranks need the same number of batches, and {why} is not known for "
+                    f"{len(unknown)} of {len(urls)} shards, such as {unknown[0]}. Write sizes.json beside them "
+                    '({"00000000.tar": 10000, ...}; `keep` needs local tars of at most 2 GiB), or draw '
+                    "`with_replacement` with `samples_per_epoch`."
+                )
             )
         if unknown:
             return None

@@ -1,8 +1,9 @@
 """Read shards into batches of image-text pairs, within one worker."""
 
+import contextlib
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from lightning_mimic.data.shards import name_in_shards, read_shard
 from lightning_mimic.errors import MimicError
 from lightning_mimic.manifest import KeptIds
 from lightning_mimic.random_streams import stream_seed
+from lightning_mimic.stores import hide_secrets
 
 #: Most bytes of undecoded images in a worker's shuffle buffer, however few pairs that is.
 BUFFER_BYTES = 2**30
@@ -249,7 +251,7 @@ def no_pairs(config: ShardReaderConfig) -> MimicError:
     rejects = Rejects(config.rejects, config.run)
     why = f"{summary(rejects) or 'empty'}{examples(rejects)}"
     return MimicError(
-        f"none of the {len(config.shards)} shards gave a pair, such as {config.shards[0]}: {why}. "
+        f"none of the {len(config.shards)} shards gave a pair, such as {hide_secrets(config.shards[0])}: {why}. "
         "Expected are KEY.jpg (or .jpeg, .png, .webp) and KEY.txt, or KEY.json with a `caption`, "
         f"one after the other; KEY ends at the name's first dot. All that was skipped: {config.listed}."
     )
@@ -257,6 +259,23 @@ def no_pairs(config: ShardReaderConfig) -> MimicError:
 
 def _joined(batch: list[tuple[int, Origin, SampleWithId]]) -> tuple[int, list[Origin], list[SampleWithId]]:
     return batch[-1][0], [origin for _, origin, _ in batch], [sample for _, _, sample in batch]
+
+
+def find_pairs(shard: str, ids: Collection[str], max_pixels: int) -> Iterator[tuple[str, tuple[Any, str]]]:
+    """Yield the id, the image and the caption of those pairs of a shard that are whole and have one of the ids.
+
+    Args:
+        shard: A path, a command or a URL.
+        ids: Of the pairs.
+        max_pixels: Of an image.
+    """
+    for key, files in read_shard(shard, lambda *_, **__: None):
+        with contextlib.suppress(BrokenPairError):
+            description = described(files)
+            name = id_of(name_in_shards(shard, key), description)
+            if name in ids:
+                pair = pair_of(shard, key, name, files, description)
+                yield name, (decode_image(pair.image, max_pixels), pair.caption)
 
 
 def shards_for_worker(shards: Sequence[str], rank: int, world: int, worker: int, workers: int) -> Sequence[str]:

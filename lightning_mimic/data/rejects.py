@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from lightning_mimic.errors import MimicError
 from lightning_mimic.files import atomic_write, fetched
-from lightning_mimic.stores import path_of
+from lightning_mimic.stores import hide_secrets, path_of
 
 
 class Reason(enum.StrEnum):
@@ -95,6 +95,7 @@ class RejectWriter:
         found: int | None = None,
     ) -> None:
         """Adds a row."""
+        shard, detail = hide_secrets(shard), hide_secrets(detail)
         words = (_writable(each) for each in (shard, key, id, reason.value, detail))
         self._rows.append((*words, expected, found))
         if len(self._rows) >= self._every:

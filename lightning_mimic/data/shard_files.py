@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from lightning_mimic.errors import MimicError
+from lightning_mimic.stores import hide_secrets
 
 #: Times that a URL is opened again, one after the other without a byte in between, before its shard is given up.
 RETRIES = 5
@@ -52,11 +53,15 @@ def check_scheme(url: str, argument: str) -> None:
     except ValueError as error:
         known = ", ".join(f"{name}:" for name in gopen_schemes if name != "__default__")
         raise MimicError(
-            f"`{argument}`: {url!r} begins with {scheme}:, which cannot be opened; a path, one of {known} "
-            f"(any command can stand after pipe:), or a scheme of fsspec's such as s3:."
+            hide_secrets(
+                f"`{argument}`: {url!r} begins with {scheme}:, which cannot be opened; a path, one of {known} "
+                f"(any command can stand after pipe:), or a scheme of fsspec's such as s3:."
+            )
         ) from error
     except ImportError as error:
-        raise MimicError(f"`{argument}`: {url!r} needs a package that is not installed: {error}.") from error
+        raise MimicError(
+            hide_secrets(f"`{argument}`: {url!r} needs a package that is not installed: {error}.")
+        ) from error
 
 
 def missing_on_store(urls: Sequence[str], argument: str) -> list[str]:
@@ -80,7 +85,7 @@ def missing_on_store(urls: Sequence[str], argument: str) -> list[str]:
         except PermissionError:
             continue  # it may be allowed to read them all the same
         except Exception as error:  # of the store's own package
-            raise MimicError(f"`{argument}`: {folder} cannot be listed: {_shown(error)}.") from error
+            raise MimicError(hide_secrets(f"`{argument}`: {folder} cannot be listed: {_shown(error)}.")) from error
         missing += [url for url in inside if url.rpartition("/")[2] not in names]
     return missing
 
@@ -107,7 +112,7 @@ def contents(names: Sequence[str]) -> dict[str, bytes]:
             if isinstance(content, bytes):
                 found[places[place]] = content
             elif not isinstance(content, FileNotFoundError | PermissionError):
-                raise MimicError(f"{places[place]} cannot be read: {_shown(content)}.") from content
+                raise MimicError(hide_secrets(f"{places[place]} cannot be read: {_shown(content)}.")) from content
     return found
 
 
@@ -189,4 +194,5 @@ class _Resumed:
 
 def _shown(error: BaseException) -> str:
     """Return an error as one line."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no more is known'}"
+    lines = str(error).strip().splitlines()
+    return hide_secrets(f"{type(error).__name__}: {lines[0] if lines else 'no more is known'}")

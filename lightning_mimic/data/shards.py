@@ -21,6 +21,7 @@ from lightning_mimic.data.shard_files import (
     open_shard,
 )
 from lightning_mimic.errors import MimicError
+from lightning_mimic.stores import hide_secrets
 
 #: Most shards of one list.
 MAX_SHARDS = 2**22
@@ -76,8 +77,10 @@ def list_shards(shards: str | Sequence[str], argument: str = "shards") -> list[s
         missing, where = missing_on_store(on_store, argument), ""
     if missing:
         raise MimicError(
-            f"`{argument}`: {len(missing)} of {len(found)} shards are not there: {', '.join(missing[:3])}"
-            f"{' and more' if len(missing) > 3 else ''}.{where} Ranges are written {{000..127}}; * is not expanded."
+            hide_secrets(
+                f"`{argument}`: {len(missing)} of {len(found)} shards are not there: {', '.join(missing[:3])}"
+                f"{' and more' if len(missing) > 3 else ''}.{where} Ranges are written {{000..127}}; * is not expanded."
+            )
         )
     return found
 
@@ -92,11 +95,13 @@ def _expanded(text: str, most: int, argument: str) -> list[str]:
         count = _at_most(text)
         found: list[str] = expand_urls(text) if count <= most else []
     except (ValueError, AssertionError) as error:  # the latter of a variable that is not set
-        raise MimicError(f"`{argument}`: {text!r} cannot be expanded: {error}.") from error
+        raise MimicError(hide_secrets(f"`{argument}`: {text!r} cannot be expanded: {error}.")) from error
     if count > most:
         raise MimicError(
-            f"`{argument}`: {text!r} stands for up to {count:,} shards; at most {MAX_SHARDS:,} are taken in all. "
-            "Look at its ranges, or make bigger shards."
+            hide_secrets(
+                f"`{argument}`: {text!r} stands for up to {count:,} shards; at most {MAX_SHARDS:,} are taken in all. "
+                "Look at its ranges, or make bigger shards."
+            )
         )
     return found
 
@@ -187,18 +192,22 @@ class PairSources:
         """
         if by_key and (others := self._others(shard, key)):
             raise MimicError(
-                f"`shards`: the pair {key} in {shard} has no `uid`, and by its name its id {id!r} could be that of a "
-                f"pair in {others[0]}. Give the shards names of one length that differ, or put a `uid` into the json "
-                "files."
+                hide_secrets(
+                    f"`shards`: the pair {key} in {shard} has no `uid`, and by its name its id {id!r} could be that of "
+                    f"a pair in {others[0]}. Give the shards names of one length that differ, or put a `uid` into the "
+                    "json files."
+                )
             )
         if hash(id) & (2**61 - 1) >= self._limit:
             return
         found = self._pairs.setdefault(id, (shard, key))
         if found != (shard, key):
             raise MimicError(
-                f"`shards`: the id {id!r} names two pairs: {found[1]} in {found[0]} and {key} in {shard}. Scores and "
-                "decisions are kept by id. Give each pair a `uid` of its own in its json, or leave it out: a pair "
-                "without one is named by its shard and key."
+                hide_secrets(
+                    f"`shards`: the id {id!r} names two pairs: {found[1]} in {found[0]} and {key} in {shard}. Scores "
+                    "and decisions are kept by id. Give each pair a `uid` of its own in its json, or leave it out: a "
+                    "pair without one is named by its shard and key."
+                )
             )
         if len(self._pairs) > self.MOST:
             self._limit //= 2
