@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from lightning_mimic.data.image_text import ImageTextDataModule
+from lightning_mimic.files import TemporaryFolder
 
 SIZE = 4
 SIZES = (7, 3, 9, 5, 2)
@@ -113,9 +114,11 @@ class Ranks:
         self.strategy = self.fit_loop = self
         self.epoch_progress = self.current = self
         self.processed = 0
+        self.folder = TemporaryFolder("ranks-")
 
     def broadcast(self, given):
-        return given
+        run, folder = given
+        return run, self.folder.path if folder is None else folder  # the first rank would have made one
 
     def barrier(self, name):
         pass
