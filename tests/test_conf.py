@@ -39,6 +39,7 @@ COMMANDS = {
     "summarise": ("curate:summarise_main", "mimic-summarise partitioned=partitions", "partition: 0"),
     "select": ("curate:select_main", "mimic-select 'recipe=", "recipe: ???"),
     "make_shards": ("make_shards", "mimic-make-shards out=clean_shards", "out: outputs/digit_shards"),
+    "report": ("report", "mimic-report curated/", "manifest: ???"),
     "compare": ("curate:compare_main", "mimic-compare 'manifests=", "manifests: ???"),
 }
 EXPERIMENTS = sorted(p.stem for p in CONF.glob("experiment/*.yaml") if p.stem.startswith("digits"))
@@ -227,7 +228,7 @@ def test_every_experiment_composes_for_scoring(experiment, tmp_path):
 def test_what_a_command_cannot_do_without_is_missing_until_it_is_said(tmp_path):
     needed = {"train": set(), "score": {"checkpoints", "ledger"}, "curate": {"ledger"}}
     needed |= {"select": {"recipe", "out"}, "compare": {"manifests"}, "make_shards": set()}
-    needed |= {"partition": {"ledger"}, "summarise": {"partitioned"}}
+    needed |= {"partition": {"ledger"}, "summarise": {"partitioned"}, "report": {"manifest"}}
     for root in ROOTS:
         assert OmegaConf.missing_keys(composed(tmp_path, root=root)) == needed[root], root
 

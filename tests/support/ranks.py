@@ -31,7 +31,9 @@ def on_two_ranks(act: Callable[[int, Path], None], folder: Path, world: int = WO
     """Has both ranks (or more) act, each with its number and the folder; returns the folder."""
     if METHOD == "forkserver":
         multiprocessing.set_forkserver_preload(PRELOADED)
-    torch.multiprocessing.start_processes(_run, (act, folder, world), nprocs=world, start_method=METHOD)
+    # The server that they are forked from has the environment of its own start.
+    arguments = (act, folder, world, dict(os.environ))
+    torch.multiprocessing.start_processes(_run, arguments, nprocs=world, start_method=METHOD)
     return folder
 
 
@@ -44,7 +46,8 @@ def two() -> dict[str, Any]:
     return {"devices": WORLD, "use_distributed_sampler": False, "plugins": [TorchElasticEnvironment()]}
 
 
-def _run(rank: int, act: Callable[[int, Path], None], folder: Path, world: int) -> None:
+def _run(rank: int, act: Callable[[int, Path], None], folder: Path, world: int, environment: dict[str, str]) -> None:
+    os.environ |= environment
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     torch.set_num_threads(1)
