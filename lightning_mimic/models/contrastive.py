@@ -28,7 +28,7 @@ def pair_losses(
     Args:
         images: Embeddings, shape ``(B, K)``, of any length and dtype.
         texts: Those of their captions, in the same order.
-        scale: What cosines are multiplied by, a scalar; at most 100 as CLIP is trained.
+        scale: What cosines are multiplied by, a scalar tensor other than 0; at most 100 as CLIP is trained.
         bias: What is added to them, a scalar.
         block_size: Pairs whose similarities to all pairs are held at once.
 
