@@ -1,6 +1,7 @@
-"""CLIPs on two gloo processes against one with the same global batches; every case runs inside one spawned pair."""
+"""CLIPs on two and four gloo processes against one with the same global batches; all cases share the processes."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any], dict[str, Any] 
     "plain": ("vit", 24, {}, {}, None, {}),
     "as they are": ("vit", 24, {}, {}, {}, {}),
     "in blocks": ("vit", 24, {"block_size": 3}, {}, {}, {}),
+    "in blocks, bfloat16": ("vit", 24, {"block_size": 3}, {}, {}, {"precision": "bf16-mixed"}),
+    "checkpointed": ("vit", 24, {"grad_checkpointing": True}, {}, {}, {}),
     "siglip, plain": ("siglip", 24, {}, {}, None, {}),
     "siglip": ("siglip", 24, {"block_size": 3}, {}, {}, {}),
     "scale and bias": ("siglip", 24, {}, {}, {"parameters": ["towers.logit_scale", "towers.logit_bias"]}, {}),
@@ -50,6 +53,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any], dict[str, Any] 
     ),
     "aligned, a broken image": ("vit", 96, {}, {}, {"reference": "vit"}, {}),
 }
+FOUR, ON_FOUR = 4, ["plain", "in blocks", "siglip, plain", "siglip"]
 ALIGNED = [case for case in CASES if case.startswith("aligned")]
 
 
@@ -106,15 +110,22 @@ def own_gradients(rank: int, rows: int) -> tuple[Tensor, dict[str, Tensor]]:
     return losses.detach(), {name: p.grad for name, p in module.named_parameters()}
 
 
-def on_rank(rank: int, folder: Path) -> None:
-    """All cases on one of the two ranks; what comes out is saved."""
-    options = two()
-    for case, (_, count, _, ddp, _, _) in CASES.items():
-        starts = range(rank * ROWS, count, WORLD * ROWS)
-        mine = [list(range(start, start + ROWS)) for start in starts]
+def fit_all(rank: int, folder: Path, cases: Any, world: int) -> None:
+    """Cases on one of the ranks; what comes out is saved."""
+    rows = WORLD * ROWS // world
+    for case in cases:
+        _, count, _, ddp, _, _ = CASES[case]
+        starts = range(rank * rows, count, world * rows)
+        mine = [list(range(start, start + rows)) for start in starts]
         batches = torch.utils.data.DataLoader(WithIds(data_of(case)), batch_sampler=mine, collate_fn=collate_with_ids)
-        module, keep = fit(case, folder / "two", batches, strategy=strategy(**ddp), **options)
+        module, keep = fit(case, folder / str(world), batches, strategy=strategy(**ddp), **two(world))
         torch.save([module.state_dict(), keep.losses, keep.aligned], folder / f"{case}-{rank}.pt")
+
+
+def on_rank(rank: int, folder: Path) -> None:
+    """All cases on one of the two ranks."""
+    options = two()
+    fit_all(rank, folder, CASES, WORLD)
     torch.save(own_gradients(rank, 3), folder / f"gradients-{rank}.pt")
     # Retrieval and zero-shot accuracy over the pairs of both.
     module, starts = clip(), range(rank * ROWS, 24, WORLD * ROWS)
@@ -147,11 +158,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return on_two_ranks(on_rank, tmp_path_factory.mktemp("ddp"))
 
 
+@pytest.fixture(scope="module")
+def folder_of_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    act = partial(fit_all, cases=ON_FOUR, world=FOUR)
+    return on_two_ranks(act, tmp_path_factory.mktemp("ddp"), world=FOUR)
+
+
 @pytest.mark.filterwarnings("ignore:.*samples held NaN")
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(case, folder):
+    check_equal_to_one(case, folder, WORLD)
+
+
+@pytest.mark.parametrize("case", ON_FOUR)
+def test_four_processes_equal_one(case, folder_of_four):
+    check_equal_to_one(case, folder_of_four, FOUR)
+
+
+def check_equal_to_one(case: str, folder: Path, world: int) -> None:
     module, keep = fit(case, folder / "one", loader(data_of(case), WORLD * ROWS))
-    ends = [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    ends = [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(world)]
     for state, losses, aligned in ends:
         torch.testing.assert_close(state, module.state_dict(), **CLOSE)
         torch.testing.assert_close(losses, keep.losses, **CLOSE)
@@ -160,12 +186,13 @@ def test_two_processes_equal_one(case, folder):
             assert bool(aligned["fitted"])
             for part in ("statistics", "reference"):
                 torch.testing.assert_close(aligned[part], keep.aligned[part], **CLOSE)
-    torch.testing.assert_close(ends[0][0], ends[1][0], rtol=0, atol=0)
+    for end in ends[1:]:
+        torch.testing.assert_close(ends[0][0], end[0], rtol=0, atol=0)
     moved = [n for n, p in module_of(case).named_parameters() if not torch.equal(p, module.get_parameter(n))]
     assert set(moved) == {n for n, p in module.named_parameters() if p.requires_grad}
     if CASES[case][4] is None:
         return
-    one, two = (Ledger(folder / n / case).table().sort_by([("id", "ascending")]) for n in ("one", "two"))
+    one, two = (Ledger(folder / str(n) / case).table().sort_by([("id", "ascending")]) for n in ("one", world))
     for column in ("id", "epoch", "step", "batch", "batch_size", "flag"):
         assert one[column].to_pylist() == two[column].to_pylist(), column
     for column in ("score", "weight", "loss"):
@@ -173,7 +200,7 @@ def test_two_processes_equal_one(case, folder):
         torch.testing.assert_close(*pair, **CLOSE, equal_nan=True)
     weights = torch.tensor(two["weight"].to_pylist())
     assert float(weights.max()) > 1.2 / (WORLD * ROWS), "weights that hardly differ"
-    assert two["rank"].to_pylist().count(0) == CASES[case][1] // 2
+    assert two["rank"].to_pylist().count(0) == CASES[case][1] // world
 
 
 def test_losses_of_all_ranks_and_their_gradients_add_up(folder):

@@ -7,6 +7,10 @@ Every method is a process of its own, of some 5 GiB at a batch of 16; fewer --me
 On a GPU, whose memory holds all methods at once:
 
     python -m scripts.benchmarks clip --device cuda --precision bf16-mixed --batch-size 1024 --rounds 40
+
+The contrastive loss alone, whose memory grows with the pairs of all ranks:
+
+    python -m scripts.benchmarks clip --loss --pairs 4096 8192 16384 --ranks 1 2 --rounds 3
 """
 
 import argparse
@@ -18,7 +22,7 @@ import torch
 
 from lightning_mimic import Aligned, GradMimic
 from lightning_mimic.models import CLIP
-from scripts.benchmarks import training_steps
+from scripts.benchmarks import clip_loss, training_steps
 from scripts.benchmarks.benchmark_report import Report
 from scripts.benchmarks.short_fits import save_reference
 from scripts.benchmarks.training_steps import Made, Method
@@ -43,6 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="ViT-B-32", help="of open_clip")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     training_steps.add_options(parser, rounds=10, batch_size=16)
+    clip_loss.add_options(parser)
 
 
 def make(method: Method, folder: Path, batch_size: int) -> Made:
@@ -57,6 +62,8 @@ def make(method: Method, folder: Path, batch_size: int) -> Made:
 
 
 def measure(options: argparse.Namespace) -> Iterator[Report]:
+    if options.loss:
+        return clip_loss.measure(options)
     methods = [
         Method(options.model, "–" if METHODS[name] is None else name, name, make)
         for name in dict.fromkeys(["plain", *options.methods])

@@ -41,9 +41,9 @@ def strategy(**options: Any) -> DDPStrategy:
     return DDPStrategy(process_group_backend="gloo", **options)
 
 
-def two() -> dict[str, Any]:
+def two(world: int = WORLD) -> dict[str, Any]:
     """Of a Trainer on one of the ranks, whose batches are its own already."""
-    return {"devices": WORLD, "use_distributed_sampler": False, "plugins": [TorchElasticEnvironment()]}
+    return {"devices": world, "use_distributed_sampler": False, "plugins": [TorchElasticEnvironment()]}
 
 
 def _run(rank: int, act: Callable[[int, Path], None], folder: Path, world: int, environment: dict[str, str]) -> None:
