@@ -20,7 +20,6 @@ from scripts.provenance import write_section
 BENCHMARKS = {
     "step": ("step_benchmark", "arithmetic, time and memory of a classifier's step, beside vmap and a loop by hand"),
     "clip": ("clip_benchmark", "arithmetic, time and memory of a CLIP's step"),
-    "contrastive": ("contrastive_benchmark", "memory and time of the contrastive loss, by pairs and ranks"),
     "features": ("feature_benchmark", "time of a linear probe from cached features, beside one from images"),
     "shards": ("shard_benchmark", "image-text pairs per second, beside open_clip's own pipeline"),
     "curation": ("curation_benchmark", "time and memory of filters on ledgers of millions of rows"),
