@@ -53,7 +53,7 @@ class CLIP(pl.LightningModule):
         warmup_steps: Over which the learning rate rises from zero, linearly; then it falls as a cosine, to zero at
             the end of the fit.
         block_size: Pairs of this rank whose similarities to all ranks' pairs are held at once. The loss needs about
-            five matrices of so many rows and as many columns as there are pairs.
+            six matrices of so many rows and as many columns as there are pairs.
 
     Raises:
         MimicError: Towers of another kind, or an unknown one to lock.
