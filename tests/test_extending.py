@@ -7,7 +7,7 @@ import torch
 
 from lightning_mimic.gradients import layer_rules
 
-PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
+PAGE = (Path(__file__).parent.parent / "docs" / "contributing" / "extending.md").read_text()
 
 
 def test_the_code_runs(monkeypatch, capsys):

@@ -156,8 +156,8 @@ def test_a_column_of_another_type_is_damage(frozen):
 
 
 def test_the_documentation_shows_the_table():
-    text = (Path(__file__).parent.parent / "docs" / "ledger.md").read_text()
-    assert table_of.columns_as_markdown() in text, "docs/ledger.md: paste what columns_as_markdown() returns"
+    text = (Path(__file__).parent.parent / "docs" / "formats" / "ledger.md").read_text()
+    assert table_of.columns_as_markdown() in text, "docs/formats/ledger.md: paste what columns_as_markdown() returns"
 
 
 def begun(directory, notes, start_step=0, run=None):

@@ -1,6 +1,6 @@
 """Try to lose, mix or falsify what this package has written: kills, damaged files, and several writers at once.
 
-python -m scripts.torture --kills 500 --mutations 30000 --races 200 --markdown docs/reliability.md
+python -m scripts.torture --kills 500 --mutations 30000 --races 200 --markdown docs/guide/reliability.md
 
 Prints a table of tries and failures, and ends with status 1 if there are any failures; 0 leaves an attack out. Every
 try can be repeated: it depends on ``--seed`` and its own number alone, but for the moments at which the processes of a
