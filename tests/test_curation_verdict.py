@@ -43,6 +43,17 @@ def test_an_unrelated_reference_is_refused_accepted_or_not(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_calibrated_posteriors_decide_with_an_unsure_reference(tmp_path):
+    for name, verdict in (("unsure", "unsure"), ("doubtful", "doubtful")):
+        scored(tmp_path / name, verdict, calibration=CALIBRATION)
+    with pytest.raises(CurationError, match=r"Posterior\(\), filter=posterior"):
+        curate(tmp_path / "unsure", Sign())
+    done = curate(tmp_path / "unsure", Posterior())
+    assert (done.verdict, done.kept) == ("unsure", 1)
+    with pytest.raises(CurationError, match="Look at some of the lowest"):
+        curate(tmp_path / "doubtful", Posterior())
+
+
 @for_each("verdict", [DOUBTFUL, "doubtful", "unsure"])
 def test_a_doubtful_or_unsure_reference_must_be_accepted(verdict, tmp_path):
     name = verdict if isinstance(verdict, str) else verdict.verdict

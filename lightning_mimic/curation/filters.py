@@ -74,9 +74,12 @@ class Filter(ABC):
 
     Attributes:
         rests_on: What a ledger's scores must have, so that the vote means something.
+        calibrated: Whether the vote rests on calibrated posteriors alone, which stay right where the reference is
+            unsure of itself.
     """
 
     rests_on: ClassVar[frozenset[Basis]] = frozenset()
+    calibrated: ClassVar[bool] = False
 
     @abstractmethod
     def vote(self, table: ScoreTable) -> Vote:
@@ -161,6 +164,8 @@ class Posterior(Filter):
         >>> Posterior()
         Posterior()
     """
+
+    calibrated: ClassVar[bool] = True
 
     def check(self, scores: Scores) -> None:
         """Raise :class:`CurationError` if the reference could not be calibrated."""

@@ -125,7 +125,8 @@ def curate(  # noqa: PLR0913
             corrected labels are in the column ``corrected_label``, and :meth:`Manifest.subset` trains on them.
         exports: Beside the manifest: ``"csv"``, ``"datacomp"``, ``"cleanlab"``.
         allow_partial: Read what there is of the ledger, instead of refusing where parts are damaged or rows missing.
-        accept_verdict: Decide although the diagnosis found the reference ``doubtful`` or ``unsure``.
+        accept_verdict: Decide although the diagnosis found the reference ``doubtful`` or ``unsure``. An ``unsure``
+            reference needs no acceptance with ``Posterior()``, for which it is calibrated.
         partitioned: Folder to which the ledger was split and summed up by many processes
             (:func:`~lightning_mimic.curation.partition_share`, :func:`~lightning_mimic.curation.summarise_partition`);
             ``None``: that is done here.
@@ -159,7 +160,8 @@ def curate(  # noqa: PLR0913
             data = Scores(user_path(ledger, "ledger"), database, allow_partial=allow_partial, shared=shared)
             place = str(data.ledger.directory)
             verdict = reference_verdict(place, data.attempts)
-            check_verdict(place, verdict, accepted=accept_verdict)
+            calibrated = getattr(chosen, "calibrated", False)
+            check_verdict(place, verdict, accepted=accept_verdict, calibrated=calibrated)
             wrong = wrong_share(place, data.attempts)
             quality = calibrated_quality(data, trusted, mislabelled)
             _warn_of_contradiction(quality, wrong)

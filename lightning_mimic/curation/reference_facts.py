@@ -79,13 +79,14 @@ def _verdict(place: str, facts: Mapping[str, Any], attempts: int) -> ReferenceVe
     return ReferenceVerdict(verdict, tuple(findings), aligned, attempts)
 
 
-def check_verdict(place: str, verdict: ReferenceVerdict, *, accepted: bool) -> None:
+def check_verdict(place: str, verdict: ReferenceVerdict, *, accepted: bool, calibrated: bool = False) -> None:
     """Raise :class:`CurationError` if a verdict does not allow to curate.
 
     Args:
         place: The ledger, for the message.
         verdict: On its reference.
         accepted: Whether the user accepts one that is ``doubtful`` or ``unsure``.
+        calibrated: Whether decisions rest on calibrated posteriors, for which an ``unsure`` one is good enough.
     """
     if verdict.stands == "unrelated":
         raise CurationError(
@@ -93,7 +94,13 @@ def check_verdict(place: str, verdict: ReferenceVerdict, *, accepted: bool) -> N
             "from them. Score the samples with the reference given as lightning_mimic.Aligned(...), or with another "
             "reference."
         )
-    if verdict.stands in ("doubtful", "unsure") and not accepted:
+    if verdict.stands == "unsure" and not accepted and not calibrated:
+        raise CurationError(
+            f"{place}: {_lower(verdict)}. Decisions from its scores may be wrong. Decide by its calibrated posteriors "
+            "(Posterior(), filter=posterior), or score the samples with another reference; `accept_verdict=true` "
+            "decides all the same."
+        )
+    if verdict.stands == "doubtful" and not accepted:
         raise CurationError(
             f"{place}: {_lower(verdict)}. Decisions from its scores may be wrong. Look at some of the lowest and the "
             "highest scores, or score the samples with another reference (or with lightning_mimic.Aligned(...)); "
