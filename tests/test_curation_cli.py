@@ -223,7 +223,7 @@ def test_select_writes_the_manifest_and_its_exports(run, tmp_path, here):
     ids = [f"{k:032x}" for k in range(5)]
     made = curate(scored(tmp_path / "scores", ids=ids), None, tmp_path / "curated", unscored="keep").manifest
     pq.write_table(pa.table({"id": ids, "clip": [5, 4, 3, 2, 1]}), tmp_path / "clip.parquet")
-    recipe = f"recipe={tmp_path}/clip.parquet:clip top 80% minus {made.path}:score bottom 1"
+    recipe = f"recipe={tmp_path}/clip.parquet:clip top 70% minus {made.path}:score bottom 1"
     text = run("mimic-select", recipe, "out=new/final.parquet", "exports=[datacomp,csv]")
     assert text.strip() == "new/final.parquet: 3 of 5 samples kept (60.0%)"
     assert os.listdir(here) == ["new"]

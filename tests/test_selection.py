@@ -3,7 +3,6 @@
 import math
 import random
 import re
-from fractions import Fraction
 
 import numpy as np
 import pyarrow as pa
@@ -97,9 +96,12 @@ def sets(table, column, end, amount):
     valued = sorted(
         (value if end == "bottom" else -value, i) for i, value in pairs if value is not None and value == value
     )
-    share = amount.endswith("%")
-    most = math.floor(Fraction(amount[:-1]) * len(valued) / 100 + Fraction(1, 2)) if share else int(amount)
-    return {i for _, i in valued[:most]}
+    if not amount.endswith("%"):
+        return {i for _, i in valued[: int(amount)]}
+    if amount == "0%":
+        return set()
+    first_out = int(len(pairs) * (float(amount[:-1]) / 100))
+    return {i for value, i in valued if first_out >= len(valued) or value <= valued[first_out][0]}
 
 
 OPERATIONS = {"and": set.__and__, "or": set.__or__, "minus": set.__sub__}
@@ -156,7 +158,26 @@ def test_a_missing_value_is_never_chosen_nor_counted(suffix, tmp_path):
     path = write(tmp_path / f"a.{suffix}", id=[0, 1, 2, 3, 4, 5], s=values)
     assert selected(f"{path}:s top 100%", tmp_path) == ([1, 3, 4, 5], [0, 2])
     assert selected(f"{path}:s bottom 99", tmp_path) == ([1, 3, 4, 5], [0, 2])
-    assert selected(f"{path}:s top 50%", tmp_path)[0] == [1, 4]
+    assert selected(f"{path}:s top 40%", tmp_path)[0] == [1, 4, 5]  # two of all six, and one more
+    assert selected(f"{path}:s top 10%", tmp_path)[0] == [4]
+
+
+@for_each(("rows", "missing", "ties", "percent"), [
+    (997, 0, False, "30"), (997, 100, False, "30"), (1000, 0, True, "30"), (997, 50, True, "12.5"),
+    (100, 0, False, "29"), (7, 2, False, "50"),
+])  # fmt: skip
+def test_a_share_is_what_datacomps_own_rule_keeps(rows, missing, ties, percent, tmp_path):
+    generator = np.random.default_rng(rows)
+    clip = generator.standard_normal(rows)
+    clip = clip.round(1) if ties else clip
+    clip[generator.permutation(rows)[:missing]] = np.nan
+    ids = [generator.bytes(16).hex() for _ in range(rows)]
+    path = write(tmp_path / "pool.parquet", uid=ids, clip_l14_similarity_score=clip)
+    edge = -np.sort(-clip)[int(rows * (float(percent) / 100))]
+    want = sorted(i for i, value in zip(ids, clip, strict=True) if value >= edge)
+    assert selected(f"{path}:clip_l14_similarity_score top {percent}%", tmp_path)[0] == want
+    if (rows, missing, ties) == (997, 0, False):
+        assert len(want) == 300
 
 
 def test_whole_numbers_of_a_column_order_it_too(tmp_path):
@@ -177,13 +198,13 @@ def test_datacomps_best_clip_scores_without_the_lowest_mimic_scores(tmp_path):
     made = curate(tmp_path / "scores", None, tmp_path / "curated").manifest
     recipe = f"{tmp_path}/clip.parquet:clip_score top 30% minus {made.path}:score bottom 15%"
     final = select(recipe, tmp_path / "final.parquet")
-    best = {ids[k] for k in np.argsort(-clip)[:300]} - {ids[k] for k in np.argsort(mimic.astype(np.float32))[:150]}
+    best = {ids[k] for k in np.argsort(-clip)[:301]} - {ids[k] for k in np.argsort(mimic.astype(np.float32))[:151]}
     assert {row["id"] for row in final.table().to_pylist() if row["keep"]} == best
     final.to_datacomp(tmp_path / "kept.npy")
     assert np.load(tmp_path / "kept.npy").tolist() == sorted((int(i[:16], 16), int(i[16:], 16)) for i in best)
     said = final.provenance
     assert said.pop("created").endswith("+00:00")
-    want = {"package_version": __version__, "recipe": recipe, "sizes": [300, 150], "samples": 1000, "kept": len(best)}
+    want = {"package_version": __version__, "recipe": recipe, "sizes": [301, 151], "samples": 1000, "kept": len(best)}
     assert said == want
     assert select(Recipe.parse(recipe), tmp_path / "again.parquet").table() == final.table()
 
@@ -299,8 +320,8 @@ def test_datacomps_metadata_are_a_directory_of_files_with_uids(tmp_path):
     write(metadata / "1.parquet", uid=uids[3:], s=[5.0, 3.0, 4.0])
     (metadata / "0.npz").write_bytes(b"features")
     kept = write(tmp_path / "kept.parquet", id=uids, keep=[True, True, True, False, True, True])
-    assert selected(f"{metadata}/:s top 50%", tmp_path)[0] == [uids[k] for k in (1, 3, 5)]
-    assert selected(f"{metadata}/:s top 50% and {kept}", tmp_path)[0] == [uids[1], uids[5]]
+    assert selected(f"{metadata}/:s top 40%", tmp_path)[0] == [uids[k] for k in (1, 3, 5)]
+    assert selected(f"{metadata}/:s top 40% and {kept}", tmp_path)[0] == [uids[1], uids[5]]
     write_scores(tmp_path / "scores", [1.0, -1.0], ids=uids[:2])
     done = curate(tmp_path / "scores", pool=metadata, unscored="drop")
     assert (done.samples, done.kept, done.unscored) == (6, 1, 4)

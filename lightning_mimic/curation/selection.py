@@ -37,8 +37,8 @@ class Term:
         path: Parquet or CSV with a column ``id``, and ``column`` or ``keep``.
         column: Whose values order the samples; ``None``: what a manifest keeps.
         end: Which of them.
-        fraction: Of those that have a value, or
-        count: so many.
+        fraction: Share of all rows of the table; or
+        count: number of samples.
     """
 
     path: str
@@ -65,8 +65,12 @@ class Recipe:
         """Reads a recipe.
 
         Args:
-            text: Terms joined by ``and``, ``or``, ``minus``, from left to right: ``PATH`` of a manifest stands for what
-                it keeps, ``PATH:COLUMN top 30%`` (or ``bottom``, or a count) for the samples with the highest values.
+            text: Terms joined by ``and``, ``or``, ``minus``, from left to right. ``PATH`` of a manifest stands for the
+                samples that it keeps, ``PATH:COLUMN top 300`` (or ``bottom``) for the 300 with the highest values, of
+                equals those with the smallest ids. ``PATH:COLUMN top 30%`` is DataComp's rule: with *n* = 30 % of all
+                rows of the table, rounded down, it selects the samples whose value is at least the (*n* + 1)-th
+                highest. So it selects one more than *n*, and all that are equal to the last. Rows without a value
+                count towards *n* and are never selected.
 
         Raises:
             CurationError: It does not read so.
@@ -87,7 +91,7 @@ def select(
     """Composes filters into a manifest of its own.
 
     Args:
-        recipe: What to select, see :meth:`Recipe.parse`. Equal values at an edge go by their ids.
+        recipe: What to select, see :meth:`Recipe.parse`.
         out: The manifest's path; it must not be there yet.
         exports: ``"csv"`` or ``"datacomp"``, beside the manifest and named after it.
         allow_unknown: Tables need not all know the same samples; one that a table does not know is not in its term.
@@ -107,7 +111,7 @@ def select(
         >>> folder = tempfile.mkdtemp()
         >>> pa.csv.write_csv(pa.table({"id": [1, 2, 3, 4], "clip": [0.9, 0.8, 0.1, 0.3]}), f"{folder}/clip.csv")
         >>> pa.csv.write_csv(pa.table({"id": [1, 2, 3, 4], "score": [-2.0, 1.0, 1.0, 1.0]}), f"{folder}/mimic.csv")
-        >>> recipe = f"{folder}/clip.csv:clip top 50% minus {folder}/mimic.csv:score bottom 1"
+        >>> recipe = f"{folder}/clip.csv:clip top 40% minus {folder}/mimic.csv:score bottom 1"
         >>> select(recipe, f"{folder}/both.parquet").table().to_pylist()[1]
         {'id': 2, 'keep': True, 'reason': None}
     """
@@ -221,13 +225,13 @@ def _choose(database: Database, name: str, term: Term) -> None:
     chosen = "coalesce(keep, false)"
     if term.column is not None:
         value, valued = _value(database, name, term)
-        most = (
-            str(term.count)
-            if term.fraction is None
-            else f"round({term.fraction} * count(*) OVER (PARTITION BY {valued}))"
-        )
-        order = "DESC" if term.end == "top" else "ASC"
-        chosen = f"{valued} AND row_number() OVER (PARTITION BY {valued} ORDER BY {value} {order}, id) <= {most}"
+        order = f"OVER (PARTITION BY {valued} ORDER BY {value} {'DESC' if term.end == 'top' else 'ASC'}"
+        if term.fraction is None:
+            chosen = f"{valued} AND row_number() {order}, id) <= {term.count}"
+        else:
+            # A rank of n + 1 is that of the edge and of all that are equal to it.
+            rows = database.value(f"SELECT count(*) FROM {name}")
+            chosen = f"{valued} AND rank() {order}) <= {int(rows * term.fraction) + 1 if term.fraction else 0}"
     unused = "keep" if term.column is None else "value"
     database.run(f"CREATE OR REPLACE TABLE {name} AS SELECT * EXCLUDE ({unused}), ({chosen}) AS chosen FROM {name}")
 
