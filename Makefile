@@ -1,5 +1,5 @@
 # Both commands start from nothing but Python 3.11+ and make.
-.PHONY: demo test test-fast check check-lowest mutations clean
+.PHONY: demo test test-fast check check-lowest coverage mutations clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,6 +28,12 @@ check: $(VENV)/.installed
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/codespell
+	$(RUN)/proselint check README.md CHANGELOG.md CONTRIBUTING.md docs
+
+# What the tests that are not slow leave out: build/coverage/index.html.
+coverage: $(VENV)/.installed
+	$(RUN)/python -m pytest $(PARALLEL) -m "not slow" --cov=lightning_mimic --cov-branch --cov-report=html:build/coverage --cov-report=term
 
 check-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest $(PARALLEL) $(LOWEST_TESTS)

@@ -96,7 +96,17 @@ OPTIONAL = {
     "PIL": {"data/digit_pairs.py", "data/images.py", "data/labelled.py", "report/samples.py"},
 }
 TRAINERS = {"lightning", "pytorch_lightning"}
-CORE = TRAINERS | {"torch", "torchmetrics", "hydra", "omegaconf", "pyarrow", "filelock", "fsspec", "lightning_mimic"}
+CORE = TRAINERS | {
+    "torch",
+    "torchmetrics",
+    "hydra",
+    "omegaconf",
+    "pyarrow",
+    "filelock",
+    "fsspec",
+    "packaging",
+    "lightning_mimic",
+}
 #: Names that one file uses, and no other file of the package but those that are listed.
 OWNED = {
     r"torch\.distributed(?!\.checkpoint)|gather_all_tensors|\bdist\.|all_reduce|all_gather": {

@@ -27,7 +27,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=LIBRARIES, default=list(LIBRARIES), metavar="LIBRARY")
     parser.add_argument("--again", action="store_true", help="try libraries that have a result, too")
     parser.add_argument("--out", type=Path, default=Path("outputs/compatibility"), help="a result file per library")
-    parser.add_argument("--markdown", type=Path, default=ROOT / "docs" / "guide" / "compatibility.md", help="(%(default)s)")
+    parser.add_argument(
+        "--markdown", type=Path, default=ROOT / "docs" / "guide" / "compatibility.md", help="(%(default)s)"
+    )
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for the cases of a library (%(default)s)")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

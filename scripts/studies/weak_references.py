@@ -470,7 +470,7 @@ CRITERIA = (
         for reference in ("weak", "one_epoch")
     ),
     Criterion(
-        "estimated less true share of wrong labels, by at most 6 points (symmetric, good reference)",
+        "estimated minus true share of wrong labels, by at most 6 points (symmetric, good reference)",
         each(missed, ("0", "20", "40", "60"), ("good",)),
         -6.0,
     ),
