@@ -64,8 +64,9 @@ def arguments(thing):
 PLAIN = str | int | float | bool | tuple | None
 
 
-def has(parameter):
-    return parameter.default is not parameter.empty
+def shown(parameter):
+    default = parameter.default
+    return default if default is parameter.empty or isinstance(default, PLAIN) else "..."
 
 
 def test_public_names_and_signatures_are_the_recorded_ones():
