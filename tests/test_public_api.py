@@ -52,12 +52,7 @@ def arguments(thing):
     except ValueError:  # written in C
         return "(...)"
     # A default that is an object has its address in its text.
-    kept = [
-        p.replace(
-            annotation=p.empty, default=p.default if isinstance(p.default, PLAIN) else "..." if has(p) else p.empty
-        )
-        for p in signature.parameters.values()
-    ]
+    kept = [p.replace(annotation=p.empty, default=shown(p)) for p in signature.parameters.values()]
     return str(signature.replace(parameters=kept, return_annotation=signature.empty))
 
 
