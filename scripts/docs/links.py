@@ -7,7 +7,6 @@ into the repository if its address is known (``repo_url`` in mkdocs.yml), and pl
 
 import posixpath
 import re
-from collections.abc import Callable
 from typing import Any
 
 #: Pages made of files of the repository's root, by the file.
@@ -32,11 +31,11 @@ def for_site(markdown: str, source: str, page: str, repository: str | None = Non
         >>> for_site("[The table](../../setup.cfg)", "docs/formats/ledger.md", "formats/ledger.md")
         'The table'
     """
-    return _outside_code(markdown, lambda text: _LINK.sub(lambda link: _rewritten(link, source, page, repository), text))
 
+    def change(link: re.Match[str]) -> str:
+        return _rewritten(link, source, page, repository)
 
-def _outside_code(markdown: str, change: Callable[[str], str]) -> str:
-    return "".join(part if part.startswith("```") else change(part) for part in _FENCE.split(markdown))
+    return "".join(part if part.startswith("```") else _LINK.sub(change, part) for part in _FENCE.split(markdown))
 
 
 def _rewritten(link: re.Match[str], source: str, page: str, repository: str | None) -> str:
