@@ -32,7 +32,7 @@ def _page(room: str) -> str:
 
 
 def _homes(rooms: dict[str, griffe.Module]) -> dict[str, str]:
-    """The room that documents a name, by the path of its definition: the one that defines it, or the first to offer it."""
+    """Rooms that document a name, by the path of its definition: the one that defines it, or the first to offer it."""
     homes: dict[str, str] = {}
     for room, module in rooms.items():  # the package itself comes first
         for name in _names(module):

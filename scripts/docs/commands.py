@@ -125,11 +125,10 @@ def _built_on(conf: ConfFile, group: str) -> str:
         elif key:
             inner = key.removeprefix("override ")
             parts.append(f"`{inner.removeprefix('/') if inner.startswith('/') else f'{group}/{inner}'}={option}`")
-    target = [f"Builds `{conf.target}`."] if conf.target else []
-    return (
-        " ".join([*target, *([f"Sets {', '.join(parts)}{' and:' if conf.settings else '.'}"] if parts else [])])
-        + "\n\n"
-    )
+    sentences = [f"Builds `{conf.target}`."] if conf.target else []
+    if parts:
+        sentences.append(f"Sets {', '.join(parts)}{' and:' if conf.settings else '.'}")
+    return " ".join(sentences) + "\n\n"
 
 
 def _contents(conf: ConfFile, prefix: str) -> str:
