@@ -1,5 +1,5 @@
 # Both commands start from nothing but Python 3.11+ and make.
-.PHONY: demo test test-fast check check-lowest coverage mutations clean
+.PHONY: demo test test-fast check check-lowest coverage docs mutations clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -37,6 +37,11 @@ coverage: $(VENV)/.installed
 
 check-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest $(PARALLEL) $(LOWEST_TESTS)
+
+# The variables silence advertisements of other generators of sites; warnings of the build are errors.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(RUN)/python -m mkdocs --quiet build --clean
+	@echo 'Read it: open build/site/index.html in a browser.'
 
 mutations: $(VENV)/.installed
 	$(RUN)/python tests/mutations/run.py

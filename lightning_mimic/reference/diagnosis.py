@@ -61,7 +61,7 @@ class Diagnosis:
     data; ``"unsure"`` if it is so much less sure than the model that its scores are upside down, or knows less than the
     model; ``"doubtful"`` if it shares little, if moving towards it does not lower the loss, or if the target is late
     and what lies below it is not the reference's and still trains; otherwise ``"compatible"``. The thresholds were set
-    on digits, see docs/evidence/results.md.
+    on digits, see docs/evidence/diagnosis.md.
 
     Attributes:
         samples: How many were looked at.

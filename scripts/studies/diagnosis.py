@@ -28,7 +28,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "MLP": lambda: nn.Sequential(nn.Flatten(), MLP(64, [128, 96]), nn.ReLU()),
 }
 GOOD, BAD = {"compatible"}, {"doubtful", "unrelated"}
-#: What is right to say of each kind of reference, as it then scores: see docs/evidence/results.md.
+#: What is right to say of each kind of reference, as it then scores: see docs/evidence/diagnosis.md.
 CASES = {
     "shared frozen backbone": GOOD,
     "shared start, all parameters": GOOD,

@@ -1,0 +1,150 @@
+"""Pages of the commands and of their groups of settings, made from the files of conf/."""
+
+import configparser
+from pathlib import Path
+
+from markdown.extensions.toc import slugify
+from omegaconf import OmegaConf
+
+from lightning_mimic.cli.conf_comments import ConfFile, Setting, read_conf
+
+ROOT = Path(__file__).parents[2]
+CONF = ROOT / "conf"
+#: Groups whose files set anything, instead of one object of the group's name.
+GLOBAL = ("experiment", "reference")
+
+
+def pages() -> dict[str, str]:
+    """Return the pages' Markdown by path relative to docs/, with `commands/SUMMARY.md` for the navigation."""
+    commands = {name: CONF / f"{root}.yaml" for name, root in _commands().items()}
+    groups = sorted(path.name for path in CONF.iterdir() if path.is_dir() and any(path.rglob("*.yaml")))
+    made = {f"commands/{name}.md": _command(name, path) for name, path in commands.items()}
+    made |= {f"commands/{group}.md": _group(group) for group in groups}
+    made["commands/index.md"] = _index(commands, groups)
+    links = ["* [Overview](index.md)", *(f"* [{name}]({name}.md)" for name in commands)]
+    links += ["* Groups of settings", *(f"    * [{group}]({group}.md)" for group in groups)]
+    return made | {"commands/SUMMARY.md": "\n".join(links) + "\n"}
+
+
+def _commands() -> dict[str, str]:
+    """Names of the commands that have a configuration, with that of their root in conf/."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    lines = setup["options.entry_points"]["console_scripts"].strip().splitlines()
+    names = [line.partition("=")[0].strip() for line in lines]
+    roots = {name: name.removeprefix("mimic-").replace("-", "_") for name in names}
+    return {name: root for name, root in roots.items() if (CONF / f"{root}.yaml").exists()}
+
+
+def _index(commands: dict[str, Path], groups: list[str]) -> str:
+    rows = [f"| [{name}]({name}.md) | {_purpose(path)} |\n" for name, path in commands.items()]
+    listed = ", ".join(f"[{group}]({group}.md)" for group in groups)
+    return (
+        "# Commands\n\nEvery command takes settings as `key=value`, and groups of settings as `group=option`. "
+        "A relative path is relative to the folder in which the command was started. `--help` shows examples and all "
+        "settings, `--cfg job` the configuration that the words of a command line make.\n\n"
+        "| command | purpose |\n| --- | --- |\n" + "".join(rows) + f"\nGroups of settings: {listed}.\n\n"
+        "Put settings that the shell would read itself in quotes: `'exports=[csv,cleanlab]'`. "
+        "`--multirun` runs a command once for every combination of values that are separated by commas "
+        "(`mimic.temperature=0.5,1,2`). For a sweeper that looks for the best setting, such as Hydra's for Optuna, "
+        "`optimized_metric=val/accuracy` names the logged figure.\n"
+    )
+
+
+def _purpose(path: Path) -> str:
+    header = OmegaConf.load(path).hydra.help.header.strip()
+    purpose = header.partition(": ")[2]
+    return purpose[0].upper() + purpose[1:]
+
+
+def _examples(path: Path) -> str:
+    template = OmegaConf.to_container(OmegaConf.load(path).hydra.help, resolve=False)["template"]
+    return "".join(f"{line.strip()}\n" for line in template.splitlines() if line.startswith("  "))
+
+
+def _command(name: str, path: Path) -> str:
+    conf = read_conf(path)
+    chosen = [(group, option) for group, option in conf.defaults if group and "hydra/" not in group]
+    rows = [f"| [{group}]({group}.md) | {_default(option)} | {_options(group)} |\n" for group, option in chosen]
+    groups = "## Groups\n\n| group | default | options |\n| --- | --- | --- |\n" + "".join(rows) if rows else ""
+    return (
+        f"# {name}\n\n{_purpose(path)}\n\n```console\n{_examples(path)}```\n\n"
+        f"## Settings\n\n{_table(conf.settings)}\n{groups}"
+    )
+
+
+def _default(option: str) -> str:
+    return f"`{option}`" if option != "null" else "none"
+
+
+def _options(group: str) -> str:
+    names = (path.relative_to(CONF / group).with_suffix("").as_posix() for path in _files(CONF / group))
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The options of a group; those of the groups within it have pages' sections of their own."""
+    inner = folder.rglob("*.yaml") if folder.name in GLOBAL else folder.glob("*.yaml")
+    return sorted(inner)
+
+
+def _group(group: str) -> str:
+    folders = [CONF / group]
+    if group not in GLOBAL:
+        folders += sorted(path for path in (CONF / group).rglob("*") if path.is_dir() and any(path.glob("*.yaml")))
+    sections = "\n".join(_options_of(folder) for folder in folders)
+    return f"# {group}\n\n{_listed(folders)}\n{sections}"
+
+
+def _listed(folders: list[Path]) -> str:
+    rows = []
+    for folder in folders:
+        for path in _files(folder):
+            option = f"{folder.relative_to(CONF).as_posix()}={path.relative_to(folder).with_suffix('').as_posix()}"
+            rows.append(f"| [{option}](#{slugify(option, '-')}) | {read_conf(path).summary} |\n")
+    return "| option | |\n| --- | --- |\n" + "".join(rows)
+
+
+def _options_of(folder: Path) -> str:
+    group = folder.relative_to(CONF).as_posix()
+    prefix = "" if group in GLOBAL else group.replace("/", ".") + "."
+    sections = []
+    for path in _files(folder):
+        conf = read_conf(path)
+        option = path.relative_to(folder).with_suffix("").as_posix()
+        sections.append(f"## {group}={option}\n\n{conf.summary}\n\n{_built_on(conf, group)}{_contents(conf, prefix)}")
+    return "\n".join(sections)
+
+
+def _built_on(conf: ConfFile, group: str) -> str:
+    parts = []
+    for key, option in conf.defaults:
+        name = option.removeprefix("/experiment/").partition("@")[0]
+        if not key and option != "_self_":
+            parts.append(f"everything that `{group}={name}` sets")
+        elif key:
+            inner = key.removeprefix("override ")
+            parts.append(f"`{inner.removeprefix('/') if inner.startswith('/') else f'{group}/{inner}'}={option}`")
+    sentences = [f"Builds `{conf.target}`."] if conf.target else []
+    if parts:
+        sentences.append(f"Sets {', '.join(parts)}{' and:' if conf.settings else '.'}")
+    return " ".join(sentences) + "\n\n"
+
+
+def _contents(conf: ConfFile, prefix: str) -> str:
+    return _table(conf.settings, prefix) if conf.settings else ""
+
+
+def _table(settings: list[Setting], prefix: str = "") -> str:
+    rows = [f"| `{prefix}{each.key}` | {_cell(each.default)} | {_escaped(each.comment)} |\n" for each in settings]
+    return "| setting | default | |\n| --- | --- | --- |\n" + "".join(rows)
+
+
+def _cell(default: str) -> str:
+    if default == "???":
+        return "required"
+    return f"`{_escaped(default)}`" if default else ""
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
