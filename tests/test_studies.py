@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from matplotlib.text import Text
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -18,10 +19,11 @@ from lightning_mimic import Ledger
 from lightning_mimic.data.digits import DigitsDataModule
 from scripts import provenance
 from scripts.studies import __main__ as command
-from scripts.studies import digits, job, lab, paper, paper_figures
+from scripts.studies import digits, figures, job, lab, paper, paper_figures
 from scripts.studies.lab import Lab, Run, Runs, StudyError
 from scripts.studies.study import Part, Study, carry_out
 from scripts.studies.tables import Table, write
+from support.cases import case
 
 FAST = ["trainer.max_epochs=1", "data.batch_size=1097"]
 CONSOLE = Console(quiet=True)
@@ -267,7 +269,7 @@ def test_tables_hold_means_over_the_seeds_and_the_papers_figures(tmp_path):
     cells = {("Grad-Mimic", "40 %"): [90.0, 94.0], ("plain", "40 %"): [], ("plain", "word"): "compatible 3"}
     cells["Grad-Mimic", "gap"] = [1.0, 2.0]
     given = {("Grad-Mimic", "40 %"): 94.15, ("plain", "40 %"): 92.0}
-    table = Table("probe_seen", "A title", "method", cells, "wrong labels", ["gap"], given, paper_figures.SOURCE)
+    table = Table("probe_seen", "A title", "method", cells, ["gap"], given, paper_figures.SOURCE)
     heading, *rows = table.lines()
     assert heading == ["method", "40 %", "paper 40 %", "ours - paper", "word", "gap"]
     assert rows == [
@@ -275,7 +277,7 @@ def test_tables_hold_means_over_the_seeds_and_the_papers_figures(tmp_path):
         ["plain", "–", "–", "–", "compatible 3", "–"],
     ]
     written = write([table], {"seeds": "0, 1", "commit": "abc"}, tmp_path)
-    assert [path.name for path in written] == ["tables.md", "tables.csv", "tables.png"]
+    assert [path.name for path in written] == ["tables.md", "tables.csv"]
     with written[1].open() as file:
         row, *_ = csv.DictReader(file)
     assert (row["row"], row["column"], row["paper"]) == ("Grad-Mimic", "40 %", "94.15")
@@ -284,7 +286,26 @@ def test_tables_hold_means_over_the_seeds_and_the_papers_figures(tmp_path):
     text = written[0].read_text()
     assert text.count(paper_figures.SOURCE) == 1
     assert "seeds: 0, 1; commit: abc" in text
-    assert written[2].stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_every_figure_is_drawn_from_the_tables_of_its_page(tmp_path):
+    assert figures.spread("94.8 ± 0.6") == figures.Spread(94.8, 0.6)
+    assert figures.spread("+1.5") == figures.Spread(1.5, 0.0)
+    assert figures.spread("compatible 3") is None
+    cells = figures.spreads("paper_digits", "**Linear probe with a reference from trusted images: test accuracy")
+    assert {row for row, _ in cells} >= set(figures.STYLES)
+    assert {column for _, column in cells} == {"40 %", "50 %", "60 %"}
+    for name, draw in figures.FIGURES.items():
+        with case(name):
+            figure = draw()
+            figure.savefig(tmp_path / f"{name}.png")
+            assert figure.get_figwidth() == figures.WIDTH
+            sizes = [text.get_fontsize() for text in figure.findobj(Text) if text.get_text()]
+            assert min(sizes) >= 8  # 11 pixels at the width of a README
+            assert (figures.ROOT / "docs" / "images" / f"{name}.png").is_file()
+    with pytest.raises(ValueError, match="has no table after 'no such title'"):
+        figures.table_after("paper_digits", "no such title")
 
 
 def test_a_section_of_a_page_is_replaced_and_all_else_stays(tmp_path):

@@ -146,12 +146,9 @@ def compared(setting: str, data: str, lab: Lab, chosen: Chosen) -> Iterator[Tabl
         # The paper's reference has seen the images.
         paper = linear_probe(data) if (setting, kind) == ("probe", "seen") else {}
         name, title = f"{setting}_{kind}", f"{PROBE[setting]} with {what}"
-        rates = "wrong labels"
-        yield Table(name, f"{title}: test accuracy by share of wrong labels", "method", cells, rates, (), paper, SOURCE)
-        yield Table(
-            f"{name}_auroc", f"{title}: AUROC of finding wrong labels by a low mean score", "scores", aurocs, rates
-        )
-        yield Table(f"{name}_f1", f"{title}: F1 of wrong labels by filter on the mimic scores", "filter", f1, rates)
+        yield Table(name, f"{title}: test accuracy by share of wrong labels", "method", cells, (), paper, SOURCE)
+        yield Table(f"{name}_auroc", f"{title}: AUROC of finding wrong labels by a low mean score", "scores", aurocs)
+        yield Table(f"{name}_f1", f"{title}: F1 of wrong labels by filter on the mimic scores", "filter", f1)
 
 
 def quality(data: str, lab: Lab, chosen: Chosen) -> Iterator[Table]:
@@ -192,7 +189,7 @@ def efficiency(data: str, lab: Lab, chosen: Chosen) -> Iterator[Table]:
         for fraction in FRACTIONS:
             cells[name, percent(fraction)] = parts.where(pick=pick, fraction=fraction).values("accuracy")
     title = "Data efficiency, 40 % wrong labels: test accuracy of plain training on a share of the samples"
-    yield Table("efficiency", f"{title}, chosen with {REFERENCES['trusted_split']}", "samples", cells, "kept")
+    yield Table("efficiency", f"{title}, chosen with {REFERENCES['trusted_split']}", "samples", cells)
 
 
 def temperature(data: str, lab: Lab, chosen: Chosen) -> Iterator[Table]:
@@ -209,7 +206,7 @@ def temperature(data: str, lab: Lab, chosen: Chosen) -> Iterator[Table]:
             for mimic, rate, t in itertools.product(("official", "grad_mimic"), (0.4, 0.6), TEMPERATURES)
         }
         title = f"Temperature, linear probe with {REFERENCES['trusted_split']}: {what}"
-        yield Table(f"temperature_{figure}", title, "method", cells, "temperature")
+        yield Table(f"temperature_{figure}", title, "method", cells)
 
 
 def reference_quality(data: str, lab: Lab, chosen: Chosen) -> Iterator[Table]:
@@ -230,7 +227,7 @@ def reference_quality(data: str, lab: Lab, chosen: Chosen) -> Iterator[Table]:
         cells["AUROC of its scores", column] = runs.where(mimic="official").values("auroc")
         cells["plain", column] = first.where(mimic="none").values("accuracy")
     title = "Reference quality, 40 % wrong labels: references that learnt the scored images, with wrong labels"
-    yield Table("reference_quality", title, "figure", cells, "wrong labels in the reference's training")
+    yield Table("reference_quality", title, "figure", cells)
 
 
 def floor(data: str, lab: Lab, chosen: Chosen) -> Iterator[Table]:

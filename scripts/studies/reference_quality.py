@@ -2,9 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
-
-from matplotlib.figure import Figure
 
 from scripts.studies.digits import EACH_EPOCH, OTHER_START, SPLIT, noisy_digits, path_of, reference_logits, references
 from scripts.studies.lab import Lab, Runs
@@ -55,9 +52,7 @@ def report(lab: Lab, chosen: Chosen) -> Iterator[Table]:
         cells[row, "verdicts"] = ", ".join(f"{verdict} {count}" for verdict, count in verdicts)
     cells["plain training", "the model"] = plain.values("accuracy")
     cells["plain training, best epoch", "the model"] = plain.values("best_accuracy")
-    table = Table("reference_quality", "40 % wrong labels", "what is trained; what was done to the reference", cells)
-    draw(table, lab.out / "reference_quality.png")
-    yield table
+    yield Table("reference_quality", "40 % wrong labels", "what is trained; what was done to the reference", cells)
 
 
 def accuracies(lab: Lab, series: str, amount: float, runs: Runs) -> list[float]:
@@ -70,31 +65,6 @@ def accuracies(lab: Lab, series: str, amount: float, runs: Runs) -> list[float]:
         logits = reference_logits(path, images, *([] if series == "probe" else [NETWORK]))
         found.append(100 * float((logits.argmax(1) == labels).float().mean()))
     return found
-
-
-def draw(table: Table, path: Path) -> None:
-    """Three panels, one for each thing that is done to a reference."""
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    for axes, (model, done) in zip(figure.subplots(1, 3, sharey=True), SERIES.values(), strict=True):
-        rows = [row for row in table.rows if row.startswith(f"{model}; {done}: ")]
-        for head, colour, mark, label in (
-            ("AUROC", "#d55e00", "o", "finding wrong labels: AUROC"),
-            ("the model", "#0072b2", "s", "the trained model's accuracy"),
-            ("the reference", "#444444", "x", "the reference's accuracy"),
-        ):
-            means = [sum(table.figures(row, head)) / len(table.figures(row, head)) for row in rows]
-            axes.plot(range(len(rows)), means, color=colour, marker=mark, label=label)
-        if not done.endswith("head"):
-            plain = table.figures("plain training, best epoch", "the model")
-            best = sum(plain) / len(plain)
-            axes.axhline(best, color="#0072b2", linestyle=":", linewidth=1, label="plain training's best epoch")
-        axes.set_xticks(range(len(rows)), [row.rpartition(": ")[2] for row in rows])
-        axes.set_title(model, fontsize=10)
-        axes.set_xlabel(done)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("%")
-    figure.axes[1].legend(frameon=False, fontsize=8, loc="lower left")
-    figure.savefig(path, dpi=120)
 
 
 STUDY = Study("How good must a reference be?", {"noise": Part(report)})

@@ -1,18 +1,15 @@
-"""Tables of a study: on the terminal, and as Markdown, CSV and PNG."""
+"""Tables of a study: on the terminal, and as Markdown and CSV."""
 
 import csv
 import itertools
 import statistics
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table as RichTable
 
-COLOURS = [f"C{k}" for k in range(10)] + ["black"]
 #: A figure per seed, in % or in points; or a word.
 Cell = Sequence[float] | str
 
@@ -26,7 +23,6 @@ class Table:
         title: What it is.
         corner: What the rows are.
         cells: Row and column to a figure per seed. What is not there is a dash.
-        across: What the columns are, where they are numbers; a picture then has them on its axis.
         signed: Columns of differences.
         paper: What the paper has in some of the cells.
         source: Of the paper's figures.
@@ -36,7 +32,6 @@ class Table:
     title: str
     corner: str
     cells: Mapping[tuple[str, str], Cell]
-    across: str = ""
     signed: Sequence[str] = ()
     paper: Mapping[tuple[str, str], float] = field(default_factory=dict)
     source: str = ""
@@ -119,7 +114,7 @@ def show(tables: Sequence[Table], console: Console) -> None:
 
 
 def write(tables: Sequence[Table], facts: Mapping[str, str], out: Path) -> list[Path]:
-    """Write all tables as Markdown, CSV and one picture, with what must be known to obtain them again.
+    """Write all tables as Markdown and CSV, with what must be known to obtain them again.
 
     Returns:
         The files.
@@ -138,45 +133,10 @@ def write(tables: Sequence[Table], facts: Mapping[str, str], out: Path) -> list[
                 difference = None if mean is None or theirs is None else mean - theirs
                 word = cell if isinstance(cell, str) else None
                 writer.writerow([table.name, row, column, len(values), mean, spread, word, theirs, difference])
-    written = [out / "tables.md", out / "tables.csv"]
-    if drawn := [table for table in tables if table.across]:
-        plot(drawn, out / "tables.png")
-        written.append(out / "tables.png")
-    return written
+    return [out / "tables.md", out / "tables.csv"]
 
 
 def markdown(tables: Sequence[Table], facts: Mapping[str, str]) -> str:
     """All tables and facts."""
     listed = "; ".join(f"{name}: {value}" for name, value in facts.items())
     return "\n\n".join([*(table.markdown() for table in tables), listed]) + "\n"
-
-
-def plot(tables: Sequence[Table], path: Path) -> None:
-    """One panel per table."""
-    wide = min(3, len(tables))
-    high = -(-len(tables) // wide)
-    figure = Figure(figsize=(5.5 * wide, 4.8 * high), layout="constrained")
-    for axes, table in itertools.zip_longest(figure.subplots(high, wide, squeeze=False).flat, tables):
-        if table is None:
-            axes.set_axis_off()
-            continue
-        columns = [column for column in table.columns if column != "correlation"]
-        for number, row in enumerate(table.rows):
-            known = [(k, values) for k, column in enumerate(columns) if (values := table.figures(row, column))]
-            means = [statistics.fmean(values) for _, values in known]
-            spread = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in known]
-            line = {"marker": "osD^v<>ph*X"[number % 11], "markersize": 4, "linewidth": 1.2, "capsize": 2}
-            line["color"] = COLOURS[number % len(COLOURS)]
-            drawn = axes.errorbar([k for k, _ in known], means, spread, label=row, **line)
-            theirs = {k: table.paper[row, c] for k, c in enumerate(columns) if (row, c) in table.paper}
-            if theirs:
-                like = {"color": drawn.lines[0].get_color(), "marker": line["marker"], "markerfacecolor": "none"}
-                axes.plot(theirs.keys(), theirs.values(), linestyle=":", label=f"{row} in the paper", **like)
-        axes.set_xticks(range(len(columns)), columns)
-        axes.set_xlabel(table.across)
-        axes.set_ylabel("%")
-        axes.set_title(textwrap.fill(table.title, 70), fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-        # Below the panel: among a dozen lines there is no room.
-        axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    figure.savefig(path, dpi=70)
