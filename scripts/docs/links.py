@@ -7,7 +7,6 @@ into the repository if its address is known (``repo_url`` in mkdocs.yml), and pl
 
 import posixpath
 import re
-from typing import Any
 
 #: Pages made of files of the repository's root, by the file.
 PAGES = {"README.md": "readme.md", "CONTRIBUTING.md": "contributing/index.md", "CHANGELOG.md": "changelog.md"}
@@ -49,16 +48,3 @@ def _rewritten(link: re.Match[str], source: str, page: str, repository: str | No
         relative = posixpath.relpath(path, posixpath.dirname(f"docs/{page}"))
         return f"{link['picture']}[{link['text']}]({relative}{anchor})"
     return f"[{link['text']}]({repository.rstrip('/')}/blob/main/{path}{anchor})" if repository else link["text"]
-
-
-def on_config(config: Any) -> Any:
-    """Leave edit links out where the repository's address is not known (called by MkDocs)."""
-    if not config.repo_url:
-        config.edit_uri = None
-    return config
-
-
-def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
-    """Rewrite the links of a page of docs/ (called by MkDocs)."""
-    source = page.file.src_uri
-    return for_site(markdown, f"docs/{source}", source, config.repo_url)
