@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_mimic import Aligned, GradMimic, Ledger
-from lightning_mimic.cli.score import score
-from lightning_mimic.cli.train import train
+from lightning_mimic.cli.scoring import score
+from lightning_mimic.cli.training import train
 from lightning_mimic.data import CachedFeatures
 from lightning_mimic.data.digits import DigitsDataModule
 from lightning_mimic.models import ImageClassifier

@@ -10,8 +10,8 @@ from hydra import compose, initialize_config_module
 from lightning.pytorch import LightningDataModule
 
 from lightning_mimic import Ledger
-from lightning_mimic.cli.score import score
-from lightning_mimic.cli.train import train
+from lightning_mimic.cli.scoring import score
+from lightning_mimic.cli.training import train
 from lightning_mimic.data.comparison import comparison_loader, trusted_loader
 from lightning_mimic.data.digits import DigitsDataModule
 from lightning_mimic.data.noise import SymmetricNoise

@@ -1,6 +1,5 @@
 """mimic-curate, mimic-select and mimic-compare: what they print, write and refuse, in a directory of their own."""
 
-import contextlib
 import json
 import os
 import subprocess
@@ -45,8 +44,8 @@ def refused(run, command, *words):
     """What a command says when it ends so; one line, no traceback."""
     with pytest.raises(SystemExit) as info:
         run(command, *words)
-    assert isinstance(info.value.code, str), info.value
-    return info.value.code
+    assert info.value.code == 2, info.value
+    return str(info.value)
 
 
 def cells(text):
@@ -176,9 +175,7 @@ def test_the_ensemble_weighs_the_votes_of_all_epochs(run, tmp_path):
 
 def test_curate_says_in_a_sentence_what_is_wrong(run, tmp_path, here):
     ledger = f"ledger={scored(tmp_path / 'scores')}"
-    assert (
-        refused(run, "mimic-curate") == "mimic-curate: `ledger` is missing; `mimic-curate --help` shows what it takes."
-    )
+    assert refused(run, "mimic-curate") == "mimic-curate: `ledger` is missing; `mimic-curate --help` explains it."
     assert refused(run, "mimic-curate", "ledger=nowhere") == (
         "mimic-curate: nowhere holds no ledger (no _meta.json in it)."
     )
@@ -237,7 +234,7 @@ def test_select_says_in_a_sentence_what_is_wrong(run, tmp_path, here):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"id": [1, 2], "keep": [True, True]}), path)
     pq.write_table(pa.table({"id": [1], "keep": [True]}), tmp_path / "b.parquet")
-    missing = "mimic-select: `recipe` is missing; `mimic-select --help` shows what it takes."
+    missing = "mimic-select: `recipe` is missing; `mimic-select --help` explains it."
     assert refused(run, "mimic-select", "out=o.parquet") == missing
     for words, said in (
         ([f"recipe={path}", "out=o.csv"], "`out` is o.csv; a manifest is a .parquet file."),
@@ -322,7 +319,7 @@ def test_compare_begins_with_the_verdicts_and_shows_estimated_shares(run, tmp_pa
 
 
 def test_compare_says_in_a_sentence_what_is_wrong(run, tmp_path):
-    missing = "mimic-compare: `manifests` is missing; `mimic-compare --help` shows what it takes."
+    missing = "mimic-compare: `manifests` is missing; `mimic-compare --help` explains it."
     assert refused(run, "mimic-compare") == missing
     assert refused(run, "mimic-compare", "manifests={}") == "mimic-compare: there are no manifests to compare."
     none = "mimic-compare: none.parquet is no manifest: there is no such file."
@@ -334,31 +331,15 @@ def test_manifests_without_names_are_refused_in_a_sentence(word, run):
     assert refused(run, "mimic-compare", word).startswith("mimic-compare: `manifests`")
 
 
-COMMANDS = {"mimic-curate": ["filter: ensemble, gmm, kmeans, posterior, sign, threshold, top_k", "unscored: fail"],
-            "mimic-select": ["mimic-select 'recipe=clip.parquet:clip_score top 30% minus", "allow_unknown: false"],
-            "mimic-compare": ["mimic-compare 'manifests={old: a/manifest.parquet,", "noise: null"]}  # fmt: skip
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_says_how_to_start_and_leaves_nothing(command, run, here, capsys):
-    with contextlib.suppress(SystemExit):
-        run(command, "--help")
-    text = capsys.readouterr().out
-    for part in COMMANDS[command]:
-        assert part in text
-    assert text.startswith(f"{command}: ")
-    assert os.listdir(here) == []
-
-
 def test_a_curation_by_the_shell_ends_with_a_sentence_or_with_nothing_on_stderr(tmp_path, here):
     ledger = scored(tmp_path / "scores")
     code = "from lightning_mimic.cli.curate import curate_main; curate_main()"
-    for word, status in (("unscored=drop", 0), ("unscored=fail", 1)):
+    for word, status in (("unscored=drop", 0), ("unscored=fail", 2)):
         command = [sys.executable, "-c", code, f"ledger={ledger}", word, f"out=o{status}"]
         environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == status
         assert done.stderr.startswith("mimic-curate: 1 of 5 samples cannot be judged") if status else done.stderr == ""
-        assert len(done.stderr.splitlines()) == status
+        assert len(done.stderr.splitlines()) == (1 if status else 0)
     assert os.listdir(here) == ["o0"]
     assert json.loads(pq.read_schema(here / "o0" / "manifest.parquet").metadata[b"lightning_mimic"])["kept"] == 3

@@ -99,6 +99,7 @@ TRAINERS = {"lightning", "pytorch_lightning"}
 CORE = TRAINERS | {
     "torch",
     "torchmetrics",
+    "yaml",
     "hydra",
     "omegaconf",
     "pyarrow",

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_mimic import GradMimic, Ledger, MimicError, WithIds, collate_with_ids, stores
 from lightning_mimic.callbacks import AtCheckpoints
 from lightning_mimic.cli.curate import compare_main, curate_main, select_main
-from lightning_mimic.cli.train import train, without_secrets
+from lightning_mimic.cli.training import train, without_secrets
 from lightning_mimic.curation import CurationError, curate
 from lightning_mimic.errors import LedgerError
 from lightning_mimic.ledger import LedgerWriter, open_run

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from lightning_mimic import Ledger
-from lightning_mimic.cli.train import train
+from lightning_mimic.cli.training import train
 from lightning_mimic.data.torchvision_sets import SETS
 from lightning_mimic.models import timm_backbone
 from lightning_mimic.scorers import MimicScore

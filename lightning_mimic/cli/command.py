@@ -1,4 +1,4 @@
-"""What all commands share: Hydra, the folder in which paths are meant, the processes of a job, user errors."""
+"""Parts that all commands share: help, Hydra, the folder of relative paths, the processes of a job, exit statuses."""
 
 import contextlib
 import functools
@@ -16,8 +16,11 @@ from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_mimic.cli.arguments import arranged, settle, words_of_job
-from lightning_mimic.cli.errors import exit_on_user_error, in_one_line
+from lightning_mimic.cli.errors import UserError, ends_in_one_line, exit_on_user_error, in_one_line
+from lightning_mimic.cli.help import help_text, version_text
 from lightning_mimic.cli.settings import check_types
+from lightning_mimic.cli.words import check_words, wants_help
+from lightning_mimic.errors import MimicError
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -25,51 +28,69 @@ _FULL_ERROR = "HYDRA_FULL_ERROR"
 def command(
     name: str, config_name: str, first: str | None = None
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """Make a command of a function of a configuration.
+    """Make a command of a function that takes a configuration.
+
+    The command ends with exit status 0; 2 after a user's mistake, with one line on stderr; 130 after Ctrl-C; and with a
+    traceback and status 1 after an error of the package itself.
 
     Args:
-        name: Of the command.
-        config_name: Of the root in ``conf``.
+        name: Name of the command.
+        config_name: Name of its root configuration in ``conf``.
         first: Setting that a first word without a name stands for.
 
     Returns:
-        A decorator. What the function returns is what a sweeper optimises.
+        A decorator. The function's return value is the figure that a sweeper optimises.
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(task)
         def main() -> None:
-            full = os.environ.get(_FULL_ERROR)
-            sys.argv[1:] = arranged(sys.argv[1:], first)
-            started = []
-
-            @functools.wraps(task)
-            def job(config: DictConfig) -> Any:
-                started.append(config)
-                with _environment(_FULL_ERROR, full), exit_on_user_error(name), _one_job():
-                    settle(config)
-                    check_types(config)
-                    return task(config)
-
-            composed = hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name=config_name)
-            try:
-                with _environment(_FULL_ERROR, "1"):  # so that Hydra raises its errors
-                    composed(job)()
-            except (CompactHydraException, OmegaConfBaseException, OSError, ValueError) as error:
-                # Hydra's own folder may not be writable, its flags and words not go together.
-                its_own = isinstance(error, CompactHydraException | OmegaConfBaseException) or not started
-                if full == "1" or not its_own:
-                    raise
-                raise SystemExit(f"{name}: {in_one_line(error)}") from None
+            words = sys.argv[1:]
+            with ends_in_one_line(name):
+                if wants_help(words):
+                    print(help_text(name, config_name))  # noqa: T201
+                elif "--version" in words:
+                    print(version_text())  # noqa: T201
+                else:
+                    check_words(name, config_name, words, first)
+                    sys.argv[1:] = arranged(words, first)
+                    _run(name, config_name, task)
 
         return main
 
     return decorate
 
 
+def _run(name: str, config_name: str, task: Callable[[DictConfig], Any]) -> None:
+    """Compose the configuration of the command line and run the task with it, once or as a sweep."""
+    full = os.environ.get(_FULL_ERROR)
+    started = []
+
+    @functools.wraps(task)
+    def job(config: DictConfig) -> Any:
+        started.append(config)
+        with _environment(_FULL_ERROR, full), exit_on_user_error(name), _one_job():
+            settle(config)
+            check_types(config)
+            return task(config)
+
+    composed = hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name=config_name)
+    try:
+        with _environment(_FULL_ERROR, "1"):  # so that Hydra raises its errors
+            composed(job)()
+    except MimicError as error:
+        raise UserError(name, str(error)) from None
+    except (CompactHydraException, OmegaConfBaseException, OSError, ValueError) as error:
+        # Hydra's own folder may not be writable, its flags and words not go together.
+        its_own = isinstance(error, CompactHydraException | OmegaConfBaseException) or not started
+        if full == "1" or not its_own:
+            raise
+        raise UserError(name, in_one_line(error)) from None
+
+
 @contextlib.contextmanager
 def _environment(variable: str, value: str | None) -> Iterator[None]:
-    """Set a variable of the environment within the context; ``None`` takes it out."""
+    """Set a variable of the environment within the context; ``None`` removes it."""
     before = os.environ.pop(variable, None)
     if value is not None:
         os.environ[variable] = value
@@ -83,10 +104,10 @@ def _environment(variable: str, value: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_job() -> Iterator[None]:
-    """Run a job where the command was started, so that relative paths mean the same in every job, and by itself.
+    """Run a job by itself, in the folder where the command was started, so that relative paths mean the same in each.
 
-    Of a sweep, the processes that Lightning starts by the words of the command line run this job alone and into its
-    folder; when it ends, the next one starts processes of its own.
+    The processes that Lightning starts by the words of the command line run this job alone, not the whole sweep, and
+    write into its folder. When the job ends, the next one starts processes of its own.
     """
     with contextlib.chdir(get_original_cwd()):
         if HydraConfig.get().mode != RunMode.MULTIRUN:

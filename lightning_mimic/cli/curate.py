@@ -23,7 +23,7 @@ from lightning_mimic.curation import (
 )
 
 
-@command("mimic-curate", "curate")
+@command("mimic-curate", "curate", first="ledger")
 def curate_main(config: DictConfig) -> None:
     """Decide which samples of a ledger stay."""
     console = Console()
@@ -36,7 +36,7 @@ def curate_main(config: DictConfig) -> None:
     show(console, done)
 
 
-@command("mimic-partition", "partition")
+@command("mimic-partition", "partition", first="ledger")
 def partition_main(config: DictConfig) -> None:
     """Splits a share of a ledger into partitions."""
     settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -44,7 +44,7 @@ def partition_main(config: DictConfig) -> None:
         print(partition_share(**settings, progress=progress))  # noqa: T201
 
 
-@command("mimic-summarise", "summarise")
+@command("mimic-summarise", "summarise", first="partitioned")
 def summarise_main(config: DictConfig) -> None:
     """Sums up the samples of a partition."""
     settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -52,7 +52,7 @@ def summarise_main(config: DictConfig) -> None:
         print(summarise_partition(**settings, progress=progress))  # noqa: T201
 
 
-@command("mimic-select", "select")
+@command("mimic-select", "select", first="recipe")
 def select_main(config: DictConfig) -> None:
     """Composes filters."""
     settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)

@@ -10,11 +10,11 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 
-_PACKAGE = "lightning-mimic"
+from lightning_mimic.cli.extras import PACKAGE, requirements_by_extra
+from lightning_mimic.cli.help import version_text
+
 #: Variables by which launchers tell a process its rank.
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "SLURM_PROCID", "SLURM_NTASKS")
-#: Extras that bring tools for development, or other extras.
-_NOT_FOR_USERS = frozenset({"all", "dev", "docs", "paper", "test"})
 
 
 def checkup() -> str:
@@ -27,17 +27,12 @@ def checkup() -> str:
         >>> print(checkup().splitlines()[0])
         lightning-mimic ...
     """
-    lines = [f"{_PACKAGE} {_installed(_PACKAGE)}", f"python {platform.python_version()} ({sys.executable})"]
+    lines = [f"{PACKAGE} {_installed(PACKAGE)}", f"python {platform.python_version()} ({sys.executable})"]
     lines += [f"system {platform.platform()}, {os.cpu_count()} cores", "", "required packages"]
-    by_extra: dict[str, list[Requirement]] = {}
-    for text in metadata.requires(_PACKAGE) or []:
-        requirement = Requirement(text)
-        extra = "" if requirement.marker is None else str(requirement.marker).partition("extra == ")[2].strip("\"'")
-        if extra not in _NOT_FOR_USERS:
-            by_extra.setdefault(extra, []).append(requirement)
+    by_extra = requirements_by_extra()
     lines += _states(by_extra.pop("", []))
     for extra, requirements in sorted(by_extra.items()):
-        lines += ["", f"optional packages of pip install '{_PACKAGE}[{extra}]'", *_states(requirements)]
+        lines += ["", f"optional packages of pip install '{PACKAGE}[{extra}]'", *_states(requirements)]
     ranks = [f"{name}={os.environ[name]}" for name in _RANKS if name in os.environ]
     return "\n".join([*lines, "", *_devices(), f"ranks: {', '.join(ranks) or 'none set, one process'}"])
 
@@ -68,7 +63,9 @@ def _devices() -> Iterator[str]:
 
 def main() -> None:
     """Print the checkup."""
-    argparse.ArgumentParser("mimic-doctor", description="Print versions, devices and optional packages.").parse_args()
+    parser = argparse.ArgumentParser("mimic-doctor", description="Print versions, devices and optional packages.")
+    parser.add_argument("--version", action="version", version=version_text())
+    parser.parse_args()
     sys.stdout.write(checkup() + "\n")
 
 

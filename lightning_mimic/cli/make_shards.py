@@ -5,13 +5,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_mimic.cli.command import command
-from lightning_mimic.data.digit_pairs import write_digit_shards
 from lightning_mimic.user_files import user_path
 
 
 @command("mimic-make-shards", "make_shards")
 def main(config: DictConfig) -> None:
-    """The command line."""
+    """Write the shards."""
+    from lightning_mimic.data.digit_pairs import write_digit_shards  # loads torch, which help does not need
+
     settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     user_path(settings["out"], "out")
     write_digit_shards(**settings)

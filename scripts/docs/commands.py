@@ -58,8 +58,8 @@ def _purpose(path: Path) -> str:
 
 
 def _examples(path: Path) -> str:
-    template = OmegaConf.to_container(OmegaConf.load(path).hydra.help, resolve=False)["template"]
-    return "".join(f"{line.strip()}\n" for line in template.splitlines() if line.startswith("  "))
+    template: str = OmegaConf.load(path).hydra.help.template
+    return template.strip() + "\n"
 
 
 def _command(name: str, path: Path) -> str:

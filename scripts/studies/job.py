@@ -21,8 +21,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_mimic import Ledger
-from lightning_mimic.cli.score import score
-from lightning_mimic.cli.train import train
+from lightning_mimic.cli.scoring import score
+from lightning_mimic.cli.training import train
 from lightning_mimic.curation import CurationError, Ensemble, KMeans, Mixture, Sign, Threshold, curate, detect
 from lightning_mimic.data.splits import LabelledSplits
 from lightning_mimic.models import CLIP, pair_losses
