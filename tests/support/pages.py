@@ -1,7 +1,8 @@
 """The code of Markdown pages: found, and run as a reader would type it.
 
-A block of ``python`` runs in the page's own namespace. A block of ``console`` is read by bash, so that variables, quotes
-and comments mean what they say; its ``mimic-`` commands then run in this process, which saves importing torch for each.
+A block of ``python`` runs in the page's own namespace. A block of ``console`` is read by bash, so that variables,
+quotes and comments mean what they say; its ``mimic-`` commands then run in this process, which saves importing torch
+for each.
 
 Comments in a page steer this, and no reader sees them: ``<!-- not run: REASON -->`` before a block leaves it out, and
 ``<!-- setup python`` or ``<!-- setup console``, up to ``-->``, holds code that runs before the next block.
@@ -9,6 +10,7 @@ Comments in a page steer this, and no reader sees them: ``<!-- not run: REASON -
 
 import configparser
 import importlib
+import logging
 import os
 import re
 import subprocess
@@ -73,6 +75,7 @@ def run_page(page: Path, state: Path, shorter: Sequence[str] = ()) -> None:
         shorter: Words that are added to every ``mimic-train``.
     """
     start, names = Path.cwd(), {"__name__": "page"}
+    handlers = list(logging.root.handlers)
     state.mkdir(exist_ok=True)
     try:
         for block in blocks(page):
@@ -85,6 +88,7 @@ def run_page(page: Path, state: Path, shorter: Sequence[str] = ()) -> None:
                 _run_console(block, state, shorter)
     finally:
         os.chdir(start)
+        logging.root.handlers[:] = handlers  # Hydra sets up its own
 
 
 def _run_console(block: Block, state: Path, shorter: Sequence[str]) -> None:
@@ -110,7 +114,8 @@ def _run_command(words: Sequence[str]) -> None:
         try:
             getattr(importlib.import_module(module), function)()
         except SystemExit as end:
-            assert not end.code, f"{' '.join(words)}: {end.code}"
+            if end.code:
+                raise AssertionError(f"{' '.join(words)}: {end.code}") from None
 
 
 def _entry_points() -> dict[str, str]:
