@@ -43,8 +43,8 @@ def _index(commands: dict[str, Path], groups: list[str]) -> str:
     listed = ", ".join(f"[{group}]({group}.md)" for group in groups)
     return (
         "# Commands\n\nEvery command takes settings as `key=value`, and groups of settings as `group=option`. "
-        "A relative path is relative to the folder in which the command was started, also in sweeps. `--help` shows examples and all "
-        "settings, `--cfg job` the configuration that the words of a command line make.\n\n"
+        "A relative path is relative to the folder in which the command was started, also in sweeps. "
+        "`--help` shows examples and all settings, `--cfg job` the configuration that a command line makes.\n\n"
         "| command | purpose |\n| --- | --- |\n" + "".join(rows) + f"\nGroups of settings: {listed}.\n\n"
         "Put settings that the shell would read itself in quotes: `'exports=[csv,cleanlab]'`. "
         "`--multirun` runs a command once for every combination of values that are separated by commas "
