@@ -71,4 +71,5 @@ def test_links_to_other_files_lead_to_the_repository_where_it_is_known():
 
 def test_docstrings_become_markdown():
     text = "Read a :class:`~lightning_mimic.Ledger` or :func:`read`.\n\nExample:\n    >>> 1\n    1"
-    assert docstring_for_site(text) == "Read a `Ledger` or `read`.\n\nExamples:\n    >>> 1\n    1"
+    link = '<autoref optional identifier="lightning_mimic.Ledger"><code>Ledger</code></autoref>'
+    assert docstring_for_site(text) == f"Read a {link} or `read`.\n\nExamples:\n    >>> 1\n    1"
