@@ -220,5 +220,5 @@ def test_the_command_refuses_in_a_line(
     (tmp_path / "full" / "mine").touch()
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, *words)
-    assert str(ended.value.code).startswith(f"mimic-make-shards: {said}")
+    assert str(ended.value).startswith(f"mimic-make-shards: {said}")
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "mine"]

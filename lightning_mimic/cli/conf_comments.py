@@ -5,8 +5,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -61,6 +59,8 @@ def read_conf(path: Path) -> ConfFile:
         >>> read_conf(path).settings
         [Setting(key='width', default='64', comment='of the hidden layer')]
     """
+    import yaml
+
     text = path.read_text(encoding="utf-8")
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     if root is None:
@@ -94,7 +94,7 @@ def _head(text: str) -> str:
 
 
 def _default(node: Any) -> tuple[str, str]:
-    if isinstance(node, yaml.MappingNode):
+    if node.id == "mapping":
         [(group, option)] = node.value
         return group.value, option.value
     return "", node.value
@@ -105,12 +105,12 @@ def _settings(node: Any, prefix: str, lines: list[str]) -> Iterator[Setting]:
         if key.value.startswith("_") or (not prefix and key.value in ("defaults", "hydra")):
             continue
         path = prefix + key.value
-        if isinstance(value, yaml.MappingNode) and not value.flow_style:
+        if value.id == "mapping" and not value.flow_style:
             comment = _comment(lines, key.end_mark)
             if comment:
                 yield Setting(path, "", comment)
             yield from _settings(value, f"{path}.", lines)
-        elif isinstance(value, yaml.SequenceNode) and not value.flow_style:
+        elif value.id == "sequence" and not value.flow_style:
             yield Setting(path, "", _comment(lines, key.end_mark))
         else:
             written = lines[value.start_mark.line][value.start_mark.column : value.end_mark.column]

@@ -36,10 +36,16 @@ def _homes(rooms: dict[str, griffe.Module]) -> dict[str, str]:
     homes: dict[str, str] = {}
     for room, module in rooms.items():  # the package itself comes first
         for name in _names(module):
-            defined = module[name].canonical_path
+            defined = _defined(module, name)
             if defined not in homes or defined.startswith(f"{room}."):
                 homes[defined] = room
     return homes
+
+
+def _defined(module: griffe.Module, name: str) -> str:
+    """The path of a name's definition; a function may have the name of the module that defines it."""
+    member = module[name]
+    return f"{member.canonical_path}.{name}" if member.is_module else member.canonical_path
 
 
 def _names(module: griffe.Module) -> list[str]:
@@ -49,11 +55,12 @@ def _names(module: griffe.Module) -> list[str]:
 def _markdown(room: str, module: griffe.Module, homes: dict[str, str]) -> str:
     here, elsewhere = [], []
     for name in _names(module):
-        home = homes[module[name].canonical_path]
-        if home == room:
-            here.append(f"## ::: {room}.{name}\n" + _remark(module[name]))
+        member, defined = module[name], _defined(module, name)
+        if homes[defined] == room:
+            path = defined if member.is_module else f"{room}.{name}"
+            here.append(f"## ::: {path}\n{_remark(member)}")
         else:
-            elsewhere.append(f"| [`{name}`][{home}.{name}] | {_summary(module[name])} |\n")
+            elsewhere.append(f"| [`{name}`][{defined}] | {_summary(member)} |\n")
     listed = "".join(["| name | |\n| --- | --- |\n", *elsewhere, "\n"]) if elsewhere else ""
     text = for_site(module.docstring.value) if module.docstring else ""
     return f"# {room}\n\n{text}\n\n{listed}" + "\n".join(here)

@@ -1,5 +1,6 @@
 """Pages of the commands and of their groups of settings, made from the files of conf/."""
 
+import ast
 import configparser
 from pathlib import Path
 
@@ -16,9 +17,10 @@ GLOBAL = ("experiment", "reference")
 
 def pages() -> dict[str, str]:
     """Return the pages' Markdown by path relative to docs/, with `commands/SUMMARY.md` for the navigation."""
-    commands = {name: CONF / f"{root}.yaml" for name, root in _commands().items()}
+    commands = {name: CONF / f"{name.removeprefix('mimic-').replace('-', '_')}.yaml" for name in _entry_points()}
     groups = sorted(path.name for path in CONF.iterdir() if path.is_dir() and any(path.rglob("*.yaml")))
-    made = {f"commands/{name}.md": _command(name, path) for name, path in commands.items()}
+    made = {f"commands/{name}.md": _command(name, path) for name, path in commands.items() if path.exists()}
+    made |= {f"commands/{name}.md": _plain_command(name) for name, path in commands.items() if not path.exists()}
     made |= {f"commands/{group}.md": _group(group) for group in groups}
     made["commands/index.md"] = _index(commands, groups)
     links = ["* [Overview](index.md)", *(f"* [{name}]({name}.md)" for name in commands)]
@@ -26,23 +28,22 @@ def pages() -> dict[str, str]:
     return made | {"commands/SUMMARY.md": "\n".join(links) + "\n"}
 
 
-def _commands() -> dict[str, str]:
-    """Names of the commands that have a configuration, with that of their root in conf/."""
+def _entry_points() -> dict[str, str]:
+    """Names of the commands, with the module and function of each."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     lines = setup["options.entry_points"]["console_scripts"].strip().splitlines()
-    names = [line.partition("=")[0].strip() for line in lines]
-    roots = {name: name.removeprefix("mimic-").replace("-", "_") for name in names}
-    return {name: root for name, root in roots.items() if (CONF / f"{root}.yaml").exists()}
+    return {name.strip(): function.strip() for name, _, function in (line.partition("=") for line in lines)}
 
 
 def _index(commands: dict[str, Path], groups: list[str]) -> str:
-    rows = [f"| [{name}]({name}.md) | {_purpose(path)} |\n" for name, path in commands.items()]
+    purposes = {name: _purpose(path) if path.exists() else _first_line(name) for name, path in commands.items()}
+    rows = [f"| [{name}]({name}.md) | {purpose} |\n" for name, purpose in purposes.items()]
     listed = ", ".join(f"[{group}]({group}.md)" for group in groups)
     return (
         "# Commands\n\nEvery command takes settings as `key=value`, and groups of settings as `group=option`. "
-        "A relative path is relative to the folder in which the command was started. `--help` shows examples and all "
-        "settings, `--cfg job` the configuration that the words of a command line make.\n\n"
+        "A relative path is relative to the folder in which the command was started, also in sweeps. "
+        "`--help` shows examples and all settings, `--cfg job` the configuration that a command line makes.\n\n"
         "| command | purpose |\n| --- | --- |\n" + "".join(rows) + f"\nGroups of settings: {listed}.\n\n"
         "Put settings that the shell would read itself in quotes: `'exports=[csv,cleanlab]'`. "
         "`--multirun` runs a command once for every combination of values that are separated by commas "
@@ -57,9 +58,21 @@ def _purpose(path: Path) -> str:
     return purpose[0].upper() + purpose[1:]
 
 
+def _plain_command(name: str) -> str:
+    return f"# {name}\n\n{_first_line(name)}\n\n```console\n{name}\n```\n\nIt has no settings.\n"
+
+
+def _first_line(name: str) -> str:
+    """The first line of the module of a command without a configuration."""
+    module = _entry_points()[name].partition(":")[0]
+    docstring = ast.get_docstring(ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())) or ""
+    purpose = docstring.partition("\n")[0].partition(": ")[2]
+    return purpose[0].upper() + purpose[1:]
+
+
 def _examples(path: Path) -> str:
     template: str = OmegaConf.load(path).hydra.help.template
-    return template.strip() + "\n"
+    return template.strip()
 
 
 def _command(name: str, path: Path) -> str:
@@ -68,7 +81,7 @@ def _command(name: str, path: Path) -> str:
     rows = [f"| [{group}]({group}.md) | {_default(option)} | {_options(group)} |\n" for group, option in chosen]
     groups = "## Groups\n\n| group | default | options |\n| --- | --- | --- |\n" + "".join(rows) if rows else ""
     return (
-        f"# {name}\n\n{_purpose(path)}\n\n```console\n{_examples(path)}```\n\n"
+        f"# {name}\n\n{_purpose(path)}\n\n```console\n{_examples(path)}\n```\n\n"
         f"## Settings\n\n{_table(conf.settings)}\n{groups}"
     )
 

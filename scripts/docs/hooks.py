@@ -30,6 +30,9 @@ def on_files(files: Any, *, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
-    """Rewrite the links of a page of docs/ to files outside it."""
+    """Rewrite the links of a page of docs/ to files outside it, and colour commands as bash.
+
+    The lexer of ``console`` expects a prompt before each command.
+    """
     source = page.file.src_uri
-    return for_site(markdown, f"docs/{source}", source, config.repo_url)
+    return for_site(markdown, f"docs/{source}", source, config.repo_url).replace("```console\n", "```bash\n")
