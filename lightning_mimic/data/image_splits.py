@@ -164,6 +164,16 @@ class ImageSplits(LabelledSplits):
         self.trusted = trusted
         self.split_seed = split_seed
 
+    @property
+    def image_shape(self) -> tuple[int, ...] | None:
+        """Shape of an image after the transform; ``None`` where it differs between images, or without a transform."""
+        from PIL import Image
+
+        if self.transform is None:
+            return None
+        wide, high = (tuple(self.transform(Image.new("RGB", size)).shape) for size in ((64, 48), (48, 80)))
+        return wide if wide == high else None
+
     def source(
         self, dataset: Any, labels: Any, files: Sequence[str | Path] | None = None, ids: list[str] | None = None
     ) -> Source:
