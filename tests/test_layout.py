@@ -94,7 +94,7 @@ OPTIONAL = {
     "timm": {"data/transforms.py", "models/backbones.py"},
     "open_clip": {"models/zero_shot.py", "reference/open_clip_hub.py"},
     "webdataset": {"data/shard_files.py", "data/shards.py"},
-    "PIL": {"data/digit_pairs.py", "data/images.py", "data/labelled.py", "report/samples.py"},
+    "PIL": {"data/digit_pairs.py", "data/image_splits.py", "data/images.py", "data/labelled.py", "report/samples.py"},
 }
 TRAINERS = {"lightning", "pytorch_lightning"}
 CORE = TRAINERS | {

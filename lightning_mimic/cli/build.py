@@ -20,7 +20,7 @@ def build(config: DictConfig) -> tuple[Any, Any]:
     ``model.image_shape`` by the data.
 
     Args:
-        config: With ``data`` and ``model``.
+        config: With ``data`` and ``model``, whose ``num_classes`` and ``image_shape`` are set in place.
 
     Returns:
         The data module and the model.
@@ -35,8 +35,9 @@ def build(config: DictConfig) -> tuple[Any, Any]:
     if OmegaConf.select(config, "data.transform", default=...) is None:
         data.transform = published_transform(backbone) or paper_transform(SMALL_SIZE)
     names = [name for name in ("num_classes", "image_shape") if name in config.model]
-    known = {name: _agreed(name, config.model[name], getattr(data, name, None)) for name in names}
-    return data, instantiate(config.model, backbone=backbone, **known)
+    for name in names:
+        config.model[name] = _agreed(name, config.model[name], getattr(data, name, None))
+    return data, instantiate(config.model, backbone=backbone)
 
 
 def _agreed(name: str, given: Any, of_data: Any) -> Any:

@@ -12,7 +12,7 @@ from lightning_mimic.data.image_splits import ImageSplits, Transform
 from lightning_mimic.data.images import MAX_PIXELS
 from lightning_mimic.data.noise import LabelNoise
 from lightning_mimic.data.splits import Source, Split
-from lightning_mimic.errors import MimicError, join_names, nearest_names
+from lightning_mimic.errors import MimicError, join_names, nearest_names, package_of_extra
 
 
 class ImageFolderDataModule(ImageSplits):
@@ -139,7 +139,8 @@ class ImageFolderDataModule(ImageSplits):
         return names
 
     def _source(self, folder: Path) -> Source:
-        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+        with package_of_extra("a folder of images", "vision"):
+            from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
         def is_image(path: str) -> bool:
             return _is_image(Path(path).relative_to(folder))
@@ -192,7 +193,8 @@ class ImageFolderDataModule(ImageSplits):
 
 def _is_image(path: Path) -> bool:
     """Return whether a path below the folder of the classes is that of an image, by its name."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
+    with package_of_extra("a folder of images", "vision"):
+        from torchvision.datasets.folder import IMG_EXTENSIONS
 
     return path.name.lower().endswith(IMG_EXTENSIONS) and not any(part.startswith(".") for part in path.parts)
 

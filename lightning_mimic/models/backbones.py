@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_mimic.errors import MimicError, nearest_names
+from lightning_mimic.errors import MimicError, nearest_names, package_of_extra
 
 
 def published_transform(backbone: nn.Module) -> Callable[[Any], Tensor] | None:
@@ -52,7 +52,8 @@ def torchvision_backbone(name: str, weights: str | None = None, **options: Any) 
         ...     torchvision_backbone("vit_b_16")(torch.zeros(2, 3, 224, 224)).shape
         torch.Size([2, 768])
     """
-    import torchvision
+    with package_of_extra("a backbone of torchvision", "vision"):
+        import torchvision
 
     known = torchvision.models.list_models(torchvision.models)
     if name not in known:
@@ -101,7 +102,8 @@ def timm_backbone(name: str, weights: str | None = None, **options: Any) -> nn.M
         ...     timm_backbone("vit_base_patch16_224")(torch.zeros(2, 3, 224, 224)).shape
         torch.Size([2, 768])
     """
-    import timm
+    with package_of_extra("a backbone of timm", "vision"):
+        import timm
 
     plain, _, tag = name.partition(".")
     if not timm.is_model(plain):
