@@ -1,7 +1,8 @@
 """Errors of the package, and the phrases that their messages are made of."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class MimicError(ValueError):
@@ -18,6 +19,31 @@ class LedgerError(MimicError):
 
 class CurationError(MimicError):
     """Scores, a manifest or a setting from which no decision can be made."""
+
+
+@contextmanager
+def package_of_extra(use: str, extra: str) -> Iterator[None]:
+    """Turn a missing optional package into an error that tells how to install it.
+
+    Args:
+        use: Purpose of the package, in the singular.
+        extra: The extra of this package that brings it.
+
+    Raises:
+        MimicError: A module that is imported in the context is not installed.
+
+    Example:
+        >>> with package_of_extra("a graph", "graphs"):
+        ...     import no_such_package
+        Traceback (most recent call last):
+        ...
+        lightning_mimic.errors.MimicError: a graph needs the package no_such_package: pip install 'lightning-mimic[...
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        name = str(error.name).partition(".")[0]
+        raise MimicError(f"{use} needs the package {name}: pip install 'lightning-mimic[{extra}]'.") from error
 
 
 def nearest_names(name: str, candidates: Iterable[str], count: int = 4) -> str:

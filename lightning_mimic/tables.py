@@ -4,7 +4,7 @@ import contextlib
 import csv
 import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,6 +74,26 @@ class Table:
         """Names of the columns that all files have."""
         first, *more = (form.names for form in self._schemas.values())
         return [name for name in first if all(name in names for names in more)]
+
+    def read(self, columns: Sequence[str]) -> dict[str, list[Any]]:
+        """Read columns into memory.
+
+        Args:
+            columns: Names of columns.
+
+        Returns:
+            The values of each, ``None`` where one is missing.
+
+        Raises:
+            CurationError: A column that is not there or there twice, or a damaged file.
+        """
+        stored = {column: self._stored(column) for column in columns}
+        values: dict[str, list[Any]] = {column: [] for column in columns}
+        for file in self._files:
+            for arrays in self._arrays(file, stored):
+                for column, array in zip(columns, arrays, strict=True):
+                    values[column] += array.to_pylist()
+        return values
 
     def load(self, database: Database, name: str, columns: Mapping[str, str] | None = None, what: str = "") -> None:
         """Make a table of a database from columns.

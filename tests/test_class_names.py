@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_mimic import GradMimic, Ledger, WithIds, collate_with_ids
-from lightning_mimic.curation import Manifest, curate
+from lightning_mimic.curation import Manifest, curate, select
 from lightning_mimic.data.digits import DigitsDataModule
 from lightning_mimic.models import ImageClassifier
 from support.ledgers import write_ledger
@@ -51,6 +51,17 @@ def test_csv_and_cleanlabs_table_show_the_names(named, tmp_path):
     rows = read_csv(tmp_path / "b.csv")
     assert [row["given_label"] for row in rows] == [*NAMES, "", str(2**63 - 1)]
     assert [row["predicted_label"] for row in rows] == [NAMES[2], NAMES[1], NAMES[0], NAMES[1], "-2"]
+
+
+def test_a_selection_from_manifests_keeps_the_names(named, tmp_path):
+    recipe = f"{named.path}:score top 3 and {named.path}:score bottom 4"
+    chosen = select(recipe, tmp_path / "chosen.parquet", exports=["csv"])
+    assert chosen.class_names == tuple(NAMES)
+    rows = chosen.table().sort_by("id").to_pylist()
+    assert [(row["id"], row["keep"]) for row in rows] == [(1, False), (2, False), (3, True), (4, True), (5, False)]
+    assert [row["label_name"] for row in rows] == [*NAMES, None, None]
+    assert [row["predicted"] for row in rows] == [2, 1, 0, 1, -2]
+    assert [row["label_name"] for row in read_csv(next(tmp_path.glob("chosen*.csv")))] == [*NAMES, "", ""]
 
 
 def test_without_names_there_are_indices_only(tmp_path):

@@ -99,11 +99,18 @@ def test_a_manifest_keeps_by_path_and_a_fit_records_it(tmp_path):
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):
-    expected = f"expected {tmp_path}/train/CLASS/NAME.jpg and {tmp_path}/test/CLASS/NAME.jpg."
-    with pytest.raises(ValueError, match=f"^{re.escape(f'`root`: {tmp_path}/train is no folder; {expected}')}$"):
+    expected = re.escape(f"expected {tmp_path}/CLASS/NAME.jpg, or {tmp_path}/train/CLASS/NAME.jpg")
+    with pytest.raises(MimicError, match=f"^`root`: {tmp_path} has no class folders; {expected}, with at least two"):
         opened(tmp_path)
-    (tmp_path / "train").mkdir()
-    with pytest.raises(ValueError, match=f"^`root`: Couldn't find any class folder in .*; {re.escape(expected)}$"):
+    (tmp_path / "imagse").mkdir()
+    with pytest.raises(MimicError, match=r"^`root`: .*/images is no folder \(nearest: 'imagse'\); expected "):
+        opened(tmp_path / "images")
+    (tmp_path / "imagse" / "cat").mkdir()
+    with pytest.raises(MimicError, match=r"has one class folder, 'imagse'; .* give data.root=.*/imagse\.$"):
+        opened(tmp_path)
+    shutil.rmtree(tmp_path / "imagse")
+    write_folder(tmp_path, ("test",))
+    with pytest.raises(MimicError, match=f"^`root`: {tmp_path} has a folder 'test', but no 'train'; {expected}"):
         opened(tmp_path)
     write_folder(tmp_path)
     write_folder(tmp_path, ("test",), classes="dx")
@@ -118,7 +125,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "train" / "c" / "Thumbs.db").touch()
     (tmp_path / "train" / "notes.txt").touch()
     with pytest.warns(
-        UserWarning, match="2 files in .*/train are no images of a class by their names, and are left out: "
+        UserWarning, match=r"2 files in .*/train are not images in a class folder, .* \(1 \.db, 1 \.txt\)"
     ):
         opened(tmp_path)
     (tmp_path / "train" / "notes.txt").unlink()
@@ -127,7 +134,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
         list(opened(tmp_path).train_dataloader())
     for number in range(3):
         (tmp_path / "train" / "c" / f"{number}.png").unlink()
-    with pytest.raises(ValueError, match=f"^`root`: Found no valid file for the classes c.*; {re.escape(expected)}$"):
+    with pytest.raises(MimicError, match=r"^`root`: .*/train has class folders without an image: 'c'\. Remove"):
         opened(tmp_path)
 
 
@@ -205,7 +212,7 @@ def test_names_that_are_no_text_are_refused_before_training(tmp_path):
     with pytest.raises(MimicError, match=message.replace("\\u", r"\\u")):
         opened(tmp_path)
     os.rename(bad, bad + b".txt")
-    with pytest.warns(UserWarning, match=r"1 files in .* are left out: a/caf\\udce9\.png\.txt\."):
+    with pytest.warns(UserWarning, match=r"1 files in .* are left out \(1 \.txt\), such as a/caf\\udce9\.png\.txt\."):
         opened(tmp_path)
 
 
@@ -216,7 +223,7 @@ def test_what_is_hidden_or_no_file_is_no_image(tmp_path):
         (tmp_path / "train" / name).write_bytes(b"\0")
     (tmp_path / "train" / "c" / "2.png").rename(tmp_path / "train" / "c" / "2.PNG")
     (tmp_path / "train" / "c" / "folder.png").mkdir()
-    with pytest.warns(UserWarning, match=r"3 files in .* are left out: \.ipynb_checkpoints/0\.png and more"):
+    with pytest.warns(UserWarning, match=r"3 files in .* are left out .*, such as \.ipynb_checkpoints/0\.png"):
         module = opened(tmp_path)
     assert module.class_names == ["a", "b", "c"]
     assert module.sources["train"].ids == [*IDS[:-1], "c/2.PNG"]

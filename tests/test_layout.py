@@ -46,7 +46,8 @@ MAY_IMPORT = {
     "manifest": BASE | TABLES,
     "reweighting": PURE | RECORDS,
     "trainer_package": set(),
-    **{room: PURE | RECORDS | {"reweighting", "trainer_package"} for room in ("callbacks", "models", "data")},
+    **{room: PURE | RECORDS | {"reweighting", "trainer_package"} for room in ("callbacks", "models")},
+    "data": PURE | RECORDS | TABLES | {"reweighting", "trainer_package"},
     "metrics": OFFLINE | {"distributed"},
     "report": OFFLINE,
     "curation": OFFLINE | {"metrics", "report"},
@@ -93,7 +94,7 @@ OPTIONAL = {
     "timm": {"data/transforms.py", "models/backbones.py"},
     "open_clip": {"models/zero_shot.py", "reference/open_clip_hub.py"},
     "webdataset": {"data/shard_files.py", "data/shards.py"},
-    "PIL": {"data/digit_pairs.py", "data/images.py", "data/labelled.py", "report/samples.py"},
+    "PIL": {"data/digit_pairs.py", "data/image_splits.py", "data/images.py", "data/labelled.py", "report/samples.py"},
 }
 TRAINERS = {"lightning", "pytorch_lightning"}
 CORE = TRAINERS | {

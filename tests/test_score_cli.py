@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_module
-from hydra.utils import instantiate
 from torchmetrics.functional import spearman_corrcoef
 
 from lightning_mimic import Ledger
+from lightning_mimic.cli.build import build
 from lightning_mimic.cli.score import main
 from lightning_mimic.cli.scoring import score
 from lightning_mimic.cli.training import train
@@ -97,7 +97,7 @@ def test_a_score_is_that_of_the_checkpoints_weights(folder):
         torch.load(folder / "reference.ckpt", weights_only=True)["state_dict"],
     )
     labels = dict(zip(data.noisy_ids.tolist(), data.given_labels.tolist(), strict=True))
-    model = instantiate(composed("score", folder, "experiment=digits_noisy", "ledger=x", "checkpoints=[x]").model)
+    _, model = build(composed("score", folder, "experiment=digits_noisy", "ledger=x", "checkpoints=[x]"))
     for epoch in range(EPOCHS):
         model.load_state_dict(torch.load(folder / "epochs" / f"{epoch:03d}.ckpt", weights_only=True)["state_dict"])
         model.eval()

@@ -100,7 +100,7 @@ def test_trusted_images_are_set_apart_by_class_and_by_their_own_seed(written):
         assert not torch.equal(other.rows[part], module.rows[part])
     if name == "cifar10":
         with pytest.raises(
-            ValueError, match=re.escape("`trusted` is 0.9, and class 0 has 3 training images; 3 of them")
+            ValueError, match=re.escape("`trusted` is 0.9, and class 'name 0' has 3 training images; 3 of them")
         ):
             opened(name, root, trusted=0.9)
 

@@ -14,8 +14,10 @@ _MULTIRUN = frozenset({"-m", "--multirun"})
 
 #: Settings that are paths or names, also where they look like numbers.
 _TEXT = frozenset({"ledger", "out", "output", "reference", "pretrained", "resume", "save_to", "save_epochs_to"})
-_TEXT |= {"features", "keep", "root", "path", "dir", "checkpoints", "default_root_dir", "plot", "shards", "partitioned"}
+_TEXT |= {"keep", "root", "path", "dir", "checkpoints", "default_root_dir", "plot", "shards", "partitioned"}
 _TEXT |= {"manifest", "title", "corrections", "page", "spotlight"}
+#: Those that are paths at the root alone; below a model, features are counted.
+_TEXT_AT_ROOT = frozenset({"features"})
 
 _FROM_ENVIRONMENT = re.compile(r"\$\{oc\.env:[^{}]*\}")
 _INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)")
@@ -91,7 +93,7 @@ def settle(config: DictConfig) -> None:
         {'temperature': 0.5, 'ledger': '2024'}
     """
     for path, name, raw in list(_leaves(OmegaConf.to_container(config, resolve=False), "")):
-        if name in _TEXT:
+        if name in _TEXT or path in _TEXT_AT_ROOT:
             if isinstance(raw, int | float) and not isinstance(raw, bool):
                 OmegaConf.update(config, path, str(raw))
         elif isinstance(raw, str) and _FROM_ENVIRONMENT.fullmatch(raw):

@@ -7,6 +7,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_mimic.callbacks import AtCheckpoints
+from lightning_mimic.cli.build import build
 from lightning_mimic.cli.errors import check_inputs_exist
 from lightning_mimic.data import CachedFeatures
 from lightning_mimic.errors import MimicError
@@ -29,7 +30,7 @@ def score(config: DictConfig) -> Ledger:
     user_path(config.ledger, "ledger")
     check_inputs_exist(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
-    data, model = instantiate(config.data), instantiate(config.model)
+    data, model = build(config)
     if config.features:
         data = CachedFeatures(data, model, config.features)
     mimic = instantiate(config.mimic, reweight="none", ledger=config.ledger)

@@ -22,6 +22,8 @@ _OWN = _PATHS | {
     "optimized_metric": str | None,
     "checkpoints": str | collections.abc.Sequence[str],
 }
+#: Null, until they are taken from the data.
+_FROM_DATA = ("num_classes", "image_shape")
 _WORDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -50,7 +52,7 @@ def check_types(config: DictConfig) -> None:
         lightning_mimic.errors.MimicError: `net.start_dim` is 'abc'; expected a whole number.
     """
     for place, value, hint in _typed_settings(config):
-        if not _fits(value, hint):
+        if not _fits(value, hint) and not (value is None and place.rpartition(".")[2] in _FROM_DATA):
             kinds = [typing.get_origin(each) or each for each in _members(hint)]
             known = dict.fromkeys(_WORDS.get(each, getattr(each, "__name__", str(each))) for each in kinds)
             raise MimicError(f"`{place}` is {value!r}; expected {' or '.join(known)}.")

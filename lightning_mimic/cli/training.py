@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_mimic.callbacks import GradMimic, SuspiciousImages
+from lightning_mimic.cli.build import build
 from lightning_mimic.cli.errors import check_inputs_exist
 from lightning_mimic.data import CachedFeatures
 from lightning_mimic.errors import MimicError, nearest_names
@@ -37,7 +38,7 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
     check_inputs_exist(config)
     (resume, resumed), save_to = _existing(config.resume), _writable(config.save_to)
     L.seed_everything(config.seed, workers=True, verbose=False)
-    data, model = instantiate(config.data), instantiate(config.model)
+    data, model = build(config)
     _check_fits(resume, resumed, model)
     if config.features:
         data = CachedFeatures(data, model, config.features)

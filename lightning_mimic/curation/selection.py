@@ -13,7 +13,7 @@ from lightning_mimic.errors import CurationError
 from lightning_mimic.manifest import EXPORTS, Manifest, checked_exports, write_manifest
 from lightning_mimic.stores import hide_secrets
 from lightning_mimic.tables import Table, settle_ids
-from lightning_mimic.user_files import user_path, writing
+from lightning_mimic.user_files import open_parquet, user_path, writing
 from lightning_mimic.version import __version__
 
 End = Literal["top", "bottom"]
@@ -21,6 +21,8 @@ _JOINTS = {"and": "INTERSECT", "or": "UNION", "minus": "EXCEPT"}
 _PATH = r"(?P<path>\S+?(?:\.(?:parquet|csv)|/))"
 #: Column of the labels that a person has corrected.
 _CORRECTED = "corrected_label"
+#: Columns of labels, and their types, that are carried over from the first manifest that has them.
+_LABELS = {"label": "BIGINT", "label_name": "VARCHAR", "predicted": "BIGINT", "predicted_name": "VARCHAR"}
 _TERM = re.compile(_PATH + r"(?::(?P<column>\S+)\s+(?P<end>top|bottom)\s+(?P<amount>\S+))?")
 _AMOUNT = re.compile(r"(?P<percent>\d+(?:\.\d+)?)\s*%|(?P<count>\d+)")
 _GRAMMAR = (
@@ -99,9 +101,9 @@ def select(
         progress: Told what is being done.
 
     Returns:
-        A manifest that decides on every sample that any of the tables knows, with the labels that one of them has
-        corrected. A sample that the first table lists
-        more than once stays in it as often.
+        A manifest that decides on every sample that any of the tables knows, with the recorded labels of the first
+        manifest among them that has labels, and those that one of them has corrected. A sample that the first table
+        lists more than once stays in it as often.
 
     Raises:
         CurationError: A recipe or table that cannot be read, ids of two types, or tables of other samples.
@@ -129,7 +131,10 @@ def select(
     if taken:
         raise CurationError(f"`out`: {out} is there already; name another file, or delete it.")
     with Database(memory, progress) as database:
-        tables = {f"term{k}": _load(database, f"term{k}", term) for k, term in enumerate(read.terms)}
+        labelled = _labelled(read.terms)
+        tables = {
+            f"term{k}": _load(database, f"term{k}", term, labels=term is labelled) for k, term in enumerate(read.terms)
+        }
         settle_ids(database, tables)
         for name, term in zip(tables, read.terms, strict=True):
             _choose(database, name, term)
@@ -158,16 +163,44 @@ def select(
             "samples": samples,
             "kept": kept,
             **_verdicts(read.terms),
+            **_class_names(labelled),
         }
         corrected = _corrected(database, tables)
+        labels = [] if labelled is None else _labels(database, f"term{read.terms.index(labelled)}")
+        carried = "".join(f", {name}" for name in [*labels, *([_CORRECTED] if corrected else [])])
         query = (
-            f"SELECT all_samples.id, selected.id IS NOT NULL AS keep, {why} AS reason"
-            f"{', corrected_label' if corrected else ''} FROM ({all_samples}) AS all_samples "
-            "LEFT JOIN selected ON all_samples.id = selected.id "
+            f"SELECT all_samples.id, selected.id IS NOT NULL AS keep, {why} AS reason{carried} "
+            f"FROM ({all_samples}) AS all_samples LEFT JOIN selected ON all_samples.id = selected.id "
+            f"{'LEFT JOIN labels ON all_samples.id = labels.id' if labels else ''} "
             f"{'LEFT JOIN corrected ON all_samples.id = corrected.id' if corrected else ''} ORDER BY all_samples.id"
         )
         with database.reader(query, "writing") as rows:
             return write_manifest(out, rows, provenance, exports)
+
+
+def _labelled(terms: Sequence[Term]) -> Term | None:
+    """Return the first term that is of a manifest with recorded labels."""
+    for term in terms:
+        with contextlib.suppress(CurationError):  # a table of another kind
+            manifest = Manifest(term.path)
+            with open_parquet(manifest.path) as file:
+                if manifest.provenance and "label" in file.schema_arrow.names:
+                    return term
+    return None
+
+
+def _class_names(labelled: Term | None) -> dict[str, Any]:
+    """The names of the classes, for the provenance."""
+    names = None if labelled is None else Manifest(labelled.path).class_names
+    return {} if names is None else {"class_names": list(names)}
+
+
+def _labels(database: Database, name: str) -> list[str]:
+    """Make a table of the labels of a term, and return its columns."""
+    found = [column for column in database.columns(name) if column in _LABELS]
+    each = ", ".join(f"any_value({column})::{_LABELS[column]} AS {column}" for column in found)
+    database.run(f"CREATE TABLE labels AS SELECT id, {each} FROM {name} GROUP BY id")
+    return found
 
 
 def _corrected(database: Database, tables: Mapping[str, Table]) -> bool:
@@ -210,12 +243,14 @@ def _term(text: str) -> Term:
     return Term(match["path"], match["column"], end, fraction, count)
 
 
-def _load(database: Database, name: str, term: Term) -> Table:
-    """A table with ``id``, and ``keep`` or ``value``."""
+def _load(database: Database, name: str, term: Term, *, labels: bool) -> Table:
+    """A table with ``id``, and ``keep`` or ``value``; with labels, if they are carried over from it."""
     table = Table(term.path)
     columns = {"id": "id", "keep": "keep"} if term.column is None else {"id": "id", "value": term.column}
     if _CORRECTED in table.names:
         columns[_CORRECTED] = _CORRECTED
+    if labels:
+        columns |= {column: column for column in _LABELS if column in table.names}
     table.load(database, name, columns, f"reading {table.path.name}")
     return table
 

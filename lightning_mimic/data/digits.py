@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_mimic.data.noise import LabelNoise
 from lightning_mimic.data.splits import LabelledSplits, Source, Split
+from lightning_mimic.errors import package_of_extra
 from lightning_mimic.random_streams import torch_generator
 
 
@@ -69,7 +70,8 @@ class DigitsDataModule(LabelledSplits):
         self._shifts = torch_generator(seed, "shifts")
 
     def read(self) -> Mapping[str, Source]:
-        from sklearn.datasets import load_digits  # owns the images; not needed by the package's core
+        with package_of_extra("the data set of digits", "vision"):
+            from sklearn.datasets import load_digits  # which has the images
 
         digits = load_digits()
         images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16

@@ -3,49 +3,55 @@
 import errno
 import os
 import warnings
+from collections import Counter
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 from lightning_mimic.data.image_splits import ImageSplits, Transform
 from lightning_mimic.data.images import MAX_PIXELS
 from lightning_mimic.data.noise import LabelNoise
 from lightning_mimic.data.splits import Source, Split
-from lightning_mimic.errors import MimicError
+from lightning_mimic.errors import MimicError, join_names, nearest_names, package_of_extra
 
 
 class ImageFolderDataModule(ImageSplits):
-    """Images as ``root/train/CLASS/NAME.jpg`` and ``root/test/CLASS/NAME.jpg``; ``root/val`` where there is one.
+    """Images as ``root/CLASS/NAME.jpg``, or split as ``root/train/CLASS/NAME.jpg``, ``root/test`` and ``root/val``.
 
-    With ``trusted=0`` all training images are the noisy part. Ids are paths below ``root/train``, such as
-    ``"cat/0001.jpg"``, so that an image keeps its id when others come or go. What has no image's suffix, or is hidden,
-    is left out, with a warning. Images are decoded as :func:`~lightning_mimic.data.images.decode_image` says: upright
-    by their EXIF orientation, 16 bits scaled to 8, transparency dropped with a warning.
+    ``root/test`` and ``root/val`` are optional. Without a test split, the held-out trusted images test. Without trusted
+    images all training images are the noisy part. Class folders may have folders in them. Ids are paths below the
+    folder of the classes, such as ``"cat/0001.jpg"``, so that an image keeps its id when others come or go. Files
+    without the suffix of an image, hidden ones and those outside of class folders are left out, with a warning that
+    counts them. Images are decoded by :func:`~lightning_mimic.data.images.decode_image`: upright by their EXIF
+    orientation, 16 bits scaled to 8, transparency dropped with a warning.
 
     Args:
-        root: Folder with ``train`` and ``test``.
+        root: Folder of the class folders, or of ``train``, ``test`` and ``val``.
         transform: PIL image of mode RGB to tensor; ``None`` gives PIL images, for a zero-shot classifier.
-        train: What trains: ``"trusted"``, ``"trusted_fit"``, ``"trusted_held"`` or ``"noisy"``.
+        train: The part that trains: ``"trusted"``, ``"trusted_fit"``, ``"trusted_held"`` or ``"noisy"``.
         noise: Corrupts the labels of the noisy part, or of ``"trusted_held"``.
         keep: A manifest; only what it keeps of the noisy part trains.
         flip: Flip every other training image, another half in every epoch.
-        trusted: Share of each class of ``root/train`` that is set apart with trusted labels: none, or at least two
-            images, of which a quarter, at least one, is held out.
-        split_seed: Of which these are; the same for a reference and for what it scores.
-        seed: Of the order in training and of what is flipped.
+        trusted: The training images whose labels are trusted: a share of each class, none or at least two images; or
+            the path of a list of checked images (:func:`~lightning_mimic.data.trusted_list.read_trusted_list`), whose
+            labels replace those of the folders. A quarter of each class, at least one of two images, is held out.
+        split_seed: Seed of the draw of these images; the same for a reference and for what it scores.
+        seed: Seed of the order in training and of the flips.
         batch_size: Images per batch and process.
         num_workers: Loader processes.
         max_pixels: Most pixels of an image, by its header; a bigger one is an error, before it is decoded.
 
     Raises:
         MimicError: Another part, a manifest for one that is not noisy, a share outside 0 to 1, or no pixels; in
-            ``setup``, folders that are not there, cannot be read, or are not of the same classes, and names that are
-            not UTF-8, which no ledger could hold; on access, an image that cannot be decoded, with its path.
+            ``setup``, folders that are not there, cannot be read, or are not of the same classes, a single class, a
+            list that does not fit the images, and names that are not UTF-8, which no ledger could hold; on access, an
+            image that cannot be decoded, with its path.
 
     Example:
-        >>> ImageFolderDataModule("nowhere").setup()
+        >>> ImageFolderDataModule("nowhere/images").setup()
         Traceback (most recent call last):
         ...
-        lightning_mimic.errors.MimicError: `root`: nowhere/train is no folder; expected nowhere/train/CLASS/NAME.jpg ...
+        lightning_mimic.errors.MimicError: `root`: nowhere/images is no folder; expected nowhere/images/CLASS...
     """
 
     def __init__(  # noqa: PLR0913
@@ -56,7 +62,7 @@ class ImageFolderDataModule(ImageSplits):
         noise: LabelNoise | None = None,
         keep: str | Path | None = None,
         flip: bool = False,
-        trusted: float = 0.0,
+        trusted: float | str | Path = 0.0,
         split_seed: int = 0,
         seed: int = 0,
         batch_size: int = 32,
@@ -69,43 +75,88 @@ class ImageFolderDataModule(ImageSplits):
         self.max_pixels = max_pixels
         self.root = Path(root).expanduser()
 
+    @cached_property
+    def class_names(self) -> list[str]:  # type: ignore[override]
+        """Names of the classes in the order of the labels, from the names of the folders.
+
+        Raises:
+            MimicError: There are no such folders.
+        """
+        return self._classes(self._folders["train"])
+
+    @property
+    def num_classes(self) -> int:  # type: ignore[override]
+        """Number of the class folders."""
+        return len(self.class_names)
+
     def read(self) -> Mapping[str, Source]:
-        splits = ["train", "test", *(["val"] if (self.root / "val").exists() else [])]
-        found = {split: self._found(split) for split in splits}
-        self.class_names, _ = found["train"]
-        self.num_classes = len(self.class_names)
-        for split, (classes, _) in found.items():
-            if differing := sorted(set(classes) ^ set(self.class_names)):
+        for split, folder in self._folders.items():
+            if differing := sorted(set(self._classes(folder)) ^ set(self.class_names)):
                 raise MimicError(
-                    f"`root`: {self.root / 'train'} and {self.root / split} must have the same classes; in one of them "
-                    f"alone: {', '.join(map(repr, differing))}."
+                    f"`root`: {self._folders['train']} and {self.root / split} must have the same classes; in one of "
+                    f"them alone: {join_names(differing)}."
                 )
-        return {split: self._source(split, samples) for split, (_, samples) in found.items()}
+        self._warn_of_others()
+        return {split: self._source(folder) for split, folder in self._folders.items()}
 
-    def _source(self, split: str, samples: list[tuple[str, int]]) -> Source:
-        files = [path for path, _ in samples]
-        ids = [Path(path).relative_to(self.root / split).as_posix() for path in files]
-        return self.source(None, [label for _, label in samples], files, ids)
+    @cached_property
+    def _folders(self) -> dict[str, Path]:
+        """The folder of the classes of each split."""
+        if not self.root.is_dir():
+            parent = self.root.parent
+            near = (
+                [name for each in parent.iterdir() if each.is_dir() and not (name := each.name).startswith(".")]
+                if parent.is_dir()
+                else []
+            )
+            nearest = f" ({nearest_names(self.root.name, near)})" if near else ""
+            raise MimicError(f"`root`: {self.root} is no folder{nearest}; {self._expected}.")
+        splits = {name: self.root / name for name in ("train", "test", "val") if _has_folders(self.root / name)}
+        if not splits:
+            return {"train": self.root}
+        if "train" not in splits:
+            raise MimicError(
+                f"`root`: {self.root} has a folder {next(iter(splits))!r}, but no 'train'; {self._expected}."
+            )
+        return splits
 
-    def _found(self, split: str) -> tuple[list[str], list[tuple[str, int]]]:
-        """Return the classes of a split, and path and label of its images."""
-        from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+    @property
+    def _expected(self) -> str:
+        return f"expected {self.root}/CLASS/NAME.jpg, or {self.root}/train/CLASS/NAME.jpg"
 
-        folder = self.root / split
-        expected = f"expected {self.root}/train/CLASS/NAME.jpg and {self.root}/test/CLASS/NAME.jpg"
-        if not folder.is_dir():
-            raise MimicError(f"`root`: {folder} is no folder; {expected}.")
+    def _classes(self, folder: Path) -> list[str]:
+        try:
+            names = sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+        except OSError as error:
+            raise MimicError(f"`root`: {str(error).rstrip('.')}; {self._expected}.") from error
+        if len(names) < 2:
+            found = f"one class folder, {names[0]!r}" if names else "no class folders"
+            inner = folder / names[0] if names else folder
+            deeper = (
+                f" If its folders are the classes, give data.root={inner}." if names and _has_folders(inner) else ""
+            )
+            raise MimicError(f"`root`: {folder} has {found}; {self._expected}, with at least two classes.{deeper}")
+        return names
+
+    def _source(self, folder: Path) -> Source:
+        with package_of_extra("a folder of images", "vision"):
+            from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
         def is_image(path: str) -> bool:
-            shown = not any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
-            return shown and path.lower().endswith(IMG_EXTENSIONS)
+            return _is_image(Path(path).relative_to(folder))
 
+        classes = {name: label for label, name in enumerate(self.class_names)}
         try:
             files = _files_below(folder)
-            classes = [name for name in find_classes(folder)[0] if not name.startswith(".")]
-            samples = make_dataset(folder, {name: k for k, name in enumerate(classes)}, is_valid_file=is_image)
-        except OSError as error:  # no classes, a class without images, a folder that cannot be read
-            raise MimicError(f"`root`: {str(error).rstrip('.')} in {folder}; {expected}.") from error
+            samples = make_dataset(folder, classes, is_valid_file=is_image, allow_empty=True)
+        except OSError as error:  # a folder that cannot be read
+            raise MimicError(f"`root`: {str(error).rstrip('.')} in {folder}; {self._expected}.") from error
+        filled = {label for _, label in samples}
+        if empty := [name for name, label in classes.items() if label not in filled]:
+            raise MimicError(
+                f"`root`: {folder} has class folders without an image: {join_names(empty)}. Remove these folders, or "
+                f"put images into them, whose names end in {', '.join(IMG_EXTENSIONS)}."
+            )
         known = {Path(path) for path, _ in samples}
         if unwritable := sorted(path for path in known if not _is_text(str(path.relative_to(folder)))):
             raise MimicError(
@@ -113,13 +164,44 @@ class ImageFolderDataModule(ImageSplits):
                 f"{str(unwritable[0].relative_to(folder))!a}; their paths are their ids in ledger and manifest. Rename "
                 "them (convmv does that for whole folders)."
             )
-        if others := sorted(path for path in files if path not in known):
-            warnings.warn(
-                f"{len(others)} files in {folder} are no images of a class by their names, and are left out: "
-                f"{_shown(others[0].relative_to(folder))}{' and more' if len(others) > 1 else ''}.",
-                stacklevel=2,
-            )
-        return classes, samples
+        self._warn_left_out(folder, [path for path in files if path not in known])
+        ids = [Path(path).relative_to(folder).as_posix() for path, _ in samples]
+        return self.source(None, [label for _, label in samples], [path for path, _ in samples], ids)
+
+    def _warn_of_others(self) -> None:
+        """Warn of images beside ``train``, ``test`` and ``val``."""
+        if self._folders["train"] == self.root:
+            return
+        beside = [each for each in self.root.iterdir() if each.name not in self._folders]
+        files = [path for each in beside for path in (_files_below(each) if each.is_dir() else [each])]
+        self._warn_left_out(self.root, [path for path in files if _is_image(path.relative_to(self.root))])
+
+    def _warn_left_out(self, folder: Path, files: list[Path]) -> None:
+        """Warn of files that are no images of a class, other than the list of trusted images."""
+        trusted = Path(self.trusted).expanduser().absolute() if isinstance(self.trusted, str | Path) else None
+        others = sorted(path for path in files if path.absolute() != trusted)
+        if not others:
+            return
+        suffixes = Counter(path.suffix.lower() or "without a suffix" for path in others)
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
+        warnings.warn(
+            f"{len(others)} files in {folder} are not images in a class folder, and are left out ({counts}), such as "
+            f"{_shown(others[0].relative_to(folder))}.",
+            stacklevel=2,
+        )
+
+
+def _is_image(path: Path) -> bool:
+    """Return whether a path below the folder of the classes is that of an image, by its name."""
+    with package_of_extra("a folder of images", "vision"):
+        from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    return path.name.lower().endswith(IMG_EXTENSIONS) and not any(part.startswith(".") for part in path.parts)
+
+
+def _has_folders(path: Path) -> bool:
+    """Return whether a folder has folders in it that are not hidden."""
+    return path.is_dir() and any(each.is_dir() and not each.name.startswith(".") for each in path.iterdir())
 
 
 def _files_below(folder: Path) -> list[Path]:

@@ -19,7 +19,8 @@ from lightning_mimic.data.images import (
 )
 from lightning_mimic.data.noise import LabelNoise
 from lightning_mimic.data.splits import LabelledSplits, Source, Split
-from lightning_mimic.errors import MimicError
+from lightning_mimic.data.trusted_list import find_trusted, read_trusted_list
+from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.random_streams import torch_generator
 
 #: From a PIL image of mode RGB to a tensor ``(C, H, W)``.
@@ -117,17 +118,20 @@ class ImageSplits(LabelledSplits):
         noise: Corrupts the labels of the noisy part, or of ``"trusted_held"``.
         keep: A manifest; only what it keeps of the noisy part trains.
         transform: PIL image of mode RGB to tensor; ``None`` gives PIL images, for a zero-shot classifier.
-        trusted: Share of each class of the training split that is set apart with trusted labels: none, or at least two
-            images, of which a quarter, at least one, is held out (``"trusted_held"``).
-        split_seed: Of which these are. It is not ``seed``, so that a reference of another seed has not seen what is
-            scored.
+        trusted: The training images whose labels are trusted, and which are never part of the noisy ones: a share of
+            each class, at least two images; or the path of a list of images
+            (:func:`~lightning_mimic.data.trusted_list.read_trusted_list`), whose labels replace those of the data. A
+            quarter of each class, at least one of two images, is held out (``"trusted_held"``).
+        split_seed: Seed of the draw of these images. It is not ``seed``, so that a reference trained with another seed
+            has not seen what is scored.
         flip: Flip every other training image, another half in every epoch.
         seed: Of the order in training and of what is flipped.
         batch_size: Images per batch and process.
         num_workers: Loader processes.
 
     Raises:
-        MimicError: Another part, a manifest for one that is not noisy, or a share outside 0 to 1.
+        MimicError: Another part, a manifest for one that is not noisy, or a share outside 0 to 1; in ``setup``, a list
+            that does not fit the images.
     """
 
     #: A batch of 224 by 224 pixels takes 60 MB, and each worker holds several.
@@ -143,7 +147,7 @@ class ImageSplits(LabelledSplits):
         noise: LabelNoise | None = None,
         keep: str | Path | None = None,
         transform: Transform | None = None,
-        trusted: float = 0.0,
+        trusted: float | str | Path = 0.0,
         split_seed: int = 0,
         flip: bool = False,
         seed: int = 0,
@@ -151,11 +155,24 @@ class ImageSplits(LabelledSplits):
         num_workers: int = 0,
     ) -> None:
         super().__init__(train, noise, keep, flip, seed, batch_size, num_workers)
-        if not 0 <= trusted < 1:
-            raise MimicError(f"`trusted` is a share of the training images, from 0 to below 1, not {trusted!r}.")
+        if not isinstance(trusted, str | Path) and not 0 <= trusted < 1:
+            raise MimicError(
+                f"`trusted` is {trusted!r}; expected a share of the training images, from 0 to below 1, or the path of "
+                "a list of checked images (.csv, .parquet or .txt)."
+            )
         self.transform = transform
         self.trusted = trusted
         self.split_seed = split_seed
+
+    @property
+    def image_shape(self) -> tuple[int, ...] | None:
+        """Shape of an image after the transform; ``None`` where it differs between images, or without a transform."""
+        from PIL import Image
+
+        if self.transform is None:
+            return None
+        wide, high = (tuple(self.transform(Image.new("RGB", size)).shape) for size in ((64, 48), (48, 80)))
+        return wide if wide == high else None
 
     def source(
         self, dataset: Any, labels: Any, files: Sequence[str | Path] | None = None, ids: list[str] | None = None
@@ -185,23 +202,67 @@ class ImageSplits(LabelledSplits):
     def divide(self, labels: Tensor) -> Mapping[str, Tensor]:
         fit, held = [torch.arange(0)], [torch.arange(0)]
         generator = torch_generator(self.split_seed, "trusted split")
-        for label in range(self.num_classes if self.trusted else 0):
-            members = (labels == label).nonzero().flatten()
-            count = max(2, round(self.trusted * len(members)))
-            if count >= len(members):
-                raise MimicError(
-                    f"`trusted` is {self.trusted}, and class {label} has {len(members)} training images; {count} of "
-                    "them would be trusted, and at least one must be left to train on. Take a smaller share, or more "
-                    "images of that class."
-                )
+        for members, count in self._trusted_by_class(labels):
             chosen = members[torch.randperm(len(members), generator=generator)[:count]]
-            held.append(chosen[: max(1, count // 4)])
-            fit.append(chosen[max(1, count // 4) :])
+            out = max(1, count // 4) if count > 1 else 0  # the reference must have seen every class
+            held.append(chosen[:out])
+            fit.append(chosen[out:])
         parts = {"trusted_fit": torch.cat(fit).sort().values, "trusted_held": torch.cat(held).sort().values}
         noisy = torch.ones(len(labels), dtype=torch.bool)
         noisy[torch.cat(list(parts.values()))] = False
-        test = torch.arange(len(self.sources["test"].labels))
-        return {**parts, "noisy": noisy.nonzero().flatten(), "test": test}
+        test = {"test": torch.arange(len(self.sources["test"].labels))} if "test" in self.sources else {}
+        return {**parts, "noisy": noisy.nonzero().flatten(), **test}
+
+    def _trusted_by_class(self, labels: Tensor) -> list[tuple[Tensor, int]]:
+        """Return, for each class, rows from which the trusted ones are drawn, and how many these are."""
+        if isinstance(self.trusted, str | Path):
+            return [(rows, len(rows)) for rows in self._listed(self.trusted, labels)]
+        return [self._share(self.trusted, labels, label) for label in range(self.num_classes if self.trusted else 0)]
+
+    def _share(self, share: float, labels: Tensor, label: int) -> tuple[Tensor, int]:
+        """Return the rows of a class, and how many of them are trusted."""
+        members = (labels == label).nonzero().flatten()
+        count = max(2, round(share * len(members)))
+        if count >= len(members):
+            raise MimicError(
+                f"`trusted` is {share}, and class {self._class_name(label)!r} has {len(members)} training "
+                f"images; {count} of them would be trusted, and at least one must be left to train on. Take a smaller "
+                "share, or more images of that class."
+            )
+        return members, count
+
+    def _listed(self, path: str | Path, labels: Tensor) -> list[Tensor]:
+        """Return the rows of the listed images by class, and correct their labels."""
+        source = self.sources["train"]
+        listed = read_trusted_list(path)
+        ids = source.ids if source.ids is not None else list(map(str, range(len(labels))))
+        found = find_trusted(listed, ids, source.images.files, list(map(self._class_name, range(self.num_classes))))
+        for row, label in found.items():
+            if label is not None:
+                labels[row] = label
+        rows = torch.tensor(sorted(found), dtype=torch.int64)
+        by_class = [rows[labels[rows] == label] for label in range(self.num_classes)]
+        if missing := [self._class_name(label) for label, members in enumerate(by_class) if not len(members)]:
+            raise MimicError(
+                f"`trusted`: {path} lists no image of {len(missing)} of {self.num_classes} classes: "
+                f"{join_names(missing)}. A reference cannot learn a class that it has never seen, and would take all "
+                "its images for wrong ones. Check a few images of every class."
+            )
+        others = torch.ones(len(labels), dtype=torch.bool)
+        others[rows] = False
+        left = torch.bincount(labels[others], minlength=self.num_classes)
+        whole = [self._class_name(label) for label in (left == 0).nonzero().flatten().tolist()]
+        if whole and self.train == "noisy" and len(whole) < self.num_classes:
+            warnings.warn(
+                f"`trusted`: {path} lists all images of {join_names(whole)}. A model that is trained on the "
+                "other images never sees these classes.",
+                stacklevel=2,
+            )
+        return by_class
+
+    def _class_name(self, label: int) -> str:
+        names = getattr(self, "class_names", None)
+        return str(names[label]) if names else str(label)
 
     def _original(self, row: int) -> Any:
         return self.sources["train"].images.original(row)

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from io import BytesIO
 from typing import Any
 
-from lightning_mimic.errors import MimicError
+from lightning_mimic.errors import MimicError, package_of_extra
 
 #: Formats of images from the web, whatever their names. Of PIL's others some start programs (EPS).
 WEB_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -55,7 +55,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, 
         ...
         lightning_mimic.data.images.ImageError: cannot identify image file; begins b'<html>'
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    with package_of_extra("an image", "vision"):
+        from PIL import Image, ImageOps, UnidentifiedImageError
 
     with warnings.catch_warnings(), _strict():
         warnings.simplefilter("ignore")  # odd metadata, and sizes that are looked at right here

@@ -1,5 +1,6 @@
 """Disjoint splits of labelled images: noisy labels, trusted labels, and a test set."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,18 +115,18 @@ class LabelledSplits(pl.LightningDataModule, ABC):
 
     @abstractmethod
     def read(self) -> Mapping[str, Source]:
-        """Return the sources ``"train"``, ``"test"`` and, where there is one, ``"val"``."""
+        """Return the sources ``"train"`` and, where the data have them, ``"test"`` and ``"val"``."""
 
     @abstractmethod
     def divide(self, labels: Tensor) -> Mapping[str, Tensor]:
         """Assign rows to splits.
 
         Args:
-            labels: True ones of the source ``"train"``.
+            labels: Labels of the source ``"train"``; a subclass that knows better ones changes them in place.
 
         Returns:
             Rows of the source ``"train"`` under ``"noisy"``, ``"trusted_fit"`` and ``"trusted_held"``, any of which
-            may be empty; rows of the source ``"test"`` under ``"test"``.
+            may be empty; rows of the source ``"test"`` under ``"test"``, where there is one.
         """
 
     def setup(self, stage: str | None = None) -> None:
@@ -173,8 +174,23 @@ class LabelledSplits(pl.LightningDataModule, ABC):
             return self._evaluation("train", held)
         return self._evaluation("val") if "val" in self.sources else []
 
-    def test_dataloader(self) -> DataLoader:
-        return self._evaluation("test", self.rows["test"])
+    def test_dataloader(self) -> Any:
+        """Return the test split or, where the data have none, the held-out trusted images, if they did not train.
+
+        Without either there is no loader, and a warning: noisy labels are never used for a test.
+        """
+        if "test" in self.sources:
+            return self._evaluation("test", self.rows["test"])
+        held = self.rows["trusted_held"]
+        if len(held) and self.train in ("trusted_fit", "noisy"):
+            return self._evaluation("train", held)
+        trained = f" that `train={self.train!r}` leaves out" if len(held) else ""
+        warnings.warn(
+            f"nothing is tested: the data have no test split, and there are no held-out trusted images{trained}. "
+            "Give a list of checked images as `trusted`, or switch the test off (test=false).",
+            stacklevel=2,
+        )
+        return []
 
     def samples_by_id(self, ids: Sequence[int | str]) -> Iterator[tuple[int | str, Any]]:
         """Yield images of the training split as a person looks at them, known after :meth:`setup`.

@@ -9,7 +9,7 @@ from typing import Any
 from lightning_mimic.data.image_splits import ImageSplits, Transform
 from lightning_mimic.data.noise import LabelNoise
 from lightning_mimic.data.splits import Source, Split
-from lightning_mimic.errors import MimicError, nearest_names
+from lightning_mimic.errors import MimicError, nearest_names, package_of_extra
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,10 @@ class TorchvisionDataModule(ImageSplits):
         return {split: self._read(split) for split in self.spec.splits}
 
     def _read(self, split: str, download: bool = False) -> Source:
+        with package_of_extra(f"the data set {self.name}", "vision"):
+            return self._read_with_torchvision(split, download)
+
+    def _read_with_torchvision(self, split: str, download: bool) -> Source:
         import torchvision.datasets
 
         reader = getattr(torchvision.datasets, self.spec.reader)

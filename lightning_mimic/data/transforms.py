@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning_mimic.data.image_splits import Transform
-from lightning_mimic.errors import MimicError, nearest_names
+from lightning_mimic.errors import MimicError, nearest_names, package_of_extra
 
 
 def paper_transform(size: int = 224) -> Transform:
@@ -24,7 +24,9 @@ def paper_transform(size: int = 224) -> Transform:
         (torch.Size([3, 16, 16]), 1.0)
     """
     import torch
-    from torchvision.transforms import v2
+
+    with package_of_extra("the transform of images", "vision"):
+        from torchvision.transforms import v2
 
     steps = [v2.Resize((size, size)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
     return v2.Compose(steps)  # type: ignore[no-any-return]
@@ -49,7 +51,8 @@ def torchvision_preset(weights: str) -> Transform:
             interpolation=InterpolationMode.BILINEAR
         )
     """
-    from torchvision import models
+    with package_of_extra("torchvision's transform", "vision"):
+        from torchvision import models
 
     kinds = [models.get_model_weights(name) for name in models.list_models(models)]
     known: dict[str, Any] = {str(each): each for kind in kinds for each in kind}
@@ -72,9 +75,10 @@ def timm_preset(model_name: str) -> Transform:
         >>> timm_preset("vit_base_patch16_224.augreg_in21k").transforms[1]
         CenterCrop(size=(224, 224))
     """
-    from timm.data.config import resolve_data_config
-    from timm.data.transforms_factory import create_transform
-    from timm.models import get_pretrained_cfg, list_models
+    with package_of_extra("timm's transform", "vision"):
+        from timm.data.config import resolve_data_config
+        from timm.data.transforms_factory import create_transform
+        from timm.models import get_pretrained_cfg, list_models
 
     known = {*list_models(), *list_models(pretrained=True)}
     config = get_pretrained_cfg(model_name) if model_name in known else None

@@ -22,8 +22,8 @@ class Manifest:
     """Decisions about samples, with their provenance.
 
     The file has a row per sample (or per listing of a sample, where a pool lists it more than once), the most
-    suspicious first. A manifest made of others has ``id``, ``keep`` and ``reason`` only, and
-    ``corrected_label`` where one of them has it.
+    suspicious first. A manifest made of others has ``id``, ``keep``, ``reason``, the recorded labels and
+    predictions with their names, and ``corrected_label`` where one of them has it.
 
     - ``id``; ``keep``; ``reason``: why it goes or has no opinion, null where it is kept on its score;
     - ``score``: mean mimic score, loss per unit of weight distance, unbounded; lower is more suspicious, null: none;

@@ -1,11 +1,32 @@
 """Backbones that give features: torchvision's and timm's without their classifier, and a small one for the digits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_mimic.errors import MimicError, nearest_names
+from lightning_mimic.errors import MimicError, nearest_names, package_of_extra
+
+
+def published_transform(backbone: nn.Module) -> Callable[[Any], Tensor] | None:
+    """Return the transform with which a backbone's weights were published: image size, mean and deviation.
+
+    Args:
+        backbone: By :func:`timm_backbone` or :func:`torchvision_backbone`. With random weights the transform is that
+            of the model's default weights.
+
+    Returns:
+        PIL image of mode RGB to tensor ``(C, H, W)``; ``None`` for other backbones.
+
+    Example:
+        >>> from PIL import Image
+        >>> backbone = timm_backbone("test_resnet")
+        >>> published_transform(backbone)(Image.new("RGB", (300, 200))).shape
+        torch.Size([3, 160, 160])
+    """
+    make = getattr(backbone, "make_published_transform", None)
+    return None if make is None else make()
 
 
 def torchvision_backbone(name: str, weights: str | None = None, **options: Any) -> nn.Module:
@@ -31,7 +52,8 @@ def torchvision_backbone(name: str, weights: str | None = None, **options: Any) 
         ...     torchvision_backbone("vit_b_16")(torch.zeros(2, 3, 224, 224)).shape
         torch.Size([2, 768])
     """
-    import torchvision
+    with package_of_extra("a backbone of torchvision", "vision"):
+        import torchvision
 
     known = torchvision.models.list_models(torchvision.models)
     if name not in known:
@@ -51,6 +73,9 @@ def torchvision_backbone(name: str, weights: str | None = None, **options: Any) 
         raise MimicError(f"`name`: {name!r} ends in a {type(last).__name__}, not in a linear layer to leave out.")
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, nn.Identity())
+    entry = published or torchvision.models.get_model_weights(name).DEFAULT
+    size = {"crop_size": options["image_size"], "resize_size": options["image_size"]} if "image_size" in options else {}
+    model.make_published_transform = partial(entry.transforms, **size)  # type: ignore[assignment]
     return model
 
 
@@ -77,7 +102,8 @@ def timm_backbone(name: str, weights: str | None = None, **options: Any) -> nn.M
         ...     timm_backbone("vit_base_patch16_224")(torch.zeros(2, 3, 224, 224)).shape
         torch.Size([2, 768])
     """
-    import timm
+    with package_of_extra("a backbone of timm", "vision"):
+        import timm
 
     plain, _, tag = name.partition(".")
     if not timm.is_model(plain):
@@ -86,7 +112,7 @@ def timm_backbone(name: str, weights: str | None = None, **options: Any) -> nn.M
         raise MimicError(f"`name`: {name!r} names weights as well; give name={plain!r} and weights={tag!r}.")
     if weights is None:
         model: nn.Module = timm.create_model(name, num_classes=0, **options)
-        return model
+        return _with_timm_transform(model, options)
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
     tag = _tag(name, weights, name, ["DEFAULT", *tags] if tags else [])
     full = name if tag == "DEFAULT" else f"{name}.{tag}"
@@ -96,6 +122,15 @@ def timm_backbone(name: str, weights: str | None = None, **options: Any) -> nn.M
         published = timm.get_pretrained_cfg(full)
         where = f"model.safetensors of https://huggingface.co/{published.hf_hub_id if published else full}"
         raise MimicError(_NOT_FETCHED.format(name=name, why=error, where=where)) from error
+    return _with_timm_transform(model, options)
+
+
+def _with_timm_transform(model: nn.Module, options: dict[str, Any]) -> nn.Module:
+    from timm.data.config import resolve_data_config
+    from timm.data.transforms_factory import create_transform
+
+    settings = resolve_data_config(options, model=model)
+    model.make_published_transform = partial(create_transform, **settings, is_training=False)  # type: ignore[assignment]
     return model
 
 

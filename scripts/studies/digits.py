@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from hydra import compose, initialize_config_module
-from hydra.utils import instantiate
 from torch import Tensor
 
+from lightning_mimic.cli.build import build
 from lightning_mimic.data.digits import DigitsDataModule
 from lightning_mimic.data.noise import SymmetricNoise
 from lightning_mimic.reference import reference_model
@@ -75,6 +74,6 @@ def reference_logits(path: Path, images: Tensor, *overrides: str) -> Tensor:
         Shape ``(n, 10)``.
     """
     with initialize_config_module("lightning_mimic.conf", version_base="1.3"):
-        model: Any = instantiate(compose("train", overrides=list(overrides)).model)
+        _, model = build(compose("train", overrides=list(overrides)))
     logits: Tensor = reference_model(path, model, "forward")(images)
     return logits
