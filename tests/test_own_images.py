@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from lightning_mimic import Ledger
 from lightning_mimic.cli.build import build
-from lightning_mimic.cli.train import train
+from lightning_mimic.cli.training import train
 from lightning_mimic.curation import Posterior, curate
 from lightning_mimic.data.image_folder import ImageFolderDataModule
 from lightning_mimic.data.transforms import paper_transform
