@@ -24,12 +24,14 @@ NEEDS = {
     "needs a checkpoint with several state dicts",
     "needs a package that no extra brings",
     "needs an interrupted run",
+    "needs a network",
     "needs an object store",
     "needs hours",
     "needs several machines",
     "needs tables of other programs",
     "needs the loop around it",
     "needs two free cores for half a minute",
+    "needs your images",
 }
 #: Words that are added to the trainings of a page.
 SHORTER = {"docs/start/image-text.md": ["trainer.max_epochs=3"]}
