@@ -102,6 +102,21 @@ def test_a_reference_that_does_not_explain_the_labels_decides_nothing(one, tmp_p
     assert curate(tmp_path / "scores", Sign()).wrong_share is None
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_sign_that_drops_right_labels_is_warned_of(tmp_path):
+    calibration = {"wrong_share": 0.2, "low": 0.1, "high": 0.3, "samples": 100, "informative": True}
+    wrong = np.arange(100) < 20
+    for name, scores in (("overtaken", np.where(wrong, 1.0, -1.0)), ("ahead", np.where(wrong, -1.0, 1.0))):
+        write_scores(tmp_path / name, scores, posterior=np.where(wrong, 0.1, 0.9))
+        note(tmp_path / name, 0, {"calibration": calibration})
+    with pytest.warns(
+        UserWarning, match=r"drops 80 of 100 samples, and .* 80 of these have a right .*filter=posterior"
+    ):
+        curate(tmp_path / "overtaken")
+    assert curate(tmp_path / "ahead").kept == 80
+    assert curate(tmp_path / "overtaken", Posterior()).kept == 80
+
+
 def test_the_posterior_votes_in_every_epoch(tmp_path):
     posteriors = [[0.9, 0.6, 0.1], [0.9, 0.4, 0.1], [0.9, 0.4, NONE]]
     write_scores(tmp_path / "scores", [[INVERTED, INVERTED, 1.0]] * 3, posterior=posteriors)

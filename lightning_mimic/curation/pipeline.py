@@ -34,6 +34,10 @@ Unscored = Literal["keep", "drop", "fail"]
 _NOTED = ("config", "data", "score_kind", "checkpoints")
 
 
+#: Share of the samples from which labels are many.
+_MANY = 0.05
+
+
 @dataclass(frozen=True)
 class Curation:
     """What came of it.
@@ -139,7 +143,8 @@ def curate(  # noqa: PLR0913
         LedgerError: A ledger that is not there, is damaged, lacks rows or mixes runs.
 
     Warns:
-        UserWarning: The quality by the sign of scores and the share of wrong labels contradict each other.
+        UserWarning: The quality by the sign of scores and the share of wrong labels contradict each other; or most
+            labels of the samples that the sign drops are right by the calibrated reference.
 
     Example:
         >>> curate("nowhere")
@@ -171,6 +176,8 @@ def curate(  # noqa: PLR0913
             share_kept = _share_by_sign(data, chosen)
             decision = chosen.decide(data)
             _decide(data, listed, decision, unscored)
+            if isinstance(chosen, Sign) and wrong is not None and "posterior" in data.columns:
+                _warn_of_right_labels_dropped(database)
             corrected = None
             if corrections is not None:
                 corrected = apply_corrections(
@@ -257,6 +264,20 @@ def _warn_of_contradiction(quality: Quality | None, wrong: WrongShare | None) ->
             "held-out samples more often; noise that follows the classes can look like the reference's own partiality. "
             "Score more trusted samples, so that their ledgers hold what the reference predicts: the quality then "
             "rests on that.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_right_labels_dropped(database: Database) -> None:
+    """Warn of decisions by the sign that the calibrated reference contradicts."""
+    samples, dropped, right = database.row(
+        "SELECT count(*), count_if(NOT opinion), count_if(NOT opinion AND posterior >= 0.5) FROM decided"
+    )
+    if right > max(dropped / 2, _MANY * samples):
+        warnings.warn(
+            f"the sign of the score drops {dropped} of {samples} samples, and by the calibrated reference {right} of "
+            "these have a right label. The sign is wrong where the model has become surer than its reference. Decide "
+            "by the calibrated reference (filter=posterior).",
             stacklevel=3,
         )
 
