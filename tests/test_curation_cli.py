@@ -75,7 +75,7 @@ def test_curate_prints_a_table_and_writes_into_out_alone(run, tmp_path, here):
         ["quality", "–", "unknown without trusted samples"],
     ]
     names = ["label_issues.csv", "manifest.csv", "manifest.parquet"]
-    assert text.splitlines()[-3:] == [f"  curated/{name}" for name in names]
+    assert text.splitlines()[-4:-1] == [f"  curated/{name}" for name in names]
     assert os.listdir(here) == ["curated"]
     assert sorted(os.listdir(here / "curated")) == names
     assert sum(Manifest("curated/manifest.parquet").table()["keep"].to_pylist()) == 3
@@ -97,7 +97,7 @@ def test_curate_shows_a_calibrated_quality_and_what_is_left_out(run, tmp_path):
         ["quality", "50.0%", f"95 % interval {found.low:.1%} to {found.high:.1%}, by 20 trusted samples"],
         ["left out", "1", "damaged, missing or in doubt: attempt 0, rank 0, part 0 (missing)"],
     ]
-    assert text.splitlines()[-1] == "  a/b/manifest.parquet"
+    assert text.splitlines()[-2] == "  a/b/manifest.parquet"
 
 
 DOUBTFUL = {"verdict": "doubtful", "findings": ["its weights have [little] in common"]}
@@ -222,7 +222,7 @@ def test_select_writes_the_manifest_and_its_exports(run, tmp_path, here):
     pq.write_table(pa.table({"id": ids, "clip": [5, 4, 3, 2, 1]}), tmp_path / "clip.parquet")
     recipe = f"recipe={tmp_path}/clip.parquet:clip top 70% minus {made.path}:score bottom 1"
     text = run("mimic-select", recipe, "out=new/final.parquet", "exports=[datacomp,csv]")
-    assert text.strip() == "new/final.parquet: 3 of 5 samples kept (60.0%)"
+    assert text.splitlines()[0] == "new/final.parquet: 3 of 5 samples kept (60.0%)"
     assert os.listdir(here) == ["new"]
     assert sorted(os.listdir("new")) == ["final.kept.npy", "final.manifest.csv", "final.parquet"]
     assert np.load("new/final.kept.npy").tolist() == [(0, 0), (0, 1), (0, 2)]
@@ -248,7 +248,7 @@ def test_select_says_in_a_sentence_what_is_wrong(run, tmp_path, here):
         assert refused(run, "mimic-select", *words).startswith(f"mimic-select: {said}")
     assert os.listdir(here) == []
     recipe = f"recipe={path} or {tmp_path}/b.parquet"
-    assert run("mimic-select", recipe, "out=o.parquet", "allow_unknown=true").endswith("2 of 2 samples kept (100.0%)\n")
+    assert run("mimic-select", recipe, "out=o.parquet", "allow_unknown=true").startswith("o.parquet: 2 of 2 samples")
 
 
 @pytest.mark.parametrize("export", ["datacomp", "cleanlab"])

@@ -196,7 +196,8 @@ def test_the_command_writes_the_shards_of_the_experiment(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, f"seed={SEED}")
-    assert capsys.readouterr().out == "outputs/digit_shards\n"
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert said == {"shards": "outputs/digit_shards", "next": "mimic-train experiment=clip_digits_reference"}
     written = tmp_path / "outputs" / "digit_shards"
     assert (written / "truth.parquet").read_bytes() == (out / "truth.parquet").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]

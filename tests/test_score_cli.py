@@ -192,7 +192,8 @@ def test_the_command_scores_and_says_where_and_leaves_nothing_else(folder):
     command += ["checkpoints=[epochs/000.ckpt,epochs/002.ckpt]", "ledger=said"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == "said"
+    said = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[-3:])
+    assert (said["ledger"], said["next"]) == ("said", "mimic-curate ledger=said out=curated")
     assert set(folder.iterdir()) - before == {folder / "said"}
     assert not (folder / "checkpoints").exists()  # nor did any scoring before it
     score_of = {(row["epoch"], row["id"]): row["score"] for row in rows_of(folder / "noisy")}

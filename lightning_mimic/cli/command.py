@@ -15,6 +15,7 @@ from hydra.utils import get_original_cwd
 from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_mimic.cli import run_folder  # noqa: F401, which registers the resolver that names run folders
 from lightning_mimic.cli.arguments import arranged, settle, words_of_job
 from lightning_mimic.cli.errors import UserError, ends_in_one_line, exit_on_user_error, in_one_line
 from lightning_mimic.cli.help import help_text, version_text
@@ -110,13 +111,14 @@ def _one_job() -> Iterator[None]:
     write into its folder. When the job ends, the next one starts processes of its own.
     """
     with contextlib.chdir(get_original_cwd()):
-        if HydraConfig.get().mode != RunMode.MULTIRUN:
-            yield
-            return
-        words, environment, settings = sys.argv[1:], dict(os.environ), HydraConfig.get()
-        sys.argv[1:] = words_of_job()
+        settings = HydraConfig.get()
         with read_write(cast(DictConfig, settings)):
             settings.run.dir = settings.runtime.output_dir
+        if settings.mode != RunMode.MULTIRUN:
+            yield
+            return
+        words, environment = sys.argv[1:], dict(os.environ)
+        sys.argv[1:] = words_of_job()
         try:
             yield
         finally:

@@ -8,12 +8,15 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_mimic.cli.command import command
+from lightning_mimic.cli.follow_up import after_manifest, ledgers_of
 from lightning_mimic.cli.progress import shown_progress
+from lightning_mimic.cli.summary import aligned
 from lightning_mimic.curation import (
     Comparison,
     Curation,
     CurationError,
     Manifest,
+    Recipe,
     compare,
     curate,
     partition_share,
@@ -34,6 +37,7 @@ def curate_main(config: DictConfig) -> None:
     with shown_progress(console) as progress:
         done = curate(filter=instantiate(config.filter), progress=progress, **settings)
     show(console, done)
+    print(aligned(after_manifest(done.manifest.path, ledgers_of([done.manifest]))))  # noqa: T201
 
 
 @command("mimic-partition", "partition", first="ledger")
@@ -60,6 +64,8 @@ def select_main(config: DictConfig) -> None:
         manifest = select(**settings, progress=progress)
     kept, samples = (manifest.provenance[name] for name in ("kept", "samples"))
     print(f"{manifest.path}: {kept:,} of {samples:,} samples kept ({kept / max(samples, 1):.1%})")  # noqa: T201
+    ledgers = ledgers_of([term.path for term in Recipe.parse(settings["recipe"]).terms])
+    print(aligned(after_manifest(manifest.path, ledgers)))  # noqa: T201
 
 
 @command("mimic-compare", "compare")

@@ -179,13 +179,18 @@ def check_inputs_exist(config: DictConfig) -> None:
             ...
         lightning_mimic.errors.MimicError: `paths.reference`: there is no none.ckpt. It is made by: mimic-train ...
     """
+    from lightning_mimic.cli.follow_up import how_to_make  # loads pyarrow, which help does not need
+
     read = OmegaConf.to_yaml(OmegaConf.masked_copy(config, ["data", "model", "mimic"]))
-    for name, command in config.paths.get("made_by", {}).items():
-        if f"${{paths.{name}}}" not in read:
+    for name in dict.fromkeys(["reference", *config.paths.get("made_by", {})]):
+        if f"${{paths.{name}}}" not in read or OmegaConf.is_missing(config.paths, name):
             continue
-        if not isinstance(config.paths[name], str):
-            raise MimicError(f"`paths.{name}` is {config.paths[name]!r}; expected a path. It is made by: {command}")
-        if not path_of(config.paths[name], f"paths.{name}").exists():
-            raise MimicError(
-                f"`paths.{name}`: there is no {hide_secrets(config.paths[name])}. It is made by: {command}"
-            )
+        place = config.paths[name]
+        if not isinstance(place, str):
+            raise MimicError(f"`paths.{name}` is {place!r}; expected a path. {how_to_make(config, name)}")
+        if not place.startswith(_NO_FILE) and not path_of(place, f"paths.{name}").exists():
+            raise MimicError(f"`paths.{name}`: there is no {hide_secrets(place)}. {how_to_make(config, name)}")
+
+
+#: What a reference begins with that open_clip downloads.
+_NO_FILE = "open_clip:"

@@ -5,7 +5,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_mimic.cli.command import command
+from lightning_mimic.cli.next_command import setting, shell_line, short_path
+from lightning_mimic.cli.summary import aligned
 from lightning_mimic.user_files import user_path
+
+#: Folder in which the experiments look for the shards.
+_OF_EXPERIMENT = "outputs/digit_shards"
 
 
 @command("mimic-make-shards", "make_shards")
@@ -16,7 +21,9 @@ def main(config: DictConfig) -> None:
     settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     user_path(settings["out"], "out")
     write_digit_shards(**settings)
-    print(config.out)  # noqa: T201
+    moved = [setting("paths.shards", config.out)] if config.out != _OF_EXPERIMENT else []
+    following = shell_line("mimic-train", "experiment=clip_digits_reference", *moved)
+    print(aligned([("shards", short_path(config.out)), ("next", following)]))  # noqa: T201
 
 
 if __name__ == "__main__":

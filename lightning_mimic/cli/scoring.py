@@ -9,6 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_mimic.callbacks import AtCheckpoints
 from lightning_mimic.cli.build import build
 from lightning_mimic.cli.errors import check_inputs_exist
+from lightning_mimic.cli.next_command import current_words
+from lightning_mimic.cli.note_command import note_command
 from lightning_mimic.data import CachedFeatures
 from lightning_mimic.errors import MimicError
 from lightning_mimic.ledger import Ledger
@@ -40,7 +42,7 @@ def score(config: DictConfig) -> Ledger:
     checkpoints = AtCheckpoints(given if isinstance(given, str) else list(given))
     trainer: L.Trainer = instantiate(
         config.trainer,
-        callbacks=[mimic, checkpoints],
+        callbacks=[mimic, note_command("mimic-score", current_words()), checkpoints],
         logger=False,
         max_epochs=len(checkpoints.checkpoints),
         limit_val_batches=0,

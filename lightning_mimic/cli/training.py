@@ -2,23 +2,30 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_mimic.callbacks import GradMimic, SuspiciousImages
 from lightning_mimic.cli.build import build
 from lightning_mimic.cli.errors import check_inputs_exist
+from lightning_mimic.cli.follow_up import after_plain_training, after_reference, after_scores
+from lightning_mimic.cli.next_command import current_words
+from lightning_mimic.cli.note_command import note_command
+from lightning_mimic.cli.saved_model import SETTINGS, model_file, settings_of_model
+from lightning_mimic.cli.summary import end_run, logged_run
 from lightning_mimic.data import CachedFeatures
 from lightning_mimic.errors import MimicError, nearest_names
 from lightning_mimic.reference import refuse_module_on_features
 from lightning_mimic.reference.read_file import read_file
 from lightning_mimic.stores import hide_secrets, path_of
-from lightning_mimic.user_files import user_path
 
 
 def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Trainer:
@@ -36,14 +43,15 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
             was done.
     """
     check_inputs_exist(config)
-    (resume, resumed), save_to = _existing(config.resume), _writable(config.save_to)
+    resume, resumed = _existing(config.resume)
+    save_to, replaces = model_file(config, resumed)
     L.seed_everything(config.seed, workers=True, verbose=False)
     data, model = build(config)
     _check_fits(resume, resumed, model)
     if config.features:
         data = CachedFeatures(data, model, config.features)
     callbacks = _callbacks(config, more_callbacks, resumed=resume is not None)
-    logger = instantiate(config.logger) if config.get("logger") else False
+    logger = _logger(config) if config.get("logger") else False
     trainer: L.Trainer = instantiate(config.trainer, callbacks=callbacks, logger=logger)
     if trainer.accumulate_grad_batches < 1:
         raise MimicError(f"`trainer.accumulate_grad_batches` is {trainer.accumulate_grad_batches}; expected 1 or more.")
@@ -56,7 +64,22 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
         trainer.test(model, datamodule=data)
     if save_to is not None and not config.trainer.get("fast_dev_run"):
         trainer.save_checkpoint(os.fspath(save_to))
+        if replaces:
+            rank_zero_info(f"{save_to} is replaced: an earlier run with the same settings had saved it.")
     return trainer
+
+
+def _logger(config: DictConfig) -> Any:
+    """Build the logger, whose package may be missing."""
+    try:
+        return instantiate(config.logger)
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, ModuleNotFoundError):
+            raise
+        name = str(config.logger.get("_target_")).rpartition(".")[2]
+        raise MimicError(
+            f"`logger`: {name} needs a package that is not installed: pip install 'lightning-mimic[loggers]'"
+        ) from error
 
 
 def _callbacks(config: DictConfig, more: Sequence[L.Callback], *, resumed: bool) -> list[L.Callback]:
@@ -72,7 +95,22 @@ def _callbacks(config: DictConfig, more: Sequence[L.Callback], *, resumed: bool)
         callbacks.append(SuspiciousImages(config.suspicious_images))
     if config.save_epochs_to:
         callbacks.append(_every_epoch(path_of(config.save_epochs_to, "save_epochs_to"), resumed=resumed))
+    elif config.trainer.get("enable_checkpointing", True) and not config.trainer.get("fast_dev_run"):
+        # Hydra takes these names as they are, unlike Lightning's, which contain `=`.
+        name = "epoch_{epoch:03d}-step_{step}"
+        callbacks.append(ModelCheckpoint(_checkpoints(config), name, auto_insert_metric_name=False))
+    callbacks.append(LambdaCallback(on_save_checkpoint=partial(_add_settings, settings_of_model(config))))
     return callbacks
+
+
+def _add_settings(
+    settings: dict[str, Any], trainer: L.Trainer, module: L.LightningModule, state: dict[str, Any]
+) -> None:
+    state[SETTINGS] = settings
+
+
+def _checkpoints(config: DictConfig) -> str:
+    return f"{config.trainer.get('default_root_dir') or '.'}/checkpoints"
 
 
 def without_secrets(config: DictConfig) -> DictConfig:
@@ -142,17 +180,6 @@ def _check_fits(path: Path | None, resumed: Mapping[str, Any], model: L.Lightnin
         )
 
 
-def _writable(save_to: str | None) -> Path | None:
-    """Return the path of a file to save a model in, which may be there already."""
-    if save_to is None:
-        return None
-    path = user_path(save_to, "save_to")
-    # Into a directory Lightning would write under a random name, and take its permissions away.
-    if path.is_symlink() or (path.exists() and not path.is_file()) or path.name == "":
-        raise MimicError(f"`save_to`: {path} is there and is no regular file; name a file, such as model.ckpt.")
-    return path
-
-
 def _check_trained(trainer: L.Trainer) -> None:
     if trainer.global_step == 0:
         raise MimicError(
@@ -186,6 +213,27 @@ class _LoggedFigures(L.Callback):
 def train_and_measure(config: DictConfig) -> float | None:
     """Train as the configuration says, and return the figure that a sweeper optimises, if it names one."""
     name = config.optimized_metric
-    logged = _LoggedFigures()
-    train(config, [logged] if name else [])
+    logged, words = _LoggedFigures(), current_words()
+    with logged_run():
+        trainer = train(config, [logged, note_command("mimic-train", words)])
+        if trainer.is_global_zero and not config.trainer.get("fast_dev_run"):
+            _end(config, trainer, logged.figures, words)
     return logged.named(name) if name else None
+
+
+def _end(config: DictConfig, trainer: L.Trainer, figures: Mapping[str, float], words: Sequence[str]) -> None:
+    """Log what the run leaves, and the next command."""
+    scored = any(isinstance(each, GradMimic) and each.settings.ledger is not None for each in trainer.callbacks)  # type: ignore[attr-defined]
+    ledger = path_of(config.mimic.ledger, "ledger") if scored else None
+    saved = None if config.save_to is None else path_of(config.save_to, "save_to")
+    checkpoints = path_of(config.save_epochs_to or _checkpoints(config), "save_epochs_to")
+    folders = [getattr(each, "log_dir", None) or each.save_dir for each in trainer.loggers]
+    places = {"model": saved, "checkpoints": checkpoints, "ledger": ledger}
+    places["logs"] = path_of(folders[0], "save_dir") if folders and folders[0] else None
+    if ledger is not None:
+        following = after_scores(ledger, words)
+    elif saved is not None:
+        following = after_reference(config, words, saved)
+    else:
+        following = after_plain_training(words, checkpoints)
+    end_run(config, places, figures, following)
