@@ -109,7 +109,7 @@ def test_attempts_with_other_settings_are_warned_about_and_not_mixed(tmp_path):
     assert ids_of(tmp_path) == [1]
     writer.append(rows([2], step=[1]))
     writer.commit()
-    with pytest.raises(LedgerError, match=re.escape("its attempts differ in temperature: 0.5, 0.1; their")):
+    with pytest.raises(LedgerError, match=re.escape("its attempts differ in temperature: 0.5, 0.1, so their")):
         Ledger(tmp_path).table()
 
 
@@ -290,7 +290,7 @@ def test_parts_of_ranks_whose_ids_no_type_holds_are_named(tmp_path):
     other.append(rows([2**63]))
     other.commit()
     with pytest.raises(
-        LedgerError, match=r"-a0-r0-000000-n1\.parquet has the id -3, and other parts have unsigned ids"
+        LedgerError, match=r"-a0-r0-000000-n1\.parquet has the id -3, and other parts have unsigned 64-bit ids"
     ):
         Ledger(tmp_path).table()
 

@@ -1,4 +1,4 @@
-"""The columns of a ledger: everything that writes, reads or sums them up follows from this table."""
+"""The columns of a ledger, in the one table from which writing, reading and summarising follow."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,16 +11,16 @@ ID = pa.null()
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a part.
+    """One column of a ledger's part.
 
     Attributes:
         name: Name in the file.
-        type: Arrow's type; :data:`ID` stands for that of the run's ids.
+        type: Arrow type; :data:`ID` stands for the type of the run's ids.
         unit: Unit of the values; empty for names, indices and shares.
         meaning: Content, in one phrase.
-        nullable: A row may have no value, and a part may lack the column: a reader takes it as null.
-        summary: How curation sums up a sample's values: their mean, or the one of its last epoch; ``None``: it is not
-            in curation's tables, or has a rule of its own there.
+        nullable: Whether values may be missing, and parts may lack the column, which is then read as null.
+        summary: How curation summarises a sample's values: by their mean or by the value of the last epoch. ``None`` for
+            columns that curation leaves out or treats by a rule of its own.
     """
 
     name: str
@@ -31,10 +31,10 @@ class Column:
     summary: Literal["mean", "last"] | None = None
 
 
-#: Stands for null in an array of class indices, which has no NaN.
+#: Marks a missing class index in an integer array, which cannot hold NaN.
 NO_CLASS = -(2**63)
 
-#: In the order of the file. A new column is nullable, so that ledgers that lack it stay readable.
+#: Columns in the order of the file. New columns must be nullable, so that older ledgers stay readable.
 COLUMNS = (
     Column("id", ID, "", "the sample's id, an int or a str"),
     Column("epoch", pa.int32(), "", "index of the epoch"),
@@ -70,7 +70,7 @@ def schema(id_type: pa.DataType) -> pa.Schema:
     return pa.schema([(each.name, id_type if each.type == ID else each.type) for each in COLUMNS])
 
 
-#: Names of the columns of the first ledgers, whose descriptions do not list them.
+#: Names of the columns in the oldest ledgers, whose descriptions do not list them.
 FIRST_COLUMNS = tuple(each.name for each in COLUMNS[: [each.name for each in COLUMNS].index("predicted") + 1])
 
 
@@ -80,12 +80,12 @@ def nullable_columns() -> tuple[str, ...]:
 
 
 def summarised_columns() -> tuple[Column, ...]:
-    """Return the columns that curation sums up by sample, as their ``summary`` says."""
+    """Return the columns that curation summarises per sample, see ``Column.summary``."""
     return tuple(each for each in COLUMNS if each.summary is not None)
 
 
 def columns_as_markdown() -> str:
-    """Return the table of the columns as the documentation shows it."""
+    """Return the table of the columns in Markdown, for the documentation."""
     lines = ["| column | type | unit | meaning |", "| --- | --- | --- | --- |"]
     for each in COLUMNS:
         kind = "int64, uint64 or string" if each.type == ID else str(each.type)

@@ -1,4 +1,4 @@
-"""Read a ledger back: whole parts only, the rows of all ranks, each sample once per epoch."""
+"""Reading a ledger: intact parts only, rows of all ranks, each sample once per epoch."""
 
 import itertools
 import math
@@ -37,10 +37,10 @@ class Ledger:
     """The recorded scores of one run.
 
     Args:
-        directory: What was given to the callback as ``ledger``.
+        directory: Directory of the ledger, as given to the callback.
 
     Raises:
-        LedgerError: There is no ledger.
+        LedgerError: The directory holds no ledger.
 
     Example:
         >>> Ledger("nowhere")
@@ -56,7 +56,7 @@ class Ledger:
             raise LedgerError(
                 f"{self.directory} holds no ledger (no {META_FILE} in it).{_of_other_ranks(self.directory)}"
             )
-        #: The description: the run, and per attempt its configuration and first step.
+        #: Description of the ledger: the run, and the configuration and first step of each attempt.
         self.meta: dict[str, Any] = meta
         self._copies: TemporaryFolder | None = None
 
@@ -75,7 +75,7 @@ class Ledger:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes that ``label`` and ``predicted`` are indices of; ``None`` where not recorded."""
+        """Class names, indexed by ``label`` and ``predicted``; ``None`` if none were recorded."""
         return class_names_in(self.meta)
 
     def parts(
@@ -85,23 +85,22 @@ class Ledger:
         allow_partial: bool = False,
         advance: Callable[[int, int], None] | None = None,
     ) -> "Parts":
-        """Return the files that hold, each read through once, so that no damaged page goes unnoticed.
+        """Return the intact files, after one complete reading that finds damaged pages.
 
-        What is on a store is fetched first, each part by one request, and read from the disk from then on.
+        Files on an object store are copied to the local disk first, by one request each.
 
         Args:
-            columns: Names of those whose pages are checked; ``None``: all.
-            allow_partial: Read what there is, instead of refusing where parts are damaged or rows missing.
-            advance: Called with how many parts of how many are checked.
+            columns: Names of the columns whose pages are checked; ``None`` for all.
+            allow_partial: Whether to read the intact rest if parts are damaged or rows are missing, instead of raising.
+            advance: Function that is called with the number of checked parts and the number of all parts.
 
         Raises:
-            LedgerError: No rows; damaged parts; missing rows; ids of two types; or attempts whose configuration
-                differs, which would mix scores of two meanings.
+            LedgerError: There are no rows, parts are damaged, rows are missing, ids have two types, or the attempts
+                differ in their configuration, so that their scores would not be comparable.
 
         Warns:
             UserWarning: The last attempt has not ended, so that its last rows may be missing; the first rows are in
-                another directory; or attempts differ in the size of their batches, which weights depend on and scores
-                do not.
+                another directory; or the attempts differ in batch size, which affects weights but not scores.
         """
         return self.joined([self.checked(columns, advance=advance)], allow_partial=allow_partial)
 
@@ -113,16 +112,16 @@ class Ledger:
         *,
         advance: Callable[[int, int], None] | None = None,
     ) -> "CheckedParts":
-        """Read a share of the files through, so that several processes can check a ledger together.
+        """Check a share of the files by reading them completely, so that several processes can check one ledger.
 
         Args:
             columns: As for :meth:`parts`.
-            share: Index of the share, from 0; the shares are runs of the files in the order of their names.
+            share: Index of the share, from 0. The files are sorted by name and divided into consecutive shares.
             shares: Number of shares.
             advance: As for :meth:`parts`.
 
         Raises:
-            LedgerError: Parts of another run, or of attempts that the description does not know.
+            LedgerError: There are parts of another run, or of attempts that are not in the description.
         """
         named = self._named()
         first, last = (len(named) * k // shares for k in (share, share + 1))
@@ -130,18 +129,18 @@ class Ledger:
         return CheckedParts(tuple(path.name for path, _ in named), tuple(whole), tuple(damaged))
 
     def names(self) -> tuple[str, ...]:
-        """Return the names of the files, whole or not, in order.
+        """Return the sorted names of all files, intact or not.
 
         Raises:
-            LedgerError: Parts of another run, or of attempts that the description does not know.
+            LedgerError: There are parts of another run, or of attempts that are not in the description.
         """
         return tuple(path.name for path, _ in self._named())
 
     def joined(self, checked: Sequence["CheckedParts"], *, allow_partial: bool = False) -> "Parts":
-        """Return the files that hold from all shares of the files.
+        """Return the intact files of all shares.
 
         Args:
-            checked: From :meth:`checked`, every share once.
+            checked: Results of :meth:`checked`, one for every share.
             allow_partial: As for :meth:`parts`.
 
         Raises:
@@ -171,10 +170,10 @@ class Ledger:
         return self._parts(whole, until, left, (*missing, *damaged, *in_doubt))
 
     def share_parts(self, checked: "CheckedParts") -> "Parts | None":
-        """Return the files of one share that hold, whatever the others are; ``None`` if there are none.
+        """Return the intact files of one share, without looking at other shares; ``None`` if there are none.
 
         Raises:
-            LedgerError: Ids of two types.
+            LedgerError: The ids have two types.
         """
         until, _ = self._lineage({int(match[2]) for match in map(PART_NAME.fullmatch, checked.names) if match})
         parts = self._parts(checked.whole, until, (), ())
@@ -201,14 +200,14 @@ class Ledger:
         )
 
     def behind(self, attempt: int, scored: tuple[int, int, int]) -> dict[int, str]:
-        """Describe the ranks whose rows do not reach as far as a checkpoint has trained, by rank.
+        """Describe, by rank, where recorded rows end before the point at which a checkpoint was saved.
 
         Args:
-            attempt: That saved the checkpoint.
-            scored: Epoch, step and batch of the last micro-batch that it had scored.
+            attempt: Number of the attempt that saved the checkpoint.
+            scored: Epoch, step and batch of the last micro-batch that was scored before.
 
         Raises:
-            LedgerError: The ledger does not know the attempt.
+            LedgerError: The attempt is not in the ledger.
         """
         attempts = self.meta["attempts"]
         if attempt >= len(attempts):
@@ -264,7 +263,7 @@ class Ledger:
         columns: Sequence[str] | None,
         advance: Callable[[int, int], None] | None,
     ) -> tuple[list["CheckedPart"], list[str]]:
-        """The parts that hold, and descriptions of those that are damaged."""
+        """Return the intact parts, and descriptions of the damaged ones."""
         whole, damaged = list[CheckedPart](), list[str]()
         with ThreadPoolExecutor(_READERS) as pool:
             looks = []
@@ -282,14 +281,14 @@ class Ledger:
         return whole, damaged
 
     def _lineage(self, written: set[int]) -> tuple[dict[int, float], dict[int, int]]:
-        """How far each attempt belongs to the run as its last attempt with rows continued it.
+        """Find which steps of each attempt belong to the run that the last attempt with rows has continued.
 
         Args:
             written: Numbers of the attempts that have rows.
 
         Returns:
-            By attempt, the step from which on its rows are superseded (0: all are); and the last of its steps that a
-            later attempt relies on.
+            By attempt, the first step whose rows are superseded (0 if all are), and the last step on which a later
+            attempt relies.
         """
         attempts, until, continued = self.meta["attempts"], dict.fromkeys(sorted(written), 0.0), dict[int, int]()
         number, end, known = max(written, default=None), math.inf, False
@@ -298,7 +297,7 @@ class Ledger:
             if number in written or known:
                 until[number] = end
                 end = min(end, facts["start_step"])
-            # Earlier releases did not note which attempt another one continues.
+            # Earlier releases did not record which attempt is continued.
             known = "continues" in facts
             before = facts.get("continues", number - 1 if number else None)
             if known and before is not None and "scored" in facts:
@@ -307,53 +306,53 @@ class Ledger:
         return until, {number: step for number, step in continued.items() if step >= 0}
 
     def _left(self, whole: Sequence["CheckedPart"], until: Mapping[int, float]) -> tuple[int, ...]:
-        """The attempts with rows that hold, none of which differ in what their scores mean."""
+        """Return the attempts with intact rows, after checking that their scores are comparable."""
         left = sorted({part.attempt for part in whole if part.first_step < until[part.attempt]})
         if not left:
-            raise LedgerError(f"{self.directory} holds no rows that a later attempt did not go over again.")
+            raise LedgerError(f"{self.directory} holds no rows that were not superseded by a later attempt.")
         attempts = [self.meta["attempts"][number] for number in left]
         differing = differences([meaning(attempt["config"]) for attempt in attempts])
         if differing:
             raise LedgerError(
-                f"{self.directory}: its attempts differ in {differing}; their scores are not mixed. Record a run "
+                f"{self.directory}: its attempts differ in {differing}, so their scores are not comparable. Record a run "
                 "with other settings in a directory of its own."
             )
         differing = batch_differences(attempts)
         if differing:
             warnings.warn(
-                f"{self.directory}: its attempts differ in {differing}. Their scores mean the same; their weights are "
-                "over batches of other sizes.",
+                f"{self.directory}: its attempts differ in {differing}. Their scores are comparable, their weights are "
+                "not.",
                 stacklevel=4,
             )
         return tuple(left)
 
     def _id_type(self, whole: Sequence["CheckedPart"]) -> pa.DataType:
-        """The type that holds the ids of all parts."""
+        """Return the type that can hold the ids of all parts."""
         kind = unified(part.id_type for part in whole) if whole else pa.int64()
         if kind is None:
-            raise LedgerError(f"{self.directory} mixes int and str ids; its ranks were given different ones.")
+            raise LedgerError(f"{self.directory} mixes int and str ids: its ranks used different kinds of ids.")
         for part in whole if kind == pa.uint64() else ():
             if part.id_type == pa.int64():
                 with fetched(part.path) as content:
                     lowest = pc.min(pq.read_table(content, columns=["id"], partitioning=None)["id"]).as_py()
                 if lowest < 0:
                     raise LedgerError(
-                        f"{self.directory}: {part.path.name} has the id {lowest}, and other parts have unsigned ids of "
-                        "64 bits; no type of number holds both."
+                        f"{self.directory}: {part.path.name} has the id {lowest}, and other parts have unsigned 64-bit "
+                        "ids; no integer type holds both."
                     )
         return kind
 
     def table(self, *, deduplicate: bool = True, allow_partial: bool = False) -> pa.Table:
-        """Read all rows that hold, in order of epoch, step, batch, rank and position, into memory.
+        """Read all intact rows into memory, in order of epoch, step, batch, rank and position.
 
-        Rows of an attempt that a later one went over again are left out. The columns are those of
-        :data:`~lightning_mimic.ledger.COLUMNS`; those that a part lacks are null, others that it has are left out.
+        Rows that a later attempt has superseded are left out. The columns are those of
+        :data:`~lightning_mimic.ledger.COLUMNS`: columns that a part lacks are null, unknown ones are left out.
 
         Args:
-            deduplicate: Keep the first row of a sample in an epoch: a distributed sampler repeats some to
-                make ranks even, sampling with replacement draws some several times, and a run resumed within an epoch
-                starts that epoch's data again.
-            allow_partial: Read what there is, instead of refusing where parts are damaged or rows missing.
+            deduplicate: Whether to keep only the first row of a sample in each epoch. Rows repeat where a distributed
+                sampler makes ranks even, where samples are drawn with replacement, and where a run was resumed within
+                an epoch.
+            allow_partial: Whether to read the intact rest if parts are damaged or rows are missing, instead of raising.
 
         Raises:
             LedgerError: As for :meth:`parts`.
@@ -371,18 +370,18 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Parts:
-    """A ledger's whole files, and which of their rows hold.
+    """The intact files of a ledger, and which of their rows are valid.
 
     Attributes:
         paths: Paths of the files.
         id_type: ``int64``, ``uint64`` or ``string``.
-        until: By attempt, the step from which on its rows were gone over again by a later one.
-        columns: Names of the known columns that some file has.
-        uniform: All files have the same columns, known or not.
-        recorded: Of the columns that were checked, names of the nullable ones with a value in some row.
-        attempts: Numbers of those that have rows which hold.
-        lost: Descriptions of what is damaged, missing or in doubt, with the rows it held where that is known.
-        copies: Folder of the files' copies on the disk if they are on a store, for as long as this object is there.
+        until: By attempt, the first step whose rows a later attempt has superseded.
+        columns: Names of the known columns that at least one file has.
+        uniform: Whether all files have the same columns, known or not.
+        recorded: Names of the checked nullable columns that have a value in at least one row.
+        attempts: Numbers of the attempts with valid rows.
+        lost: Descriptions of damaged, missing or doubtful parts, with their numbers of rows where these are known.
+        copies: Folder of local copies of files on a store; it is removed together with this object.
     """
 
     paths: tuple[Path, ...]
@@ -397,29 +396,29 @@ class Parts:
 
     @property
     def has_classes(self) -> bool:
-        """Whether some row has a ``label`` or a ``predicted``."""
+        """Whether any row has a ``label`` or a ``predicted`` class."""
         return not self.recorded.isdisjoint(("label", "predicted"))
 
 
-#: Reading waits for the disk, and checksums are computed outside the interpreter's lock.
+#: Threads help because reading waits for the disk and checksums are computed without the interpreter lock.
 _READERS = 2
-#: A store answers many requests at once.
+#: Concurrent requests to an object store.
 _STORE_READERS = 16
 
 
 @dataclass(frozen=True)
 class CheckedPart:
-    """A file that was read through and holds.
+    """A file that was read completely and is intact.
 
     Attributes:
         path: Path of the file.
         attempt: Number of the attempt that wrote it.
         rank: Process that wrote it.
         id_type: Type of its ids.
-        first_step: The lowest of its steps.
-        last_step: The highest of its steps.
+        first_step: Lowest step.
+        last_step: Highest step.
         names: Names of all its columns.
-        columns: Names of the known ones.
+        columns: Names of its known columns.
         recorded: As in :class:`Parts`.
     """
 
@@ -436,12 +435,12 @@ class CheckedPart:
 
 @dataclass(frozen=True)
 class CheckedParts:
-    """A share of a ledger's files, read through.
+    """A share of a ledger's files, read completely.
 
     Attributes:
-        names: Names of all files of the ledger, also of the other shares.
-        whole: Those of the share that hold.
-        damaged: Descriptions of those of the share that are damaged.
+        names: Names of all files of the ledger, including those of other shares.
+        whole: Intact files of the share.
+        damaged: Descriptions of the damaged files of the share.
     """
 
     names: tuple[str, ...]
@@ -450,7 +449,7 @@ class CheckedParts:
 
 
 def _of_other_ranks(directory: Path) -> str:
-    """A hint, where a folder has parts and no description, as on hosts that do not share the first rank's folder."""
+    """Return a hint for a folder with parts but no description, as on hosts that do not share the first rank's folder."""
     matches = [match for path in directory.glob("*.parquet") if (match := PART_NAME.fullmatch(path.name))]
     if not matches:
         return ""
@@ -462,7 +461,7 @@ def _of_other_ranks(directory: Path) -> str:
 
 
 def _absent_ranks(attempts: Sequence[Mapping[str, Any]], written: Sequence[tuple[int, int, int, int]]) -> str:
-    """A hint, where ranks that have rows have no parts, as on a host that does not share their folder."""
+    """Return a hint if ranks with rows have no parts here, as on a host that does not share their folder."""
     there = {(attempt, rank) for attempt, rank, _, _ in written}
     absent = {
         rank
@@ -485,7 +484,7 @@ def _named_ranks(ranks: Sequence[int]) -> str:
 def _look(
     path: Path, place: tuple[int, int], rows: int, asked: Sequence[str] | None, declared: Sequence[str] | None
 ) -> CheckedPart:
-    """Reads a part through, verifying every page's checksum, without keeping it."""
+    """Read a part completely and verify the checksum of every page, without keeping the content."""
     with (
         fetched(path) as content,
         pq.ParquetFile(content, page_checksum_verification=True, pre_buffer=False) as file,
@@ -510,7 +509,7 @@ def _look(
 
 
 def _last_batch(path: Path) -> tuple[int, int, int] | None:
-    """Epoch, step and batch of a part's last row; ``None`` if it cannot be read."""
+    """Return epoch, step and batch of a part's last row; ``None`` if it cannot be read."""
     try:
         with fetched(path) as content:
             table = pq.read_table(
@@ -523,7 +522,7 @@ def _last_batch(path: Path) -> tuple[int, int, int] | None:
 
 
 def _ends(whole: Sequence[CheckedPart], until: Mapping[int, float]) -> dict[tuple[int, int], float]:
-    """By attempt and rank, the last step of which rows hold."""
+    """Return the last step with valid rows, by attempt and rank."""
     ends: dict[tuple[int, int], float] = {}
     for part in whole:
         if part.first_step < until[part.attempt]:
@@ -533,15 +532,15 @@ def _ends(whole: Sequence[CheckedPart], until: Mapping[int, float]) -> dict[tupl
 
 
 def _known_columns(form: pa.Schema, declared: Sequence[str] | None) -> list[str]:
-    """The names of the columns that this release knows, in the file's order.
+    """Return the names of the columns that this release knows, in the file's order.
 
     Args:
-        form: The part's.
-        declared: Names that its attempt's description has; ``None`` for a ledger of before there were any.
+        form: Schema of the part.
+        declared: Names of the columns in the description of the attempt; ``None`` for ledgers older than that list.
 
     Raises:
-        ValueError: A column that must be there is not, or has another type. A damaged name shows as one that is missing
-            and one that is unknown.
+        ValueError: A required column is missing or has another type. A damaged name looks like a missing column
+            together with an unknown one.
     """
     known, there = schema(form.field("id").type), set(form.names)
     must = set(known.names) - set(nullable_columns()) if declared is None else set(declared)
@@ -554,7 +553,7 @@ def _known_columns(form: pa.Schema, declared: Sequence[str] | None) -> list[str]
 
 
 def _rows(path: Path, form: pa.Schema) -> pa.Table:
-    """A part's rows with all known columns, null where it lacks one."""
+    """Return a part's rows with all known columns; columns that it lacks are null."""
     with fetched(path) as content:
         there = set(pq.read_schema(content).names)
         table = pq.read_table(content, columns=[name for name in form.names if name in there], partitioning=None)
