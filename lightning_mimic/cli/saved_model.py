@@ -42,11 +42,12 @@ def settings_of_model(config: DictConfig) -> dict[str, Any]:
     return found
 
 
-def model_file(config: DictConfig, resumed: Mapping[str, Any]) -> tuple[Path | None, bool]:
+def model_file(config: DictConfig, settings: Mapping[str, Any], resumed: Mapping[str, Any]) -> tuple[Path | None, bool]:
     """Return the file to save a model in, and whether it replaces an earlier one.
 
     Args:
         config: With ``save_to``.
+        settings: From :func:`settings_of_model`.
         resumed: Content of the checkpoint that the run goes on from; empty for a new run.
 
     Raises:
@@ -60,9 +61,9 @@ def model_file(config: DictConfig, resumed: Mapping[str, Any]) -> tuple[Path | N
         raise MimicError(f"`save_to`: {path} is there and is no regular file; name a file, such as model.ckpt.")
     if config.trainer.get("fast_dev_run") or not path.exists():
         return path, False
-    ours, theirs = settings_of_model(config), _recorded(path)
-    if theirs is None or theirs not in (ours, resumed.get(SETTINGS)):
-        why = "of unknown settings" if theirs is None else f"of another run: {_difference(ours, theirs)}"
+    theirs = _recorded(path)
+    if theirs is None or theirs not in (settings, resumed.get(SETTINGS)):
+        why = "of unknown settings" if theirs is None else f"of another run: {_difference(settings, theirs)}"
         raise MimicError(
             f"`save_to`: {path} is there already, {why}. Name another file (save_to={new_path(path)}), or delete it."
         )
