@@ -74,7 +74,7 @@ def test_every_command_ends_with_the_next_one(run, tmp_path):
     last = run(page["next"], *FAST)
     assert Path(last["ledger"]).parent.parent == Path("outputs/digits_noisy")
     rows = Ledger(last["ledger"]).table()
-    kept = sum(Manifest(folder / "curated").table()["keep"].to_pylist())
+    kept = sum(Manifest(folder / "curated" / "manifest.parquet").table()["keep"].to_pylist())
     assert len(set(rows["id"].to_pylist())) == kept < 1097
     again = run(decided["next"])
     assert "an earlier page of this name was replaced" in again[""]

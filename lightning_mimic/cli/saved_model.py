@@ -94,6 +94,7 @@ def _recorded(path: Path) -> Mapping[str, Any] | None:
 
 
 def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    """Return how the settings of a run differ from those of an earlier one, by the first that does."""
-    name = next(name for name in sorted({**ours, **theirs}) if ours.get(name) != theirs.get(name))
+    """Return how the settings of a run differ from those of an earlier one, by one setting nearest to the root."""
+    differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    name = min(differing, key=lambda name: (name.count("."), name))
     return f"`{name}` was {theirs.get(name)!r} there and is {ours.get(name)!r} here"
