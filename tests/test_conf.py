@@ -265,9 +265,10 @@ def test_two_processes_by_the_command_line(run_here, tmp_path):
     small = ["trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
     run_here("experiment=digits_reference", *small, "hydra/job_logging=none", "hydra/hydra_logging=none")
     assert (tmp_path / "outputs" / "digits_reference.ckpt").exists()
-    two = ["trainer=ddp", "trainer.devices=2", "test=false", "hydra.run.dir=run"]
+    two = ["trainer=ddp", "trainer.devices=2", "test=false"]
     run(tmp_path, "experiment=digits_noisy", *two, *small)
-    rows = Ledger(tmp_path / "run" / "scores").table()
+    (folder,) = (tmp_path / "outputs" / "digits_noisy").iterdir()  # one for both
+    rows = Ledger(folder / "scores").table()
     assert set(rows["rank"].to_pylist()) == {0, 1}
     assert rows.num_rows == len(set(rows["id"].to_pylist())) == 1097  # the sampler's padding left out
 

@@ -26,13 +26,13 @@ def main(config: DictConfig) -> None:
     replaces = (user_path(settings["out"], "out") / "index.html").exists()
     with shown_progress(Console()) as progress:
         page = report(dataset=data, progress=progress, **settings)
-    rows = [("page", short_path(page)), ("next", "open it in a browser")]
+    rows = [("page", short_path(page)), ("", "open it in a browser")]
     if replaces:
-        rows.insert(1, ("note", "an earlier page of this name was replaced"))
+        rows.append(("", "an earlier page of this name was replaced"))
     found = opened_manifest(settings["manifest"])
     words = next(filter(None, map(words_of, ledgers_of([found]))), [])
     training = training_on(found.path, words)
-    print(aligned([*rows, *([("then", training)] if training else [])]))  # noqa: T201
+    print(aligned([*rows, *([("next", training)] if training else [])]))  # noqa: T201
 
 
 _SETTINGS = ("manifest", "out", "ledger", "spotlight", "title", "most_views", "megabytes", "memory")

@@ -42,11 +42,12 @@ def settings_of_model(config: DictConfig) -> dict[str, Any]:
     return found
 
 
-def model_file(config: DictConfig, resumed: Mapping[str, Any]) -> tuple[Path | None, bool]:
+def model_file(config: DictConfig, settings: Mapping[str, Any], resumed: Mapping[str, Any]) -> tuple[Path | None, bool]:
     """Return the file to save a model in, and whether it replaces an earlier one.
 
     Args:
         config: With ``save_to``.
+        settings: From :func:`settings_of_model`.
         resumed: Content of the checkpoint that the run goes on from; empty for a new run.
 
     Raises:
@@ -60,9 +61,9 @@ def model_file(config: DictConfig, resumed: Mapping[str, Any]) -> tuple[Path | N
         raise MimicError(f"`save_to`: {path} is there and is no regular file; name a file, such as model.ckpt.")
     if config.trainer.get("fast_dev_run") or not path.exists():
         return path, False
-    ours, theirs = settings_of_model(config), _recorded(path)
-    if theirs is None or theirs not in (ours, resumed.get(SETTINGS)):
-        why = "of unknown settings" if theirs is None else f"of another run: {_difference(ours, theirs)}"
+    theirs = _recorded(path)
+    if theirs is None or theirs not in (settings, resumed.get(SETTINGS)):
+        why = "of unknown settings" if theirs is None else f"of another run: {_difference(settings, theirs)}"
         raise MimicError(
             f"`save_to`: {path} is there already, {why}. Name another file (save_to={new_path(path)}), or delete it."
         )
@@ -93,6 +94,7 @@ def _recorded(path: Path) -> Mapping[str, Any] | None:
 
 
 def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    """Return how the settings of a run differ from those of an earlier one, by the first that does."""
-    name = next(name for name in sorted({**ours, **theirs}) if ours.get(name) != theirs.get(name))
+    """Return how the settings of a run differ from those of an earlier one, by one setting nearest to the root."""
+    differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    name = min(differing, key=lambda name: (name.count("."), name))
     return f"`{name}` was {theirs.get(name)!r} there and is {ours.get(name)!r} here"

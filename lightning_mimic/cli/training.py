@@ -44,13 +44,15 @@ def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> L.Tr
     """
     check_inputs_exist(config)
     resume, resumed = _existing(config.resume)
-    save_to, replaces = model_file(config, resumed)
+    settings = settings_of_model(config)  # before they are completed by the data
+    save_to, replaces = model_file(config, settings, resumed)
     L.seed_everything(config.seed, workers=True, verbose=False)
     data, model = build(config)
     _check_fits(resume, resumed, model)
     if config.features:
         data = CachedFeatures(data, model, config.features)
     callbacks = _callbacks(config, more_callbacks, resumed=resume is not None)
+    callbacks.append(LambdaCallback(on_save_checkpoint=partial(_add_settings, settings)))
     logger = _logger(config) if config.get("logger") else False
     trainer: L.Trainer = instantiate(config.trainer, callbacks=callbacks, logger=logger)
     if trainer.accumulate_grad_batches < 1:
@@ -99,7 +101,6 @@ def _callbacks(config: DictConfig, more: Sequence[L.Callback], *, resumed: bool)
         # Hydra takes these names as they are, unlike Lightning's, which contain `=`.
         name = "epoch_{epoch:03d}-step_{step}"
         callbacks.append(ModelCheckpoint(_checkpoints(config), name, auto_insert_metric_name=False))
-    callbacks.append(LambdaCallback(on_save_checkpoint=partial(_add_settings, settings_of_model(config))))
     return callbacks
 
 
