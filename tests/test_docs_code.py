@@ -34,7 +34,10 @@ NEEDS = {
     "needs your images",
 }
 #: Words that are added to the trainings of a page.
-SHORTER = {"docs/start/image-text.md": ["trainer.max_epochs=3"]}
+SHORTER = {
+    "docs/start/first-run.md": ["trainer.max_epochs=10"],
+    "docs/start/image-text.md": ["trainer.max_epochs=3", "++trainer.limit_val_batches=0"],
+}
 #: What a page prints, as the page does not show it itself.
 PRINTED = {
     "docs/contributing/extending.md": ["tensor([ 1.6667, -0.2000])", "tensor([0.7500, 0.2500])", "torch.Size([5])"],

@@ -8,6 +8,7 @@ from markdown.extensions.toc import slugify
 from omegaconf import OmegaConf
 
 from lightning_mimic.cli.conf_comments import ConfFile, Setting, read_conf
+from lightning_mimic.cli.help import options
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -71,7 +72,7 @@ def _first_line(name: str) -> str:
 
 
 def _examples(path: Path) -> str:
-    template: str = OmegaConf.load(path).hydra.help.template
+    template: str = OmegaConf.to_container(OmegaConf.load(path).hydra.help, resolve=False)["template"]
     return template.strip()
 
 
@@ -91,42 +92,30 @@ def _default(option: str) -> str:
 
 
 def _options(group: str) -> str:
-    names = (path.relative_to(CONF / group).with_suffix("").as_posix() for path in _files(CONF / group))
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def _files(folder: Path) -> list[Path]:
-    """The options of a group; those of the groups within it have pages' sections of their own."""
-    inner = folder.rglob("*.yaml") if folder.name in GLOBAL else folder.glob("*.yaml")
-    return sorted(inner)
+    return ", ".join(f"`{name}`" for name in options(group))
 
 
 def _group(group: str) -> str:
-    folders = [CONF / group]
+    groups = [group]
     if group not in GLOBAL:
-        folders += sorted(path for path in (CONF / group).rglob("*") if path.is_dir() and any(path.glob("*.yaml")))
-    sections = "\n".join(_options_of(folder) for folder in folders)
-    return f"# {group}\n\n{_listed(folders)}\n{sections}"
+        inner = (path for path in (CONF / group).rglob("*") if path.is_dir() and any(path.glob("*.yaml")))
+        groups += sorted(path.relative_to(CONF).as_posix() for path in inner)
+    chosen = [(each, option) for each in groups for option in options(each)]
+    rows = "".join(_row(*each) for each in chosen)
+    sections = "\n".join(_option(*each) for each in chosen)
+    return f"# {group}\n\n| option | |\n| --- | --- |\n{rows}\n{sections}"
 
 
-def _listed(folders: list[Path]) -> str:
-    rows = []
-    for folder in folders:
-        for path in _files(folder):
-            option = f"{folder.relative_to(CONF).as_posix()}={path.relative_to(folder).with_suffix('').as_posix()}"
-            rows.append(f"| [{option}](#{slugify(option, '-')}) | {read_conf(path).summary} |\n")
-    return "| option | |\n| --- | --- |\n" + "".join(rows)
+def _row(group: str, option: str) -> str:
+    name = f"{group}={option}"
+    return f"| [{name}](#{slugify(name, '-')}) | {read_conf(CONF / group / f'{option}.yaml').summary} |\n"
 
 
-def _options_of(folder: Path) -> str:
-    group = folder.relative_to(CONF).as_posix()
+def _option(group: str, option: str) -> str:
+    conf = read_conf(CONF / group / f"{option}.yaml")
     prefix = "" if group in GLOBAL else group.replace("/", ".") + "."
-    sections = []
-    for path in _files(folder):
-        conf = read_conf(path)
-        option = path.relative_to(folder).with_suffix("").as_posix()
-        sections.append(f"## {group}={option}\n\n{conf.summary}\n\n{_built_on(conf, group)}{_contents(conf, prefix)}")
-    return "\n".join(sections)
+    table = _table(conf.settings, prefix) if conf.settings else ""
+    return f"## {group}={option}\n\n{conf.summary}\n\n{_built_on(conf, group)}{table}"
 
 
 def _built_on(conf: ConfFile, group: str) -> str:
@@ -142,10 +131,6 @@ def _built_on(conf: ConfFile, group: str) -> str:
     if parts:
         sentences.append(f"Sets {', '.join(parts)}{' and:' if conf.settings else '.'}")
     return " ".join(sentences) + "\n\n"
-
-
-def _contents(conf: ConfFile, prefix: str) -> str:
-    return _table(conf.settings, prefix) if conf.settings else ""
 
 
 def _table(settings: list[Setting], prefix: str = "") -> str:
