@@ -19,8 +19,8 @@ class Column:
         unit: Unit of the values; empty for names, indices and shares.
         meaning: Content, in one phrase.
         nullable: Whether values may be missing, and parts may lack the column, which is then read as null.
-        summary: How curation summarises a sample's values: by their mean or by the value of the last epoch. ``None`` for
-            columns that curation leaves out or treats by a rule of its own.
+        summary: How curation summarises a sample's values: by their mean or by the value of the last epoch; ``None``
+            for columns that curation leaves out or treats by a rule of its own.
     """
 
     name: str

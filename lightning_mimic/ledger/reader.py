@@ -314,8 +314,8 @@ class Ledger:
         differing = differences([meaning(attempt["config"]) for attempt in attempts])
         if differing:
             raise LedgerError(
-                f"{self.directory}: its attempts differ in {differing}, so their scores are not comparable. Record a run "
-                "with other settings in a directory of its own."
+                f"{self.directory}: its attempts differ in {differing}, so their scores are not comparable. Record a "
+                "run with other settings in a directory of its own."
             )
         differing = batch_differences(attempts)
         if differing:
@@ -449,7 +449,7 @@ class CheckedParts:
 
 
 def _of_other_ranks(directory: Path) -> str:
-    """Return a hint for a folder with parts but no description, as on hosts that do not share the first rank's folder."""
+    """Return a hint for a folder with parts but no description, as on hosts without a shared folder."""
     matches = [match for path in directory.glob("*.parquet") if (match := PART_NAME.fullmatch(path.name))]
     if not matches:
         return ""
