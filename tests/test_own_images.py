@@ -275,6 +275,12 @@ def test_settings_that_are_not_those_of_the_data_are_refused(tmp_path):
         build(composed(tmp_path, *given, "model.image_shape=[3,8,8]"))
 
 
+def test_a_backbone_for_other_images_is_refused(tmp_path):
+    given = ["data=image_folder", f"data.root={flat(tmp_path / 'images')}"]
+    with pytest.raises(Exception, match=r"`backbone` cannot take an image of shape \(3, 32, 32\).*small_images"):
+        build(composed(tmp_path, *given))
+
+
 @pytest.mark.parametrize("package", ["torchvision", "timm"])
 def test_a_missing_package_is_named_with_its_extra(package, tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == package]:

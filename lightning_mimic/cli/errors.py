@@ -10,7 +10,13 @@ from typing import Any, NoReturn
 
 from hydra.errors import InstantiationException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from lightning_mimic.cli.extras import PACKAGE, extra_of
 from lightning_mimic.cli.help import conf_folder, options
@@ -121,6 +127,8 @@ def in_one_line(error: Exception) -> str:
         return f"`{group}={option}`: {group} has no option {option!r}; {nearest_names(option, known)}."
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
         return _no_setting(cause)
+    if isinstance(error, InterpolationToMissingValueError) and (found := re.search(r"value: (\S+)", str(error))):
+        return f"`{found[1]}` is missing; give {found[1]}=..."
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override!r} cannot be read as NAME=VALUE: {lines[0]}. A value with blanks, brackets, commas or "

@@ -29,6 +29,7 @@ class ImageClassifier(pl.LightningModule):
         scheduler: From optimizer to a learning-rate schedule, stepped every epoch.
 
     Raises:
+        MimicError: The backbone cannot take such images, or does not give one row of features.
         ReferenceLoadError: ``pretrained`` cannot be read or does not fit.
 
     Example:
@@ -55,7 +56,14 @@ class ImageClassifier(pl.LightningModule):
         self.backbone = backbone
         with torch.no_grad():
             backbone.eval()  # a blank image must not enter running statistics
-            features = backbone(torch.zeros(1, *image_shape))
+            try:
+                features = backbone(torch.zeros(1, *image_shape))
+            except RuntimeError as error:
+                raise MimicError(
+                    f"`backbone` cannot take an image of shape {tuple(image_shape)} (channels, height, width): "
+                    f"{str(error).splitlines()[0].rstrip('.')}. Choose another backbone, such as small_images for "
+                    "small colour images, or another transform."
+                ) from error
             backbone.train()
         if features.ndim != 2:
             raise MimicError(f"`backbone` gives shape {tuple(features.shape)} for one image; expected (1, D).")
