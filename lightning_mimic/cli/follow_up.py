@@ -90,11 +90,15 @@ def after_scores(ledger: Path, words: Sequence[str]) -> str:
         ledger: The ledger.
         words: Of the command that recorded it.
     """
-    if verdict_on_reference(ledger).stands not in (None, "compatible"):  # no decision is made from such scores
+    # The filter that goes with the weights; the calibrated reference may decide though it is unsure.
+    by_posterior = Ledger(ledger).meta["attempts"][-1].get("config", {}).get("weighting") == "Posterior"
+    accepted = (None, "compatible", "unsure") if by_posterior else (None, "compatible")
+    if verdict_on_reference(ledger).stands not in accepted:  # no decision is made from such scores
         again = shell_line("mimic-train", *shared_words(words, "paths.reference"))
         return f"find a reference that fits, and train with it: {again} paths.reference=OTHER.ckpt"
     out = new_path(ledger.with_name("curated"))
-    return shell_line("mimic-curate", setting("ledger", short_path(ledger)), setting("out", short_path(out)))
+    chosen = ["filter=posterior"] if by_posterior else []
+    return shell_line("mimic-curate", setting("ledger", short_path(ledger)), *chosen, setting("out", short_path(out)))
 
 
 def after_manifest(manifest: Path, ledgers: Sequence[str]) -> list[tuple[str, str]]:
@@ -160,7 +164,9 @@ def data_words(words: Sequence[str]) -> list[str]:
     ours = _composed("train", shared_words(words)) if words else None
     if ours is None:
         return []
-    choices = {name: choice for name, choice in ours.hydra.runtime.choices.items() if name.split("/")[0] == "data"}
+    made = ours.hydra.runtime.choices.items()
+    # Of a group from which nothing is chosen, no word can say so.
+    choices = {name: choice for name, choice in made if name.split("/")[0] == "data" and choice is not None}
     groups = [setting(name, choice) for name, choice in choices.items()]
     default = _composed("report", groups)
     if default is None:
