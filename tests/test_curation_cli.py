@@ -179,7 +179,7 @@ def test_curate_says_in_a_sentence_what_is_wrong(run, tmp_path, here):
     assert refused(run, "mimic-curate", "ledger=nowhere") == (
         "mimic-curate: nowhere holds no ledger (no _meta.json in it)."
     )
-    assert refused(run, "mimic-curate", ledger).startswith("mimic-curate: 1 of 5 samples cannot be judged, such as ")
+    assert refused(run, "mimic-curate", ledger).startswith("mimic-curate: no decision on 1 of 5 samples, such as ")
     for words, said in (
         (["unscored=kep"], "`unscored` is 'kep'; nearest: 'keep'"),
         (["exports=[cvs]"], "`exports`: 'cvs'; nearest: 'csv'"),
@@ -193,7 +193,7 @@ def test_curate_says_in_a_sentence_what_is_wrong(run, tmp_path, here):
         (["ledger=null"], "`ledger` is None; expected a path."),
         (["pool=[a]"], "`pool` is ['a']; expected a path."),
         (["filter=top_k", "filter.fraction=2"], "`fraction` is 2; expected above 0 and at most 1."),
-        (["filter=top_k", "filter.count=2"], "top k needs either `fraction` or `count`."),
+        (["filter=top_k", "filter.count=2"], "TopK needs exactly one of `fraction` and `count`."),
         (["filter=ensemble", "filter.by=vote"], "`by` is 'vote'; "),
         (["filter=top_k", "filter.per_class=true", "unscored=keep", "pool=none.csv"], "none.csv is not there."),
     ):

@@ -287,7 +287,7 @@ def _require_empty(out: Path) -> Path:
     with writing(out):  # an object store may deny access
         taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if taken:
-        raise CurationError(f"`out`: {out} already exists; choose another directory, or delete it.")
+        raise CurationError(f"`out`: {out} is there already; name another directory, or delete it.")
     return out
 
 

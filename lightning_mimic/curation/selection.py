@@ -135,7 +135,7 @@ def select(
     with writing(out):  # an object store may deny access
         taken = out.is_symlink() or out.exists()
     if taken:
-        raise CurationError(f"`out`: {out} already exists; choose another file, or delete it.")
+        raise CurationError(f"`out`: {out} is there already; name another file, or delete it.")
     with Database(memory, progress) as database:
         labelled = _labelled(read.terms)
         tables = {

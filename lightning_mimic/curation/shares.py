@@ -294,8 +294,8 @@ def _require_same(path: Path, facts: Mapping[str, Any], others: Mapping[str, Any
 
 
 _NAMES = {
-    "run": "ledger's run",
-    "files": "list of the ledger's files (by its SHA-256)",
+    "run": "run of the ledger",
+    "files": "list of ledger files (by its SHA-256)",
     "database": "version of DuckDB",
     "partitions": "number of partitions",
 }
