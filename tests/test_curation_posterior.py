@@ -47,7 +47,7 @@ def test_a_mean_posterior_of_a_half_or_more_is_kept_whatever_the_score(tmp_path)
 
 def test_a_sample_without_a_posterior_does_not_vanish(tmp_path):
     write_scores(tmp_path / "scores", [1.0, 1.0, 1.0, NONE], posterior=[0.9, 0.1, NONE, NONE])
-    message = "2 of 4 samples cannot be judged, such as 2 (no posterior). `unscored='keep'` keeps them"
+    message = "no decision on 2 of 4 samples, such as 2 (no posterior). `unscored='keep'` keeps them"
     with pytest.raises(CurationError, match=f"^{re.escape(message)}"):
         curate(tmp_path / "scores", Posterior())
     for unscored in ("keep", "drop"):
