@@ -76,15 +76,15 @@ def test_a_sample_without_a_score_is_decided_by_hand(tmp_path):
 @for_each(
     ("rows", "message"),
     [
-        (["7,true,,"], "corrects samples that are not decided on, such as 7"),
-        (["1,true,,", "1,false,,"], "two corrections of 1 that differ"),
-        (["1,,,"], "corrects nothing of 1"),
-        (["1,true,3,"], r"label of 1 is no class \(keep True, label '3'\); expected 0 to 2"),
-        (["1,true,-1,"], "label of 1 is no class"),
-        (["1,true,two,"], r"label of 1 is no class \(keep True, label 'two'\)"),
-        (["1,true,1.5,"], "label of 1 is no class"),
-        (["1,true,,dgo"], r"label of 1 is no class \(keep True, label_name 'dgo'\).*nearest: 'dog'"),
-        (["1,true,0,dog"], "label and label_name of 1 are different classes"),
+        (["7,true,,"], "corrects samples that are not in this ledger or pool, such as 7"),
+        (["1,true,,", "1,false,,"], "two different corrections of sample 1"),
+        (["1,,,"], "a row without a correction, for sample 1"),
+        (["1,true,3,"], r"label of sample 1 is not a class \(keep True, label '3'\); expected 0 to 2"),
+        (["1,true,-1,"], "label of sample 1 is not a class"),
+        (["1,true,two,"], r"label of sample 1 is not a class \(keep True, label 'two'\)"),
+        (["1,true,1.5,"], "label of sample 1 is not a class"),
+        (["1,true,,dgo"], r"label of sample 1 is not a class \(keep True, label_name 'dgo'\).*nearest: 'dog'"),
+        (["1,true,0,dog"], "label and label_name of sample 1 are different classes"),
         (["1,perhaps,,"], "column 'keep' holds 'perhaps'"),
         (["cat,true,,"], "cat"),
     ],
@@ -95,7 +95,7 @@ def test_what_cannot_be_applied_is_refused(ledger, tmp_path, rows, message):
 
 
 def test_a_table_without_corrections_is_refused(ledger, tmp_path):
-    with pytest.raises(CurationError, match="none of the columns keep, label, label_name"):
+    with pytest.raises(CurationError, match="at least one of the columns keep, label, label_name"):
         curate(ledger, corrections=file_of(tmp_path, "1", head="id"))
     with pytest.raises(CurationError, match="is not there"):
         curate(ledger, corrections=tmp_path / "nowhere.csv")
@@ -103,9 +103,9 @@ def test_a_table_without_corrections_is_refused(ledger, tmp_path):
 
 def test_labels_of_a_run_without_labels_are_refused(tmp_path):
     ledger = written_ledger(tmp_path / "scores", [1.0, -1.0])
-    with pytest.raises(CurationError, match="corrects the label of 1, and the run recorded no labels"):
+    with pytest.raises(CurationError, match="corrects the label of sample 1, but the run recorded no labels"):
         curate(ledger, corrections=file_of(tmp_path, "1,true,0,"))
-    with pytest.raises(CurationError, match=r"corrects nothing of 1\. The run recorded no names of classes"):
+    with pytest.raises(CurationError, match=r"without a correction, for sample 1\. The run recorded no class names"):
         curate(ledger, corrections=file_of(tmp_path, "1,,,cat"))
 
 

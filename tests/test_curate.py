@@ -122,7 +122,7 @@ def test_samples_without_a_score_stop_it_unless_told_what_becomes_of_them(tmp_pa
     flags = ["ok", "zero_direction", "overflow"]
     write_ledger(tmp_path / "scores", {"id": [4, 5, 6], "score": [1.0, None, None], "flag": flags})
     message = (
-        "2 of 3 samples cannot be judged, such as 5 (no score: zero_direction). "
+        "no decision on 2 of 3 samples, such as 5 (no score: zero_direction). "
         "`unscored='keep'` keeps them, `unscored='drop'` drops them."
     )
     with pytest.raises(CurationError, match=f"^{re.escape(message)}$"):

@@ -179,7 +179,7 @@ def test_curate_says_in_a_sentence_what_is_wrong(run, tmp_path, here):
     assert refused(run, "mimic-curate", "ledger=nowhere") == (
         "mimic-curate: nowhere holds no ledger (no _meta.json in it)."
     )
-    assert refused(run, "mimic-curate", ledger).startswith("mimic-curate: 1 of 5 samples cannot be judged, such as ")
+    assert refused(run, "mimic-curate", ledger).startswith("mimic-curate: no decision on 1 of 5 samples, such as ")
     for words, said in (
         (["unscored=kep"], "`unscored` is 'kep'; nearest: 'keep'"),
         (["exports=[cvs]"], "`exports`: 'cvs'; nearest: 'csv'"),
@@ -193,7 +193,7 @@ def test_curate_says_in_a_sentence_what_is_wrong(run, tmp_path, here):
         (["ledger=null"], "`ledger` is None; expected a path."),
         (["pool=[a]"], "`pool` is ['a']; expected a path."),
         (["filter=top_k", "filter.fraction=2"], "`fraction` is 2; expected above 0 and at most 1."),
-        (["filter=top_k", "filter.count=2"], "top k needs either `fraction` or `count`."),
+        (["filter=top_k", "filter.count=2"], "TopK needs exactly one of `fraction` and `count`."),
         (["filter=ensemble", "filter.by=vote"], "`by` is 'vote'; "),
         (["filter=top_k", "filter.per_class=true", "unscored=keep", "pool=none.csv"], "none.csv is not there."),
     ):
@@ -242,7 +242,7 @@ def test_select_says_in_a_sentence_what_is_wrong(run, tmp_path, here):
         ([f"recipe={path}", "out=o.parquet", "exports=[x]"], "`exports`: 'x'; "),
         (
             [f"recipe={path} or {tmp_path}/b.parquet", "out=o.parquet"],
-            f"1 samples of {path}, such as 2, are unknown to",
+            f"1 samples of {path}, such as 2, are not in",
         ),
     ):
         assert refused(run, "mimic-select", *words).startswith(f"mimic-select: {said}")
@@ -339,7 +339,7 @@ def test_a_curation_by_the_shell_ends_with_a_sentence_or_with_nothing_on_stderr(
         environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == status
-        assert done.stderr.startswith("mimic-curate: 1 of 5 samples cannot be judged") if status else done.stderr == ""
+        assert done.stderr.startswith("mimic-curate: no decision on 1 of 5 samples") if status else done.stderr == ""
         assert len(done.stderr.splitlines()) == (1 if status else 0)
     assert os.listdir(here) == ["o0"]
     assert json.loads(pq.read_schema(here / "o0" / "manifest.parquet").metadata[b"lightning_mimic"])["kept"] == 3

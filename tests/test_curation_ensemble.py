@@ -172,21 +172,15 @@ def test_constant_voters_are_worth_nothing_and_change_nothing():
 def test_fewer_than_three_voters_with_an_opinion_are_refused(constant):
     _, votes = simulated(100, np.array([0.8, 0.8]), 0.5, 0.1, seed=4)
     votes = np.concatenate([votes, np.ones((100, constant), np.int64)], 1)
-    message = (
-        f"the label model needs at least 3 voters, and of {2 + constant} only 2 do not say the same of every sample. "
-        "Score more epochs, add filters, or decide by the majority."
-    )
-    with pytest.raises(CurationError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(
+        CurationError, match=rf"at least 3 voters .*only 2 of {2 + constant} do\. .*filter\.by=majority"
+    ):
         fit_label_model(votes, 0.5)
 
 
 def test_too_few_voters_are_refused_before_anything_is_counted(tmp_path):
     write_scores(tmp_path, [[1.0, -1.0], [1.0, -1.0]])
-    message = (
-        "the label model needs at least 3 voters, and 1 filters in 2 epochs are fewer. Score more epochs, add filters, "
-        "or decide by the majority."
-    )
-    with pytest.raises(CurationError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(CurationError, match=r"at least 3 voters; 1 filters in 2 epochs make 2\. .*filter\.by=majority"):
         decided(tmp_path, Ensemble([Sign()]))
     assert decided(tmp_path, Ensemble([Sign()], by="majority"))[0] == {0: (True, 2, 2), 1: (False, 0, 2)}
 
@@ -201,12 +195,8 @@ def test_a_model_that_came_out_upside_down_is_refused(monkeypatch):
     share = fit_label_model(votes, 0.5, steps=SHORT).agreement
     assert share > 0.9
     monkeypatch.setattr("snorkel.labeling.model.LabelModel", Inverted)
-    message = (
-        f"the label model says the opposite of the majority of its voters on {share:.0%} of the samples: their "
-        "agreement fits two readings, and from each of 5 starts it took the wrong one. Decide by the majority, or "
-        "choose filters that agree more."
-    )
-    with pytest.raises(CurationError, match=f"^{re.escape(message)}$"):
+    message = rf"contradicts the majority of its voters on {share:.0%} of the samples: .* all 5 starts .*by=majority"
+    with pytest.raises(CurationError, match=message):
         fit_label_model(votes, 0.5, steps=SHORT)
 
 

@@ -47,7 +47,7 @@ def test_a_mean_posterior_of_a_half_or_more_is_kept_whatever_the_score(tmp_path)
 
 def test_a_sample_without_a_posterior_does_not_vanish(tmp_path):
     write_scores(tmp_path / "scores", [1.0, 1.0, 1.0, NONE], posterior=[0.9, 0.1, NONE, NONE])
-    message = "2 of 4 samples cannot be judged, such as 2 (no posterior). `unscored='keep'` keeps them"
+    message = "no decision on 2 of 4 samples, such as 2 (no posterior). `unscored='keep'` keeps them"
     with pytest.raises(CurationError, match=f"^{re.escape(message)}"):
         curate(tmp_path / "scores", Posterior())
     for unscored in ("keep", "drop"):
@@ -74,9 +74,9 @@ def test_a_sample_without_a_score_is_judged_by_its_posterior(tmp_path):
     [
         (
             {},
-            "`filter`: Posterior() needs posteriors, and none were recorded. They are recorded where the scored layer",
+            "`filter`: Posterior() needs posteriors, but none were recorded. They are recorded if the scored layer",
         ),
-        ({"posterior": [0.9, NONE, NONE, NONE]}, "`filter`: Posterior() needs posteriors, and 3 of 4 rows have none."),
+        ({"posterior": [0.9, NONE, NONE, NONE]}, "`filter`: Posterior() needs posteriors, but 3 of 4 rows have none."),
         ({"posterior": [0.9, 1.5, 0.5, 0.5]}, "`filter`: the posteriors lie between 0.5 and 1.5; expected 0 to 1."),
     ],
 )
@@ -178,7 +178,7 @@ def test_a_filter_that_means_nothing_for_the_scores_is_refused(name, tmp_path):
     write_ledger(tmp_path / "scores", rows, configs=config)
     for one in refused:
         for rule in (one, Ensemble([one, TopK(count=2)], by="majority")):
-            with case(name, rule), pytest.raises(CurationError, match=r"so that its decisions would mean noth") as info:
+            with case(name, rule), pytest.raises(CurationError, match="decisions would be meaningless") as info:
                 curate(tmp_path / "scores", rule)
             assert f"{tmp_path}/scores holds {'weights from ' * ('weights from' in str(info.value))}{said}" in str(
                 info.value
@@ -193,11 +193,11 @@ def test_the_refusal_names_what_can_be_taken(tmp_path):
     with pytest.raises(CurationError) as info:
         curate(tmp_path / "a")
     assert str(info.value) == (
-        f"`filter`: Sign() decides by the sign of scores, and {tmp_path}/a holds {LOSS}, so that its decisions would "
-        "mean nothing. Take TopK(fraction=...) (filter=top_k)."
+        f"`filter`: Sign() decides by the sign of scores, but {tmp_path}/a holds {LOSS}, so that its decisions would "
+        "be meaningless. Use TopK(fraction=...) (filter=top_k)."
     )
     write_ledger(tmp_path / "b", {"id": [1], "score": [0.0], "posterior": [1.0]}, configs={"scorer": "Uniform"})
-    with pytest.raises(CurationError, match=r"would mean nothing\. Take Posterior\(\) \(filter=posterior\)\.$"):
+    with pytest.raises(CurationError, match=r"would be meaningless\. Use Posterior\(\) \(filter=posterior\)\.$"):
         curate(tmp_path / "b")
     assert kept(curate(tmp_path / "b", Posterior())) == {1: True}
 
@@ -257,6 +257,6 @@ def test_a_scorer_s_class_may_say_that_its_scores_have_no_sign(tmp_path):
         reweighter.step((inputs, labels), torch.arange(8)) as step,
     ):
         step.backward(torch.nn.functional.cross_entropy(net(inputs), labels))
-    with pytest.raises(CurationError, match="scores of Mine, which declares that they have no sign"):
+    with pytest.raises(CurationError, match="scores of Mine, whose sign has no meaning"):
         curate(tmp_path / "scores", Sign())
     assert curate(tmp_path / "scores", TopK(count=4)).kept == 4

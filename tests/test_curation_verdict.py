@@ -32,7 +32,7 @@ def test_an_unrelated_reference_is_refused_accepted_or_not(tmp_path):
     scored(tmp_path / "scores", UNRELATED)
     message = (
         f"{tmp_path}/scores: the reference is unrelated: it does not know the samples' labels from each other's "
-        "(exchanging them raises its loss by 0 ± 1). Its scores may say the opposite of what is true, so that no "
+        "(exchanging them raises its loss by 0 ± 1). Its scores may rank wrong samples above right ones, so that no "
         "decision is made from them. Score the samples with the reference given as lightning_mimic.Aligned(...), or "
         "with another reference."
     )
@@ -50,7 +50,7 @@ def test_calibrated_posteriors_decide_with_an_unsure_reference(tmp_path):
         curate(tmp_path / "unsure", Sign())
     done = curate(tmp_path / "unsure", Posterior())
     assert (done.verdict, done.kept) == ("unsure", 1)
-    with pytest.raises(CurationError, match="Look at some of the lowest"):
+    with pytest.raises(CurationError, match="Inspect samples with the lowest"):
         curate(tmp_path / "doubtful", Posterior())
 
 
@@ -58,7 +58,9 @@ def test_calibrated_posteriors_decide_with_an_unsure_reference(tmp_path):
 def test_a_doubtful_or_unsure_reference_must_be_accepted(verdict, tmp_path):
     name = verdict if isinstance(verdict, str) else verdict.verdict
     scored(tmp_path / "scores", verdict)
-    with pytest.raises(CurationError, match=rf"scores: the reference is {name}: it.*`accept_verdict=true` decides all"):
+    with pytest.raises(
+        CurationError, match=rf"scores: the reference is {name}: it.*`accept_verdict=true` decides anyway"
+    ):
         curate(tmp_path / "scores")
     done = curate(tmp_path / "scores", accept_verdict=True)
     assert (done.verdict, done.kept) == (name, 1)
@@ -106,19 +108,19 @@ def test_the_verdict_on_rows_that_do_not_count_does_not_count(tmp_path):
 
 
 @for_each(("facts", "message"), [
-    ({"diagnosis": {"verdict": "compatibel"}}, "the verdict on its reference is 'compatibel', which this release does "
-     "not know; nearest: 'compatible'."),
-    ({"diagnosis": {"verdict": 3}}, "the verdict on its reference is 3, which this release does not know;"),
+    ({"diagnosis": {"verdict": "compatibel"}}, "the verdict on its reference is 'compatibel', which is unknown to "
+     "this release; nearest: 'compatible'."),
+    ({"diagnosis": {"verdict": 3}}, "the verdict on its reference is 3, which is unknown to this release;"),
     ({"diagnosis": {"verdict": ["doubtful"]}}, "the verdict on its reference is ['doubtful'], which"),
     ({"diagnosis": {"verdict": "doubtful", "findings": [1]}}, "the findings about its reference are [1]; expected"),
     ({"calibration": [1]}, "the calibration of its reference is [1]; expected wrong_share, low, high, samples."),
     ({"calibration": {"wrong_share": 0.3}}, "the calibration of its reference is {'wrong_share': 0.3}; expected"),
     ({"calibration": {"wrong_share": 1.5, "low": 0.1, "high": 0.5, "samples": 9}}, "the calibration of its reference "
-     "estimates a share of wrong labels of 1.5, between 0.1 and 0.5, from 9 samples; expected shares"),
+     "has a share of wrong labels of 1.5, an interval from 0.1 to 0.5 and 9 samples; expected shares"),
     ({"calibration": {"wrong_share": 0.5, "low": 0.6, "high": 0.5, "samples": 9}}, "the calibration of its reference "
-     "estimates a share of wrong labels of 0.5, between 0.6 and 0.5"),
+     "has a share of wrong labels of 0.5, an interval from 0.6 to 0.5"),
     ({"calibration": {"wrong_share": 0.5, "low": 0.4, "high": 0.6, "samples": 10**400}}, "the calibration of its "
-     "reference estimates a share of wrong labels of 0.5, between 0.4 and 0.6, from 1000"),
+     "reference has a share of wrong labels of 0.5, an interval from 0.4 to 0.6 and 1000"),
     ({"calibration": {"informative": "no"}}, "`informative` of the calibration is 'no'; expected true or false."),
     ({"calibration": {"wrong_share": True, "low": 0, "high": 1, "samples": 9}}, "the calibration of its reference is"),
 ])  # fmt: skip

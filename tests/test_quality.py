@@ -178,7 +178,9 @@ def test_trusted_ledgers_of_other_samples_are_refused(ids, calibrating, tmp_path
     data, right, wrong = calibrating
     other = scored(tmp_path / "other", [-1.0] * len(ids), ids=ids)
     for trusted, mislabelled in ((right, [wrong, other]), (other, [right, wrong])):
-        message = f"{(other if trusted is right else right)} and {trusted} must hold the same samples, with wrong and"
+        message = (
+            f"{(other if trusted is right else right)} and {trusted} have different ids; expected the same samples"
+        )
         with pytest.raises(CurationError, match=f"^{re.escape(message)}"):
             curate(data, unscored="drop", trusted=trusted, mislabelled=mislabelled)
 
@@ -189,12 +191,9 @@ def test_trusted_ledgers_of_other_samples_are_refused(ids, calibrating, tmp_path
 def test_trusted_ledgers_of_other_scores_are_refused(name, value, calibrating, tmp_path):
     data, right, wrong = calibrating
     other = scored(tmp_path / "other", [-1.0] * 10, config=CONFIG | {name: value})
-    message = (
-        f"{other} was scored with another {name} than {data} ({value} against {CONFIG.get(name)}); their scores do not "
-        "compare."
-    )
+    message = f"{other} was scored with another {name} than {data} ({value} instead of {CONFIG.get(name)}), so that"
     for trusted, mislabelled in ((right, other), (other, wrong)):
-        with pytest.raises(CurationError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(CurationError, match=f"^{re.escape(message)}"):
             curate(data, unscored="drop", trusted=trusted, mislabelled=mislabelled)
 
 
@@ -214,8 +213,10 @@ def test_an_earlier_release_s_ledger_is_not_calibrated_either(calibrating, tmp_p
 def test_trusted_ledgers_of_other_moments_are_refused(at, calibrating, tmp_path):
     data, right, _ = calibrating
     other = scored(tmp_path / "other", [-1.0] * 10, checkpoints=at)
-    when = "while a model trained on it" if at is None else f"at checkpoints {', '.join(c['sha256'][:8] for c in at)}"
-    message = f"{other} was scored {when}, and {data} at checkpoints 12345678, abcdefgh. A score changes as the model"
+    when = (
+        "while a model was trained on it" if at is None else f"at checkpoints {', '.join(c['sha256'][:8] for c in at)}"
+    )
+    message = f"{other} was scored {when}, but {data} at checkpoints 12345678, abcdefgh. Scores change"
     with pytest.raises(CurationError, match=f"^{re.escape(message)}"):
         curate(data, unscored="drop", trusted=right, mislabelled=other)
 
@@ -301,7 +302,7 @@ def test_a_quality_by_the_sign_that_the_calibration_contradicts_is_warned_of(low
     right = scored(tmp_path / "right", [1.0] * 38 + [-1.0] * 2)
     wrong = scored(tmp_path / "wrong", [-1.0] * 38 + [1.0] * 2)
     note(data, 0, {"calibration": {"wrong_share": low, "low": low, "high": high, "samples": 300}})
-    message = r"^by the sign of scores 61\.1% .* of the samples are good, and by the calibrated reference .* are wrong"
+    message = r"the sign of scores 61\.1% .* of the samples are good, but .* the calibrated reference .* are wrong"
     with pytest.warns(UserWarning, match=message) if contradicts else contextlib.nullcontext():
         assert curate(data, trusted=right, mislabelled=wrong).quality.basis == "sign"
 
@@ -319,8 +320,8 @@ def test_a_reference_that_does_not_know_the_classes_is_blamed(tmp_path):
 def test_scores_without_a_sign_give_no_quality(tmp_path):
     config = CONFIG | {"scorer": "ReferenceLoss"}
     data, right, wrong = (scored(tmp_path / name, [-1.0] * 4, config=config) for name in ("data", "right", "wrong"))
-    message = "`trusted`: without the reference's predictions in every ledger, the quality is estimated by the sign of"
-    with pytest.raises(CurationError, match=f"^{re.escape(message)}"):
+    message = r"^`trusted`: the reference's predictions are not in every ledger, .* scores of ReferenceLoss"
+    with pytest.raises(CurationError, match=message):
         curate(data, TopK(count=1), trusted=right, mislabelled=wrong)
 
 
@@ -332,11 +333,9 @@ def test_a_basis_that_is_none_is_refused():
 def test_calibration_takes_both_kinds_of_ledger(calibrating):
     data, right, _ = calibrating
     for given in ({"trusted": right}, {"mislabelled": right}):
-        with pytest.raises(
-            CurationError, match=r"^`trusted` and `mislabelled` calibrate together: the same samples, sco"
-        ):
+        with pytest.raises(CurationError, match=r"^`trusted` and `mislabelled` need each other"):
             curate(data, unscored="drop", **given)
-    with pytest.raises(CurationError, match=r"^`mislabelled` is empty; expected one ledger or more\.$"):
+    with pytest.raises(CurationError, match=r"^`mislabelled` is empty; expected at least one ledger\.$"):
         curate(data, unscored="drop", trusted=right, mislabelled=[])
     with pytest.raises(CurationError, match=r"\(90%\) as with true ones \(90%\): these scores cannot tell them apart"):
         curate(data, unscored="drop", trusted=right, mislabelled=right)

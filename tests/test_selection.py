@@ -17,8 +17,8 @@ from support.cases import for_each
 from support.ledgers import write_scores
 
 GRAMMAR = (
-    "expected PATH (a manifest: what it keeps) or PATH:COLUMN top|bottom AMOUNT (as 30% or a count), joined from left "
-    "to right by and, or, minus; a PATH ends in .parquet, .csv, or, a directory of Parquet files, in /"
+    "expected PATH (a manifest: the samples it keeps) or PATH:COLUMN top|bottom AMOUNT (such as 30% or 300), combined "
+    "from left to right by and, or, minus; a PATH ends in .parquet, .csv, or, if it is a directory of Parquet files, /"
 )
 
 
@@ -83,7 +83,7 @@ def test_a_joint_joins_two_terms(text, bad):
 
 @for_each("amount", ["101%", "100.1%", "-3", "-3%", "1.5", "x", "%", "1e3", "3%%", "inf", "0.5.5%", "½"])
 def test_what_is_no_amount_is_named(amount):
-    message = f"`recipe`: {amount!r} is no amount; say 0% to 100%, or a count."
+    message = f"`recipe`: {amount!r} is not an amount; expected 0% to 100%, or a count."
     with pytest.raises(CurationError, match=f"^{re.escape(message)}$"):
         Recipe.parse(f"a.csv:s top {amount}")
 
@@ -214,15 +214,15 @@ def test_tables_of_other_samples_are_refused_unless_allowed(tmp_path):
         write(tmp_path / "a.csv", id=[1, 2, 3], keep=[True] * 3),
         write(tmp_path / "b.csv", id=[2, 7], keep=[True] * 2),
     )
-    allow = "`allow_unknown=true` takes what a table does not know as not chosen by it."
+    allow = "With `allow_unknown=true`, a sample that is missing from a table is not selected by its term."
     for recipe, message in (
-        (f"{one} or {two}", f"2 samples of {one}, such as 1, are unknown to {two}. {allow}"),
-        (f"{one} or {one} and {two}", f"2 samples of {one}, such as 1, are unknown to {two}. {allow}"),
+        (f"{one} or {two}", f"2 samples of {one}, such as 1, are not in {two}. {allow}"),
+        (f"{one} or {one} and {two}", f"2 samples of {one}, such as 1, are not in {two}. {allow}"),
     ):
         with pytest.raises(CurationError, match=f"^{re.escape(message)}$"):
             select(recipe, tmp_path / "out.parquet")
     three = write(tmp_path / "c.csv", id=[3, 2, 1, 0], keep=[True] * 4)
-    with pytest.raises(CurationError, match=f"^{re.escape(f'1 samples of {three}, such as 0, are unknown to {one}.')}"):
+    with pytest.raises(CurationError, match=f"^{re.escape(f'1 samples of {three}, such as 0, are not in {one}.')}"):
         select(f"{one} and {three}", tmp_path / "out.parquet")
     assert not (tmp_path / "out.parquet").exists()
     assert selected(f"{one} and {two}", tmp_path, allow_unknown=True) == ([2], [1, 3, 7])
@@ -269,7 +269,7 @@ def test_ids_that_are_not_plainly_whole_numbers_stay_text(ids, tmp_path):
         ("a.csv:scores top 3", "a.csv has no column 'scores'; nearest: 'score'."),
         ("b.csv", "b.csv has no column 'keep'; there are: 'id'."),
         ("c.csv:score top 1", "c.csv has no column 'id'; nearest: 'ids'."),
-        ("a.csv:name top 1", "a.csv: 2 values of column 'name' are no numbers, such as "),
+        ("a.csv:name top 1", "a.csv: 2 values of column 'name' are not numbers, such as "),
         ("a.csv:name top 1 and b.csv", "b.csv has no column 'keep'; there are: 'id'."),
         (
             "d.csv",
@@ -292,7 +292,7 @@ def test_tables_that_cannot_be_read_are_refused(recipe, message, tmp_path):
 def test_the_place_must_be_a_free_parquet_file(tmp_path):
     path = write(tmp_path / "a.parquet", id=[1, 2], keep=[True, False])
     before = path.read_bytes()
-    with pytest.raises(CurationError, match=f"^`out` is {tmp_path}/b.csv; a manifest is a .parquet file.$"):
+    with pytest.raises(CurationError, match=f"^`out` is {tmp_path}/b.csv; expected a path that ends in .parquet.$"):
         select(f"{path}", tmp_path / "b.csv")
     with pytest.raises(CurationError, match=f"^`out`: {path} is there already; name another file, or delete it.$"):
         select(f"{path}", path)

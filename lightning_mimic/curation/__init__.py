@@ -1,6 +1,8 @@
-"""From recorded scores to decisions, offline; knows the ledger, not the training.
+"""Curation: decide offline, from recorded scores, which samples to keep.
 
-Importing it loads neither torch nor Lightning; its names are imported when they are first used.
+Curation reads ledgers and is independent of training.
+
+Importing this package loads neither torch nor Lightning; its names are imported on first use.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Several data sets side by side."""
+"""Comparison of several curated data sets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,21 +11,23 @@ from lightning_mimic.manifest import Manifest
 
 @dataclass(frozen=True)
 class DataSet:
-    """What is known of one data set; shares from 0 to 1.
+    """Hold the figures of one data set; all shares are between 0 and 1.
 
     Attributes:
-        name: Its own.
-        samples: In it.
-        kept: Share that its filter keeps.
-        share_kept: Share of the scored samples with a mean score of 0 or more; ``None`` where 0 does not divide scores.
-        mean_score_kept: Mean score of what is kept, loss per unit of weight distance; comparable between pools that
-            one model scored in one run.
+        name: Name of the data set.
+        samples: Number of samples.
+        kept: Share of the samples that the filter keeps.
+        share_kept: Share of the scored samples with a mean score of 0 or more; ``None`` if 0 does not separate good
+            from bad scores of this scorer.
+        mean_score_kept: Mean score of the kept samples, in loss per unit of weight distance; comparable between pools
+            that one model scored in one run.
         quality: Estimated share of good samples; ``None`` without trusted samples.
-        low: Lower end of its 95 % interval.
-        high: Upper end.
-        right: True share of good samples, where it is known.
-        verdict: On its reference; ``None`` where it was not diagnosed.
-        wrong_share: Estimated share of wrong labels, from the calibration of its reference; ``None`` where it has none.
+        low: Lower end of the 95 % interval of ``quality``.
+        high: Upper end of the 95 % interval of ``quality``.
+        right: True share of good samples; ``None`` if unknown.
+        verdict: Verdict on the reference; ``None`` if it was not diagnosed.
+        wrong_share: Estimated share of wrong labels, from the calibration of the reference; ``None`` without a
+            calibration.
     """
 
     name: str
@@ -43,14 +45,14 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Data sets, the best first, and how what is estimated goes with the truth.
+    """Hold ranked data sets, and the correlation of the ranking figure with the true quality.
 
     Attributes:
-        datasets: By quality; where not all have one, by the share with a mean score of 0 or more; where not all have
-            that, by the share that their filters keep.
-        pearson: Correlation of that figure with the true share of good samples, -1 to 1; ``None`` where fewer than
-            three are known.
-        spearman: Of their ranks.
+        datasets: Data sets, the best first. The ranking figure is ``quality`` if all data sets have it, otherwise
+            ``share_kept`` if all have that, otherwise ``kept``.
+        pearson: Correlation of the ranking figure with the true share of good samples, -1 to 1; ``None`` if that share
+            is known for fewer than three data sets, or if either is constant.
+        spearman: Rank correlation of the same two figures, -1 to 1, or ``None``.
     """
 
     datasets: tuple[DataSet, ...]
@@ -59,14 +61,15 @@ class Comparison:
 
 
 def compare(manifests: Mapping[str, Manifest], noise: Mapping[str, float] | None = None) -> Comparison:
-    """Put data sets beside each other.
+    """Compare the quality of several data sets.
 
     Args:
-        manifests: Name to what :func:`~lightning_mimic.curation.curate` wrote.
-        noise: Name to the true share of bad samples, where it is known.
+        manifests: Manifests written by :func:`~lightning_mimic.curation.curate`, by name of the data set.
+        noise: True shares of bad samples, 0 to 1, by name of the data set, where known.
 
     Raises:
-        CurationError: No manifests, one that was not made from a ledger, an unknown name, a share outside 0 to 1.
+        CurationError: There are no manifests, one was not made from a ledger, ``noise`` has an unknown name, or a share
+            is outside 0 to 1.
 
     Example:
         >>> compare({})
@@ -83,7 +86,7 @@ def compare(manifests: Mapping[str, Manifest], noise: Mapping[str, float] | None
         if name not in manifests:
             raise CurationError(f"`noise`: no manifest is called {name!r}; {nearest_names(name, manifests)}.")
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise CurationError(f"`noise` of {name!r} is {share!r}; it is a share, 0 to 1.")
+            raise CurationError(f"`noise` of {name!r} is {share!r}; expected a share, 0 to 1.")
     found = [_data_set(name, manifest, known.get(name)) for name, manifest in manifests.items()]
     figures = ("quality", "share_kept", "kept")
     ordering = next(name for name in figures if all(getattr(each, name) is not None for each in found))
@@ -94,7 +97,7 @@ def compare(manifests: Mapping[str, Manifest], noise: Mapping[str, float] | None
     pairs = [(figure(each), each.right) for each in found if each.right is not None]
     pearson = spearman = None
     if len(pairs) >= 3 and all(len(set(values)) > 1 for values in zip(*pairs, strict=True)):
-        # Not at the top: importing the package must not load them.
+        # Imported here, because importing the package must not load torch.
         import torch
         from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 
@@ -106,7 +109,7 @@ def compare(manifests: Mapping[str, Manifest], noise: Mapping[str, float] | None
 def _data_set(name: str, manifest: Manifest, noise: float | None) -> DataSet:
     found = manifest.provenance
     if "share_kept" not in found:
-        raise CurationError(f"{manifest.path} was not made from a ledger; curate one.")
+        raise CurationError(f"{manifest.path} was not made from a ledger; expected a manifest written by mimic-curate.")
     quality, means, wrong = (found.get(name) or {} for name in ("quality", "mean_score", "wrong_share"))
     if not isinstance(quality, dict) or not isinstance(means, dict):
         raise CurationError(f"{manifest.path}: its provenance is damaged: {quality!r}, {means!r}.")
@@ -137,7 +140,7 @@ def _data_set(name: str, manifest: Manifest, noise: float | None) -> DataSet:
 
 
 def _figure(manifest: Manifest, found: Mapping[str, Any], name: str) -> float | None:
-    """A number of a provenance, ``None`` where there is none."""
+    """Return a number of a manifest's provenance, or ``None`` if it is missing."""
     value = found.get(name)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise CurationError(f"{manifest.path}: {name!r} in its provenance is {value!r}; expected a number.")

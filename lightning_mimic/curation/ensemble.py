@@ -1,4 +1,4 @@
-"""Many votes on a sample, one per filter and epoch, and what they say together."""
+"""Ensemble of filters: one vote per filter and epoch on each sample, combined into one decision."""
 
 import math
 from collections.abc import Sequence
@@ -16,16 +16,19 @@ By = Literal["label_model", "majority"]
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Every filter votes on every epoch's scoring of a sample; what was not scored in an epoch has no vote in it.
+    """Combine the votes of several filters in several epochs.
+
+    Each pair of a filter and an epoch is a voter, and votes on the samples that were scored in that epoch.
 
     Args:
-        filters: That vote; the paper's (threshold, k-means, mixture), if left out.
-        by: ``"label_model"``: weak supervision weighs the voters by how they agree (Ratner et al., arXiv 1810.02840,
-            the paper's choice; at least three voters). ``"majority"``: more than half of a sample's votes drop it.
-        seed: Of the label model.
+        filters: Filters that vote; by default the paper's: threshold, k-means and mixture.
+        by: ``"label_model"``: weak supervision weights the voters by their agreement (Ratner et al., arXiv 1810.02840,
+            the paper's choice; at least three voters). ``"majority"``: a sample is dropped if more than half of its
+            votes are against it.
+        seed: Seed of the label model.
 
     Raises:
-        CurationError: No filters, or another ``by``.
+        CurationError: There are no filters, or ``by`` has another value.
 
     Example:
         >>> from lightning_mimic.curation import Sign
@@ -44,11 +47,11 @@ class Ensemble:
             raise CurationError(f"`filters` is {self.filters!r}; expected filters such as [Threshold(), KMeans()].")
 
     def decide(self, scores: Scores) -> Decision:
-        """Return all votes on each sample, weighed.
+        """Return the decision on each sample from all votes on it.
 
         Raises:
-            CurationError: A filter that means nothing for the ledger's scores; fewer than three voters with an opinion
-                of their own; or a label model that contradicts the majority of them.
+            CurationError: A filter is meaningless for the scores of the ledger, fewer than three voters vote both ways,
+                or the label model contradicts the majority of the voters.
         """
         for one in self.filters:
             one.check(scores)
@@ -57,8 +60,8 @@ class Ensemble:
         voters = len(self.filters) * len(table.epochs)
         if self.by == "label_model" and voters < 3:
             raise CurationError(
-                f"the label model needs at least 3 voters, and {len(self.filters)} filters in {len(table.epochs)} "
-                "epochs are fewer. Score more epochs, add filters, or decide by the majority."
+                f"the label model needs at least 3 voters; {len(self.filters)} filters in {len(table.epochs)} epochs "
+                f"make {voters}. Score more epochs, add filters, or decide by the majority (filter.by=majority)."
             )
         votes = [one.vote(table) for one in self.filters]
         view = replace(table, name=f"{table.name}_votes")
@@ -78,13 +81,13 @@ class Ensemble:
         return Decision(query, reason, facts, by_sample=by_row)
 
     def _good(self, scores: Scores) -> str:
-        """SQL for whether a sample's scorings speak for it, of which the label model takes the share beforehand."""
+        """Return SQL for whether a sample's scorings favour it; their share is the label model's class balance."""
         if any(isinstance(one, Posterior) for one in self.filters):
             return "avg(posterior) >= 0.5"
         missing = missing_basis(scores.config, "zero")
         if missing is not None and self.by == "label_model":
             raise CurationError(
-                "`filter`: the label model starts from the share of scores of 0 or more, and "
+                "`filter`: the label model needs the share of scores of 0 or more, but "
                 f"{scores.ledger.directory} holds {missing}. Decide by the majority (filter.by=majority)."
             )
         return "avg(score) >= 0"
@@ -92,13 +95,13 @@ class Ensemble:
     def _weights(
         self, view: ScoreTable, sampled: str, filters: int, balance: float
     ) -> tuple[list[dict[bool, dict[int, float]]], float, dict[str, Any]]:
-        """Log odds of each voter's yes and no, by filter and epoch; and those before anyone has voted.
+        """Return the log odds of each voter's yes and no by filter and epoch, the prior log odds, and facts on the fit.
 
         Args:
-            view: The votes of all rows.
-            sampled: Query for those of the sampled samples.
-            filters: How many vote.
-            balance: Share of samples to be kept, as known beforehand.
+            view: Votes on all rows.
+            sampled: Query for the votes on the sampled samples.
+            filters: Number of filters.
+            balance: Prior share of samples to be kept, 0 to 1.
         """
         import numpy as np
 
@@ -110,7 +113,7 @@ class Ensemble:
         for k in range(filters):
             votes[row, k * len(view.epochs) + column] = found[f"v{k}"]
         model = fit_label_model(votes, balance, self.seed)
-        # Multiples of a power of two, whose sums are exact: the order in which votes are added up decides nothing.
+        # Sums of multiples of a power of two are exact, so that the order in which votes are added does not matter.
         largest = abs(model.prior) + float(np.maximum(abs(model.keep), abs(model.drop)).sum())
         step = 2.0 ** (math.frexp(largest)[1] - 52)
         keep, drop, prior = (np.round(each / step) * step for each in (model.keep, model.drop, model.prior))
@@ -138,12 +141,12 @@ def _tally(
             for v, by in zip(names, weights, strict=True)
         ]
         evidence, verdict = f", sum({' + '.join(parts)}) AS evidence", f"{prior!r} + evidence"
-    # Both counts in one exact number: a sample's sums are kept for each of its rows until they meet.
+    # Both counts in one exact number, to save memory: the database holds a sum per row until it merges a sample's rows.
     both = f"sum(({yes} + {_SHIFT} * ({cast}))::DOUBLE)"
     return f"""SELECT id, CASE WHEN votes > 0 THEN {verdict} >= 0 END AS keep, votes_keep, votes FROM (
         SELECT *, (tally // {_SHIFT})::BIGINT AS votes, (tally % {_SHIFT})::BIGINT AS votes_keep
         FROM (SELECT id, {both} AS tally{evidence} FROM {view.name} GROUP BY id))"""
 
 
-#: More than a sample can have votes.
+#: Larger than the number of votes on a sample.
 _SHIFT = 2**26

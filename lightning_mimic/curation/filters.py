@@ -1,4 +1,4 @@
-"""Filters: decide which samples to keep, by each sample's means, or by every scoring for an :class:`Ensemble`."""
+"""Filters that decide which samples to keep, from each sample's mean scores or, in an ensemble, from every scoring."""
 
 import math
 import warnings
@@ -16,12 +16,13 @@ from lightning_mimic.random_streams import stream_seed
 
 @dataclass(frozen=True)
 class Vote:
-    """The opinion of a filter on the rows of a table.
+    """Hold the vote of a filter on the rows of a table.
 
     Attributes:
-        keep: SQL over the columns of :class:`ScoreTable`: true, false, or null for no opinion.
-        reason: Why a row for which it is false goes.
-        by_row: ``keep`` looks at the columns of its own row alone, so that it can be applied to some of the rows.
+        keep: SQL over the columns of :class:`ScoreTable`: true, false, or null for no vote.
+        reason: Reason recorded for dropped rows.
+        by_row: Whether ``keep`` depends on the columns of its own row only, so that it can be evaluated on a subset of
+            the rows.
     """
 
     keep: str
@@ -31,15 +32,16 @@ class Vote:
 
 @dataclass(frozen=True)
 class Decision:
-    """What is decided about samples.
+    """Hold the decision on samples.
 
     Attributes:
-        query: SQL with ``id``, ``keep`` (null for no opinion), ``votes_keep`` and ``votes``, null unless many voted.
-        reason: Why a sample goes.
-        facts: What the decision rests on, for the manifest.
-        abstains: Why a sample that has a score has no opinion.
-        by_sample: The query looks at each sample's own rows alone, so that it can be applied to some of the samples;
-            otherwise it must see all at once.
+        query: SQL with the columns ``id``, ``keep`` (null: undecided), ``votes_keep`` and ``votes`` (numbers of votes,
+            null for a single vote).
+        reason: Reason recorded for dropped samples.
+        facts: Figures behind the decision, for the manifest.
+        abstains: Reason recorded for samples that have a score and are undecided.
+        by_sample: Whether the query depends on each sample's own rows only, so that it can be evaluated on a subset of
+            the samples; otherwise it needs all samples at once.
     """
 
     query: str
@@ -57,25 +59,25 @@ class DecisionRule(Protocol):
 
 
 def checked_rule(rule: Any) -> DecisionRule:
-    """Return a rule, or raise :class:`CurationError` for what is none."""
+    """Return the rule, or raise :class:`CurationError` if it is not a decision rule."""
     if isinstance(rule, type) or not callable(getattr(rule, "decide", None)):
         kind = rule if isinstance(rule, type) else type(rule)
         raise CurationError(
             f"`filter` is {rule!r} ({kind.__module__}.{kind.__qualname__}); expected a filter of "
-            "lightning_mimic.curation, such as Sign() or Posterior(). (Weightings, which lightning_mimic.scorers has, "
-            "decide nothing.)"
+            "lightning_mimic.curation, such as Sign() or Posterior(). The weightings of lightning_mimic.scorers are "
+            "not filters."
         )
     decides: DecisionRule = rule
     return decides
 
 
 class Filter(ABC):
-    """A decision rule with one vote; a filter of your own defines :meth:`vote`.
+    """Base class of decision rules with one vote; define :meth:`vote` for a filter of your own.
 
     Attributes:
-        rests_on: What a ledger's scores must have, so that the vote means something.
-        calibrated: Whether the vote rests on calibrated posteriors alone, which stay right where the reference is
-            unsure of itself.
+        rests_on: Properties of the scores that the vote needs to be meaningful.
+        calibrated: Whether the vote depends on calibrated posteriors only, which remain valid for a reference with the
+            verdict ``unsure``.
     """
 
     rests_on: ClassVar[frozenset[Basis]] = frozenset()
@@ -86,21 +88,21 @@ class Filter(ABC):
         """Return the vote on each row, for every epoch separately.
 
         Raises:
-            CurationError: Too few rows to say anything.
+            CurationError: There are too few rows for a vote.
         """
 
     def check(self, scores: Scores) -> None:
-        """Raise :class:`CurationError` if the vote means nothing for what a ledger's scorer computes."""
+        """Raise :class:`CurationError` if the vote is meaningless for the scores of a ledger's scorer."""
         for basis in sorted(self.rests_on):
             missing = missing_basis(scores.config, basis)
             if missing is not None:
                 raise CurationError(
-                    f"`filter`: {self!r} {_BECAUSE[basis]}, and {scores.ledger.directory} holds {missing}, so that its "
-                    f"decisions would mean nothing. {_others(scores)}"
+                    f"`filter`: {self!r} {_BECAUSE[basis]}, but {scores.ledger.directory} holds {missing}, so that its "
+                    f"decisions would be meaningless. {_others(scores)}"
                 )
 
     def decide(self, scores: Scores) -> Decision:
-        """Return the vote on the samples' means."""
+        """Return the decision from the vote on the samples' means."""
         self.check(scores)
         table = scores.means()
         vote = self.vote(table)
@@ -108,28 +110,28 @@ class Filter(ABC):
         return Decision(query, vote.reason, {}, by_sample=vote.by_row)
 
 
-#: What a filter does, by what it rests on.
+#: Description of the decision that needs each property of the scores, for messages.
 _BECAUSE: dict[Basis, str] = {
     "zero": "decides by the sign of scores",
-    "order": "takes higher scores for better ones",
+    "order": "assumes that higher scores are better",
     "difference": "orders samples by their scores",
     "weights": "decides by weights",
 }
 
 
 def _others(scores: Scores) -> str:
-    """Name the filters that mean something for a ledger, as a sentence."""
+    """Return advice that names the filters which are meaningful for a ledger."""
     by_order = "TopK(fraction=...) (filter=top_k)" if missing_basis(scores.config, "difference") is None else None
     by_posterior = "Posterior() (filter=posterior)" if "posterior" in scores.columns else None
     named = " or ".join(filter(None, (by_posterior, by_order)))
-    return f"Take {named}." if named else "Score the samples with MimicScore."
+    return f"Use {named}." if named else "Score the samples with MimicScore."
 
 
 @dataclass(frozen=True)
 class Sign(Filter):
-    """Keeps what has a score of 0 or more: a step on it moves the model towards the reference, or nowhere.
+    """Keep samples with a score of 0 or more: a training step on them does not move the model away from the reference.
 
-    The only vote that is not relative to the other samples, so on clean data it can keep all.
+    The vote is independent of the other samples, so that it can keep all of a clean data set.
 
     Example:
         >>> Sign()
@@ -139,26 +141,26 @@ class Sign(Filter):
     rests_on: ClassVar[frozenset[Basis]] = frozenset({"zero"})
 
     def vote(self, table: ScoreTable) -> Vote:
-        """Score against 0."""
+        """Compare the score with 0."""
         return Vote("score >= 0", "mean score below 0", by_row=True)
 
 
-#: Share of rows above which a posterior that is missing makes a filter refuse.
+#: Largest share of rows without a posterior with which a filter still decides.
 _MOST_WITHOUT_POSTERIOR = 0.5
 
 
 @dataclass(frozen=True)
 class Posterior(Filter):
-    """Keeps what is rather right than wrong: a mean posterior of 0.5 or more.
+    """Keep samples whose label is more likely right than wrong: a mean posterior of 0.5 or more.
 
-    The posterior is the probability that the given label is right, by the reference as it was calibrated on the given
-    labels while the samples were scored. It does not depend on how far the model has learnt, and where the calibration
-    finds no wrong labels it keeps all. A sample that has a score and no posterior has no vote: ``unscored`` of
-    :func:`~lightning_mimic.curation.curate` decides on it.
+    The posterior is the probability that the given label is right, according to the reference, which was calibrated on
+    the given labels while the samples were scored. It does not depend on the progress of training, and if the
+    calibration finds no wrong labels, all samples are kept. A sample with a score but without a posterior has no vote;
+    ``unscored`` of :func:`~lightning_mimic.curation.curate` decides on it.
 
     Raises:
-        CurationError: The ledger has no posteriors, none of more than half of its samples, or some that are no
-            probabilities; or its reference does not explain the labels, so that none is held to be wrong.
+        CurationError: The ledger has no posteriors, more than half of its samples have none, or some are outside 0 to
+            1; or the reference does not explain the labels, so that no label can be called wrong.
 
     Example:
         >>> Posterior()
@@ -173,20 +175,20 @@ class Posterior(Filter):
         if isinstance(calibration, dict) and calibration.get("informative") is False:
             raise CurationError(
                 f"`filter`: Posterior() cannot decide on {scores.ledger.directory}: the reference does not explain the "
-                "given labels, or knows far less of them than the model, so that none is held to be wrong. Take "
-                "another reference."
+                "given labels, or far worse than the model, so that no label can be called wrong. Use another "
+                "reference."
             )
 
     def vote(self, table: ScoreTable) -> Vote:
-        """Posterior against 0.5."""
+        """Compare the posterior with 0.5."""
         _check_posteriors(table.database, table.name)
         return Vote("posterior >= 0.5", "posterior below 0.5", by_row=True)
 
     def decide(self, scores: Scores) -> Decision:
-        """Return the vote on the samples' mean posterior, also of those without a score."""
+        """Return the decision from the samples' mean posteriors, including samples without a score."""
         self.check(scores)
         _check_posteriors(scores.database, scores.samples)
-        _check_posteriors(scores.database, scores.scorings().name, most=False)  # a mean hides what is out of range
+        _check_posteriors(scores.database, scores.scorings().name, most=False)  # a mean can hide values out of range
         query = (
             "SELECT id, posterior >= 0.5 AS keep, NULL::BIGINT AS votes_keep, NULL::BIGINT AS votes "
             f"FROM {scores.samples}"
@@ -195,23 +197,23 @@ class Posterior(Filter):
 
 
 def _check_posteriors(database: Database, table: str, *, most: bool = True) -> None:
-    """Raise :class:`CurationError` unless most rows of a table have a posterior, and all of these lie in 0 to 1.
+    """Raise :class:`CurationError` unless most rows of a table have a posterior, and all posteriors lie in 0 to 1.
 
     Args:
-        database: Where it is.
-        table: Its name.
-        most: Look at how many have one.
+        database: Database with the table.
+        table: Name of the table.
+        most: Whether to check how many rows have a posterior.
     """
-    fix = "They are recorded where the scored layer is one nn.Linear that gives the logits of a cross-entropy."
+    fix = "They are recorded if the scored layer is one nn.Linear that outputs the logits of a cross-entropy."
     if "posterior" not in database.columns(table):
-        raise CurationError(f"`filter`: Posterior() needs posteriors, and none were recorded. {fix}")
+        raise CurationError(f"`filter`: Posterior() needs posteriors, but none were recorded. {fix}")
     rows, known, low, high = database.row(
         f"SELECT count(*), count(posterior), min(posterior), max(posterior) FROM {table}"
     )
     if most and known < (1 - _MOST_WITHOUT_POSTERIOR) * rows:
         raise CurationError(
-            f"`filter`: Posterior() needs posteriors, and {rows - known} of {rows} rows have none. {fix} None are "
-            "known before the first calibration, so that a longer run has more."
+            f"`filter`: Posterior() needs posteriors, but {rows - known} of {rows} rows have none. {fix} Rows before "
+            "the first calibration have none, so a longer run records more of them."
         )
     if known and not 0 <= low <= high <= 1:
         raise CurationError(f"`filter`: the posteriors lie between {low:.4g} and {high:.4g}; expected 0 to 1.")
@@ -219,9 +221,9 @@ def _check_posteriors(database: Database, table: str, *, most: bool = True) -> N
 
 @dataclass(frozen=True)
 class Threshold(Filter):
-    """Keeps what weighs ``1/B`` or more in its batch of B, the paper's threshold; uniform weights keep all.
+    """Keep samples whose weight in their batch of ``B`` samples is ``1/B`` or more, the paper's threshold.
 
-    Drops someone from every batch whose weights are not uniform, also from a clean one.
+    Uniform weights keep all samples. Every batch with other weights loses at least one sample, even a clean batch.
 
     Example:
         >>> Threshold()
@@ -231,16 +233,16 @@ class Threshold(Filter):
     rests_on: ClassVar[frozenset[Basis]] = frozenset({"weights"})
 
     def vote(self, table: ScoreTable) -> Vote:
-        """Weight against 1/B, to float32's rounding."""
+        """Compare the weight with 1/B, up to float32 rounding."""
         return Vote("relative_weight >= 1 - 1e-6", "mean weight below 1/B", by_row=True)
 
 
 @dataclass(frozen=True)
 class KMeans(Filter):
-    """Keeps the upper of two clusters, by k-means in one dimension; always drops someone.
+    """Keep the upper of two clusters of scores, found by k-means; drops samples even from clean data.
 
     Args:
-        seed: Of its start.
+        seed: Seed of the initial cluster centres.
 
     Example:
         >>> KMeans(seed=1)
@@ -252,7 +254,7 @@ class KMeans(Filter):
     seed: int = 0
 
     def vote(self, table: ScoreTable) -> Vote:
-        """Score against the middle between the two centres."""
+        """Compare the score with the midpoint between the two cluster centres."""
         from sklearn.cluster import KMeans as Clusters
         from sklearn.exceptions import ConvergenceWarning
 
@@ -260,7 +262,7 @@ class KMeans(Filter):
             if len(scores) < 2:
                 return -math.inf
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # of scores that are all the same
+                warnings.simplefilter("ignore", ConvergenceWarning)  # raised if all scores are equal
                 found = Clusters(2, n_init=1, random_state=stream_seed(self.seed, "k-means")).fit(scores[:, None])
             return float(found.cluster_centers_.mean()) if len(set(found.labels_.tolist())) == 2 else -math.inf
 
@@ -269,13 +271,13 @@ class KMeans(Filter):
 
 @dataclass(frozen=True)
 class Mixture(Filter):
-    """Keeps the upper of two normal components, and all where two are not warranted.
+    """Keep the upper of two normal components of the scores, or all samples if one component is enough.
 
-    They are if the Bayesian information criterion says so and their means lie on both sides of 0: towards the reference
-    and away from it. The criterion alone splits every skewed cloud, also of clean data.
+    Two components are used if the Bayesian information criterion prefers them and 0 lies between their means. The
+    criterion alone would split every skewed distribution, including those of clean data.
 
     Args:
-        seed: Of its start.
+        seed: Seed of the initial components.
 
     Example:
         >>> Mixture(seed=1)
@@ -287,7 +289,7 @@ class Mixture(Filter):
     seed: int = 0
 
     def vote(self, table: ScoreTable) -> Vote:
-        """Score against where both components are equally likely."""
+        """Compare the score with the point where both components are equally likely."""
         return _by_cut(table, self._cut, "mean score in the lower of two components (below {})")
 
     def _cut(self, scores: Any) -> float:
@@ -297,7 +299,7 @@ class Mixture(Filter):
         spread = float(scores.std())
         if len(scores) < 4 or spread <= 1e-12 * float(abs(scores).max()):
             return -math.inf
-        # In units of their spread, because the smallest variance allowed is an absolute one.
+        # Standardised, because scikit-learn's lower bound on variances is an absolute number.
         values = ((scores - scores.mean()) / spread)[:, None]
         two = GaussianMixture(2, random_state=stream_seed(self.seed, "mixture")).fit(values)
         if two.bic(values) >= GaussianMixture(1).fit(values).bic(values):
@@ -308,21 +310,22 @@ class Mixture(Filter):
             return -math.inf
         between = np.linspace(low, high, 1001)
         upper = two.predict(between[:, None]) == two.means_.argmax()
-        # Where one is the likelier all the way, there is nothing to cut.
+        # If one component is more likely on the whole interval, there is no cut.
         return float(between[upper.argmax()] * spread + scores.mean()) if upper.any() and not upper[0] else -math.inf
 
 
 @dataclass(frozen=True)
 class TopK(Filter):
-    """Keeps those with the highest scores; of equals, those with the smallest ids.
+    """Keep the samples with the highest scores; ties are broken in favour of smaller ids.
 
     Args:
-        fraction: Of the samples, above 0 and at most 1.
-        count: Of samples; this or ``fraction``.
-        per_class: So many of every class; needs recorded labels.
+        fraction: Share of the samples to keep, above 0 and at most 1.
+        count: Number of samples to keep; give either this or ``fraction``.
+        per_class: Whether to apply ``fraction`` or ``count`` to each class separately; needs recorded labels.
 
     Raises:
-        CurationError: Both or neither, or out of range; no labels were recorded.
+        CurationError: Both or neither of ``fraction`` and ``count`` are given, or one is out of range; or ``per_class``
+            is set and labels are missing.
 
     Example:
         >>> TopK(fraction=0.3)
@@ -337,18 +340,18 @@ class TopK(Filter):
 
     def __post_init__(self) -> None:
         if (self.fraction is None) == (self.count is None):
-            raise CurationError("top k needs either `fraction` or `count`.")
+            raise CurationError("TopK needs exactly one of `fraction` and `count`.")
         if self.fraction is not None and (isinstance(self.fraction, bool) or not 0 < self.fraction <= 1):
             raise CurationError(f"`fraction` is {self.fraction!r}; expected above 0 and at most 1.")
         if self.count is not None and (type(self.count) is not int or self.count <= 0):
             raise CurationError(f"`count` is {self.count!r}; expected a whole number above 0.")
 
     def vote(self, table: ScoreTable) -> Vote:
-        """Rank against k."""
+        """Compare the rank with k."""
         if self.per_class and table.database.value(f"SELECT count(*) FROM {table.name} WHERE label IS NULL"):
             raise CurationError(
-                "`per_class`: some samples have no label. Let training_step return a dict with class indices 'label' "
-                "beside 'loss', so that they are recorded."
+                "`per_class`: some samples have no label. To record labels, let training_step return a dict with "
+                "class indices under 'label' beside 'loss'."
             )
         group = "epoch, label" if self.per_class else "epoch"
         most = str(self.count) if self.fraction is None else f"round({self.fraction} * count(*) OVER ({_PART}{group}))"
@@ -361,10 +364,10 @@ _PART = "PARTITION BY "
 
 
 def _by_cut(table: ScoreTable, cut: Any, reason: str) -> Vote:
-    """A score at least that of its epoch's cut, found on sampled scores in ascending order."""
-    from threadpoolctl import threadpool_limits  # scikit-learn's own
+    """Vote to keep scores at or above their epoch's cut, computed by ``cut`` from sampled scores in ascending order."""
+    from threadpoolctl import threadpool_limits  # a dependency of scikit-learn
 
-    with threadpool_limits(1):  # for so little, more threads wait for each other
+    with threadpool_limits(1):  # more threads are slower on so little data
         cuts = {epoch: cut(scores) for epoch, scores in table.sampled_scores.items()}
     if not cuts:
         raise CurationError("no sample has a score, so there is nothing to cut.")
@@ -374,7 +377,7 @@ def _by_cut(table: ScoreTable, cut: Any, reason: str) -> Vote:
 
 
 def by_epoch(epochs: tuple[int, ...], values: dict[int, float]) -> str:
-    """SQL for the value of a row's epoch; null where there is none.
+    """Return SQL for the value that belongs to a row's epoch; null if there is none.
 
     Example:
         >>> by_epoch((3, 5), {3: 1.5, 5: -2.0})

@@ -1,4 +1,4 @@
-"""Snorkel's label model, and nothing else in the package imports it: what voters of unknown quality say together."""
+"""Snorkel's label model, which combines votes of unknown quality. The only module that imports snorkel."""
 
 import contextlib
 import random
@@ -9,25 +9,25 @@ from typing import Any
 from lightning_mimic.errors import CurationError
 from lightning_mimic.random_streams import stream_seed
 
-#: A share of samples to keep nearer to 0 or 1 than this is no balance to start from.
+#: The class balance is kept at least this far from 0 and 1.
 _EXTREME = 0.02
-#: Default steps of its gradient descent. Snorkel's 100 stop far from the end: of 30 simulated voters, each right three
-#: times in four, they make 56 % where the majority has 99.9 %, and 1,000 make 99.2 %.
+#: Steps of gradient descent. Snorkel's default of 100 stops far from convergence: with 30 simulated voters, each right
+#: three times in four, it reaches an accuracy of 56 % and 1,000 steps 99.2 %; a majority vote has 99.9 %.
 _STEPS = 2000
-#: Random points from which the fit starts until one does not come out upside down.
+#: Maximum number of random starts. Further starts are needed if a fit comes out with the two classes swapped.
 _STARTS = 5
 
 
 @dataclass(frozen=True)
 class FittedLabelModel:
-    """The weight of each vote, as log odds that the sample is to be kept.
+    """Hold the weight of each vote, in log odds that the sample should be kept.
 
     Attributes:
-        keep: Of each voter's yes, shape ``(voters,)``; 0 for voters who always say the same.
-        drop: Of each voter's no.
-        prior: Before anyone has voted.
-        balance: Share to be kept that was assumed.
-        agreement: Share of voted samples on which it says what the majority says.
+        keep: Weights of each voter's yes, shape ``(voters,)``; 0 for voters with constant votes.
+        drop: Weights of each voter's no, shape ``(voters,)``; 0 for voters with constant votes.
+        prior: Log odds before any vote.
+        balance: Assumed share of samples to be kept.
+        agreement: Share of samples with a vote on which the model agrees with the majority.
     """
 
     keep: Any
@@ -38,19 +38,20 @@ class FittedLabelModel:
 
 
 def fit_label_model(votes: Any, balance: float, seed: int = 0, steps: int = _STEPS) -> FittedLabelModel:
-    """Fit voters' accuracies to their agreement, without any truth (Ratner et al., arXiv 1810.02840).
+    """Estimate the voters' accuracies from their agreement, without true labels (Ratner et al., arXiv 1810.02840).
 
     Args:
         votes: Array of shape ``(samples, voters)``: 1 keep, 0 drop, -1 no vote.
-        balance: Share of samples to be kept, as known beforehand.
-        seed: Of the fit; the global random state stays as it is.
-        steps: Of gradient descent.
+        balance: Prior share of samples to be kept, 0 to 1.
+        seed: Seed of the fit; the global random state is left unchanged.
+        steps: Number of steps of gradient descent.
 
     Returns:
         The weights of the votes; a sample is kept if ``prior`` and the weights of its votes sum to 0 or more.
 
     Raises:
-        CurationError: Fewer than three voters with an opinion, or the fit comes out upside down from every start.
+        CurationError: Fewer than three voters vote both ways, the fit fails, or the result contradicts the majority
+            from every start.
 
     Example:
         >>> import numpy as np
@@ -66,17 +67,18 @@ def fit_label_model(votes: Any, balance: float, seed: int = 0, steps: int = _STE
         from threadpoolctl import threadpool_limits
     except ModuleNotFoundError as error:
         raise CurationError(
-            "the label model needs snorkel: pip install 'lightning-mimic[curation]', or decide by the majority."
+            "the label model needs snorkel: pip install 'lightning-mimic[curation]', or decide by the majority "
+            "(filter.by=majority)."
         ) from error
-    # Who always says the same says nothing, and the fit divides by how much they differ.
+    # Constant votes carry no information, and the fit divides by the variance of the votes.
     informed = [k for k in range(votes.shape[1]) if len(set(np.unique(votes[:, k]).tolist()) - {-1}) == 2]
     if len(informed) < 3:
         raise CurationError(
-            f"the label model needs at least 3 voters, and of {votes.shape[1]} only {len(informed)} do not say the "
-            "same of every sample. Score more epochs, add filters, or decide by the majority."
+            f"the label model needs at least 3 voters whose votes vary, but only {len(informed)} of {votes.shape[1]} "
+            "do. Score more epochs, add filters, or decide by the majority (filter.by=majority)."
         )
     balance = min(max(balance, _EXTREME), 1 - _EXTREME)
-    with _isolated_rng(), threadpool_limits(1):  # for so little, more threads wait for each other
+    with _isolated_rng(), threadpool_limits(1):  # more threads are slower on so little data
         for start in range(_STARTS):
             model = LabelModel(cardinality=2, verbose=False)
             drawn = stream_seed(seed, "label model", start)
@@ -88,21 +90,28 @@ def fit_label_model(votes: Any, balance: float, seed: int = 0, steps: int = _STE
                     n_epochs=steps,
                     progress_bar=False,
                 )
-            except Exception as error:  # snorkel has no type of its own for a fit that diverges
+            except Exception as error:  # snorkel has no exception type of its own for a diverging fit
                 raise CurationError(f"the label model cannot be fitted ({error}); decide by the majority.") from error
-            fitted = _of_all_voters(votes, informed, balance, np.log(model.get_conditional_probs()[:, 1:]))
+            fitted = _with_all_voters(votes, informed, balance, np.log(model.get_conditional_probs()[:, 1:]))
             if fitted.agreement >= 0.5:
                 return fitted
     share = 1 - fitted.agreement
     raise CurationError(
-        f"the label model says the opposite of the majority of its voters on {share:.0%} of the samples: "
-        f"their agreement fits two readings, and from each of {_STARTS} starts it took the wrong one. Decide by the "
-        "majority, or choose filters that agree more."
+        f"the label model contradicts the majority of its voters on {share:.0%} of the samples: the votes fit two "
+        f"solutions, and all {_STARTS} starts led to the wrong one. Decide by the majority (filter.by=majority), or "
+        "choose filters that agree more."
     )
 
 
-def _of_all_voters(votes: Any, informed: Sequence[int], balance: float, table: Any) -> FittedLabelModel:
-    """Turn log probabilities by voter, vote (drop, keep) and truth (drop, keep) into weights; the others have none."""
+def _with_all_voters(votes: Any, informed: Sequence[int], balance: float, table: Any) -> FittedLabelModel:
+    """Turn the informed voters' log probabilities into weights; the other voters get 0.
+
+    Args:
+        votes: Array of shape ``(samples, voters)``: 1 keep, 0 drop, -1 no vote.
+        informed: Indices of the voters that were fitted.
+        balance: Assumed share of samples to be kept.
+        table: Log probabilities by informed voter, vote (drop, keep) and truth (drop, keep).
+    """
     import numpy as np
 
     keep, drop = np.zeros(votes.shape[1]), np.zeros(votes.shape[1])
@@ -116,9 +125,9 @@ def _of_all_voters(votes: Any, informed: Sequence[int], balance: float, table: A
 
 @contextlib.contextmanager
 def _isolated_rng() -> Iterator[None]:
-    """Restores the global generators, which the fit seeds."""
+    """Restore the global random generators afterwards, because the fit seeds them."""
     import numpy as np
-    import torch  # snorkel's own; importing the package must not load it
+    import torch  # a dependency of snorkel; importing this package must not load it
 
     python, numpy = random.getstate(), np.random.get_state()
     try:

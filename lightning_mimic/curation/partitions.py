@@ -1,4 +1,4 @@
-"""A ledger's rows in partitions by a hash of their ids, and the samples of each partition, one partition at a time."""
+"""Partitions of a ledger's rows by a hash of their ids, summarised by sample one partition at a time."""
 
 import math
 from collections.abc import Collection, Iterable, Sequence
@@ -12,24 +12,25 @@ from lightning_mimic.ledger import Column, Parts, summarised_columns
 from lightning_mimic.ledger.columns import schema
 from lightning_mimic.ledger.writer import PART_NAME
 
-#: The columns of a ledger that curation reads, beside those that it sums up.
+#: Columns of a ledger that curation reads, besides those that it summarises by sample.
 READ_COLUMNS = (
     *("id", "epoch", "step", "batch", "rank", "position", "attempt", "score", "weight", "batch_size", "flag"),
 )
-#: Memory that a row takes, at most, while its partition is summed up: each has sums of its own until those of a sample
-#: meet.
+#: Upper bound on the memory per row while a partition is summarised, bytes. The database holds sums for each row until
+#: it merges those of a sample.
 _BYTES_PER_ROW = 120
-#: More would be written in pieces too small to be read fast; partitions too large for the memory spill to disk.
+#: Maximum number of partitions. More would have files too small to be read fast; partitions that do not fit into memory
+#: spill to disk.
 _MOST_PARTITIONS = 256
 
 
 @dataclass(frozen=True)
 class SampleColumns:
-    """The columns that curation sums up by sample.
+    """Hold the columns that curation summarises by sample.
 
     Attributes:
-        last: Those of which the value of a sample's last epoch counts.
-        mean: Those of which the mean counts.
+        last: Columns summarised by the value in the sample's last epoch.
+        mean: Columns summarised by their mean.
     """
 
     last: tuple[Column, ...]
@@ -37,26 +38,26 @@ class SampleColumns:
 
     @classmethod
     def among(cls, recorded: Collection[str]) -> "SampleColumns":
-        """Return those with these names; labels and predictions are always among them."""
+        """Return the columns with these names; labels and predictions are always included."""
         found = [each for each in summarised_columns() if each.name in {"label", "predicted", *recorded}]
         last, mean = ([each for each in found if each.summary == kind] for kind in ("last", "mean"))
         return cls(tuple(last), tuple(mean))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all, ``label`` and ``predicted`` first."""
+        """Names of all columns, ``label`` and ``predicted`` first."""
         return tuple(each.name for each in (*self.last, *self.mean))
 
 
 @dataclass(frozen=True)
 class Partition:
-    """The samples whose ids have one hash, modulo the number of partitions.
+    """Hold the files of one partition: the samples whose id hashes are equal modulo the number of partitions.
 
     Attributes:
-        rows: Files with their rows; there may be none.
+        rows: Files with the rows of the samples; may be empty.
         samples: Parquet file with a row per sample.
-        repeats: Parquet file with the rows that count of the samples some of whose rows do not count, or have no score;
-            ``None`` if there are no such samples.
+        repeats: Parquet file for the samples that have repeated rows or rows without a score, with the rows that are
+            used; ``None`` if there are no such samples.
     """
 
     rows: tuple[Path, ...]
@@ -65,20 +66,20 @@ class Partition:
 
 
 def partition_count(parts: Parts, memory: int) -> int:
-    """Return how many partitions there must be, so that one of them can be summed up in memory.
+    """Return the number of partitions for which each can be summarised in memory.
 
     Args:
-        parts: The ledger's files.
-        memory: Of the database, bytes.
+        parts: Files of the ledger.
+        memory: Memory of the database, bytes.
     """
     rows = sum(int(match[5]) for match in (PART_NAME.fullmatch(path.name) for path in parts.paths) if match)
     return min(max(-(-rows * _BYTES_PER_ROW // memory), 1), _MOST_PARTITIONS)
 
 
 def rows_of(parts: Parts, columns: SampleColumns) -> str:
-    """Return a query for the rows of a ledger's files that no later attempt went over again.
+    """Return a query for the rows of a ledger's files that were not superseded by a later attempt.
 
-    NaN is treated as missing; so is the weight of a sample alone in its batch.
+    NaN is treated as missing, and so is the weight of a sample that is alone in its batch.
     """
     lacking = [field for field in schema(parts.id_type) if field.name not in parts.columns]
     files = parquet(*parts.paths, by_name=not parts.uniform)
@@ -96,32 +97,32 @@ def rows_of(parts: Parts, columns: SampleColumns) -> str:
 
 
 def write_partitions(database: Database, rows: str, folder: Path, count: int, what: str) -> list[tuple[Path, ...]]:
-    """Write the rows of a query to files by the hash of their ids, and return the files of each partition.
+    """Write the rows of a query to partitions by the hash of their ids, and return the files of each partition.
 
     Args:
-        database: Runs the query.
-        rows: A query with a column ``id``.
-        folder: Made for the files.
+        database: Database that runs the query.
+        rows: Query with a column ``id``.
+        folder: Folder to create for the files.
         count: Number of partitions.
-        what: What this is, for the progress.
+        what: Description of the work, for progress reports.
     """
     database.copy_by(f"SELECT *, hash(id) % {count} AS partition FROM ({rows})", "partition", count, folder, what)
     return [partition_files(folder, number) for number in range(count)]
 
 
 def partition_files(folder: Path, number: int) -> tuple[Path, ...]:
-    """Return the files of one partition that :func:`write_partitions` has written; none where it has no rows."""
+    """Return the files of one partition written by :func:`write_partitions`; empty if the partition has no rows."""
     return tuple(sorted((folder / f"partition={number}").glob("*.parquet")))
 
 
 def rows_in(files: Sequence[Path], columns: SampleColumns, id_type: pa.DataType, *, same_ids: bool = True) -> str:
-    """Return files of partitions as something to select from.
+    """Return SQL for a ``FROM`` clause that reads the rows in files of partitions.
 
     Args:
-        files: Paths of the files; there may be none.
-        columns: Those that are wanted.
-        id_type: Type of the ids, whatever it is in single files.
-        same_ids: It is the same in all files.
+        files: Paths of the files; may be empty.
+        columns: Columns to read.
+        id_type: Common type of the ids; single files may have another.
+        same_ids: Whether the ids have the same type in all files.
     """
     if files:
         return parquet(*files, by_name=not same_ids)
@@ -131,7 +132,7 @@ def rows_in(files: Sequence[Path], columns: SampleColumns, id_type: pa.DataType,
 
 
 def scored_rows(rows: str, columns: SampleColumns, id_type: pa.DataType) -> str:
-    """Return a query for rows as filters see them, from rows as they are in the files, with what orders them."""
+    """Return a query that turns rows of the files into rows with the columns for filters, and those that order rows."""
     means = [f"{each.name}::DOUBLE AS {each.name}" for each in columns.mean]
     return f"""SELECT id::{sql_type(id_type)} AS id, epoch, step, batch, rank, position, flag, score::DOUBLE AS score,
         weight::DOUBLE * batch_size AS relative_weight, {", ".join([*(each.name for each in columns.last), *means])}
@@ -139,20 +140,21 @@ def scored_rows(rows: str, columns: SampleColumns, id_type: pa.DataType) -> str:
 
 
 def summarise(database: Database, rows: str, columns: SampleColumns, samples: Path, repeats: Path) -> bool:
-    """Write a row per sample of a partition.
+    """Summarise a partition into a row per sample.
 
-    Of a sample that an epoch repeats, the first row counts. The means do not depend on the order of the rows.
+    If an epoch repeats a sample, only its first row in that epoch is used. The means do not depend on the order of the
+    rows.
 
     Args:
-        database: Runs the queries; its memory should hold the partition.
-        rows: Query from :func:`scored_rows`, all rows of the samples.
-        columns: Those that are summed up.
-        samples: Parquet file to write.
-        repeats: Parquet file to write for the samples some of whose rows do not count, or have no score: the rows that
-            count.
+        database: Database that runs the queries; its memory should hold the partition.
+        rows: Query from :func:`scored_rows` for all rows of the samples.
+        columns: Columns to summarise.
+        samples: Parquet file to write, with a row per sample.
+        repeats: Parquet file to write for the samples that have repeated rows or rows without a score, with the rows
+            that are used.
 
     Returns:
-        Whether there are such samples; without them, there is no such file.
+        Whether there are such samples; otherwise ``repeats`` is not written.
     """
     run = database.run
     run(f"CREATE OR REPLACE VIEW partition_rows AS {rows}")
@@ -162,8 +164,8 @@ def summarise(database: Database, rows: str, columns: SampleColumns, samples: Pa
     means = {name: _exact_mean(name, size, count) for name, size in zip(summed, sizes, strict=True)}
     first, last = (0, 0) if first is None else (first, last)
     run(f"CREATE OR REPLACE TABLE partition_samples AS {_samples('partition_rows', first, last, means, scored=True)}")
-    # Not as simple as a mean of all rows: samples with a row without a score, and those that an epoch repeats (a
-    # distributed sampler repeats some; a run resumed within an epoch starts that epoch's data again).
+    # A mean over all rows is wrong for samples that have a row without a score, or that an epoch repeats (a distributed
+    # sampler repeats some; a run resumed within an epoch restarts the data of that epoch).
     run(
         """CREATE OR REPLACE TABLE partition_odd AS SELECT id FROM partition_samples WHERE seen > epochs
         UNION SELECT id FROM partition_rows WHERE score IS NULL"""
@@ -187,8 +189,8 @@ def summarise(database: Database, rows: str, columns: SampleColumns, samples: Pa
 
 
 def _samples(rows: str, first: int, last: int, means: dict[str, str], *, scored: bool) -> str:
-    """Return a query for the means of samples, with all rows scored or some."""
-    # Every state counts: each row has its own until rows of a sample meet.
+    """Return a query for the means of samples; ``scored``: use the rows with a score only."""
+    # Few, small aggregates save memory: the database holds their states for each row until it merges a sample's rows.
     bits = f"bit_or(1::BIGINT << (epoch - {first}))" if last - first < 63 else f"bitstring_agg(epoch, {first}, {last})"
     scorings = "count(*)" if scored else "count(score)"
     flag = "NULL::VARCHAR" if scored else "CASE WHEN count(score) = 0 THEN max(flag) END"
@@ -198,15 +200,16 @@ def _samples(rows: str, first: int, last: int, means: dict[str, str], *, scored:
 
 
 def _exact_mean(column: str, largest: float | None, rows: int) -> str:
-    """Return SQL for a mean that is the same in whatever order and in how many parts its rows are added up.
+    """Return SQL for a mean that does not depend on the order in which rows are added, nor on partial sums.
 
-    Each value is split into a multiple of a power of two and a rest. The power is so large that sums of its multiples
-    are exact, and so small that so are sums of the rests, unless they are 2^80 times smaller than the largest value.
+    Each value is split into a multiple of a power of two and a remainder. The power is large enough for sums of its
+    multiples to be exact, and small enough for sums of the remainders to be exact, except for remainders that are 2^80
+    times smaller than the largest value.
 
     Args:
         column: Name of the column.
-        largest: Its largest absolute value; ``None`` if all are null.
-        rows: At least as many as a sample can have.
+        largest: Largest absolute value of the column; ``None`` if all values are null.
+        rows: Upper bound on the number of rows of a sample.
     """
     if not largest:
         return f"avg({column})"
@@ -217,7 +220,7 @@ def _exact_mean(column: str, largest: float | None, rows: int) -> str:
 
 
 def _add_last(database: Database, columns: Iterable[Column], latest: int) -> None:
-    """Make a table of what holds as of each sample's last epoch; for most that is the partition's last."""
+    """Create the table ``partition_last`` with values from each sample's last epoch, usually that of the partition."""
     values = f"SELECT id, {', '.join(f'arg_max({each.name}, step) AS {each.name}' for each in columns)}"
     database.run(
         f"CREATE OR REPLACE TABLE partition_last AS {values} FROM partition_rows WHERE epoch = {latest} GROUP BY id"

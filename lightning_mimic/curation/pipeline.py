@@ -1,4 +1,4 @@
-"""From a ledger to a manifest."""
+"""The function :func:`curate`, which turns a ledger of scores into a manifest of decisions."""
 
 import contextlib
 import warnings
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lightning_mimic.report import Inline, Render
 
 Unscored = Literal["keep", "drop", "fail"]
-#: What the manifest notes of the attempts whose rows count.
+#: Facts about the attempt that the manifest records.
 _NOTED = ("config", "data", "score_kind", "checkpoints")
 
 
@@ -40,25 +40,25 @@ _MANY = 0.05
 
 @dataclass(frozen=True)
 class Curation:
-    """What came of it.
+    """Hold the result of :func:`curate`.
 
     Attributes:
-        manifest: The decisions.
-        samples: On which it decides.
-        kept: Those that stay.
-        unscored: Those without a score, among ``samples``.
-        share_kept: Share of the scored samples with a mean score of 0 or more, whatever the filter; ``None`` where none
-            has a score, or 0 does not divide the scores of this scorer.
-        mean_score: Of the scored samples, loss per unit of weight distance; ``None`` if none has a score.
-        mean_score_kept: Of those that stay; ``None`` if none of these has a score. Pools that one model scored in one
-            run can be compared by it.
-        quality: Calibrated by trusted samples; ``None`` without them.
-        lost: Parts and rows of the ledger that were damaged, missing or in doubt.
-        files: All that was written.
-        verdict: On the reference that the scores were taken with, ``"compatible"``, ``"doubtful"``, ``"unsure"`` or
-            ``"unrelated"``: the worst of the attempts whose rows count; ``None`` where it was not diagnosed.
-        wrong_share: The estimated share of wrong labels, from the calibration of the reference on the given labels;
-            ``None`` where the ledger has none.
+        manifest: Manifest with the decisions.
+        samples: Number of samples in the manifest.
+        kept: Number of kept samples.
+        unscored: Number of samples on which the filter could not decide, usually for lack of a score.
+        share_kept: Share of the scored samples with a mean score of 0 or more, whatever the filter; ``None`` if no
+            sample has a score, or if 0 does not separate good from bad scores of this scorer.
+        mean_score: Mean score of the scored samples, in loss per unit of weight distance; ``None`` without scores.
+        mean_score_kept: Mean score of the kept samples, or ``None`` if none of them has a score. Comparable between
+            pools that one model scored in one run.
+        quality: Share of good samples, calibrated by trusted samples; ``None`` without them.
+        lost: Parts and rows of the ledger that were damaged, missing or doubtful.
+        files: Paths of all files written.
+        verdict: Verdict on the reference: ``"compatible"``, ``"doubtful"``, ``"unsure"`` or ``"unrelated"``, the worst
+            of the attempts whose rows are used; ``None`` if it was not diagnosed.
+        wrong_share: Estimated share of wrong labels, from the calibration of the reference on the given labels;
+            ``None`` if the ledger has no calibration.
     """
 
     manifest: Manifest
@@ -75,15 +75,16 @@ class Curation:
     wrong_share: WrongShare | None
 
     def show(self, dataset: Any = None, samples: int = 10, render: "Render | None" = None) -> "Inline":
-        """Return a view for a notebook: the figures, and the most suspicious samples.
+        """Return a notebook view with the figures and the most suspicious samples.
 
         Args:
-            dataset: The samples, as for :func:`~lightning_mimic.curation.report`; ``None``: without images and texts.
-            samples: Number of samples.
-            render: From a sample to a PIL image, a text, or a pair of them.
+            dataset: Data set with the samples, as for :func:`~lightning_mimic.curation.report`; ``None``: show neither
+                images nor texts.
+            samples: Number of samples to show.
+            render: Function from a sample to a PIL image, a text, or a pair of them.
 
         Raises:
-            MimicError: The data set has none of the samples, or one that cannot be shown.
+            MimicError: The data set has none of the samples, or a sample cannot be shown.
         """
         from lightning_mimic.report import manifest_view
 
@@ -110,41 +111,44 @@ def curate(  # noqa: PLR0913
     memory: str = "2GB",
     progress: Progress | None = None,
 ) -> Curation:
-    """Decide which samples stay.
+    """Decide which samples to keep, and write a manifest.
 
     Args:
-        ledger: Recorded scores.
-        filter: A decision rule; by default :class:`~lightning_mimic.curation.Sign`.
-        out: Directory for the manifest and its exports, which appears when all is done; ``None``: a temporary one,
-            which goes with the result's manifest.
-        pool: Parquet or CSV whose column ``id`` lists all samples that there are; one that it lists twice has two rows.
-        unscored: What becomes of samples that have no score.
-        trusted: Ledger of trusted samples that trained neither the reference nor the model, scored with their true
-            labels, and
-        mislabelled: the same samples scored with wrong labels (several ledgers: each with other ones, the more the
-            better): they calibrate the quality. All must be scored at the same moments as the data: by
-            :class:`~lightning_mimic.AtCheckpoints`, at the same checkpoints.
-        corrections: What a person has corrected: CSV or Parquet with ``id``, ``keep``, ``label`` and ``label_name``, as
-            the report's page downloads it. An empty cell changes nothing. Such decisions have the reason ``by hand``;
-            corrected labels are in the column ``corrected_label``, and :meth:`Manifest.subset` trains on them.
-        exports: Beside the manifest: ``"csv"``, ``"datacomp"``, ``"cleanlab"``.
-        allow_partial: Read what there is of the ledger, instead of refusing where parts are damaged or rows missing.
-        accept_verdict: Decide although the diagnosis found the reference ``doubtful`` or ``unsure``. An ``unsure``
-            reference needs no acceptance with ``Posterior()``, for which it is calibrated.
-        partitioned: Folder to which the ledger was split and summed up by many processes
+        ledger: Directory of the ledger with the recorded scores.
+        filter: Decision rule; by default :class:`~lightning_mimic.curation.Sign`.
+        out: Directory for the manifest and its exports, created when everything is complete; ``None``: a temporary
+            directory, which is deleted with the manifest object of the result.
+        pool: Parquet or CSV file whose column ``id`` lists all samples of the data set; an id that is listed twice gets
+            two rows. ``None``: the samples of the ledger.
+        unscored: Decision on samples without a score: ``"keep"``, ``"drop"``, or ``"fail"`` to raise an error.
+        trusted: Ledger of trusted samples, scored with their true labels, that were used to train neither the reference
+            nor the model. With ``mislabelled``, it calibrates the quality.
+        mislabelled: Ledger of the same samples scored with wrong labels, or several ledgers with different wrong
+            labels; more are better. All must be scored at the checkpoints at which the data were scored, with
+            :class:`~lightning_mimic.AtCheckpoints`.
+        corrections: CSV or Parquet file with manual corrections in columns ``id``, ``keep``, ``label`` and
+            ``label_name``, as downloaded from the report page. An empty cell changes nothing. Corrected decisions have
+            the reason ``by hand``; corrected labels are in the column ``corrected_label``, and
+            :meth:`Manifest.subset` trains on them.
+        exports: Further formats to write: ``"csv"``, ``"datacomp"``, ``"cleanlab"``.
+        allow_partial: Whether to read the rest of the ledger if parts are damaged or rows are missing, instead of
+            raising an error.
+        accept_verdict: Whether to decide although the diagnosis found the reference ``doubtful`` or ``unsure``. An
+            ``unsure`` reference needs no acceptance with ``Posterior()``, for which it is calibrated.
+        partitioned: Folder in which several processes have partitioned and summarised the ledger
             (:func:`~lightning_mimic.curation.partition_share`, :func:`~lightning_mimic.curation.summarise_partition`);
-            ``None``: that is done here.
-        memory: Of the database, which spills the rest to disk.
-        progress: Told what is being done.
+            ``None``: do both here.
+        memory: Memory limit of the database, such as ``"2GB"``; larger data spill to disk.
+        progress: Callback for progress, called with a description and the completed share.
 
     Raises:
-        CurationError: Options, tables or scores from which no decision can be made; a filter that means nothing for the
-            ledger's scorer; a reference that is unrelated, or doubtful or unsure and not accepted.
-        LedgerError: A ledger that is not there, is damaged, lacks rows or mixes runs.
+        CurationError: An option, a table or the scores are invalid; the filter is meaningless for the scores of the
+            ledger's scorer; or the reference is unrelated, or doubtful or unsure and not accepted.
+        LedgerError: The ledger does not exist, is damaged, lacks rows or mixes runs.
 
     Warns:
-        UserWarning: The quality by the sign of scores and the share of wrong labels contradict each other; or most
-            labels of the samples that the sign drops are right by the calibrated reference.
+        UserWarning: The quality estimated from the sign of scores and the share of wrong labels contradict each other, or
+            most labels of the samples that the sign drops are right according to the calibrated reference.
 
     Example:
         >>> curate("nowhere")
@@ -155,7 +159,10 @@ def curate(  # noqa: PLR0913
     _check_options(unscored, allow_partial=allow_partial, accept_verdict=accept_verdict)
     exports = checked_exports(exports)
     if (trusted is None) != (mislabelled is None):
-        raise CurationError("`trusted` and `mislabelled` calibrate together: the same samples, scored both ways.")
+        raise CurationError(
+            "`trusted` and `mislabelled` need each other: give ledgers of the same samples, with true and with wrong "
+            "labels."
+        )
     chosen = Sign() if filter is None else checked_rule(filter)
     final = None if out is None else _require_empty(user_path(out, "out"))
     with _temporary() if final is None else _written(final) as made:
@@ -202,7 +209,7 @@ def curate(  # noqa: PLR0913
                     **{each: data.attempts[-1].get(each) for each in _NOTED},
                 },
                 "verdict": verdict.verdict,
-                "diagnosis": f"{verdict}{'' if verdict.stands in (None, 'compatible') else '; decided all the same'}",
+                "diagnosis": f"{verdict}{'' if verdict.stands in (None, 'compatible') else '; decided anyway'}",
                 "filter": repr(chosen),
                 "facts": decision.facts,
                 "pool": None if pool is None else str(user_path(pool, "pool")),
@@ -220,7 +227,7 @@ def curate(  # noqa: PLR0913
                 provenance["class_names"] = list(data.class_names)
             with database.reader(_ordered(data, corrected), "writing") as rows:
                 write_rows(folder / "manifest.parquet", rows, provenance)
-        # The database has let go of its memory by now; an export opens its own.
+        # Exports open databases of their own, once this one has released its memory.
         _export(Manifest(folder / "manifest.parquet"), folder, exports, progress or (lambda what, share: None))
         names = sorted(path.name for path in folder.iterdir())
     if final is not None:
@@ -254,16 +261,16 @@ def _check_options(unscored: str, **flags: bool) -> None:
 
 
 def _warn_of_contradiction(quality: Quality | None, wrong: WrongShare | None) -> None:
-    """Warn of a quality by the sign that the calibrated reference contradicts."""
+    """Warn if a quality estimated from the sign of scores contradicts the calibrated reference."""
     if quality is None or wrong is None or quality.basis != "sign":
         return
     if quality.high < 1 - wrong.high or quality.low > 1 - wrong.low:
         warnings.warn(
-            f"by the sign of scores {quality} of the samples are good, and by the calibrated reference {wrong} are "
-            "wrong. One of the two is off: a model that has memorised its data, or overtaken its reference, keeps "
-            "held-out samples more often; noise that follows the classes can look like the reference's own partiality. "
-            "Score more trusted samples, so that their ledgers hold what the reference predicts: the quality then "
-            "rests on that.",
+            f"according to the sign of scores {quality} of the samples are good, but according to the calibrated "
+            f"reference {wrong} are wrong. One of the two estimates is wrong: a model that has memorised its data, or "
+            "is better than its reference, keeps held-out samples more often; label noise that depends on the class "
+            "can be mistaken for a class bias of the reference. Score more trusted samples, so that their ledgers "
+            "hold the reference's predictions, from which the quality is then estimated.",
             stacklevel=3,
         )
 
@@ -283,10 +290,10 @@ def _warn_of_right_labels_dropped(database: Database) -> None:
 
 
 def _share_by_sign(data: Scores, chosen: DecisionRule) -> float | None:
-    """Return the share of the scored samples with a mean score of 0 or more; ``None`` where that has no meaning.
+    """Return the share of the scored samples with a mean score of 0 or more; ``None`` if the sign has no meaning.
 
     Raises:
-        CurationError: No sample has a score, and the decision needs one.
+        CurationError: No sample has a score, and the decision needs scores.
     """
     positive, scored = data.database.row(f"SELECT count_if(score >= 0), count(score) FROM {data.samples}")
     if not scored and not isinstance(chosen, Posterior):
@@ -295,10 +302,10 @@ def _share_by_sign(data: Scores, chosen: DecisionRule) -> float | None:
 
 
 def _require_empty(out: Path) -> Path:
-    """The path, unless something is there already."""
+    """Return the path, or raise :class:`CurationError` if it is taken."""
     if out.is_symlink():
-        raise CurationError(f"`out`: {out} is a symbolic link, and nothing is written through one.")
-    with writing(out):  # a store may refuse to be asked
+        raise CurationError(f"`out`: {out} is a symbolic link; expected a new directory.")
+    with writing(out):  # an object store may deny access
         taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if taken:
         raise CurationError(f"`out`: {out} is there already; name another directory, or delete it.")
@@ -313,7 +320,7 @@ def _export(manifest: Manifest, folder: Path, exports: Sequence[str], progress: 
 
 
 def _ordered(data: Scores, corrected: dict[str, Any] | None) -> str:
-    """The manifest's rows, the most suspicious first."""
+    """Return SQL for the rows of the manifest, the most suspicious first."""
     columns = list(data.columns)
     classes = [each for each in _CLASSES if each in columns]
     if corrected is not None:
@@ -327,12 +334,12 @@ def _ordered(data: Scores, corrected: dict[str, Any] | None) -> str:
         votes::INT AS votes, reason, {", ".join(columns)} FROM decided ORDER BY score NULLS LAST, id"""
 
 
-#: The columns that are indices of classes.
+#: Columns with class indices.
 _CLASSES = ("label", "predicted", "reference_predicted")
 
 
 def _pool(data: Scores, pool: str | Path | None) -> list[str] | None:
-    """The ids of the pool by partition, as tables; those of the ledger must be among them."""
+    """Return tables with the ids of the pool, one per partition, which must include all ids of the ledger."""
     if pool is None:
         return None
     database, table = data.database, Table(user_path(pool, "pool"))
@@ -350,30 +357,30 @@ def _pool(data: Scores, pool: str | Path | None) -> list[str] | None:
     if unknown:
         raise CurationError(
             f"{data.ledger.directory} has scores of {unknown} samples that `pool` {table.path} does not list, such as "
-            f"{example!r}. Give the pool that was trained on."
+            f"{example!r}. Give the pool from which the samples were scored."
         )
     return parts
 
 
 def _decide(data: Scores, pool: list[str] | None, decision: Decision, unscored: Unscored) -> None:
-    """The view ``decided``: all samples, the filter's opinion, and what is done."""
+    """Create the view ``decided`` with all samples, the filter's (``opinion``) and the final decisions (``keep``)."""
     database, count = data.database, data.partitions
     opinions = [f"({decision.query})"] * count
     if count > 1 and not decision.by_sample:
         files = write_partitions(database, decision.query, database.folder / "opinions", count, "deciding")
-        nobody = f"(SELECT * FROM ({decision.query}) LIMIT 0)"
-        opinions = [parquet(*each) if each else nobody for each in files]
+        empty = f"(SELECT * FROM ({decision.query}) LIMIT 0)"
+        opinions = [parquet(*each) if each else empty for each in files]
     decided = [database.folder / f"decided-{number}.parquet" for number in range(count)]
     for number in data.one_at_a_time(last=True):
-        database.report_progress("putting together", number / count)
+        database.report_progress("combining", number / count)
         listed = None if pool is None else pool[number]
         database.copy(_decided(data, listed, decision, opinions[number], unscored), decided[number])
-    database.report_progress("putting together", 1.0)
+    database.report_progress("combining", 1.0)
     database.run(f"CREATE VIEW decided AS FROM {parquet(*decided)}")
 
 
 def _decided(data: Scores, pool: str | None, decision: Decision, opinions: str, unscored: Unscored) -> str:
-    """SQL for what is decided about the samples of one partition, with the opinions on them."""
+    """Return SQL for the decisions on the samples of one partition, given the filter's opinions."""
     source = f"{data.samples} AS scores"
     if pool is not None:
         source = f"{pool} AS pool LEFT JOIN {data.samples} AS scores ON pool.id = scores.id"
@@ -390,11 +397,11 @@ def _decided(data: Scores, pool: str | None, decision: Decision, opinions: str, 
 
 
 def _no_opinion(database: Database, count: int, samples: int) -> str:
-    """The message for samples that no filter can judge."""
+    """Return the message for samples on which the filter has no opinion."""
     example, reason = database.row("SELECT id, reason FROM decided WHERE opinion IS NULL ORDER BY id LIMIT 1")
     return (
-        f"{count} of {samples} samples cannot be judged, such as {example!r} ({reason}). "
-        "`unscored='keep'` keeps them, `unscored='drop'` drops them."
+        f"no decision on {count} of {samples} samples, such as {example!r} ({reason}). `unscored='keep'` keeps them, "
+        "`unscored='drop'` drops them."
     )
 
 
@@ -406,7 +413,7 @@ def _written(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _temporary() -> Iterator[TemporaryFolder]:
-    """Create a folder that stays unless there is an error."""
+    """Create a temporary folder, which is removed only if an error occurs."""
     with writing("the folder for temporary files"):
         folder = TemporaryFolder(".mimic-curate-")
         try:

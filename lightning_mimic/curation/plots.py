@@ -1,4 +1,4 @@
-"""Pictures of what the scores say."""
+"""Plots of scores and of estimated quality."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from lightning_mimic.user_files import user_path, writing
 if TYPE_CHECKING:
     from torch import Tensor
 
-_RIGHT, _WRONG, _LINE = "#0072b2", "#d55e00", "#444444"  # told apart by all eyes
+_RIGHT, _WRONG, _LINE = "#0072b2", "#d55e00", "#444444"  # distinguishable with colour blindness
 
 
 def plot_scores(
@@ -26,20 +26,23 @@ def plot_scores(
     captions: Sequence[str],
     title: str,
 ) -> None:
-    """Histogram of mean scores, right and wrong labels apart, over a strip of the most suspicious images.
+    """Plot histograms of the mean scores of right and wrong labels, above the most suspicious images.
 
     Args:
-        path: Path of the picture, a PNG, or what else its suffix says.
-        scores: Mean score per sample, shape ``(n,)``.
-        wrong: Boolean, which labels are known to be wrong, shape ``(n,)``.
-        images: Grey images ``(1, H, W)`` from 0 (paper) to 1 (ink), the most suspicious first.
-        captions: One per image.
-        title: Above all.
+        path: Path of the plot; the suffix sets the format, by default PNG.
+        scores: Mean score per sample, shape ``(n,)``, in loss per unit of weight distance.
+        wrong: Boolean, whether each label is known to be wrong, shape ``(n,)``.
+        images: Grey images of shape ``(1, H, W)`` from 0 (white) to 1 (black), the most suspicious first.
+        captions: One caption per image.
+        title: Title of the plot.
+
+    Raises:
+        CurationError: The suffix is not a supported format, or the file cannot be written.
     """
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=[2.5, 1], squeeze=False).flat
     axes = upper.subplots()
-    # Zero, where the decision falls, is the edge of a bin.
+    # Zero, the cut of the decision, is the edge of a bin.
     low, high = float(scores.min()), float(scores.max())
     width = max(high - low, 1e-12) / 60
     edges = [width * k for k in range(math.floor(low / width), math.ceil(high / width) + 1)]
@@ -63,13 +66,16 @@ def plot_scores(
 
 
 def plot_quality(path: str | Path, comparison: Comparison) -> None:
-    """Estimated shares of good samples, one line per data set, with intervals and the truth where it is known.
+    """Plot the estimated share of good samples per data set, with intervals, and the true shares where known.
 
     Args:
-        path: Path of the picture, a PNG, or what else its suffix says.
-        comparison: The data sets.
+        path: Path of the plot; the suffix sets the format, by default PNG.
+        comparison: Data sets to plot, one row each.
+
+    Raises:
+        CurationError: The suffix is not a supported format, or the file cannot be written.
     """
-    datasets = comparison.datasets[::-1]  # the best on top
+    datasets = comparison.datasets[::-1]  # the best at the top
     figure = Figure(figsize=(8, 1.2 + 0.45 * len(datasets)), layout="constrained")
     axes = figure.subplots()
     places = range(len(datasets))
@@ -103,7 +109,7 @@ def _save(figure: Figure, path: str | Path) -> None:
     form = path.suffix.lower().removeprefix(".") or "png"
     known = figure.canvas.get_supported_filetypes()
     if form not in known:
-        raise CurationError(f"`plot` is {path}, of no kind that is drawn; {nearest_names(form, known)}.")
+        raise CurationError(f"`plot` is {path}; .{form} is not a supported format; {nearest_names(form, known)}.")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:

@@ -1,4 +1,4 @@
-"""The calibrated quality of a ledger's data, from ledgers of trusted samples with true and with wrong labels."""
+"""Calibrated data quality, estimated from ledgers of trusted samples with true and with wrong labels."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +12,9 @@ from lightning_mimic.ledger.description import meaning
 from lightning_mimic.metrics.estimate import Quality, estimate_quality, tells_apart
 from lightning_mimic.user_files import user_path
 
-#: What two ledgers' scores must have been taken with to mean the same.
+#: Settings that must be equal for the scores of two ledgers to be comparable.
 _SAME = ("scorer", "scorer_settings", "reference", "aligned_every", "aligned_rotate", "parameters", "direction")
-#: Whether a row of a table of samples is kept, null where that is not known.
+#: SQL conditions for whether a sample counts as kept; null if unknown.
 _AGREES, _SIGN = "reference_predicted = label", "score >= 0"
 _PREDICTED = "reference_predicted"
 
@@ -24,26 +24,26 @@ def calibrated_quality(
 ) -> Quality | None:
     """Estimate the share of good samples in a ledger; ``None`` without trusted samples.
 
-    Where the ledgers hold the labels that the reference predicted, a sample counts as kept if that is the given one. A
-    reference treats trusted samples as it does the data; a model that was trained on the data does not, as it memorises
-    them. Posteriors would not do: each ledger's rest on the share of wrong labels in that ledger. Elsewhere a sample
-    counts as kept by the sign of its mean score.
+    If the ledgers hold the labels predicted by the reference, a sample counts as kept if the prediction equals the
+    given label. The reference treats trusted samples like the data; a model trained on the data does not, because it
+    memorises them. Posteriors are unsuitable, because those of each ledger depend on the share of wrong labels in that
+    ledger. Without predictions, a sample counts as kept by the sign of its mean score.
 
     Args:
-        data: The data's scores.
-        trusted: See :func:`~lightning_mimic.curation.curate`.
-        mislabelled: Likewise.
+        data: Scores of the data.
+        trusted: Ledger with true labels, see :func:`~lightning_mimic.curation.curate`.
+        mislabelled: Ledgers with wrong labels, see :func:`~lightning_mimic.curation.curate`.
 
     Raises:
-        CurationError: Ledgers of other samples, settings or moments; scores whose sign means nothing, or that do not
-            tell wrong labels apart.
+        CurationError: The ledgers differ in their samples, settings or checkpoints, or the sign of the scores is
+            meaningless or does not separate true from wrong labels.
     """
     if trusted is None or mislabelled is None:
         return None
     wrong: Sequence[Any] = mislabelled if isinstance(mislabelled, list | tuple) else [mislabelled]
     ledgers = [user_path(trusted, "trusted"), *(user_path(each, "mislabelled") for each in wrong)]
     if len(ledgers) < 2:
-        raise CurationError("`mislabelled` is empty; expected one ledger or more.")
+        raise CurationError("`mislabelled` is empty; expected at least one ledger.")
     calibrating = [Scores(ledger, data.database, f"trusted{k}") for k, ledger in enumerate(ledgers)]
     for scores in calibrating:
         _check_same(data, scores)
@@ -54,8 +54,8 @@ def calibrated_quality(
     missing = missing_basis(data.config, "zero")
     if missing is not None:
         raise CurationError(
-            "`trusted`: without the reference's predictions in every ledger, the quality is estimated by the sign of "
-            f"scores, and {data.ledger.directory} holds {missing}."
+            "`trusted`: the reference's predictions are not in every ledger, so that the quality would be estimated "
+            f"from the sign of scores, but {data.ledger.directory} holds {missing}."
         )
     kept, samples = _counted(data, _SIGN)
     if not samples:
@@ -65,13 +65,13 @@ def calibrated_quality(
 
 
 def _check_same(data: Scores, scores: Scores) -> None:
-    """Raise ``CurationError`` unless trusted samples were scored as the data were, and when they were."""
+    """Raise ``CurationError`` unless trusted samples were scored with the data's settings and at its checkpoints."""
     ours, theirs = _scored_when(data), _scored_when(scores)
     if ours != theirs:
         raise CurationError(
-            f"{scores.ledger.directory} was scored {theirs}, and {data.ledger.directory} {ours}. A score changes as "
-            "the model learns, so an estimate from both would be off: score both at the same checkpoints (mimic-score, "
-            "AtCheckpoints)."
+            f"{scores.ledger.directory} was scored {theirs}, but {data.ledger.directory} {ours}. Scores change as the "
+            "model learns, so that an estimate from both would be biased: score both at the same checkpoints "
+            "(mimic-score, AtCheckpoints)."
         )
     configs = meaning(data.config), meaning(scores.config)
     for name in _SAME:
@@ -79,7 +79,8 @@ def _check_same(data: Scores, scores: Scores) -> None:
         if own != other:
             raise CurationError(
                 f"{scores.ledger.directory} was scored with another {name} than {data.ledger.directory} "
-                f"({other} against {own}); their scores do not compare."
+                f"({other} instead of {own}), so that their scores are not comparable. Score both with the same "
+                "settings."
             )
 
 
@@ -91,23 +92,24 @@ def _check_paired(calibrating: Sequence[Scores]) -> None:
         unpaired = f"FROM {joined} WHERE {first.samples}.seen IS NULL OR {other.samples}.seen IS NULL"
         if other.id_type != first.id_type or first.database.value(f"SELECT count(*) {unpaired}"):
             raise CurationError(
-                f"{other.ledger.directory} and {first.ledger.directory} must hold the same samples, with wrong and "
-                "with true labels; their ids differ."
+                f"{other.ledger.directory} and {first.ledger.directory} have different ids; expected the same "
+                "samples, with wrong and with true labels."
             )
 
 
 def _scored_when(scores: Scores) -> str:
-    """When scores were taken, as a phrase."""
+    """Return when samples were scored, as a phrase."""
     checkpoints = scores.attempts[-1].get("checkpoints")
     if checkpoints is None:
-        return "while a model trained on it"
+        return "while a model was trained on it"
     return "at checkpoints " + ", ".join(each["sha256"][:8] for each in checkpoints)
 
 
 def _predicted_alike(data: Scores, calibrating: Sequence[Scores]) -> bool:
-    """Whether labels are known, and what the reference predicted, for the data as for the trusted samples.
+    """Return whether most samples of the data and the trusted samples have a label and a comparable prediction.
 
-    Class biases change what a reference predicts; those of two ledgers are estimates of the same ones.
+    Class biases change the predictions of a reference, so either both ledgers have them or neither. If both do, they
+    are estimates of the same biases.
     """
     calibrations = [last_calibration(scores.attempts) for scores in (data, calibrating[0])]
     biased = [isinstance(each, dict) and each.get("biases") is not None for each in calibrations]
@@ -118,21 +120,21 @@ def _predicted_alike(data: Scores, calibrating: Sequence[Scores]) -> bool:
 
 
 def _most_have(scores: Scores, value: str) -> bool:
-    """Whether an SQL value is known of more than half of the samples."""
+    """Return whether an SQL value is known for more than half of the samples."""
     known, samples = scores.database.row(f"SELECT count({value}), count(*) FROM {scores.samples}")
     return bool(2 * known > samples)
 
 
 def _counted(scores: Scores, keeps: str) -> tuple[int, int]:
-    """How many samples are kept, of how many of which that is known."""
+    """Return the number of kept samples, and the number of samples for which this is known."""
     kept, known = scores.database.row(f"SELECT count_if({keeps}), count({keeps}) FROM {scores.samples}")
     return int(kept), int(known)
 
 
 def _agreements(calibrating: Sequence[Scores]) -> tuple[list[bool], list[list[bool]]]:
-    """Whether the reference predicts each trusted sample's true label, and each of its wrong ones.
+    """Return whether the reference predicts each trusted sample's true label, and each of its wrong labels.
 
-    All by the ledger with true labels: with wrong labels alone a reference cannot be calibrated.
+    All predictions are from the ledger with true labels, because a reference cannot be calibrated on wrong labels only.
     """
     first = calibrating[0]
     joined = " ".join(
@@ -146,11 +148,11 @@ def _agreements(calibrating: Sequence[Scores]) -> tuple[list[bool], list[list[bo
 
 
 def _signs(calibrating: Sequence[Scores], *, first: bool = False) -> tuple[list[bool], list[list[bool]]]:
-    """Whether each trusted sample's mean score is 0 or more with its true label, and with each of its wrong ones.
+    """Return whether each trusted sample's mean score is 0 or more with its true label, and with each wrong label.
 
     Args:
-        calibrating: With true labels, and with wrong ones.
-        first: The first epoch's scores instead of the means.
+        calibrating: Scores with true labels, followed by those with wrong labels.
+        first: Whether to use the scores of the first epoch instead of the means.
     """
     parts = []
     for k, scores in enumerate(calibrating):

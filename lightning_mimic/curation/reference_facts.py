@@ -1,4 +1,4 @@
-"""The facts that a ledger's description holds about its reference: the verdict on it, and the share of wrong labels."""
+"""Facts about the reference in a ledger's description: the verdict on it, and the share of wrong labels."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,21 +6,22 @@ from typing import Any
 
 from lightning_mimic.errors import CurationError, nearest_names
 
-#: The verdicts of a diagnosis, the best first.
+#: Verdicts of a diagnosis, the best first.
 VERDICTS = ("compatible", "doubtful", "unsure", "unrelated")
-#: Those that alignment answers: the direction leads to the refitted layer, not to the reference's own weights.
+#: Verdicts that alignment resolves: the direction then points to the refitted layer, not the reference's own weights.
 _ANSWERED_BY_ALIGNMENT = {"doubtful", "unrelated"}
 
 
 @dataclass(frozen=True)
 class ReferenceVerdict:
-    """The verdict on the reference that a ledger's scores were taken with.
+    """Hold the verdict on the reference with which a ledger's samples were scored.
 
     Attributes:
-        verdict: The worst one of the attempts whose rows count, one of :data:`VERDICTS`; ``None``: not diagnosed.
-        findings: The objections behind it.
-        aligned: The reference was aligned because of them.
-        attempts: How many attempts have rows that count.
+        verdict: Worst verdict of the attempts whose rows are used, one of :data:`VERDICTS`; ``None`` if the reference
+            was not diagnosed.
+        findings: Reasons for the verdict.
+        aligned: Whether the reference was aligned because of the verdict.
+        attempts: Number of attempts whose rows are used.
     """
 
     verdict: str | None
@@ -30,7 +31,7 @@ class ReferenceVerdict:
 
     @property
     def stands(self) -> str | None:
-        """The verdict on what the scores were in fact taken with."""
+        """The verdict that applies to the scores: ``"compatible"`` if the reference was aligned."""
         return "compatible" if self.aligned else self.verdict
 
     def __str__(self) -> str:
@@ -46,11 +47,11 @@ def reference_verdict(place: str, attempts: Sequence[Mapping[str, Any]]) -> Refe
     """Return the worst verdict of attempts.
 
     Args:
-        place: The ledger, for messages.
-        attempts: The descriptions of those whose rows count.
+        place: Path of the ledger, for messages.
+        attempts: Descriptions of the attempts whose rows are used.
 
     Raises:
-        CurationError: A verdict that this release does not know.
+        CurationError: A verdict is unknown to this release, or the findings are not a list of text.
 
     Example:
         >>> found = {"diagnosis": {"verdict": "doubtful", "findings": ["its weights have little in common"]}}
@@ -70,7 +71,7 @@ def _verdict(place: str, facts: Mapping[str, Any], attempts: int) -> ReferenceVe
         return ReferenceVerdict(None, attempts=attempts)
     if verdict not in VERDICTS:
         raise CurationError(
-            f"{place}: the verdict on its reference is {verdict!r}, which this release does not know; "
+            f"{place}: the verdict on its reference is {verdict!r}, which is unknown to this release; "
             f"{nearest_names(str(verdict), VERDICTS)}."
         )
     if not isinstance(findings, list) or not all(isinstance(each, str) for each in findings):
@@ -80,31 +81,32 @@ def _verdict(place: str, facts: Mapping[str, Any], attempts: int) -> ReferenceVe
 
 
 def check_verdict(place: str, verdict: ReferenceVerdict, *, accepted: bool, calibrated: bool = False) -> None:
-    """Raise :class:`CurationError` if a verdict does not allow to curate.
+    """Raise :class:`CurationError` if the verdict on the reference rules out decisions from the scores.
 
     Args:
-        place: The ledger, for the message.
-        verdict: On its reference.
-        accepted: Whether the user accepts one that is ``doubtful`` or ``unsure``.
-        calibrated: Whether decisions rest on calibrated posteriors, for which an ``unsure`` one is good enough.
+        place: Path of the ledger, for the message.
+        verdict: Verdict on the reference of the ledger.
+        accepted: Whether the user accepts a ``doubtful`` or ``unsure`` reference.
+        calibrated: Whether the decisions depend on calibrated posteriors only, for which an ``unsure`` reference is
+            good enough.
     """
     if verdict.stands == "unrelated":
         raise CurationError(
-            f"{place}: {_lower(verdict)}. Its scores may say the opposite of what is true, so that no decision is made "
-            "from them. Score the samples with the reference given as lightning_mimic.Aligned(...), or with another "
-            "reference."
+            f"{place}: {_lower(verdict)}. Its scores may rank wrong samples above right ones, so that no decision is "
+            "made from them. Score the samples with the reference given as lightning_mimic.Aligned(...), or with "
+            "another reference."
         )
     if verdict.stands == "unsure" and not accepted and not calibrated:
         raise CurationError(
             f"{place}: {_lower(verdict)}. Decisions from its scores may be wrong. Decide by its calibrated posteriors "
-            "(Posterior(), filter=posterior), or score the samples with another reference; `accept_verdict=true` "
-            "decides all the same."
+            "(Posterior(), filter=posterior), or score the samples with another reference. `accept_verdict=true` "
+            "decides anyway."
         )
     if verdict.stands == "doubtful" and not accepted:
         raise CurationError(
-            f"{place}: {_lower(verdict)}. Decisions from its scores may be wrong. Look at some of the lowest and the "
-            "highest scores, or score the samples with another reference (or with lightning_mimic.Aligned(...)); "
-            "`accept_verdict=true` decides all the same."
+            f"{place}: {_lower(verdict)}. Decisions from its scores may be wrong. Inspect samples with the lowest and "
+            "the highest scores, or score the samples with another reference (or with lightning_mimic.Aligned(...)). "
+            "`accept_verdict=true` decides anyway."
         )
 
 
@@ -115,13 +117,13 @@ def _lower(verdict: ReferenceVerdict) -> str:
 
 @dataclass(frozen=True)
 class WrongShare:
-    """The estimated share of wrong labels, from the calibration of the reference on the given labels.
+    """Hold the estimated share of wrong labels, from the calibration of the reference on the given labels.
 
     Attributes:
         estimate: Share of samples whose label is wrong, 0 to 1.
-        low: Lower end of its 95 % interval.
-        high: Upper end.
-        samples: On which the reference was calibrated.
+        low: Lower end of the 95 % interval.
+        high: Upper end of the 95 % interval.
+        samples: Number of samples on which the reference was calibrated.
     """
 
     estimate: float
@@ -134,10 +136,10 @@ class WrongShare:
 
 
 def last_calibration(attempts: Sequence[Mapping[str, Any]]) -> Any:
-    """Return the calibration of the reference that the last attempt noted which has one; empty if none has.
+    """Return the reference's calibration from the last attempt that recorded one; an empty dict if none did.
 
     Args:
-        attempts: The descriptions of those whose rows count.
+        attempts: Descriptions of the attempts whose rows are used.
 
     Example:
         >>> last_calibration([{"calibration": {"wrong_share": 0.3}}, {}])
@@ -147,17 +149,17 @@ def last_calibration(attempts: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def wrong_share(place: str, attempts: Sequence[Mapping[str, Any]]) -> WrongShare | None:
-    """Return the estimate of the last attempt that has one.
+    """Return the share of wrong labels, estimated by the last calibration of the reference.
 
     Args:
-        place: The ledger, for messages.
-        attempts: The descriptions of those whose rows count.
+        place: Path of the ledger, for messages.
+        attempts: Descriptions of the attempts whose rows are used.
 
     Returns:
-        ``None`` if none has, or if the reference does not explain the labels.
+        The estimate; ``None`` without a calibration, or if the reference does not explain the labels.
 
     Raises:
-        CurationError: A calibration that holds something else.
+        CurationError: The calibration lacks a figure, or has one that is invalid.
 
     Example:
         >>> facts = {"wrong_share": 0.36, "low": 0.31, "high": 0.4, "samples": 900, "classes": 10}
@@ -178,7 +180,8 @@ def wrong_share(place: str, attempts: Sequence[Mapping[str, Any]]) -> WrongShare
     estimate, low, high, samples = numbers
     if not (0 <= low <= high <= 1 and 0 <= estimate <= 1 and 0 < samples < 2**63):
         raise CurationError(
-            f"{place}: the calibration of its reference estimates a share of wrong labels of {estimate}, between {low} "
-            f"and {high}, from {samples} samples; expected shares from 0 to 1, and samples."
+            f"{place}: the calibration of its reference has a share of wrong labels of {estimate}, an interval from "
+            f"{low} to {high} and {samples} samples; expected shares from 0 to 1, in order, and a positive number of "
+            "samples."
         )
     return WrongShare(float(estimate), float(low), float(high), float(samples))

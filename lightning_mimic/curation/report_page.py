@@ -1,4 +1,4 @@
-"""The report: one self-contained page about a manifest."""
+"""The function :func:`report`, which writes one self-contained web page about a manifest."""
 
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from lightning_mimic.report import (
 )
 from lightning_mimic.user_files import user_path, writing
 
-#: Rows that a page can search and filter without delay.
+#: Largest number of rows that the page can search and filter without delay.
 MOST_ROWS = 100_000
-#: Samples whose images or texts a page holds, unless asked otherwise.
+#: Default number of samples whose images or texts are in the page.
 MOST_VIEWS = 1000
 
 
@@ -46,36 +46,36 @@ def report(  # noqa: PLR0913
     memory: str = "2GB",
     progress: Progress | None = None,
 ) -> Path:
-    """Write one page that shows what a manifest decides, and the samples behind it.
+    """Write a web page that shows the decisions of a manifest and the samples.
 
-    The page needs no network and sends nothing anywhere. Its figures are those of the whole manifest; it lists up to
-    100,000 samples (of more: the most suspicious, those nearest to the cut, and the best). It names no path.
+    The page works without a network and sends no data. Its figures cover the whole manifest. It lists up to 100,000
+    samples; of a larger manifest, the most suspicious samples, those nearest to the cut, and the best. It contains no
+    file paths.
 
     Args:
-        manifest: A manifest, its file, or the directory that ``mimic-curate`` wrote.
-        dataset: The samples: a map-style data set with the ids that were scored, or a data module of
+        manifest: Manifest, its file, or the directory that ``mimic-curate`` wrote.
+        dataset: Samples to show: a map-style data set with the ids that were scored, or a data module of
             ``lightning_mimic.data``; ``None``: the page has no images and no texts.
-        out: Directory of the page, ``index.html``, which replaces an earlier one.
-        render: From a sample to a PIL image, a text, or a pair of them; by default the first image and the first text
-            of a sample, or its numbers.
-        ledger: The scores behind the manifest, for the course of each shown sample's score over the epochs.
-        against: Another manifest of the same samples: the page then shows what each of the two keeps and the other
-            drops.
-        names: What the two are called there.
-        spotlight: Path of a Parquet table to write beside, for Renumics Spotlight, see
+        out: Directory for the page, ``index.html``; an existing page is replaced.
+        render: Function from a sample to a PIL image, a text, or a pair of them; by default the first image and the
+            first text of a sample, or its numbers.
+        ledger: Ledger with the scores behind the manifest, to show each sample's score by epoch.
+        against: Another manifest of the same samples; the page then shows the samples that only one of the two keeps.
+        names: Names of the two manifests on the page.
+        spotlight: Path of a Parquet table to write for Renumics Spotlight, see
             :func:`~lightning_mimic.report.write_spotlight`.
         title: Headline of the page.
-        most_views: Samples whose images or texts are in the page, at most.
-        megabytes: Size of the page, at most; images are left out from there on.
-        memory: Of the database, which spills the rest to disk.
-        progress: Told what is being done.
+        most_views: Maximum number of samples whose images or texts are in the page.
+        megabytes: Maximum size of the page, MB; further images and texts are left out.
+        memory: Memory limit of the database, such as ``"2GB"``; larger data spill to disk.
+        progress: Callback for progress, called with a description and the completed share.
 
     Returns:
         Path of the page.
 
     Raises:
-        CurationError: No manifest, a damaged one, or a page that cannot be written.
-        MimicError: The data set has none of the samples, or a sample that cannot be shown.
+        CurationError: The manifest does not exist or is damaged, or the page cannot be written.
+        MimicError: The data set has none of the samples, or a sample cannot be shown.
 
     Example:
         >>> import tempfile, pyarrow as pa, pyarrow.parquet as pq
@@ -85,7 +85,7 @@ def report(  # noqa: PLR0913
         'index.html'
     """
     if spotlight is not None and dataset is None:
-        raise CurationError("`spotlight` needs the samples: give `dataset`.")
+        raise CurationError("`spotlight` needs the samples; give `dataset`, too.")
     found = opened_manifest(manifest)
     headline = title or (_TITLE if against is None else f"{names[0]} and {names[1]}")
     advance = progress or (lambda what, share: None)
@@ -114,10 +114,10 @@ _TITLE = "Which samples to trust"
 
 
 def opened_manifest(given: str | Path | Manifest) -> Manifest:
-    """Return a manifest, given as such, by its file, or by the directory that ``mimic-curate`` wrote.
+    """Return a manifest given as an object, as its file, or as the directory that ``mimic-curate`` wrote.
 
     Raises:
-        CurationError: There is none.
+        CurationError: The manifest does not exist.
     """
     if isinstance(given, Manifest):
         return given
@@ -126,7 +126,7 @@ def opened_manifest(given: str | Path | Manifest) -> Manifest:
 
 
 def _courses(ledger: Path, database: Database, shown: Shown, most: int) -> Courses:
-    """The scores of the samples with a view, by epoch."""
+    """Return the scores by epoch of the samples whose images or texts are shown, by row."""
     rows = {shown.ids[row]: row for row in first_rows(shown, most)}
     if not rows:
         return {}

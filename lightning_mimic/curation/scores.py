@@ -1,4 +1,4 @@
-"""A ledger's scores as tables: a row per scoring, and a row per sample."""
+"""Scores of a ledger as database tables: a row per scoring, and a row per sample."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,24 +21,24 @@ from lightning_mimic.curation.shares import SharedPartitions
 from lightning_mimic.database import Database, parquet, require_space, sql_type
 from lightning_mimic.ledger import Ledger
 
-#: Samples on which clusters, mixtures and the label model are fitted.
+#: Approximate number of samples on which clusters, mixtures and the label model are fitted.
 SAMPLE_SIZE = 20_000
 
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """A table of scores, a row per sample and epoch, or per sample.
+    """Describe a table of scores with a row per sample and epoch, or a row per sample.
 
-    Its columns are ``id``, ``epoch``, ``score``, ``relative_weight``, ``label``, and those that the ledger's table sums
-    up and the ledger has recorded. ``score`` is never null, in loss per unit of weight distance; ``relative_weight`` is
-    the weight over that of a uniform batch, ``w · B``. A table with a row per sample holds its means, under epoch 0.
+    Its columns are ``id``, ``epoch``, ``score``, ``relative_weight``, ``label``, and the other recorded columns that a
+    ledger's table summarises. ``score`` is never null, in loss per unit of weight distance; ``relative_weight`` is the
+    weight divided by that of a uniform batch, ``w · B``. A table with a row per sample holds means, and its epoch is 0.
 
     Attributes:
-        database: Where they are.
-        name: Of the table or view.
-        epochs: Those that there are, in order.
-        samples: How many different ones.
-        sample_size: About so many are sampled.
+        database: Database with the table.
+        name: Name of the table or view.
+        epochs: Epochs in the table, in ascending order.
+        samples: Number of different samples.
+        sample_size: Approximate number of samples in ``sample``.
     """
 
     database: Database
@@ -49,22 +49,22 @@ class ScoreTable:
 
     @property
     def sampled(self) -> str:
-        """An SQL condition that holds for about ``sample_size`` samples, or for all if there are fewer.
+        """SQL condition that selects about ``sample_size`` samples, or all if there are fewer.
 
-        By their ids and not by chance, so that they are the same in every epoch, and a decision can be repeated.
+        The selection depends on the ids and not on chance, so that it is the same in every epoch and reproducible.
         """
         return f"hash(id) % {max(-(-self.samples // self.sample_size), 1)} = 0"
 
     @cached_property
     def sample(self) -> str:
-        """Name of a table with the rows of the sampled samples."""
+        """Name of a table with the rows of the selected samples."""
         name = f"{self.name}_sample"
         self.database.run(f"CREATE OR REPLACE TABLE {name} AS FROM {self.name} WHERE {self.sampled}", "sampling")
         return name
 
     @cached_property
     def sampled_scores(self) -> dict[int, Any]:
-        """Scores of the sampled samples in ascending order, by epoch."""
+        """Scores of the selected samples in ascending order, by epoch."""
         import numpy as np
 
         found = self.database.arrays(f"SELECT epoch, score FROM {self.sample}")
@@ -72,34 +72,35 @@ class ScoreTable:
 
 
 class Scores:
-    """A ledger, in a database.
+    """Load the scores of a ledger into tables of a database.
 
-    Of a sample that an epoch repeats, the first row counts, as in :meth:`lightning_mimic.Ledger.table`. What does not
-    fit into the database's memory is split into partitions by a hash of the ids, which are summed up one at a time.
+    If an epoch repeats a sample, its first row in that epoch is used, as in :meth:`lightning_mimic.Ledger.table`. A
+    ledger that does not fit into the database's memory is split into partitions by a hash of the ids, which are
+    summarised one at a time.
 
     Args:
-        ledger: Its directory.
-        database: Where its tables are made.
-        name: In front of the tables' names.
-        allow_partial: Read what there is, instead of refusing where parts are damaged or rows missing.
-        sample_size: Of the tables.
-        shared: The ledger's partitions, if they are there already.
+        ledger: Directory of the ledger.
+        database: Database in which the tables are created.
+        name: Prefix of the tables' names.
+        allow_partial: Whether to read the rest of the ledger if parts are damaged or rows are missing, instead of
+            raising an error.
+        sample_size: Approximate number of samples for fits, see :class:`ScoreTable`.
+        shared: Partitions of the ledger that were made by several processes; ``None``: make them here.
 
     Raises:
-        CurationError: ``shared`` is of another ledger, or not complete.
+        CurationError: ``shared`` belongs to another ledger or is incomplete.
         LedgerError: As for :meth:`lightning_mimic.Ledger.parts`.
 
     Attributes:
-        parts: The ledger's files.
+        parts: Files of the ledger.
         samples: Name of the view with a row per sample that was ever in a batch: ``id``, ``score`` (mean over its
-            scorings, null where none has a score), ``scorings`` (those with a score), ``relative_weight`` (mean of
-            ``w · B``), ``label`` and ``predicted`` (of its last epoch, null where not recorded), ``flag`` (why there
-            is no score, or null), and the other recorded columns that the ledger's table sums up.
-        columns: Names of the columns in these tables that the ledger's table sums up, ``label`` and ``predicted``
-            first.
-        attempts: The descriptions of the attempts whose rows count.
-        class_names: Names of the classes, ``None`` where not recorded.
-        id_type: ``BIGINT``, ``UBIGINT`` or ``VARCHAR``.
+            scorings, or null), ``scorings`` (number of scorings with a score), ``relative_weight`` (mean of
+            ``w · B``), ``label`` and ``predicted`` (from its last epoch, null if not recorded), ``flag`` (reason for a
+            missing score, or null), and the other recorded columns that a ledger's table summarises.
+        columns: Names of the summarised columns in these tables, ``label`` and ``predicted`` first.
+        attempts: Descriptions of the attempts whose rows are used.
+        class_names: Names of the classes, or ``None`` if not recorded.
+        id_type: SQL type of the ids: ``BIGINT``, ``UBIGINT`` or ``VARCHAR``.
     """
 
     def __init__(
@@ -137,12 +138,12 @@ class Scores:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Settings of the attempts whose rows count; they do not differ in what the scores mean."""
+        """Settings of the last attempt; the meaning of the scores is the same in all attempts whose rows are used."""
         config: dict[str, Any] = self.attempts[-1]["config"]
         return config
 
     def means(self) -> ScoreTable:
-        """A row per sample: its means."""
+        """Return a table with the means of each sample that has a score."""
         name = f"{self._name}_means"
         self.database.run(
             f"CREATE OR REPLACE VIEW {name} AS SELECT id, 0 AS epoch, score, relative_weight, "
@@ -151,25 +152,25 @@ class Scores:
         return ScoreTable(self.database, name, (0,), self._count, self._sample_size)
 
     def scorings(self) -> ScoreTable:
-        """A row per sample and epoch."""
+        """Return a table with a row per sample and epoch."""
         name = f"{self._name}_rows"
         epochs = self.database.column(f"SELECT DISTINCT epoch FROM {name} ORDER BY epoch")
         return ScoreTable(self.database, name, tuple(epochs), self._count, self._sample_size)
 
     @property
     def partitions(self) -> int:
-        """The number of partitions of the samples, by ``hash(id)`` modulo this number."""
+        """Number of partitions of the samples; a sample's partition is ``hash(id)`` modulo this number."""
         return len(self._partitions)
 
     def one_at_a_time(self, *, last: bool = False) -> Iterator[int]:
         """Restrict all tables to each partition in turn.
 
         Args:
-            last: The tables are not needed any more afterwards; the rows of each partition are removed when it has been
-                seen, to make room.
+            last: Whether the tables are no longer needed afterwards; the rows of each partition are then deleted after
+                use, to free disk space.
 
         Yields:
-            The number of the partition.
+            The index of the partition.
         """
         for number, partition in enumerate(self._partitions):
             self._show([partition])
@@ -180,7 +181,7 @@ class Scores:
             self._show(self._partitions)
 
     def _make(self) -> list[Partition]:
-        """Sum up the samples, one partition at a time."""
+        """Summarise the samples, one partition at a time."""
         database, name = self.database, self._name
         folder = database.folder / name
         folder.mkdir()
@@ -194,15 +195,15 @@ class Scores:
             )
         made = []
         for number, files in enumerate(found):
-            database.report_progress(f"summing up {name}", number / count)
+            database.report_progress(f"summarising {name}", number / count)
             samples, repeats = (folder / f"{kind}-{number}.parquet" for kind in ("samples", "repeats"))
             has_repeats = summarise(database, self._scored(files), self._columns, samples, repeats)
             made.append(Partition(files, samples, repeats if has_repeats else None))
-        database.report_progress(f"summing up {name}", 1.0)
+        database.report_progress(f"summarising {name}", 1.0)
         return made
 
     def _show(self, partitions: Sequence[Partition]) -> None:
-        """Make the views of the rows and samples of partitions."""
+        """Create the views of the rows and samples of these partitions."""
         run, name = self.database.run, self._name
         run(f"CREATE OR REPLACE VIEW {self.samples} AS FROM {parquet(*(each.samples for each in partitions))}")
         files = [path for each in partitions for path in each.rows]
@@ -216,7 +217,7 @@ class Scores:
         run(f"CREATE OR REPLACE VIEW {name}_rows AS {rows} WHERE score IS NOT NULL")
 
     def _scored(self, files: Sequence[Path]) -> str:
-        """Query for the rows in files of partitions, or in the ledger's if it is not split."""
+        """Return a query for the rows in files of partitions, or of the whole ledger if it is not split."""
         if self._split:
             same = self._shared is None or self._shared.same_ids
             source = rows_in(files, self._columns, self.parts.id_type, same_ids=same)

@@ -1,4 +1,4 @@
-"""Other filters' tables and manifests, put together: and, or, minus, top and bottom."""
+"""The function :func:`select`, which combines manifests and tables of scores: and, or, minus, top and bottom."""
 
 import contextlib
 import re
@@ -19,28 +19,28 @@ from lightning_mimic.version import __version__
 End = Literal["top", "bottom"]
 _JOINTS = {"and": "INTERSECT", "or": "UNION", "minus": "EXCEPT"}
 _PATH = r"(?P<path>\S+?(?:\.(?:parquet|csv)|/))"
-#: Column of the labels that a person has corrected.
+#: Column with labels that a person has corrected.
 _CORRECTED = "corrected_label"
-#: Columns of labels, and their types, that are carried over from the first manifest that has them.
+#: Columns with labels, and their SQL types, which are copied from the first manifest that has them.
 _LABELS = {"label": "BIGINT", "label_name": "VARCHAR", "predicted": "BIGINT", "predicted_name": "VARCHAR"}
 _TERM = re.compile(_PATH + r"(?::(?P<column>\S+)\s+(?P<end>top|bottom)\s+(?P<amount>\S+))?")
 _AMOUNT = re.compile(r"(?P<percent>\d+(?:\.\d+)?)\s*%|(?P<count>\d+)")
 _GRAMMAR = (
-    "expected PATH (a manifest: what it keeps) or PATH:COLUMN top|bottom AMOUNT (as 30% or a count), joined from left "
-    "to right by and, or, minus; a PATH ends in .parquet, .csv, or, a directory of Parquet files, in /"
+    "expected PATH (a manifest: the samples it keeps) or PATH:COLUMN top|bottom AMOUNT (such as 30% or 300), combined "
+    "from left to right by and, or, minus; a PATH ends in .parquet, .csv, or, if it is a directory of Parquet files, /"
 )
 
 
 @dataclass(frozen=True)
 class Term:
-    """Samples of one table.
+    """Select samples from one table.
 
     Attributes:
-        path: Parquet or CSV with a column ``id``, and ``column`` or ``keep``.
-        column: Whose values order the samples; ``None``: what a manifest keeps.
-        end: Which of them.
-        fraction: Share of all rows of the table; or
-        count: number of samples.
+        path: Parquet or CSV file with a column ``id``, and ``column`` or ``keep``.
+        column: Column by which the samples are ordered; ``None``: select the samples that a manifest keeps.
+        end: Whether the highest (``"top"``) or the lowest (``"bottom"``) values are selected.
+        fraction: Share of all rows of the table to select, 0 to 1; either this or ``count`` is given with ``column``.
+        count: Number of samples to select.
     """
 
     path: str
@@ -52,7 +52,11 @@ class Term:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Terms, and what joins each to those before it.
+    """Hold the terms of a selection and their operators.
+
+    Attributes:
+        terms: Terms from left to right.
+        joints: Operator between each term and those before it: ``"and"``, ``"or"`` or ``"minus"``.
 
     Example:
         >>> Recipe.parse("clip.parquet:clip_score top 30% minus mimic.parquet:score bottom 15%").joints
@@ -64,18 +68,18 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":
-        """Reads a recipe.
+        """Parse a recipe.
 
         Args:
-            text: Terms joined by ``and``, ``or``, ``minus``, from left to right. ``PATH`` of a manifest stands for the
-                samples that it keeps, ``PATH:COLUMN top 300`` (or ``bottom``) for the 300 with the highest values, of
-                equals those with the smallest ids. ``PATH:COLUMN top 30%`` is DataComp's rule: with *n* = 30 % of all
-                rows of the table, rounded down, it selects the samples whose value is at least the (*n* + 1)-th
-                highest. So it selects one more than *n*, and all that are equal to the last. Rows without a value
+            text: Terms combined by ``and``, ``or``, ``minus``, from left to right. ``PATH`` of a manifest selects the
+                samples that it keeps. ``PATH:COLUMN top 300`` (or ``bottom``) selects the 300 samples with the highest
+                (lowest) values; ties are broken in favour of smaller ids. ``PATH:COLUMN top 30%`` is DataComp's rule:
+                with *n* = 30 % of all rows of the table, rounded down, it selects the samples whose value is at least
+                the (*n* + 1)-th highest, that is, one more than *n* and all ties with the last. Rows without a value
                 count towards *n* and are never selected.
 
         Raises:
-            CurationError: It does not read so.
+            CurationError: The text does not have this form.
         """
         pieces = re.split(r"\s+(and|or|minus)\s+", text.strip())
         return cls(tuple(_term(piece.strip()) for piece in pieces[::2]), tuple(pieces[1::2]))
@@ -90,23 +94,25 @@ def select(
     memory: str = "2GB",
     progress: Progress | None = None,
 ) -> Manifest:
-    """Composes filters into a manifest of its own.
+    """Combine manifests and tables of scores into a new manifest.
 
     Args:
-        recipe: What to select, see :meth:`Recipe.parse`.
-        out: The manifest's path; it must not be there yet.
-        exports: ``"csv"`` or ``"datacomp"``, beside the manifest and named after it.
-        allow_unknown: Tables need not all know the same samples; one that a table does not know is not in its term.
-        memory: Of the database.
-        progress: Told what is being done.
+        recipe: Selection, see :meth:`Recipe.parse`.
+        out: Path of the new manifest, which must not exist.
+        exports: Further formats to write beside the manifest, with its name: ``"csv"`` or ``"datacomp"``.
+        allow_unknown: Whether tables may list different samples; a sample missing from a table is not selected by its
+            term.
+        memory: Memory limit of the database, such as ``"2GB"``; larger data spill to disk.
+        progress: Callback for progress, called with a description and the completed share.
 
     Returns:
-        A manifest that decides on every sample that any of the tables knows, with the recorded labels of the first
-        manifest among them that has labels, and those that one of them has corrected. A sample that the first table
-        lists more than once stays in it as often.
+        A manifest with a decision on every sample in any of the tables, the recorded labels of the first manifest in
+        the recipe that has labels, and the corrected labels of all manifests in the recipe. A sample that the first
+        table lists several times has as many rows.
 
     Raises:
-        CurationError: A recipe or table that cannot be read, ids of two types, or tables of other samples.
+        CurationError: The recipe or a table cannot be read, or the tables have ids of different types or different
+            samples.
 
     Example:
         >>> import tempfile, pyarrow as pa, pyarrow.csv
@@ -124,9 +130,9 @@ def select(
         raise CurationError(f"`allow_unknown` is {allow_unknown!r}; expected true or false.")
     out = user_path(out, "out")
     if out.suffix != ".parquet":
-        raise CurationError(f"`out` is {out}; a manifest is a .parquet file.")
+        raise CurationError(f"`out` is {out}; expected a path that ends in .parquet.")
     exports = checked_exports(exports)
-    with writing(out):  # a store may refuse to be asked
+    with writing(out):  # an object store may deny access
         taken = out.is_symlink() or out.exists()
     if taken:
         raise CurationError(f"`out`: {out} is there already; name another file, or delete it.")
@@ -146,7 +152,7 @@ def select(
         for k, joint in enumerate(read.joints, start=1):
             chosen = f"({chosen}) {_JOINTS[joint]} (SELECT id FROM term{k} WHERE chosen)"
         database.run(f"CREATE TABLE selected AS {chosen}", "selecting")
-        # All that anyone knows; the first table says how often.
+        # All samples in any table, as often as the first table lists them.
         all_samples = "SELECT id FROM term0"
         others = " UNION ".join(f"SELECT id FROM term{k}" for k in range(1, len(read.terms)))
         if others:
@@ -179,7 +185,7 @@ def select(
 
 
 def _labelled(terms: Sequence[Term]) -> Term | None:
-    """Return the first term that is of a manifest with recorded labels."""
+    """Return the first term whose table is a manifest with recorded labels."""
     for term in terms:
         with contextlib.suppress(CurationError):  # a table of another kind
             manifest = Manifest(term.path)
@@ -190,13 +196,13 @@ def _labelled(terms: Sequence[Term]) -> Term | None:
 
 
 def _class_names(labelled: Term | None) -> dict[str, Any]:
-    """The names of the classes, for the provenance."""
+    """Return the names of the classes, for the provenance."""
     names = None if labelled is None else Manifest(labelled.path).class_names
     return {} if names is None else {"class_names": list(names)}
 
 
 def _labels(database: Database, name: str) -> list[str]:
-    """Make a table of the labels of a term, and return its columns."""
+    """Create a table with the labels of a term, and return the names of its label columns."""
     found = [column for column in database.columns(name) if column in _LABELS]
     each = ", ".join(f"any_value({column})::{_LABELS[column]} AS {column}" for column in found)
     database.run(f"CREATE TABLE labels AS SELECT id, {each} FROM {name} GROUP BY id")
@@ -204,7 +210,7 @@ def _labels(database: Database, name: str) -> list[str]:
 
 
 def _corrected(database: Database, tables: Mapping[str, Table]) -> bool:
-    """Make a table of the labels that a person has corrected in any of the manifests; return whether there are some."""
+    """Create a table with the corrected labels of all manifests, and return whether a manifest has any."""
     found = [name for name, table in tables.items() if _CORRECTED in table.names]
     if not found:
         return False
@@ -213,12 +219,12 @@ def _corrected(database: Database, tables: Mapping[str, Table]) -> bool:
     twice = database.column("SELECT id FROM corrected GROUP BY id HAVING count(*) > 1 ORDER BY id LIMIT 1")
     if twice:
         paths = " and ".join(str(tables[name].path) for name in found)
-        raise CurationError(f"`recipe`: {paths} have different corrected labels of {twice[0]!r}. Correct one of them.")
+        raise CurationError(f"`recipe`: {paths} have different corrected labels of {twice[0]!r}. Change one of them.")
     return True
 
 
 def _verdicts(terms: Sequence[Term]) -> dict[str, Any]:
-    """The verdicts on the references behind the manifests among tables, by path, for the provenance."""
+    """Return the verdicts on the references behind the manifests in a recipe, by path, for the provenance."""
     found = {}
     for term in terms:
         with contextlib.suppress(CurationError):  # a table of another kind
@@ -235,16 +241,16 @@ def _term(text: str) -> Term:
     amount = _AMOUNT.fullmatch(match["amount"])
     percent = float(amount["percent"]) if amount and amount["percent"] else None
     if amount is None or (percent is not None and percent > 100):
-        raise CurationError(f"`recipe`: {match['amount']!r} is no amount; say 0% to 100%, or a count.")
+        raise CurationError(f"`recipe`: {match['amount']!r} is not an amount; expected 0% to 100%, or a count.")
     end: End = "top" if match["end"] == "top" else "bottom"
     fraction = None if percent is None else percent / 100
-    # More than 18 digits are more than any table has rows.
+    # No table has a number of rows with more than 18 digits.
     count = None if percent is not None else int(amount["count"]) if len(amount["count"]) < 19 else 10**18
     return Term(match["path"], match["column"], end, fraction, count)
 
 
 def _load(database: Database, name: str, term: Term, *, labels: bool) -> Table:
-    """A table with ``id``, and ``keep`` or ``value``; with labels, if they are carried over from it."""
+    """Load a table with ``id``, and ``keep`` or ``value``; with ``labels``, also its columns of labels."""
     table = Table(term.path)
     columns = {"id": "id", "keep": "keep"} if term.column is None else {"id": "id", "value": term.column}
     if _CORRECTED in table.names:
@@ -256,7 +262,7 @@ def _load(database: Database, name: str, term: Term, *, labels: bool) -> Table:
 
 
 def _choose(database: Database, name: str, term: Term) -> None:
-    """Replace what a term's table holds by ``chosen``."""
+    """Replace the column ``keep`` or ``value`` of a term's table by a column ``chosen``."""
     chosen = "coalesce(keep, false)"
     if term.column is not None:
         value, valued = _value(database, name, term)
@@ -264,7 +270,7 @@ def _choose(database: Database, name: str, term: Term) -> None:
         if term.fraction is None:
             chosen = f"{valued} AND row_number() {order}, id) <= {term.count}"
         else:
-            # A rank of n + 1 is that of the edge and of all that are equal to it.
+            # Rank n + 1 is that of the threshold value and of all values equal to it.
             rows = database.value(f"SELECT count(*) FROM {name}")
             chosen = f"{valued} AND rank() {order}) <= {int(rows * term.fraction) + 1 if term.fraction else 0}"
     unused = "keep" if term.column is None else "value"
@@ -272,7 +278,7 @@ def _choose(database: Database, name: str, term: Term) -> None:
 
 
 def _value(database: Database, name: str, term: Term) -> tuple[str, str]:
-    """SQL for the values that order a table, and for which rows have one; whole numbers are compared exactly."""
+    """Return SQL for the values that order a table, and for whether a row has one; integers are compared exactly."""
     kind = database.columns(name)["value"]
     if kind == "BOOLEAN":
         return "value::INT", "value IS NOT NULL"
@@ -286,15 +292,15 @@ def _value(database: Database, name: str, term: Term) -> tuple[str, str]:
     )
     if lost:
         raise CurationError(
-            f"{term.path}: {lost} values of column {term.column!r} are no numbers, such as {example!r}."
+            f"{term.path}: {lost} values of column {term.column!r} are not numbers, such as {example!r}."
         )
     rounded, others = database.row(
         f"SELECT count_if(abs({whole}) > {2**53}), count_if({whole} IS NULL) FROM {name} WHERE value IS NOT NULL"
     )
     if rounded and others:
         raise CurationError(
-            f"{term.path}: column {term.column!r} has whole numbers beyond 2^53 beside others, which are not compared "
-            "exactly."
+            f"{term.path}: column {term.column!r} mixes whole numbers beyond 2^53 with fractions, which cannot be "
+            "compared exactly. Give all values as whole numbers, or none beyond 2^53."
         )
     return (whole, "value IS NOT NULL") if rounded else (number, f"{number} IS NOT NULL AND NOT isnan({number})")
 
@@ -310,6 +316,6 @@ def _same_samples(database: Database, terms: tuple[Term, ...]) -> None:
             if count:
                 example = database.value(f"SELECT min(id) {unknown}")
                 raise CurationError(
-                    f"{count} samples of {first.path}, such as {example!r}, are unknown to {second.path}. "
-                    "`allow_unknown=true` takes what a table does not know as not chosen by it."
+                    f"{count} samples of {first.path}, such as {example!r}, are not in {second.path}. With "
+                    "`allow_unknown=true`, a sample that is missing from a table is not selected by its term."
                 )

@@ -1,8 +1,9 @@
-"""Curation in shares, for many processes or machines: a ledger's rows to partitions, partitions to samples.
+"""Parallel curation by several processes or machines: partition a ledger's rows, then summarise each partition.
 
-A folder that all of them see holds what is done: a folder for each share of the ledger's files with their rows by
-partition, and one for each partition with its samples. Each appears when it is complete, so that what was killed is run
-again, and :func:`~lightning_mimic.curation.curate` takes the folder when all are there.
+All processes use one shared folder, with a subfolder for each share of the ledger's files, which holds their rows by
+partition, and a subfolder for each partition, which holds its summarised samples. A subfolder appears when it is
+complete, so that an interrupted job can be run again. :func:`~lightning_mimic.curation.curate` reads the folder when
+all subfolders exist.
 """
 
 import hashlib
@@ -51,33 +52,33 @@ def partition_share(  # noqa: PLR0913
     """Check a share of a ledger's files, and write their rows to partitions by a hash of the ids.
 
     Args:
-        ledger: Recorded scores.
-        out: Folder that all shares write to.
+        ledger: Directory of the ledger with the recorded scores.
+        out: Folder to which all shares are written.
         share: Index of the share, from 0.
-        shares: Number of shares; the same for all.
-        partitions: Number of partitions; the same for all.
-        allow_partial: Go on where files are damaged; the merge must allow it, too.
-        memory: Of the database, which spills the rest to disk.
-        progress: Told what is being done.
+        shares: Number of shares; the same for all jobs.
+        partitions: Number of partitions; the same for all jobs.
+        allow_partial: Whether to skip damaged files instead of raising an error; ``curate`` needs this setting, too.
+        memory: Memory limit of the database, such as ``"2GB"``; larger data spill to disk.
+        progress: Callback for progress, called with a description and the completed share.
 
     Returns:
-        The folder of the share. One that is there already, of the same settings, stays as it is.
+        The folder of the share. An existing share with the same settings is left unchanged.
 
     Raises:
-        CurationError: Numbers out of range; a share that is there with other settings; too small a disk.
-        LedgerError: A ledger that is not there, or damaged files.
+        CurationError: A number is out of range, the share exists with other settings, or the disk is too small.
+        LedgerError: The ledger does not exist, or has damaged files.
 
     Example:
         >>> partition_share("scores", "partitions", share=4, shares=4)
         Traceback (most recent call last):
             ...
-        lightning_mimic.errors.CurationError: `share` is 4, and there are 4 shares; they are numbered from 0.
+        lightning_mimic.errors.CurationError: `share` is 4, but there are 4 shares, numbered from 0.
     """
     for name, value, least in (("share", share, 0), ("shares", shares, 1), ("partitions", partitions, 1)):
         if type(value) is not int or value < least:
             raise CurationError(f"`{name}` is {value!r}; expected a whole number of {least} or more.")
     if share >= shares:
-        raise CurationError(f"`share` is {share}, and there are {shares} shares; they are numbered from 0.")
+        raise CurationError(f"`share` is {share}, but there are {shares} shares, numbered from 0.")
     source, folder = Ledger(user_path(ledger, "ledger")), _folder(out, "out")
     final = _share(folder, share, shares)
     facts: dict[str, Any] = {"partitions": partitions, **_of_ledger(source)}
@@ -112,25 +113,25 @@ def partition_share(  # noqa: PLR0913
 def summarise_partition(
     partitioned: str | Path, partition: int = 0, *, memory: str = "2GB", progress: Progress | None = None
 ) -> Path:
-    """Sum up the samples of a partition, once all shares are there.
+    """Summarise the rows of a partition by sample; all shares must be complete.
 
     Args:
-        partitioned: Folder that :func:`partition_share` wrote to.
+        partitioned: Folder to which :func:`partition_share` wrote.
         partition: Index of the partition, from 0.
-        memory: Of the database, which spills the rest to disk.
-        progress: Told what is being done.
+        memory: Memory limit of the database, such as ``"2GB"``; larger data spill to disk.
+        progress: Callback for progress, called with a description and the completed share.
 
     Returns:
-        The folder of the partition. One that is there already stays as it is.
+        The folder of the partition. An existing one is left unchanged.
 
     Raises:
-        CurationError: Missing shares, by name; shares that do not go together; a damaged file; no such partition.
+        CurationError: Shares are missing or inconsistent, a file is damaged, or the partition does not exist.
 
     Example:
         >>> summarise_partition("nowhere")
         Traceback (most recent call last):
             ...
-        lightning_mimic.errors.CurationError: nowhere holds no shares of a ledger's rows (mimic-partition writes them).
+        lightning_mimic.errors.CurationError: nowhere holds no shares of a ledger; run mimic-partition first.
     """
     shared = SharedPartitions(partitioned)
     if type(partition) is not int or not 0 <= partition < shared.count:
@@ -140,42 +141,42 @@ def summarise_partition(
         return final
     files = shared.rows(partition)
     with Database(memory, progress) as database, writing(final), atomic_directory(final) as made:
-        database.report_progress("summing up", 0.0)
+        database.report_progress("summarising", 0.0)
         rows = rows_in(files, shared.columns, shared.id_type, same_ids=shared.same_ids)
         query = scored_rows(rows, shared.columns, shared.id_type)
         summarise(database, query, shared.columns, made / "samples.parquet", made / "repeats.parquet")
         _write_facts(made, {})
-        database.report_progress("summing up", 1.0)
+        database.report_progress("summarising", 1.0)
     return final
 
 
 class SharedPartitions:
-    """A folder with all shares of a ledger's rows, by partition.
+    """Read a folder with all shares of a ledger's rows, by partition.
 
     Args:
-        partitioned: Folder that :func:`partition_share` wrote to.
+        partitioned: Folder to which :func:`partition_share` wrote.
 
     Raises:
-        CurationError: Missing shares, by name, or shares that do not go together.
+        CurationError: Shares are missing or inconsistent.
 
     Attributes:
         count: Number of partitions.
-        columns: Those that are summed up.
-        id_type: Type of the ids of all shares.
-        same_ids: The shares' files have ids of one type.
+        columns: Columns that are summarised by sample.
+        id_type: Common type of the ids of all shares.
+        same_ids: Whether the ids have the same type in all shares.
     """
 
     def __init__(self, partitioned: str | Path) -> None:
         self._folder = folder = _folder(partitioned, "partitioned")
         found = sorted(folder.glob("share-*-of-*")) if folder.is_dir() else []
         if not found:
-            raise CurationError(f"{folder} holds no shares of a ledger's rows (mimic-partition writes them).")
+            raise CurationError(f"{folder} holds no shares of a ledger; run mimic-partition first.")
         count = found[0].name.rpartition("-")[2]
         others = [path for path in found if path.name.rpartition("-")[2] != count]
         if others:
             raise CurationError(
-                f"{folder} holds shares of two partitionings, {found[0].name} and {others[0].name}; remove those that "
-                "do not belong there."
+                f"{folder} mixes shares of two runs of mimic-partition, {found[0].name} and {others[0].name}; remove "
+                "the shares of one of them."
             )
         self._shares = [_share(folder, number, int(count)) for number in range(int(count))]
         _require(folder, self._shares, "shares", "mimic-partition")
@@ -184,27 +185,27 @@ class SharedPartitions:
             _require_same(path, facts, self._facts[0])
         if self._facts[0]["database"] != database_version():
             raise CurationError(
-                f"{folder} was made with DuckDB {self._facts[0]['database']}, and this is {database_version()}, which "
-                "may hash ids in another way. Use one version for all."
+                f"{folder} was written with DuckDB {self._facts[0]['database']}, but {database_version()} is "
+                "installed, which may hash ids differently. Use the same version for all steps."
             )
         self.count: int = self._facts[0]["partitions"]
         types = {facts["id_type"] for facts in self._facts} - {None}
         kind = unified(_ID_TYPES[each] for each in types) if types else pa.int64()
         if kind is None:
-            raise CurationError(f"{folder} mixes int and str ids; the ledger's ranks were given different ones.")
+            raise CurationError(f"{folder} mixes int and str ids, which the ledger's ranks recorded; use one type.")
         self.id_type: pa.DataType = kind
         self.same_ids = len(types) == 1
         self.columns = SampleColumns.among({name for facts in self._facts for name in facts["recorded"]})
 
     def samples(self, number: int) -> Path:
-        """Return the folder with the samples of a partition."""
+        """Return the folder with the summarised samples of a partition."""
         return self._folder / f"partition-{number}-of-{self.count}"
 
     def rows(self, number: int) -> tuple[Path, ...]:
-        """Return the files with the rows of a partition, each of which has its checksum.
+        """Verify the checksums of the files with the rows of a partition, and return their paths.
 
         Raises:
-            CurationError: A damaged file.
+            CurationError: A file is damaged.
         """
         files = [(share, path) for share in self._shares for path in partition_files(share / "rows", number)]
         for share, path in files:
@@ -212,17 +213,17 @@ class SharedPartitions:
         return tuple(path for _, path in files)
 
     def parts(self, ledger: Ledger, *, allow_partial: bool) -> Parts:
-        """Return the ledger's files as all shares together have checked them.
+        """Return the ledger's files, merging the checks made by all shares.
 
         Raises:
-            CurationError: The shares are of another ledger, or it has changed since.
+            CurationError: The shares belong to another ledger, or the ledger has changed since.
             LedgerError: As for :meth:`lightning_mimic.Ledger.parts`.
         """
         theirs = {name: self._facts[0].get(name) for name in ("run", "files")}
         if theirs != {name: _of_ledger(ledger)[name] for name in theirs}:
             raise CurationError(
-                f"{self._folder} holds the rows of another ledger than {ledger.directory}, or it has changed since; "
-                "partition it again, into another folder."
+                f"{self._folder} does not belong to {ledger.directory}, or that ledger has changed since. Partition "
+                "the ledger again, into another folder."
             )
         names = ledger.names()
         checked = [
@@ -232,10 +233,10 @@ class SharedPartitions:
         return ledger.joined(checked, allow_partial=allow_partial)
 
     def partitions(self) -> list[Partition]:
-        """Return all partitions with their samples.
+        """Return all partitions with their summarised samples.
 
         Raises:
-            CurationError: Partitions whose samples are missing, by name; a damaged file.
+            CurationError: A partition has not been summarised, or a file is damaged.
         """
         folders = [self.samples(number) for number in range(self.count)]
         _require(self._folder, folders, "partitions", "mimic-summarise")
@@ -250,10 +251,10 @@ class SharedPartitions:
 
 
 def _folder(path: str | Path, argument: str) -> Path:
-    """Return the path of a folder on a disk: a store does not rename what is complete."""
+    """Return the path of a folder on a file system; an object store cannot rename a complete folder into place."""
     folder = user_path(path, argument)
     if as_store_path(folder):
-        raise CurationError(f"`{argument}` is {folder}, on an object store; expected a folder that all machines see.")
+        raise CurationError(f"`{argument}` is {folder}, on an object store; expected a folder on a shared file system.")
     return folder
 
 
@@ -262,7 +263,7 @@ def _share(folder: Path, number: int, count: int) -> Path:
 
 
 def _require(folder: Path, paths: Sequence[Path], kind: str, command: str) -> None:
-    """Raise :class:`CurationError` unless all of these are there."""
+    """Raise :class:`CurationError` unless all paths exist."""
     missing = [path.name for path in paths if not path.exists()]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -273,7 +274,7 @@ def _require(folder: Path, paths: Sequence[Path], kind: str, command: str) -> No
 
 
 def _of_ledger(ledger: Ledger) -> dict[str, Any]:
-    """What all shares of a ledger have in common."""
+    """Return the facts that must be equal in all shares of a ledger."""
     names = "\n".join(ledger.names())
     return {
         "database": database_version(),
@@ -283,25 +284,25 @@ def _of_ledger(ledger: Ledger) -> dict[str, Any]:
 
 
 def _require_same(path: Path, facts: Mapping[str, Any], others: Mapping[str, Any]) -> None:
-    """Raise :class:`CurationError` where a share that is there has other settings than others."""
+    """Raise :class:`CurationError` if an existing share has other settings than expected."""
     for name in ("run", "files", "database", "partitions"):
         if facts[name] != others[name]:
             raise CurationError(
-                f"{path} is there already and does not go with the others: its {_NAMES[name]} was "
-                f"{facts[name]}, and now it is {others[name]}. Partition into another folder, or remove it."
+                f"{path} already exists with another {_NAMES[name]}: {facts[name]} instead of {others[name]}. "
+                "Partition into another folder, or remove it."
             )
 
 
 _NAMES = {
-    "run": "ledger's run",
-    "files": "list of the ledger's files (by its SHA-256)",
+    "run": "run of the ledger",
+    "files": "list of ledger files (by its SHA-256)",
     "database": "version of DuckDB",
     "partitions": "number of partitions",
 }
 
 
 def _write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Note facts in a folder, with the checksums of all its files."""
+    """Write facts to a folder, with the checksums of all its Parquet files."""
     files = sorted(path for path in folder.rglob("*.parquet"))
     sums = {str(path.relative_to(folder)): _sha256(path) for path in files}
     (folder / _FACTS).write_text(json.dumps({**facts, "checksums": sums}))
@@ -316,9 +317,11 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def _verify(folder: Path, path: Path, facts: Mapping[str, Any]) -> None:
-    """Raise :class:`CurationError` unless a file of a folder has the checksum that was noted."""
+    """Raise :class:`CurationError` unless a file has the recorded checksum."""
     if not path.exists() or _sha256(path) != facts["checksums"].get(str(path.relative_to(folder))):
-        raise CurationError(f"{path} is damaged, as its checksum shows; remove {folder}, and run its job again.")
+        raise CurationError(
+            f"{path} is missing or does not match its checksum; remove {folder}, and run its job again."
+        )
 
 
 def _sha256(path: Path) -> str:
