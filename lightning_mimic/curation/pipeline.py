@@ -147,8 +147,8 @@ def curate(  # noqa: PLR0913
         LedgerError: The ledger does not exist, is damaged, lacks rows or mixes runs.
 
     Warns:
-        UserWarning: The quality estimated from the sign of scores and the share of wrong labels contradict each other, or
-            most labels of the samples that the sign drops are right according to the calibrated reference.
+        UserWarning: The quality estimated from the sign of scores and the share of wrong labels contradict each other,
+            or most labels of the samples that the sign drops are right according to the calibrated reference.
 
     Example:
         >>> curate("nowhere")
