@@ -511,4 +511,4 @@ def test_a_program_that_ends_before_its_reweighter_does_warns_of_its_rows(tmp_pa
         text=True,
         check=True,
     )
-    assert "UserWarning: a Reweighter was dropped without its end, and 4 rows were not written to s." in done.stderr
+    assert "UserWarning: a Reweighter was not closed, and 4 rows were not written to s." in done.stderr

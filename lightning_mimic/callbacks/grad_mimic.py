@@ -30,72 +30,77 @@ from lightning_mimic.trainer_package import package_of, pl
 
 
 class GradMimic(pl.Callback):
-    """Weight every sample by how far a descent step on it moves the model towards a reference.
+    """Weight every sample by how far a gradient step on it moves the model towards a reference.
 
-    Per sample *i* of a micro-batch, over all ranks: ``mᵢ = −⟨∇ℓᵢ, v⟩/‖v‖`` with ``v = θ_ref − θ``, then
-    ``wᵢ = softmax(m/τ)ᵢ``, then the step ``θ ← θ − η Σ wᵢ ∇ℓᵢ``. One layer is scored in a hook inside the one
-    backward pass, several in a reverse pass of their own before it; the weights enter the backward pass in a hook, so
-    that clipping, accumulation, mixed precision and DDP go on as they were. Where the loss itself mixes samples
-    (contrastive losses), ``sample_losses`` gives the samples' own gradients. Logs
-    ``mimic/score_mean``, ``mimic/ess`` (effective sample size), ``mimic/direction_norm`` and ``mimic/negative_share``
-    (share of negative scores). The same engine serves other training loops as :class:`~lightning_mimic.Reweighter`.
+    For each sample *i* of a micro-batch, over all ranks: the score is ``mᵢ = −⟨∇ℓᵢ, v⟩/‖v‖`` with
+    ``v = θ_ref − θ``, the weights are ``w = softmax(m/τ)``, and the step is ``θ ← θ − η Σ wᵢ ∇ℓᵢ``.
 
-    Row *i* of the batch must be sample *i* throughout ``training_step``: sort and filter before, in the ``collate_fn``.
-    Samples that the first step of an epoch puts in another order are refused.
+    One layer is scored in a hook within the backward pass, several layers in an additional reverse pass before it. The
+    weights are applied by a hook in the backward pass, so clipping, accumulation, mixed precision and DDP work as
+    before. If the loss itself mixes samples (contrastive losses), the module's ``sample_losses`` provides the gradients
+    of single samples.
+
+    Logged are ``mimic/score_mean``, ``mimic/ess`` (effective sample size), ``mimic/direction_norm`` and
+    ``mimic/negative_share`` (share of negative scores). For other training loops see
+    :class:`~lightning_mimic.Reweighter`.
+
+    Row *i* of the batch must be sample *i* during the whole ``training_step``: sort and filter before, in the
+    ``collate_fn``. Samples that the first step of an epoch reorders are refused.
 
     Args:
-        reference: A checkpoint's path (``.ckpt``, ``.pt``, ``.safetensors``), a module or a state dict whose
-            weights mean the same as the model's; :class:`~lightning_mimic.Aligned` around one of another
-            initialisation, width or architecture. Samples that trained it get flattering scores: do not score them.
+        reference: Path of a checkpoint (``.ckpt``, ``.pt``, ``.safetensors``), a module or a state dict whose weights
+            have the same meaning as the model's; or :class:`~lightning_mimic.Aligned` around a reference of another
+            initialisation, width or architecture. Do not score samples that trained it: their scores are too high.
         parameters: Parameters over which scores are computed: ``"all"`` trainable ones, a module path (``"head"``), a
-            parameter name (``"head.weight"``), a glob, ``"!"`` in front of any of these to leave them out, or a list.
-            The fewer and the later, the cheaper: one last layer costs next to nothing, all about two thirds of a step.
-        scorer: Makes scores of products with the samples' gradients, see :mod:`lightning_mimic.scorers`. One that needs
-            no gradient takes no ``parameters``, one that needs no reference, or uses a ``loader`` of its own, no
-            ``reference``.
-        weighting: Makes weights of scores, in the place of the softmax that the next two arguments set.
-        temperature: τ of the softmax, in the score's unit, loss per unit of weight distance; 1.0, if left out.
-            ``"auto"``: for each batch that which makes the effective sample size the share of positive scores, see
-            :class:`~lightning_mimic.scorers.SoftmaxWeighting`. Neither this nor ``min_ess`` with a scorer that makes
-            weights itself.
-        min_ess: Floor on the effective sample size as a fraction of the batch; raises τ for a batch that would
-            fall below. 0: none; 0.25, if left out.
-        reweight: ``"all"``: weights reach all that a sample's gradient reaches. ``"target"``: the chosen parameters
-            only, all else gets the plain mean. ``"none"``: only score; training stays what it is without the callback,
-            to the bit.
-        uncovered: Trainable parameters that the loss reaches around the tensor that is weighted: ``"error"`` names
-            them in an error, ``"mean"`` lets them have the plain mean.
-        ledger: Directory for the scores, one row per sample and scoring; needs ids in the batch (``WithIds``,
-            a key or attribute ``id``, or ``id_from``). A training_step that returns a dict with class indices ``label``
-            and ``predicted``, shape ``(B,)``, has them recorded too.
-        id_from: From a batch, as training_step gets it, to its ids.
-        on_nonfinite: A sample that holds NaN or whose loss is not finite: ``"mask"`` gives it weight 0 and takes it
-            out of the batch that training_step sees, ``"mask_loss"`` goes by the loss alone (where NaN in a batch is
-            meant), ``"raise"`` stops, at one host sync per step. If left out: ``"mask"``, unless the module looks for
-            NaN itself, so that those in a batch may be meant; then the first such batch stops the run.
-        math_attention: Run attention in scored steps by the slower kernel that can be differentiated twice, so that
-            parameters below it can be scored from the losses alone.
-        loss: A module without ``sample_losses`` is scored only if its loss is shown to be a plain mean over the
-            samples, by the operations between the scored rows and the loss. ``"mean"`` asserts it in place of that; the
-            ledger's description holds which it was.
-        on_doubtful: The first 512 samples show whether the reference shares the model's initialisation, predicts the
-            labels, and whether moving towards it lowers the loss (:class:`~lightning_mimic.Diagnosis`). If not:
-            ``"warn"``, ``"raise"``, or ``"align"`` it, for which weights stay uniform until that is known. At the last
-            layer of a classifier the outputs of both networks show, all the time, whether the reference is so unsure
-            that uncalibrated scores are upside down, or knows less than the model; weights are uniform meanwhile.
-        diagnose_reference: Make this diagnosis, and give uniform weights where the reference is unsure.
-        direction: From which weights the direction to the reference is taken: ``"current"``, ``v = θ_ref − θ`` anew at
-            every step, or ``"start"``, ``θ_ref − θ₀`` from those with which the run began; checkpoints hold θ₀. The
-            latter is for a reference that began from the same weights, and for finding wrong labels with scores over
-            the whole model (``reweight="none"``); as weights it made training worse.
-        keep_output_gradients: Where several layers are scored (``"all"``), keep the gradients of their outputs and form
-            the weighted gradients from these, so that no second pass goes through the network: 4/3 of a plain step's
-            arithmetic instead of 5/3, for about as much more memory as its activations take. For models without batch
-            normalisation in training mode or activation checkpointing of which all trainable parameters are scored.
+            parameter name (``"head.weight"``), a glob, a list of these; ``"!"`` in front excludes. Few and late
+            parameters are cheap: one last layer costs almost nothing, all parameters about two thirds of a step.
+        scorer: Computes scores from products with the samples' gradients, see :mod:`lightning_mimic.scorers`; the mimic
+            score by default. A scorer without gradients takes no ``parameters``; one that needs no reference, or has
+            its own ``loader``, takes no ``reference``.
+        weighting: Computes weights from scores, instead of the softmax with ``temperature`` and ``min_ess``.
+        temperature: τ of the softmax in the unit of the score, loss per unit of weight distance; 1.0 by default.
+            ``"auto"`` chooses τ for each batch so that the effective sample size is the share of positive scores, see
+            :class:`~lightning_mimic.scorers.SoftmaxWeighting`. Not with a scorer that computes weights itself.
+        min_ess: Floor on the effective sample size as a fraction of the batch; τ is raised for batches that would fall
+            below. 0.25 by default; 0 for no floor. Not with a scorer that computes weights itself.
+        reweight: What the weights apply to. ``"all"``: all gradients of the samples. ``"target"``: the gradients of the
+            scored parameters; all others get the plain mean. ``"none"``: nothing; training is then bit for bit the same
+            as without the callback.
+        uncovered: Treatment of trainable parameters that the loss reaches on a path around the weighted tensor:
+            ``"error"`` names them in an error, ``"mean"`` gives them the plain mean gradient.
+        ledger: Directory for the scores, one row per sample and scoring. It needs ids in the batch (``WithIds``, a key
+            or attribute ``id``, or ``id_from``). If training_step returns a dict with class indices ``label`` and
+            ``predicted``, shape ``(B,)``, these are recorded as well.
+        id_from: Function from a batch, as training_step receives it, to its ids.
+        on_nonfinite: Treatment of samples that contain NaN or whose loss is not finite. ``"mask"``: weight 0, and
+            zeros in place of the sample in the batch that training_step receives. ``"mask_loss"``: weight 0 if the loss
+            is not finite; the batch is not changed (for batches with intended NaN). ``"raise"``: an error, at the cost
+            of one host sync per step. By default ``"mask"``, unless the module itself checks for NaN, which may then
+            be intended: the first such batch is an error.
+        math_attention: Whether to run attention in scored steps with the slower kernel that can be differentiated
+            twice, so that parameters below it can be scored from ``sample_losses`` alone.
+        loss: Without ``sample_losses``, a module is scored only if the operations between the scored rows and the
+            loss show that the loss is a plain mean over the samples. ``"mean"`` asserts this instead. The ledger's
+            description records which.
+        on_doubtful: Reaction to a reference that does not fit. On the first 512 samples it is checked whether the
+            reference shares the model's initialisation, predicts the labels, and whether moving towards it lowers the
+            loss (:class:`~lightning_mimic.Diagnosis`). ``"warn"``, ``"raise"``, or ``"align"``, with uniform weights
+            until the check is complete. At the last layer of a classifier, the outputs of both networks are compared
+            during the whole run; weights are uniform while the reference is so unsure that uncalibrated scores are
+            upside down, or while it knows less than the model.
+        diagnose_reference: Whether to make these checks.
+        direction: Weights from which the direction to the reference is taken: ``"current"``, ``v = θ_ref − θ`` at every
+            step, or ``"start"``, ``v = θ_ref − θ₀`` with the weights θ₀ at the start of the run, which checkpoints
+            store. ``"start"`` is for a reference that began from the same weights, and for finding wrong labels with
+            scores over the whole model (``reweight="none"``); as weights it made training worse.
+        keep_output_gradients: Whether to keep the gradients of the outputs of several scored layers (``"all"``), and
+            compute the weighted gradients from these without a second pass through the network: 4/3 of a plain step's
+            arithmetic instead of 5/3, and more memory, about that of the activations. For models without batch
+            normalisation in training mode or activation checkpointing, all of whose trainable parameters are scored.
 
     Raises:
-        MimicError: An argument, or at the start of ``fit`` the reference, the parameters, the trainer or the
-            ledger are not usable; the message says what was given, what was expected and the fix.
+        MimicError: An argument cannot be used; or, at the start of ``fit``, the reference, the parameters, the trainer
+            or the ledger. The message says what was given, what was expected, and the fix.
 
     Example:
         >>> import lightning as L

@@ -1,4 +1,4 @@
-"""The engine: scores every sample and re-weights every micro-batch of a training loop."""
+"""The engine that scores every sample and weights every micro-batch of a training loop."""
 
 import logging
 import warnings
@@ -54,46 +54,47 @@ from lightning_mimic.sharding import whole_parameters
 from lightning_mimic.stores import path_of
 
 _log = logging.getLogger("lightning_mimic")
-# Micro-batches between two looks at the figures that show an unsure reference; each is a host sync.
+# Micro-batches between two checks for an unsure reference; each check is a host sync.
 _LOOK_EVERY = 64
 
 
 class Reweighter:
-    """Scores samples by how far a descent step on them moves a model towards a reference, and re-weights batches.
+    """Score samples by how far a gradient step on them moves a model towards a reference, and weight batches.
 
-    It works in any training loop; in a Lightning ``Trainer`` the callback :class:`~lightning_mimic.GradMimic` does the
-    same. Per sample *i* of a micro-batch, over all ranks: ``mᵢ = −⟨∇ℓᵢ, v⟩/‖v‖`` with ``v = θ_ref − θ``, then
-    ``wᵢ = softmax(m/τ)ᵢ``, then the gradient ``Σ wᵢ ∇ℓᵢ`` in the place of the plain mean.
+    This is the engine for any training loop; in a Lightning ``Trainer`` use the callback
+    :class:`~lightning_mimic.GradMimic`. For each sample *i* of a micro-batch, over all ranks: the score is
+    ``mᵢ = −⟨∇ℓᵢ, v⟩/‖v‖`` with ``v = θ_ref − θ``, the weights are ``w = softmax(m/τ)``, and the gradient is
+    ``Σ wᵢ ∇ℓᵢ`` instead of the plain mean.
 
-    Gradients are left in ``.grad`` as ``backward()`` leaves them, so that clipping, accumulation, schedulers,
-    ``DistributedDataParallel`` and gradient scalers work as before. Use it as a context manager: its end writes the
-    last scores of all ranks and removes all hooks. Without ``with``, call :meth:`finish` on every rank, then
+    Gradients are in ``.grad`` as after ``backward()``, so clipping, accumulation, schedulers,
+    ``DistributedDataParallel`` and gradient scalers work as before. Use the object as a context manager: at the end it
+    writes the last scores of all ranks and removes all hooks. Without ``with``, call :meth:`finish` on every rank, then
     :meth:`close`.
 
     Args:
-        model: The model that is trained, as a module; a ``DistributedDataParallel`` or a compiled
-            module is unwrapped. If it has a method
-            ``sample_losses(batch)`` that returns one loss per sample, the loss must be the mean of what it returns.
-        reference: See :class:`~lightning_mimic.GradMimic`, as for all arguments down to ``direction``.
+        model: Module to train; a ``DistributedDataParallel`` or a compiled module is unwrapped. If it has a method
+            ``sample_losses(batch)`` that returns one loss per sample, the loss must be the mean of these losses.
+        reference: See :class:`~lightning_mimic.GradMimic` for all arguments up to ``keep_output_gradients``.
         parameters: Parameters over which scores are computed.
-        scorer: Makes scores of products with the samples' gradients.
-        weighting: Makes weights of scores.
+        scorer: Computes scores from products with the samples' gradients.
+        weighting: Computes weights from scores.
         temperature: τ of the softmax, or ``"auto"``.
         min_ess: Floor on the effective sample size, as a fraction of the batch.
-        reweight: What the weights reach.
-        uncovered: What to do about trainable parameters that the weights do not reach.
+        reweight: What the weights apply to.
+        uncovered: Treatment of trainable parameters that the weights do not reach.
         ledger: Directory for the scores.
-        id_from: From a batch to its ids.
-        on_nonfinite: What to do about samples whose loss is not finite. Where they are masked, compute the loss from
-            ``step.batch``, in which samples that hold NaN are blanked.
-        math_attention: Run attention in scored steps by the kernel that can be differentiated twice.
+        id_from: Function from a batch to its ids.
+        on_nonfinite: Treatment of samples whose loss is not finite. If they are masked, compute the loss from
+            ``step.batch``, in which samples with NaN are replaced by zeros.
+        math_attention: Whether to run attention in scored steps with the kernel that can be differentiated twice.
         loss: ``"mean"`` asserts that the loss is the plain mean of the samples' own losses.
-        on_doubtful: What to do about a reference that the diagnosis does not find compatible.
-        diagnose_reference: Diagnose the reference on the first 512 samples.
+        on_doubtful: Reaction to a reference that the diagnosis does not find compatible.
+        diagnose_reference: Whether to diagnose the reference on the first 512 samples.
         direction: ``"current"``, or ``"start"`` for the direction from the starting weights.
-        keep_output_gradients: Form the weighted gradients from the output gradients of the scoring pass.
-        grad_scaler: The gradient scaler that the backward pass uses, if any.
-        prepare: Moves a batch of the scorer's own loader to the model's device and precision; by default to its device.
+        keep_output_gradients: Whether to compute the weighted gradients from the output gradients of the scoring pass.
+        grad_scaler: Gradient scaler of the backward pass, if any.
+        prepare: Function that moves a batch of the scorer's own loader to the model's device and precision; by default
+            it moves the batch to the device.
 
     Raises:
         MimicError: An argument, the reference, the parameters or the ledger cannot be used.
@@ -166,7 +167,7 @@ class Reweighter:
     def from_settings(
         cls, model: nn.Module, settings: Settings, prepare: Callable[[Any], Any] | None = None
     ) -> "Reweighter":
-        """Return the engine of settings that were checked before there was a model."""
+        """Create an engine from settings that were checked before the model existed."""
         reweighter = cls.__new__(cls)
         reweighter._set_up(model, settings, None, prepare)
         return reweighter
@@ -182,7 +183,7 @@ class Reweighter:
         model = getattr(model, "_orig_mod", model)  # of torch.compile(model), which may wrap the DDP
         self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         device = next(self.model.parameters()).device
-        #: Of a sharded model the parameters as the graph knows them.
+        #: Parameters of a sharded model as they appear in the graph.
         self._whole = whole_parameters(self.model)
         if self._whole:
             check_sharded(
@@ -204,45 +205,45 @@ class Reweighter:
             self._target.monitor(device, settings.diagnosis_samples) if settings.diagnose_reference else None
         )
         self._compatible = False
-        # Micro-batches since the diagnosis, if there was one.
+        # Micro-batches since the diagnosis.
         self._steps = 0
         self._trains = False
-        # Of this process; not of the run that is continued.
+        # Made by this process, not by the run that is continued.
         self._diagnosis: Diagnosis | None = None
         self._choice: Choice | None = None
         self._checked_epoch = -1
         self._parameters: list[tuple[int, bool]] = []
         self._closed = False
         self._repeated_ids = RepeatedIds()
-        # Of several loaders, one may begin anew within an epoch, beside new samples of another.
+        # With several loaders, one may restart within an epoch.
         self._one_loader = False
-        # Of the run that is continued, until the ledger is open.
+        # State of the run that is continued, until the ledger is open.
         self._progress: dict[str, Any] = {}
         self._ledger: RunLedger | None = None
         self._batch_size_known = False
         self._recorder: ScoreRecorder | None = None
-        # Of the next micro-batch, if it belongs to the same epoch.
+        # Position of the next micro-batch, if it belongs to the same epoch.
         self._next = Position(0, 0, 0)
-        # If it keeps state over the batches.
+        # Set if the weighting keeps state over the batches.
         self._weighting: RunWeighting | None = None
         self._closing = ExitStack()
         self._context = self._attach()
 
     @property
     def config(self) -> dict[str, Any]:
-        """What decides the meaning of scores and weights; attempts of one ledger are compared by it."""
+        """Settings that determine the meaning of scores and weights; attempts of one ledger must agree on them."""
         return {**self._target.config, **self.settings.config}
 
     @property
     def targets(self) -> dict[str, nn.Parameter]:
-        """The scored parameters by name."""
+        """Scored parameters by name."""
         return self._target.parameters
 
     # A run
 
     @property
     def started(self) -> bool:
-        """The ledger is open, if there is to be one."""
+        """Whether the run has started, with its ledger open if it has one."""
         return self._recorder is not None
 
     def start(
@@ -251,16 +252,17 @@ class Reweighter:
         """Open the ledger; called by the first :meth:`step`, if not before.
 
         Args:
-            step: Where a resumed run continues; rows from there on are superseded. In a loop of one's own these are
-                micro-batches, and the default is where the loaded state was saved; in a Trainer, optimizer steps.
-            loader: Of the training batches; its data set and the names of its classes are noted in the ledger.
-            data_module: Where the names of the classes are looked for, too.
-            record: Write the ledger.
+            step: Step at which a resumed run continues; recorded rows from there on are superseded. Counted in
+                micro-batches in your own loop (default: where the loaded state was saved), in optimizer steps in a
+                Trainer.
+            loader: Loader of the training batches; its data set and class names are recorded in the ledger.
+            data_module: Another source of class names.
+            record: Whether to write the ledger.
 
         Raises:
-            LedgerError: The directory holds another run, or cannot be written; on all ranks together.
+            LedgerError: The directory holds another run, or cannot be written; raised on all ranks.
             MimicError: An id names two samples of the loader's data set.
-            RuntimeError: It was started before.
+            RuntimeError: The run was started before.
         """
         if self.started:
             raise RuntimeError("this run was started before; make another Reweighter for another run.")
@@ -284,19 +286,19 @@ class Reweighter:
 
     @contextmanager
     def step(self, batch: Any, ids: Ids | None = None, *, epoch: int | None = None) -> Iterator[Step]:
-        """Score and re-weight one micro-batch, on every rank.
+        """Score and weight one micro-batch; call it on every rank.
 
-        Compute the loss within the block and hand it to :meth:`Step.backward`.
+        Compute the loss within the block and pass it to :meth:`Step.backward`.
 
         Args:
-            batch: What the loss is computed from: a tensor; tensors in tuples, lists, mappings or dataclasses; joined
-                graphs (``num_graphs``), whose NaN are not blanked.
-            ids: One per sample, int or str; found in the batch if left out (``WithIds``, a key or attribute ``id``,
-                ``id_from``). A ledger needs them.
-            epoch: Number of the pass over the data. If it is left out, all is one pass.
+            batch: Batch from which the loss is computed: a tensor; tensors in tuples, lists, mappings or dataclasses;
+                or joined graphs (``num_graphs``), in which NaN are not replaced.
+            ids: Ids of the samples, int or str; by default those in the batch (``WithIds``, a key or attribute
+                ``id``, ``id_from``). Needed for a ledger.
+            epoch: Number of the pass over the data; by default everything is one pass.
 
         Raises:
-            MimicError: No ids, or scores that would not be those of the samples.
+            MimicError: There are no ids for the ledger, or the samples cannot be scored exactly.
         """
         here, epoch, assumed = self._next, epoch or 0, epoch is None
         position = Position(epoch, here.step, here.batch if epoch == here.epoch else 0, assumed)
@@ -349,12 +351,12 @@ class Reweighter:
         """Record a micro-batch after its backward pass; for adapters.
 
         Args:
-            step: From :meth:`begin`.
-            outputs: What the training step returned; of a mapping, class indices ``label`` and ``predicted`` are
-                recorded.
+            step: Step returned by :meth:`begin`.
+            outputs: Return value of the training step. If it is a mapping, its class indices ``label`` and
+                ``predicted`` are recorded.
 
         Returns:
-            The result, with what was found about the reference; ``None`` if there was no loss.
+            The result, with a report on the reference if there is one; ``None`` without a loss.
         """
         result = step.finish()
         if result is None or self._recorder is None or self._choice is None:
@@ -380,9 +382,9 @@ class Reweighter:
             self._ledger.note(notes)
 
     def calibration(self) -> Calibration | PairCalibration | None:
-        """Return how the reference is calibrated on the given labels or pairs; ``None`` where it is not (a host sync).
+        """Return the calibration of the reference on the given labels or pairs, or ``None`` (a host sync).
 
-        Its sentence says what share of them is wrong: ``str(reweighter.calibration())``.
+        ``str(reweighter.calibration())`` is a sentence with the estimated share of wrong labels.
         """
         calibration = self._context.head.calibration()
         return self._target.calibration() if calibration is None else calibration
@@ -391,19 +393,20 @@ class Reweighter:
         """Write all scores so far to the ledger.
 
         Raises:
-            MimicError: A loss was not the mean of its samples, or an id named two samples; or they cannot be written.
+            MimicError: A loss was not the mean of the samples' losses, an id named two samples, or the scores cannot be
+                written.
         """
         if self._recorder is not None:
             self._recorder.flush()
         self._repeated_ids.compare()
 
     def finish(self) -> None:
-        """Write the last scores of all ranks, and warn of an alignment that did not work; on every rank.
+        """Write the last scores of all ranks, and warn if an alignment failed; call it on every rank.
 
-        It returns when the rows of all ranks are on the disk and the ledger knows their numbers.
+        When it returns, the rows of all ranks are on the disk and their numbers are in the ledger's description.
 
         Raises:
-            MimicError: The last scores of some rank could not be written; on all ranks together.
+            MimicError: The last scores of a rank could not be written; raised on all ranks.
         """
         self._look_for_unsure()
         if self._recorder is not None:
@@ -418,9 +421,9 @@ class Reweighter:
         self._target.warn_if_unaligned()
 
     def close(self) -> None:
-        """Write the last scores of this rank, and remove every hook; can be called again.
+        """Write the last scores of this rank and remove all hooks; may be called repeatedly.
 
-        It waits for no other rank, because after an error there may be none.
+        It does not wait for other ranks, which may be gone after an error.
         """
         try:
             if self._recorder is not None:
@@ -450,14 +453,14 @@ class Reweighter:
             warnings.warn(f"the last scores could not be recorded: {lost}", stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs.
+        """Return the state that a resumed run needs.
 
-        Call it on every rank, whichever of them saves the state: it writes all scores of this rank so far, because the
-        state has trained on them. It waits for no other rank. If the first rank cannot write its scores, they are in
-        the state, with a warning.
+        Call it on every rank, even if only one saves the state: it writes all scores of this rank so far, because the
+        model has been trained on these samples. It does not wait for other ranks. If the first rank cannot write its
+        scores, they are stored in the state, with a warning.
 
         Raises:
-            LedgerError: Another rank cannot write its scores, although it was tried again: save no state.
+            LedgerError: Another rank cannot write its scores, even at the second attempt. Do not save a state then.
         """
         if self._ledger is not None and self._recorder is not None:
             state = self._ledger.progress(self._recorder)
@@ -478,7 +481,7 @@ class Reweighter:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue the run that a state is of; before the first step."""
+        """Continue the run of a saved state; call it before the first step."""
         names = ("run", "attempt", "token", "scored", "unwritten")
         self._progress = {name: state[name] for name in names if state.get(name) is not None}
         if "position" in state:
@@ -507,9 +510,9 @@ class Reweighter:
         return None if self.settings.ledger is None else path_of(self.settings.ledger, "ledger")
 
     def _attach(self) -> StepContext:
-        """Put hooks on the model, all of which :meth:`close` removes."""
+        """Install hooks on the model; :meth:`close` removes them."""
         settings, targets = self.settings, {n: self._whole.get(n, p) for n, p in self.targets.items()}
-        # Those of pairs come from the reference's similarities, and from no gradient.
+        # Posteriors of pairs come from the reference's similarities and need no gradients.
         needs = settings.needs - {"posteriors"} if self._target.has_pairs else settings.needs
         frozen = [n for n, p in targets.items() if not p.requires_grad]
         if settings.reweight == "target" and frozen:
@@ -551,7 +554,7 @@ class Reweighter:
                 )
 
     def _choose(self, forward: Forward, check: bool) -> ScoringMethod:
-        """Return the method that scores a micro-batch; what one rank refuses stops all of them."""
+        """Return the method that scores a micro-batch; an error on one rank is raised on all ranks."""
         choice = self._choice
         if choice is None or check:
             task = self._context.task
@@ -565,13 +568,13 @@ class Reweighter:
                 return chosen
 
             problem = "could not score its samples"
-            # Before the ranks exchange anything else, because what is found may differ between them.
+            # Before the ranks exchange anything else, because they may disagree.
             distributed.on_all_ranks(forward.check_observed, problem)
             choice = self._choice = distributed.on_all_ranks(chosen, problem)
         return choice.method
 
     def _note_calibration(self) -> None:
-        """Note the calibration of the reference in the ledger, where there is one (a host sync)."""
+        """Record the calibration of the reference in the ledger, if there is one (a host sync)."""
         if self._ledger is None:
             return
         calibration = self.calibration()
@@ -582,7 +585,7 @@ class Reweighter:
             self.note({"diagnosis": replace(self._diagnosis, objection=objection).facts()})
 
     def _diagnose(self, step: Step, result: StepResult) -> StepResult:
-        """Return the result with what is found about the reference in this step."""
+        """Return the result, with a report on the reference if this step completes its diagnosis."""
         self._trains |= step.backward_follows
         if self._monitor is None or not step.backward_follows:
             self._steps += 1
@@ -608,9 +611,9 @@ class Reweighter:
         return result.with_report(report)
 
     def _look_for_unsure(self) -> None:
-        """Note and warn of a reference that has turned out unsure since its diagnosis; on every rank."""
+        """Record and warn of a reference that has become unsure since its diagnosis; called on every rank."""
         known = Diagnosis() if self._diagnosis is None else self._diagnosis
-        # Where nothing trains, it is the only thing that is looked for.
+        # Without training, this is the only check.
         awaited = self._trains and self._monitor is not None
         if not self.settings.diagnose_reference or known.unsure or awaited:
             return
@@ -624,20 +627,20 @@ class Reweighter:
 
 
 def _describe_data(loader: Any, data_module: Any) -> dict[str, Any]:
-    """Return the data set, the names of its classes and the size of its batches, as the ledger notes them."""
+    """Return data set, class names and batch size for the ledger's description."""
     data: dict[str, Any] = {} if loader is None else {"data": describe(loader)}
     size = batch_size_of(loader)
     return data | {"class_names": class_names_of(data_module, loader)} | ({} if size is None else {"batch_size": size})
 
 
 def _warn_of_unwritten(recorder: ScoreRecorder, directory: Path | None) -> None:
-    """Warn of the rows of a Reweighter that nobody closed.
+    """Warn of unwritten rows of a Reweighter that was not closed.
 
-    It does not write them: it may run at any moment, wherever Python happens to collect garbage.
+    They are not written here, because this may run at any moment of garbage collection.
     """
     if recorder.unwritten:
         warnings.warn(
-            f"a Reweighter was dropped without its end, and {recorder.unwritten} rows were not written to {directory}. "
+            f"a Reweighter was not closed, and {recorder.unwritten} rows were not written to {directory}. "
             "Use it as a context manager (`with Reweighter(...) as reweighter:`), or call `finish()` and `close()`.",
             stacklevel=2,
         )
