@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from lightning_mimic import Ledger
+from lightning_mimic.cli import follow_up
 from lightning_mimic.cli.build import build
 from lightning_mimic.cli.follow_up import after_scores, data_words
 from lightning_mimic.cli.training import train
@@ -99,9 +100,11 @@ def test_two_trainings_find_wrong_labels_and_keep_names(tmp_path, monkeypatch):
     assert len(kept.train_dataloader.dataset) == len(scored - dropped)
 
 
-def test_without_a_reference_the_error_has_the_command_for_these_images(tmp_path):
+def test_without_a_reference_the_error_has_the_command_for_these_images(tmp_path, monkeypatch):
     given = ["experiment=own_images", "data.root=images", "data.trusted=trusted.csv"]
-    with pytest.raises(MimicError, match=r"reference\.ckpt\. It is made by: mimic-train experiment=own_reference"):
+    monkeypatch.setattr(follow_up, "current_words", lambda: given)
+    cure = "mimic-train experiment=own_reference data.root=images data.trusted=trusted.csv"
+    with pytest.raises(MimicError, match=rf"reference\.ckpt\. It is made by: {cure}"):
         train(composed(tmp_path, *given, *QUIET))
 
 

@@ -83,4 +83,4 @@ def test_a_reference_is_made_and_given_to_a_probe_of_another_seed(name, kind, tm
     heads = [trainer.lightning_module.head.weight for trainer in (reference, model)]
     assert not torch.equal(*heads)
     with pytest.raises(ValueError, match=r"^`model.num_classes` is 7, and that of the data is \d+\. Leave"):
-        train(OmegaConf.merge(made, {"model": {"num_classes": 7}}))
+        train(OmegaConf.merge(made, {"model": {"num_classes": 7}, "save_to": None}))

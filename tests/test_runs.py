@@ -78,8 +78,12 @@ def test_every_command_ends_with_the_next_one(run, tmp_path):
     assert len(set(rows["id"].to_pylist())) == kept < 1097
     again = run(decided["next"])
     assert "an earlier page of this name was replaced" in again[""]
-    chosen = run(f"mimic-select 'recipe={folder}/curated/manifest.parquet:score top 50%' out=half.parquet")
-    assert chosen["then"] == "mimic-train experiment=digits_noisy data.keep=half.parquet"
+    run(last["next"])
+    recipe = f"{Path(last['ledger']).parent}/curated/manifest.parquet:score top 50%"
+    chosen = run(shell_line("mimic-select", setting("recipe", recipe), "out=half.parquet"))
+    words = shlex.split(chosen["then"])
+    assert words[:2] == ["mimic-train", "experiment=digits_noisy"]
+    assert [word for word in words if word.startswith("data.")] == ["data.keep=half.parquet"]
 
 
 @pytest.mark.parametrize(
