@@ -75,6 +75,7 @@ def test_two_trainings_find_wrong_labels_and_keep_names(tmp_path, monkeypatch):
     reference = train(composed(tmp_path, "experiment=own_reference", *given, f"save_to={tmp_path}/reference.ckpt"))
     assert reference.lightning_module.head.out_features == 10
     assert reference.callback_metrics["test/accuracy"] > 0.8
+    train(composed(tmp_path, "experiment=own_reference", *given, f"save_to={tmp_path}/reference.ckpt"))  # once more
     trainer = train(composed(tmp_path, "experiment=own_images", *given, "trainer.max_epochs=3"))
     assert trainer.callback_metrics["test/accuracy"] > 0.8
     scored = set(Ledger("scores").table()["id"].to_pylist())
