@@ -107,8 +107,8 @@ MODULE = (
     "own. Give weights for the trained model (a path or a state dict), or train without `features`."
 )
 STRANGE = (
-    "the backbone of these weights is another ('backbone.0.weight' differs) than the one whose features are cached, so "
-    "its losses cannot be computed from them. Train without `features`, or begin with this backbone (`pretrained`)."
+    "the weights are of another backbone ('backbone.0.weight' differs) than the cached features, so that losses cannot "
+    "be computed from these. Train without `features`, or start with this backbone (`pretrained`)."
 )
 REFERENCES = {
     "module": (lambda: GradMimic(classifier(seed=1), "head"), MODULE),

@@ -108,7 +108,7 @@ class Stream(torch.utils.data.IterableDataset):
 @pytest.mark.parametrize("epochs", [2, -1])
 def test_a_fit_whose_end_is_not_known_is_refused(epochs):
     batches = DataLoader(Stream(), 4)
-    with pytest.raises(ValueError, match="falls to zero at the end of the fit, and it is not known where that is"):
+    with pytest.raises(ValueError, match="needs the number of steps, which is unknown: set `max_steps`"):
         trainer(epochs=epochs, limit_train_batches=4 if epochs == -1 else 1.0).fit(clip(), batches)
     rates = Rates()
     trainer(rates, max_steps=3, epochs=epochs).fit(clip(**STEP), batches)

@@ -238,8 +238,8 @@ def test_ranks_of_unlike_length_can_be_evaluated(folder):
 @pytest.mark.parametrize(("what", "sizes"), [("losses", [3, 2]), ("fit", [4, 3]), ("scored fit", [4, 3])])
 def test_ranks_with_unlike_batches_are_refused(what, sizes, folder):
     message = (
-        "a contrastive loss is taken over the pairs of all ranks, which must have as many each; these have "
-        f"{sizes}. Leave out the last incomplete batch (`drop_last=True`)."
+        f"the ranks have batches of {sizes} pairs; a contrastive loss over all ranks needs batches of equal size. "
+        "Leave out the last incomplete batch (`drop_last=True`)."
     )
     for rank in range(WORLD):
         assert re.fullmatch(re.escape(message), (folder / f"{what}-{rank}").read_text())

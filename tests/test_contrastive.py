@@ -112,7 +112,7 @@ def test_what_is_not_offered_is_refused():
     embeddings = torch.randn(4, 5, requires_grad=True)
     losses = pair_losses(embeddings, torch.randn(4, 5), torch.tensor(2.0))
     (gradient,) = torch.autograd.grad(losses.sum(), embeddings, create_graph=True)
-    with pytest.raises(MimicError, match="differentiated by embeddings, scale or bias"):
+    with pytest.raises(MimicError, match="differentiated with respect to embeddings, scale or bias"):
         gradient.square().sum().backward()
     with pytest.raises(MimicError, match="`block_size` is 0"):
         pair_losses(embeddings, embeddings, torch.tensor(2.0), block_size=0)

@@ -283,7 +283,7 @@ def test_progress_says_what_is_done_and_how_far_it_is(tmp_path):
     told, pool = [], tmp_path / "pool.parquet"
     curate(tmp_path / "scores", pool=pool, exports=["csv"], progress=lambda what, share: told.append((what, share)))
     stages = list(dict.fromkeys(what for what, _ in told))
-    first, last = "checking data, summing up data, reading the pool", "putting together, writing, exporting csv"
+    first, last = "checking data, summarising data, reading the pool", "combining, writing, exporting csv"
     assert ", ".join(stages) == f"{first}, {last}"
     for stage in stages:
         shares = [share for what, share in told if what == stage]

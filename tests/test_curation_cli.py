@@ -110,7 +110,7 @@ def test_curate_begins_with_the_verdict_and_shows_the_share_of_wrong_labels(run,
     note(tmp_path / "scores", 0, {"diagnosis": DOUBTFUL, "calibration": SHARE})
     said = refused(run, "mimic-curate", ledger, "unscored=drop")
     assert said.startswith(f"mimic-curate: {tmp_path}/scores: the reference is doubtful: its weights have [little] in")
-    assert said.endswith("`accept_verdict=true` decides all the same.")
+    assert said.endswith("`accept_verdict=true` decides anyway.")
     text = run("mimic-curate", ledger, "unscored=drop", "accept_verdict=true")
     first = "The reference is doubtful: its weights have [little] in common; decided all the same."
     assert text.splitlines()[0] == first
@@ -132,7 +132,7 @@ def test_curate_says_where_the_sign_means_nothing_and_what_the_quality_rests_on(
     assert rows[6][:2] == ["quality", "100.0%"]
     assert rows[6][2].endswith("by 20 trusted samples and whether the reference agrees")
     said = refused(run, "mimic-curate", f"ledger={tmp_path}/data", "out=b")
-    assert said.startswith("mimic-curate: `filter`: Sign() decides by the sign of scores, and ")
+    assert said.startswith("mimic-curate: `filter`: Sign() decides by the sign of scores, but ")
 
 
 def test_unscored_samples_can_be_kept(run, tmp_path):
@@ -237,7 +237,7 @@ def test_select_says_in_a_sentence_what_is_wrong(run, tmp_path, here):
     missing = "mimic-select: `recipe` is missing; `mimic-select --help` explains it."
     assert refused(run, "mimic-select", "out=o.parquet") == missing
     for words, said in (
-        ([f"recipe={path}", "out=o.csv"], "`out` is o.csv; a manifest is a .parquet file."),
+        ([f"recipe={path}", "out=o.csv"], "`out` is o.csv; expected a path that ends in .parquet."),
         (["recipe=a", "out=o.parquet"], "`recipe`: 'a' cannot be read; expected PATH"),
         ([f"recipe={path}", "out=o.parquet", "exports=[x]"], "`exports`: 'x'; "),
         (

@@ -154,7 +154,7 @@ def test_the_reference_s_class_is_suggested_in_the_manifest_and_its_exports(tmp_
     assert "posterior" in (tmp_path / "out" / "manifest.csv").read_text().splitlines()[0]
 
 
-LOSS, NORM = "scores of ReferenceLoss (minus a loss, never above 0)", "scores of GradNorm (lengths of gradients"
+LOSS, NORM = "scores of ReferenceLoss (minus a loss, never above 0)", "scores of GradNorm (gradient norms"
 #: Scorer and other settings, filters that mean nothing, what is said of the scores, and filters that mean something.
 MEANINGLESS = {
     "a reference's loss": ({"scorer": "ReferenceLoss"}, [Sign(), Mixture()], LOSS, [KMeans(), TopK(count=1)]),
@@ -164,7 +164,7 @@ MEANINGLESS = {
     "nothing": ({"scorer": "Uniform"}, [Sign(), TopK(count=1), KMeans(), Threshold()], "scores of Uniform (0 for", []),
     "uniform weights": ({"min_ess": 1.0}, [Threshold()], "weights with `min_ess=1`, which are 1/B", [Sign()]),
     "declared": (
-        {"scorer": "Mine", "scorer_settings": {"signed": False}}, [Sign()], "scores of Mine, which declares", [KMeans()]
+        {"scorer": "Mine", "scorer_settings": {"signed": False}}, [Sign()], "scores of Mine, whose sign has no meaning", [KMeans()]
     ),
     "its own weights": ({"scorer": "Uniform", "weighting": "Posterior"}, [Sign()], "scores of Uniform", [Threshold()]),
     "their own": ({"scorer": "Mine", "scorer_settings": {"signed": True}}, [], "", [Sign(), Mixture(), Threshold()]),

@@ -72,7 +72,7 @@ def test_a_checkpoint_of_another_backbone_is_refused(tmp_path):
 
 
 def test_a_backbone_that_gives_maps_is_refused():
-    with pytest.raises(ValueError, match=re.escape("gives shape (1, 4, 6, 6) for one image; expected (1, D)")):
+    with pytest.raises(ValueError, match=re.escape("returns shape (1, 4, 6, 6) for one image; expected (1, D)")):
         ImageClassifier(nn.Conv2d(1, 4, 3), 10, (1, 8, 8))
 
 

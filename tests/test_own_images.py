@@ -287,7 +287,7 @@ def test_settings_that_are_not_those_of_the_data_are_refused(tmp_path):
 
 def test_a_backbone_for_other_images_is_refused(tmp_path):
     given = ["data=image_folder", f"data.root={flat(tmp_path / 'images')}"]
-    with pytest.raises(Exception, match=r"`backbone` cannot take an image of shape \(3, 32, 32\).*small_images"):
+    with pytest.raises(Exception, match=r"`backbone` cannot process an image of shape \(3, 32, 32\).*small_images"):
         build(composed(tmp_path, *given))
 
 

@@ -120,8 +120,8 @@ def check_a_step(model: ImageClassifier, size: int, frozen: bool) -> None:
 NOT_FOUND = {
     "torchvision, tag": (
         lambda: torchvision_backbone("vit_l_16", "IMAGENET1K_V2"),
-        "`weights`: there are none 'IMAGENET1K_V2' of 'vit_l_16'; its tags are 'IMAGENET1K_V1', "
-        "'IMAGENET1K_SWAG_E2E_V1', 'IMAGENET1K_SWAG_LINEAR_V1', 'DEFAULT'. A file is given as ImageClassifier's "
+        "`weights`: 'vit_l_16' has no weights 'IMAGENET1K_V2'; its tags are 'IMAGENET1K_V1', "
+        "'IMAGENET1K_SWAG_E2E_V1', 'IMAGENET1K_SWAG_LINEAR_V1', 'DEFAULT'. Give a file as ImageClassifier's "
         "`pretrained`.",
     ),
     "timm, name": (
@@ -130,17 +130,17 @@ NOT_FOUND = {
     ),
     "timm, name with a tag": (
         lambda: timm_backbone("vit_base_patch16_224.dino"),
-        "`name`: 'vit_base_patch16_224.dino' names weights as well; give name='vit_base_patch16_224' and "
+        "`name`: 'vit_base_patch16_224.dino' includes a tag of weights; give name='vit_base_patch16_224' and "
         "weights='dino'.",
     ),
     "timm, tag": (
         lambda: timm_backbone("vit_tiny_patch16_224", "a.pth"),
-        "`weights`: there are none 'a.pth' of 'vit_tiny_patch16_224'; its tags are 'DEFAULT', 'augreg_in21k', "
-        "'augreg_in21k_ft_in1k'. A file is given as ImageClassifier's `pretrained`.",
+        "`weights`: 'vit_tiny_patch16_224' has no weights 'a.pth'; its tags are 'DEFAULT', 'augreg_in21k', "
+        "'augreg_in21k_ft_in1k'. Give a file as ImageClassifier's `pretrained`.",
     ),
     "timm, none": (
         lambda: timm_backbone("botnet50ts_256", "DEFAULT"),
-        "`weights`: there are none 'DEFAULT' of 'botnet50ts_256'; it has none.",
+        "`weights`: 'botnet50ts_256' has no weights 'DEFAULT'; it has no published weights.",
     ),
 }
 
@@ -162,15 +162,15 @@ def test_without_a_network_it_says_which_file_to_fetch(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setattr("timm.models._hub.hf_hub_download", unreachable)
-    end = "where there is a network, and give its path as ImageClassifier's `pretrained`, without `weights`."
+    end = "on a machine with network access, and give the file's path as ImageClassifier's `pretrained`"
     said = re.escape(
-        "`weights` of 'resnet18' could not be fetched (<urlopen error no route>). Fetch the file "
+        "`weights` of 'resnet18' could not be downloaded (<urlopen error no route>). Download "
         f"https://download.pytorch.org/models/{HUB} {end}"
     )
-    with pytest.raises(ValueError, match=f"^{said}$"):
+    with pytest.raises(ValueError, match=f"^{said}"):
         torchvision_backbone("resnet18", "DEFAULT")
-    said = re.escape(f"Fetch the file model.safetensors of https://huggingface.co/timm/resnet18.a2_in1k {end}")
-    with pytest.raises(ValueError, match=f"^`weights` of 'resnet18' could not be fetched .*{said}$"):
+    said = re.escape(f"Download model.safetensors of https://huggingface.co/timm/resnet18.a2_in1k {end}")
+    with pytest.raises(ValueError, match=f"^`weights` of 'resnet18' could not be downloaded .*{said}"):
         timm_backbone("resnet18", "a2_in1k")
 
 

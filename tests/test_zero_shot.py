@@ -107,7 +107,7 @@ def test_the_classifier_is_open_clips_own_and_of_unit_vectors():
 
 
 def test_labels_without_names_are_refused():
-    with pytest.raises(ValueError, match="labelled images came to evaluate, and the model has no `zero_shot`"):
+    with pytest.raises(ValueError, match="a batch has labelled images, but the model has no `zero_shot`"):
         trainer().validate(clip(), DataLoader(labelled(), 8), verbose=False)
 
 
@@ -116,7 +116,7 @@ def test_labels_without_names_are_refused():
     [
         ([], ["{}"], "`zero_shot` has 0 class names and 1 templates; give at least one of each."),
         (["cat"], [], "`zero_shot` has 1 class names and 0 templates; give at least one of each."),
-        (["cat"], ["{}", "a"], "`templates`: 'a' has no place for the class's name; write {} there."),
+        (["cat"], ["{}", "a"], "`templates`: 'a' has no placeholder for the class name; insert {}."),
     ],
 )
 def test_classes_without_names_or_places_for_them_are_refused(names, templates, message):

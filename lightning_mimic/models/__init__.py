@@ -1,4 +1,4 @@
-"""LightningModules to train, and the backbones they stand on."""
+"""LightningModules for image classification and CLIP, their backbones, and losses per sample."""
 
 from lightning_mimic.models.backbones import SmallConvNet, timm_backbone, torchvision_backbone
 from lightning_mimic.models.clip import CLIP

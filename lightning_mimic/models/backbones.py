@@ -1,4 +1,4 @@
-"""Backbones that give features: torchvision's and timm's without their classifier, and a small one for the digits."""
+"""Backbones that return features: models of torchvision and timm without their classifier, and a small network."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,14 +10,14 @@ from lightning_mimic.errors import MimicError, nearest_names, package_of_extra
 
 
 def published_transform(backbone: nn.Module) -> Callable[[Any], Tensor] | None:
-    """Return the transform with which a backbone's weights were published: image size, mean and deviation.
+    """Return the image transform that was published with a backbone's weights: image size, mean and deviation.
 
     Args:
-        backbone: By :func:`timm_backbone` or :func:`torchvision_backbone`. With random weights the transform is that
-            of the model's default weights.
+        backbone: Backbone made by :func:`timm_backbone` or :func:`torchvision_backbone`. With random weights, the
+            transform of the model's default weights is used.
 
     Returns:
-        PIL image of mode RGB to tensor ``(C, H, W)``; ``None`` for other backbones.
+        Function from a PIL image of mode RGB to a tensor ``(C, H, W)``; ``None`` for other backbones.
 
     Example:
         >>> from PIL import Image
@@ -30,21 +30,21 @@ def published_transform(backbone: nn.Module) -> Callable[[Any], Tensor] | None:
 
 
 def torchvision_backbone(name: str, weights: str | None = None, **options: Any) -> nn.Module:
-    """A torchvision classification model whose last linear layer is left out.
+    """Create a torchvision classification model without its last linear layer.
 
     Args:
-        name: As ``torchvision.models.get_model`` takes it, such as ``"resnet50"`` or ``"vit_b_16"``.
-        weights: The tag of published ones, such as ``"IMAGENET1K_V1"``, or ``"DEFAULT"``; fetched by torchvision once.
-            Random weights, if left out; those of a file are for
-            :class:`~lightning_mimic.models.ImageClassifier`'s ``pretrained``.
-        options: What else the model takes, such as ``image_size``.
+        name: Name for ``torchvision.models.get_model``, such as ``"resnet50"`` or ``"vit_b_16"``.
+        weights: Tag of published weights, such as ``"IMAGENET1K_V1"``, or ``"DEFAULT"``; torchvision downloads them
+            once. ``None``: random weights. For weights in a file use ``pretrained`` of
+            :class:`~lightning_mimic.models.ImageClassifier`.
+        options: Further arguments of the model, such as ``image_size``.
 
     Returns:
-        From images to features ``(B, D)``.
+        A module from images ``(B, C, H, W)`` to features ``(B, D)``.
 
     Raises:
-        MimicError: An unknown name (with the nearest ones) or tag (with the model's), weights that cannot be fetched,
-            or a model that does not end in a linear layer.
+        MimicError: The name or tag is unknown, the weights cannot be downloaded, or the model does not end in a linear
+            layer.
 
     Example:
         >>> import torch
@@ -63,14 +63,16 @@ def torchvision_backbone(name: str, weights: str | None = None, **options: Any) 
         entries = torchvision.models.get_model_weights(name)
         published = entries[_tag(name, weights, entries.__name__, list(entries.__members__))]
         try:
-            # The builder would unpickle whatever lies in torch's cache; after this it is known to be tensors.
+            # The builder would unpickle the file in torch's cache; this ensures that it contains only tensors.
             published.get_state_dict(progress=True, check_hash=True, weights_only=True)
         except OSError as error:
             raise MimicError(_NOT_FETCHED.format(name=name, why=error, where=published.url)) from error
     model: nn.Module = torchvision.models.get_model(name, weights=published, **options)
     path, last = [(path, module) for path, module in model.named_modules() if not list(module.children())][-1]
     if type(last) is not nn.Linear:
-        raise MimicError(f"`name`: {name!r} ends in a {type(last).__name__}, not in a linear layer to leave out.")
+        raise MimicError(
+            f"`name`: {name!r} ends in a {type(last).__name__}; expected a linear layer, which is removed."
+        )
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, nn.Identity())
     entry = published or torchvision.models.get_model_weights(name).DEFAULT
@@ -80,21 +82,20 @@ def torchvision_backbone(name: str, weights: str | None = None, **options: Any) 
 
 
 def timm_backbone(name: str, weights: str | None = None, **options: Any) -> nn.Module:
-    """A model of timm without its classifier.
+    """Create a timm model without its classifier.
 
     Args:
-        name: As ``timm.list_models`` has it, such as ``"vit_base_patch16_224"``; without a tag.
-        weights: The tag of published ones, such as ``"augreg_in21k"``, or ``"DEFAULT"``; fetched by timm once. Random
-            weights, if left out; those of a file are for :class:`~lightning_mimic.models.ImageClassifier`'s
-            ``pretrained``.
-        options: What else ``timm.create_model`` takes, such as ``in_chans`` and ``img_size``.
+        name: Name listed by ``timm.list_models``, such as ``"vit_base_patch16_224"``, without a tag.
+        weights: Tag of published weights, such as ``"augreg_in21k"``, or ``"DEFAULT"``; timm downloads them once.
+            ``None``: random weights. For weights in a file use ``pretrained`` of
+            :class:`~lightning_mimic.models.ImageClassifier`.
+        options: Further arguments of ``timm.create_model``, such as ``in_chans`` and ``img_size``.
 
     Returns:
-        From images to features ``(B, D)``.
+        A module from images ``(B, C, H, W)`` to features ``(B, D)``.
 
     Raises:
-        MimicError: An unknown name (with the nearest ones) or tag (with the model's), or weights that cannot be
-            fetched.
+        MimicError: The name or tag is unknown, or the weights cannot be downloaded.
 
     Example:
         >>> import torch
@@ -109,7 +110,7 @@ def timm_backbone(name: str, weights: str | None = None, **options: Any) -> nn.M
     if not timm.is_model(plain):
         raise MimicError(f"`name`: timm has no model {plain!r}; {nearest_names(plain, timm.list_models())}.")
     if tag:
-        raise MimicError(f"`name`: {name!r} names weights as well; give name={plain!r} and weights={tag!r}.")
+        raise MimicError(f"`name`: {name!r} includes a tag of weights; give name={plain!r} and weights={tag!r}.")
     if weights is None:
         model: nn.Module = timm.create_model(name, num_classes=0, **options)
         return _with_timm_transform(model, options)
@@ -135,15 +136,15 @@ def _with_timm_transform(model: nn.Module, options: dict[str, Any]) -> nn.Module
 
 
 class SmallConvNet(nn.Module):
-    """Two convolutions; every place of the second one's maps is a feature, or these are brought down to a few.
+    """Small network of two convolutions whose flattened output is the features, optionally reduced by a linear layer.
 
-    For 8 × 8 images and ``width=64`` that is 4,096 features, more than there are images to train on, as it is with
-    large backbones on small data.
+    For 8 × 8 images and ``width=64`` there are 4,096 features, more than training images in the digits data, as is
+    common with large backbones on small data.
 
     Args:
-        width: Channels of the second convolution.
-        channels: Of the image.
-        features: Features to bring the maps down to, pooled to 8 × 8 places; all places, if left out.
+        width: Number of channels of the second convolution.
+        channels: Number of channels of the image.
+        features: Number of features to which the output is reduced, after pooling to 8 × 8; ``None``: no reduction.
 
     Example:
         >>> import torch
@@ -155,7 +156,7 @@ class SmallConvNet(nn.Module):
 
     def __init__(self, width: int = 64, channels: int = 1, features: int | None = None) -> None:
         super().__init__()
-        few = (
+        reduction = (
             []
             if features is None
             else [nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(64 * width, features), nn.ReLU()]
@@ -165,28 +166,27 @@ class SmallConvNet(nn.Module):
             nn.ReLU(),
             nn.Conv2d(32, width, 3, padding=1),
             nn.ReLU(),
-            *(few or [nn.Flatten()]),
+            *(reduction or [nn.Flatten()]),
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features, shape ``(B, width · H · W)`` or ``(B, features)``."""
+        """Return the features, shape ``(B, width · H · W)`` or ``(B, features)``."""
         features: Tensor = self.layers(images)
         return features
 
 
 _NOT_FETCHED = (
-    "`weights` of {name!r} could not be fetched ({why}). Fetch the file {where} where there is a network, and give its "
-    "path as ImageClassifier's `pretrained`, without `weights`."
+    "`weights` of {name!r} could not be downloaded ({why}). Download {where} on a machine with network access, and "
+    "give the file's path as ImageClassifier's `pretrained`, without `weights`."
 )
 
 
 def _tag(name: str, weights: str, prefix: str, tags: Sequence[str]) -> str:
-    """The tag, which may be said with what it belongs to."""
+    """Return the tag, without its prefix if it is given with one, or raise an error if it is unknown."""
     tag = weights.removeprefix(f"{prefix}.")
     if tag not in tags:
-        there = f"its tags are {', '.join(map(repr, tags))}" if tags else "it has none"
+        known = f"its tags are {', '.join(map(repr, tags))}" if tags else "it has no published weights"
         raise MimicError(
-            f"`weights`: there are none {weights!r} of {name!r}; {there}. A file is given as ImageClassifier's "
-            "`pretrained`."
+            f"`weights`: {name!r} has no weights {weights!r}; {known}. Give a file as ImageClassifier's `pretrained`."
         )
     return tag

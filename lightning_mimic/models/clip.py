@@ -1,4 +1,4 @@
-"""A CLIP over open_clip's towers, trained on image-text pairs."""
+"""LightningModule that trains a CLIP or SigLIP of open_clip on image-text pairs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,11 +18,11 @@ from lightning_mimic.reference import match_reference, read_reference
 from lightning_mimic.trainer_package import pl
 
 Tower = Literal["image", "text"]
-#: Cosines are multiplied with at most this, as CLIP was trained.
+#: Maximum factor for cosine similarities, as in the training of CLIP.
 MAX_SCALE = 100.0
-#: As open_clip and DataComp train; see :func:`with_open_clip_moments` for the rest.
+#: Learning rate and weight decay of open_clip and DataComp; see :func:`with_open_clip_moments` for betas and eps.
 ADAMW = partial(torch.optim.AdamW, lr=5e-4, weight_decay=0.2)
-# Where open_clip's towers end in the space that they share; timm's, ResNet's and HuggingFace's towers included.
+# Projections of open_clip's towers into the shared embedding space, including towers of timm, ResNet and HuggingFace.
 _PROJECTIONS: dict[str, tuple[str, ...]] = {
     "image": ("visual.proj", "visual.head.proj", "visual.head.mlp.fc2", "visual.attnpool.c_proj"),
     "text": ("text_projection", "text.text_projection", "text.proj"),
@@ -30,33 +30,35 @@ _PROJECTIONS: dict[str, tuple[str, ...]] = {
 
 
 class CLIP(pl.LightningModule):
-    """Two towers of open_clip under a contrastive loss over the pairs of all ranks.
+    """Train an image and a text tower of open_clip with a contrastive loss over the pairs of all ranks.
 
-    The loss is CLIP's, or that of SigLIP where the towers have a ``logit_bias``.
+    The loss is that of CLIP, or that of SigLIP if the towers have a ``logit_bias``.
 
-    A batch is ``(images, texts)``: ``(B, 3, H, W)`` as the towers' transform makes them, and int64 tokens ``(B, L)``.
-    A batch that evaluates may also be ``(images, labels)``, int64 ``(B,)``, which are classified by ``zero_shot``. Logs
-    ``train/loss``, ``val/loss`` (of a process's batch; depends on its size), ``val/image_to_text_R@k``,
-    ``val/text_to_image_R@k`` and ``val/zero_shot_accuracy``, and the same as ``test/``.
+    A batch is ``(images, texts)``: images ``(B, 3, H, W)`` from the towers' transform, and int64 tokens ``(B, L)``. A
+    batch for evaluation may also be ``(images, labels)`` with int64 labels ``(B,)``; it is classified by ``zero_shot``.
+    The module logs ``train/loss``, ``val/loss`` (over the batch of one process, so that it depends on the batch size),
+    ``val/image_to_text_R@k``, ``val/text_to_image_R@k`` and ``val/zero_shot_accuracy``, and the same as ``test/``.
 
     Args:
         towers: ``open_clip.create_model(...)``, ``open_clip.CLIP(...)`` or ``open_clip.CustomTextCLIP(...)``; with
             ``init_logit_bias`` they are trained as a SigLIP.
-        pretrained: A checkpoint (anything a reference may be: a path, or ``open_clip:ARCHITECTURE/TAG``) whose weights
-            are taken over.
-        locked: Towers that do not train, ``"image"`` and ``"text"``, but for their projections into the shared space.
-        grad_checkpointing: Compute activations anew in the backward pass, to save memory.
-        zero_shot: Names and templates of the classes of labelled images.
-        optimizer: From parameter groups to an optimizer. The groups are two: weight decay is none for biases, norms,
-            other vectors and the logit scale. An AdamW (a ``partial`` of it) without ``betas`` or ``eps`` gets
-            open_clip's: 0.9, 0.98 and 1e-6 where the image tower is a vision transformer, else 0.9, 0.999 and 1e-8.
-        warmup_steps: Over which the learning rate rises from zero, linearly; then it falls as a cosine, to zero at
-            the end of the fit.
-        block_size: Pairs of this rank whose similarities to all ranks' pairs are held at once. The loss needs about
-            six matrices of so many rows and as many columns as there are pairs.
+        pretrained: Checkpoint with initial weights, in any form accepted for a reference: a path, or
+            ``open_clip:ARCHITECTURE/TAG``.
+        locked: Towers to freeze, ``"image"`` or ``"text"``; their projections into the shared space are still trained.
+        grad_checkpointing: Whether to recompute activations in the backward pass, to save memory.
+        zero_shot: Class names and templates for evaluation on labelled images.
+        optimizer: Function from parameter groups to an optimizer. There are two groups; that of biases, norms, other
+            vectors and the logit scale has no weight decay. A ``partial`` of AdamW without ``betas`` or ``eps`` uses
+            those of open_clip: 0.9, 0.98 and 1e-6 if the image tower is a vision transformer, otherwise 0.9, 0.999 and
+            1e-8.
+        warmup_steps: Number of steps over which the learning rate rises linearly from zero; afterwards it follows a
+            cosine to zero at the end of the fit.
+        block_size: Number of this rank's pairs whose similarities to the pairs of all ranks are in memory at once. The
+            loss needs about six matrices with this number of rows, and a column for each pair.
 
     Raises:
-        MimicError: Towers of another kind, or an unknown one to lock.
+        MimicError: ``towers`` is not a CLIP, ``block_size`` is not a positive whole number, or ``locked`` names an
+            unknown tower.
         ReferenceLoadError: ``pretrained`` cannot be read or does not fit.
 
     Example:
@@ -91,7 +93,7 @@ class CLIP(pl.LightningModule):
             wanted = {n: t for n, t in towers.state_dict().items() if t.is_floating_point()}
             tensors = read_reference(pretrained, argument="pretrained")
             towers.load_state_dict(match_reference(tensors, wanted, argument="pretrained"), strict=False)
-        self.locked = [_known(tower) for tower in locked]
+        self.locked = [_checked_tower(tower) for tower in locked]
         for tower in self.locked:
             self._lock(tower)
         if grad_checkpointing:
@@ -107,36 +109,36 @@ class CLIP(pl.LightningModule):
         self.train()
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
-        """Embeddings of images, shape ``(B, K)``."""
+        """Return the embeddings of images, shape ``(B, K)``."""
         embeddings: Tensor = self.towers.encode_image(images, normalize=normalize)  # type: ignore[operator]
         return embeddings
 
     def encode_text(self, texts: Tensor, normalize: bool = False) -> Tensor:
-        """Embeddings of captions, shape ``(B, K)``."""
+        """Return the embeddings of captions, shape ``(B, K)``."""
         embeddings: Tensor = self.towers.encode_text(texts, normalize=normalize)  # type: ignore[operator]
         return embeddings
 
     @property
     def scale(self) -> Tensor:
-        """What cosines are multiplied with, a scalar."""
+        """Factor for cosine similarities, a scalar."""
         return self._logit_scale.exp().reshape(())
 
     @property
     def bias(self) -> Tensor | None:
-        """What is added to scaled cosines, a scalar; ``None`` for a CLIP, whose loss does not depend on it."""
+        """Scalar added to scaled cosine similarities; ``None`` for a CLIP, whose loss has no bias."""
         bias = getattr(self.towers, "logit_bias", None)
         assert bias is None or isinstance(bias, Tensor)
         return bias
 
     def sample_losses(self, batch: Any) -> Tensor:
-        """One loss per pair, the contract with the callback.
+        """Return one loss per pair, as required by the callback.
 
         Args:
-            batch: Images and tokens.
+            batch: Images ``(B, 3, H, W)`` and tokens ``(B, L)``.
 
         Returns:
-            Half of each pair's row and half of its column, shape ``(B,)``; ``(B · ranks,)`` where there are several, of
-            all ranks' pairs in their order (:func:`~lightning_mimic.models.global_pair_losses`).
+            Losses in nats, shape ``(B,)``; with several ranks, shape ``(B · ranks,)`` in the order of the ranks. See
+            :func:`~lightning_mimic.models.global_pair_losses`.
         """
         images, texts = batch
         embedded = self.encode_image(images), self.encode_text(texts)
@@ -146,7 +148,7 @@ class CLIP(pl.LightningModule):
         losses = self.sample_losses(batch)
         rows = len(batch[0])
         self.log("train/loss", losses.detach().mean(), on_step=True, on_epoch=True, batch_size=rows)
-        # DDP averages over ranks, and each holds its own part of every pair's gradient.
+        # Compensate for DDP, which averages over ranks, because each rank has only a part of every pair's gradient.
         return losses.mean() * (len(losses) // rows)
 
     @torch.no_grad()
@@ -166,7 +168,7 @@ class CLIP(pl.LightningModule):
         self._retrieve("test")
 
     def train(self, mode: bool = True) -> "CLIP":
-        """Training mode, in which locked towers stay in evaluation mode."""
+        """Set training mode, except for locked towers, which stay in evaluation mode."""
         super().train(mode)
         for name, child in self.towers.named_children():
             if ("image" if name == "visual" else "text") in self.locked:
@@ -183,11 +185,11 @@ class CLIP(pl.LightningModule):
         except (TypeError, ValueError) as error:
             raise MimicError(f"`optimizer` cannot be built of these settings: {error}.") from error
         steps = self.trainer.estimated_stepping_batches
-        if steps < 0 or math.isinf(steps):  # it says -1 where the data has no length
+        if steps < 0 or math.isinf(steps):  # -1 for data without a length
             raise MimicError(
-                "the learning rate falls to zero at the end of the fit, and it is not known where that is: give the "
-                "trainer `max_steps`, or the data a length (`samples_per_epoch`, `sizes.json` beside the shards) and "
-                "the trainer `max_epochs`."
+                "the learning rate schedule needs the number of steps, which is unknown: set `max_steps` of the "
+                "trainer; or set `max_epochs`, and give the data a length (`samples_per_epoch`, or `sizes.json` beside "
+                "the shards)."
             )
         factor = partial(_warmup_cosine, warmup=self.warmup_steps, steps=int(steps))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -202,11 +204,11 @@ class CLIP(pl.LightningModule):
     def _evaluate(self, batch: Any, stage: str, accuracy: MulticlassAccuracy) -> None:
         images, others = batch
         embedded = self.encode_image(images, normalize=True)
-        # Each of the loaders has its own figures.
+        # Loaders with pairs and loaders with labels log different metrics, so their names need no loader index.
         log = partial(self.log, on_epoch=True, add_dataloader_idx=False, batch_size=len(images))
         if others.ndim == 1:
             if self.zero_shot is None:
-                raise MimicError("labelled images came to evaluate, and the model has no `zero_shot` to name classes.")
+                raise MimicError("a batch has labelled images, but the model has no `zero_shot`; give class names.")
             if self._classifier is None:
                 self._classifier = self.zero_shot.weights(self)
             accuracy(embedded @ self._classifier.to(embedded.dtype), others)
@@ -222,7 +224,7 @@ class CLIP(pl.LightningModule):
         if not evaluated:
             return
         images, texts, tokens = map(torch.cat, zip(*evaluated, strict=True))
-        if self.trainer.world_size > 1:  # ranks may have had different numbers of pairs
+        if self.trainer.world_size > 1:  # ranks may have different numbers of pairs
             images, texts, tokens = (torch.cat(gather_rows(each)) for each in (images, texts, tokens))
         _, which = torch.unique(tokens, dim=0, return_inverse=True)
         found = recall_at_k(images, texts, which.unsqueeze(0) == which.unsqueeze(1))
@@ -230,11 +232,11 @@ class CLIP(pl.LightningModule):
 
     def _lock(self, tower: Tower) -> None:
         of_images = tower == "image"
-        kept = [path for path in _PROJECTIONS[tower] if _is_there(self.towers, path)]
+        kept = [path for path in _PROJECTIONS[tower] if _has_module(self.towers, path)]
         if not kept:
             raise MimicError(
-                f"`locked`: the {tower} tower of {type(self.towers).__name__} has none of the projections that could "
-                f"go on training: {', '.join(_PROJECTIONS[tower])}."
+                f"`locked`: the {tower} tower of {type(self.towers).__name__} has none of the known projections, which "
+                f"are still trained: {', '.join(_PROJECTIONS[tower])}."
             )
         for name, parameter in self.towers.named_parameters():
             inside = name.startswith("visual.") == of_images and not name.startswith("logit_")
@@ -245,14 +247,15 @@ class CLIP(pl.LightningModule):
 def with_open_clip_moments(
     optimizer: Callable[..., torch.optim.Optimizer], towers: nn.Module
 ) -> Callable[..., torch.optim.Optimizer]:
-    """Return an AdamW whose ``betas`` and ``eps``, where they are left out, are those that open_clip trains with.
+    """Return the optimizer with open_clip's defaults for ``betas`` and ``eps`` if it is an AdamW without them.
 
-    open_clip goes by the architecture's name, "ViT" or not, which towers do not know; here it is the class of the image
-    tower, or of timm's model within.
+    open_clip chooses them by whether the architecture's name contains "ViT". Towers do not have this name, so they are
+    chosen here by the class of the image tower, or of the timm model in it.
 
     Args:
-        optimizer: Any that is no ``partial`` of ``torch.optim.AdamW`` is returned as it is.
-        towers: Of the model.
+        optimizer: Function that makes the optimizer; anything but a ``partial`` of ``torch.optim.AdamW`` is returned
+            unchanged.
+        towers: Towers of the model.
 
     Example:
         >>> with_open_clip_moments(partial(torch.optim.AdamW, lr=0.1, eps=1e-7), nn.Module()).keywords
@@ -267,14 +270,14 @@ def with_open_clip_moments(
     return partial(torch.optim.AdamW, *optimizer.args, **moments | optimizer.keywords)
 
 
-def _known(tower: str) -> Tower:
+def _checked_tower(tower: str) -> Tower:
     for known in get_args(Tower):
         if tower == known:
             return known  # type: ignore[no-any-return]
     raise MimicError(f"`locked`: there is no tower {tower!r}; {nearest_names(tower, get_args(Tower))}.")
 
 
-def _is_there(towers: nn.Module, path: str) -> bool:
+def _has_module(towers: nn.Module, path: str) -> bool:
     at: Any = towers
     for part in path.split("."):
         at = getattr(at, part, None)

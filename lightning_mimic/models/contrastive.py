@@ -1,4 +1,4 @@
-"""The contrastive losses of every pair, over the pairs of all ranks: softmax (CLIP) and sigmoid (SigLIP)."""
+"""Contrastive losses per pair, over the pairs of all ranks: softmax (CLIP) and sigmoid (SigLIP)."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -12,28 +12,29 @@ from torch import Tensor
 from lightning_mimic.distributed import gather_equal, is_distributed, rank, sum_over_ranks, world_size
 from lightning_mimic.errors import MimicError
 
-#: Pairs whose similarities to all pairs are held at once.
+#: Default number of pairs whose similarities to all pairs are in memory at once.
 BLOCK_SIZE = 1024
 
 
 def pair_losses(
     images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor | None = None, *, block_size: int = BLOCK_SIZE
 ) -> Tensor:
-    """Return the loss of each pair among the others: half of its row and half of its column of the matrix of all pairs.
+    """Return the contrastive loss of each pair: half of its row and half of its column in the matrix of all pairs.
 
-    Without a bias the loss of CLIP: the mean of both cross-entropies, of the pair's image over all texts and of its
-    text over all images. With one that of SigLIP: of every image and text, whether they belong together; the mean over
-    the pairs is what open_clip's ``SigLipLoss`` returns.
+    Without a bias, it is the loss of CLIP: the mean of two cross-entropies, that of the pair's image over all texts and
+    that of its text over all images. With a bias, it is the loss of SigLIP, a binary classification of each image and
+    text as matching or not; its mean over the pairs equals open_clip's ``SigLipLoss``.
 
     Args:
-        images: Embeddings, shape ``(B, K)``, of any length and dtype.
-        texts: Those of their captions, in the same order.
-        scale: What cosines are multiplied by, a scalar tensor other than 0; at most 100 as CLIP is trained.
-        bias: What is added to them, a scalar.
-        block_size: Pairs whose similarities to all pairs are held at once.
+        images: Embeddings, shape ``(B, K)``, of any norm and dtype.
+        texts: Embeddings of the captions, shape ``(B, K)``, in the same order.
+        scale: Factor for cosine similarities, a scalar tensor other than 0; CLIP limits it to 100.
+        bias: Scalar added to the scaled similarities; ``None`` for the loss of CLIP.
+        block_size: Number of pairs whose similarities to all pairs are in memory at once.
 
     Returns:
-        Shape ``(B,)``, in nats, float32 or higher. It can be differentiated, and its gradients by the incoming ones.
+        Losses, shape ``(B,)``, in nats, in float32 or higher precision. They can be differentiated, and their gradients
+        can be differentiated with respect to the incoming gradients.
 
     Source: Radford et al., *Learning Transferable Visual Models From Natural Language Supervision*, arXiv 2103.00020;
     Zhai et al., *Sigmoid Loss for Language Image Pre-Training*, arXiv 2303.15343.
@@ -50,22 +51,22 @@ def pair_losses(
 def global_pair_losses(
     images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor | None = None, *, block_size: int = BLOCK_SIZE
 ) -> Tensor:
-    """Return the losses of all ranks' pairs among each other; with one process those of :func:`pair_losses`.
+    """Return the contrastive losses of the pairs of all ranks; with one process equal to :func:`pair_losses`.
 
-    Attached to the graph are this rank's embeddings, in every loss, and ``scale`` and ``bias`` in its own pairs'
-    losses. So the gradients of all ranks add up to that of one process with all pairs, and no reverse pass has to
-    talk to another rank. A rank computes the rows and columns of its own pairs, ``block_size`` of them at a time, and
-    holds a few matrices of ``block_size`` by all pairs.
+    All losses depend on this rank's embeddings in the autograd graph; ``scale`` and ``bias`` are in the graph of the
+    losses of this rank's own pairs only. Therefore the gradients of all ranks add up to the gradient of one process
+    with all pairs, and the backward pass needs no communication. Each rank computes the rows and columns of its own
+    pairs, ``block_size`` at a time, and holds a few matrices of ``block_size`` rows and a column for each pair.
 
     Args:
-        images: Embeddings of this rank, shape ``(B, K)``; B the same on all ranks.
-        texts: Those of their captions.
-        scale: A scalar.
-        bias: A scalar; see :func:`pair_losses`.
-        block_size: Pairs whose similarities to all pairs are held at once.
+        images: Embeddings of this rank, shape ``(B, K)``, with the same B on all ranks.
+        texts: Embeddings of the captions, shape ``(B, K)``.
+        scale: Factor for cosine similarities, a scalar.
+        bias: Scalar added to the scaled similarities; see :func:`pair_losses`.
+        block_size: Number of pairs whose similarities to all pairs are in memory at once.
 
     Returns:
-        Shape ``(B · ranks,)``, in the ranks' order.
+        Losses, shape ``(B · ranks,)``, in nats, in the order of the ranks.
 
     Raises:
         MimicError: The ranks have batches of different sizes.
@@ -78,16 +79,16 @@ def global_pair_losses(
     sum_over_ranks(sizes)
     if bool((sizes != rows).any()):
         raise MimicError(
-            f"a contrastive loss is taken over the pairs of all ranks, which must have as many each; these have "
-            f"{sizes.tolist()}. Leave out the last incomplete batch (`drop_last=True`)."
+            f"the ranks have batches of {sizes.tolist()} pairs; a contrastive loss over all ranks needs batches of "
+            "equal size. Leave out the last incomplete batch (`drop_last=True`)."
         )
-    # Of one length before they travel, because what autocast leaves in half precision is rounded only once so.
+    # Normalise before gathering, so that half-precision embeddings from autocast are rounded only once.
     images, texts = _normalised(images), _normalised(texts)
     return _losses(images, texts, gather_equal(images), gather_equal(texts), scale, bias, block_size)
 
 
 def _normalised(embeddings: Tensor) -> Tensor:
-    # In half precision a logit of 100 is off by more than what tells pairs apart.
+    # In half precision, the rounding error of a logit near 100 exceeds the differences between pairs.
     with torch.autocast(embeddings.device.type, enabled=False):
         return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=1)
 
@@ -112,14 +113,14 @@ def _losses(
 
 @dataclass(frozen=True)
 class _Pairs:
-    """All ranks' pairs, and which of them are this rank's.
+    """Hold the pairs of all ranks, and the position of this rank's pairs.
 
     Attributes:
-        images: Embeddings of unit length, shape ``(N, K)``, without a graph.
-        texts: Likewise.
-        first: Place of this rank's first pair.
-        block_size: Pairs per block.
-        sigmoid: The loss is SigLIP's.
+        images: Embeddings of unit norm, shape ``(N, K)``, detached.
+        texts: Embeddings of unit norm, shape ``(N, K)``, detached.
+        first: Index of this rank's first pair among all pairs.
+        block_size: Number of pairs per block.
+        sigmoid: Whether the loss is that of SigLIP.
     """
 
     images: Tensor
@@ -133,19 +134,19 @@ class _Pairs:
         for side, others in enumerate((self.texts, self.images)):
             for start in range(0, len(own[side]), self.block_size):
                 rows = slice(start, min(start + self.block_size, len(own[side])))
-                # The vectors are scaled, not the matrix, which would be another one to hold.
+                # Scaling the vectors instead of the product saves another matrix in memory.
                 logits = torch.addmm(bias, scale * own[side][rows], others.T)
                 yield _Block(side, rows, slice(self.first + rows.start, self.first + rows.stop), logits, others)
 
     def derivatives(self, block: "_Block", norms: Tensor) -> tuple[Tensor, Tensor]:
-        """Return half the derivatives of losses by a block's logits, each of shape ``(n, N)``.
+        """Return half the derivatives of losses with respect to a block's logits.
 
         Args:
-            block: Its logits.
-            norms: Logarithms of the sums over a pair's row and over its column, shape ``(2, N)``.
+            block: Block of logits.
+            norms: Log-sum-exp over each pair's row and over its column, shape ``(2, N)``.
 
         Returns:
-            Of the loss of the block's row, and of the loss of the column's pair.
+            Derivatives of the loss of the row's pair, and of the loss of the column's pair, each of shape ``(n, N)``.
         """
         if self.sigmoid:
             by_row = block.logits.sigmoid()  # -z · sigmoid(-z · logit), z = 1 for a pair and -1 for others
@@ -161,14 +162,14 @@ class _Pairs:
 
 @dataclass(frozen=True)
 class _Block:
-    """Some of this rank's images beside all texts, or texts beside all images.
+    """Hold the logits of some of this rank's images with all texts, or of some of its texts with all images.
 
     Attributes:
-        side: 0 for images, 1 for texts.
-        rows: Which of this rank's.
-        here: The same among all pairs.
-        logits: Shape ``(n, N)``.
-        others: The embeddings of the other side, shape ``(N, K)``.
+        side: 0 if the rows are images, 1 if they are texts.
+        rows: Positions of the rows among this rank's pairs.
+        here: Positions of the rows among all pairs.
+        logits: Logits, shape ``(n, N)``.
+        others: Embeddings of the columns, shape ``(N, K)``.
     """
 
     side: int
@@ -178,12 +179,12 @@ class _Block:
     others: Tensor
 
     def diagonal(self, matrix: Tensor) -> Tensor:
-        """Return a view of the entries of a matrix of this shape that belong to the pairs themselves."""
+        """Return a view of the entries of a matrix ``(n, N)`` whose row and column are the same pair."""
         return matrix[:, self.here].diagonal()
 
 
 def _in_full_precision(act: Callable[..., Any]) -> Callable[..., Any]:
-    """Run the method of a function without autocast, in which its products would be rounded."""
+    """Run a method of an autograd function without autocast, which would round its products."""
 
     @functools.wraps(act)
     def wrapped(ctx: Any, *tensors: Any) -> Any:
@@ -194,7 +195,7 @@ def _in_full_precision(act: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _PairLosses(torch.autograd.Function):
-    """The losses of all pairs, of which this rank's embeddings are attached."""
+    """Losses of all pairs as a function of this rank's embeddings, scale and bias."""
 
     @staticmethod
     @_in_full_precision
@@ -206,7 +207,7 @@ class _PairLosses(torch.autograd.Function):
                 own.neg_()  # softplus(-z · logit)
                 losses[block.rows] += F.softplus(block.logits).sum(1) / 2
             else:
-                # Less the pair's own first: a small difference of large logits would be rounded as they are.
+                # Subtract the pair's own logit first, because a small difference of large logits loses precision.
                 shift = own.clone()
                 cross_entropy = block.logits.sub_(shift[:, None]).logsumexp(1)
                 norms[block.side, block.rows] = cross_entropy + shift
@@ -226,7 +227,7 @@ class _PairLosses(torch.autograd.Function):
 
 
 class _PairGradients(torch.autograd.Function):
-    """The gradients of weighted losses, which are linear in the weights and can be differentiated by them."""
+    """Gradients of weighted losses, which are linear in the weights and differentiable with respect to them."""
 
     @staticmethod
     @_in_full_precision
@@ -265,18 +266,18 @@ class _PairGradients(torch.autograd.Function):
             change = scale * along[block.side][block.rows] @ block.others.T
             changes[block.here] += (by_row * change).sum(1)
             changes += (by_column * change).sum(0)
-        # Embeddings lead on to a node that refuses.
+        # The other inputs lead to nodes that raise an error if they are differentiated.
         return changes, images, texts, scale, bias, None, None
 
 
 def _row_sums(by_row: Tensor, logits: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sums of a block's derivatives over each row, and those of their products with the cosines."""
+    """Return the row sums of a block's derivatives, and those of their products with the cosine similarities."""
     summed = by_row.sum(1)
     return summed, ((by_row * logits).sum(1) - bias * summed) / scale
 
 
 class _OnceOnly(torch.autograd.Function):
-    """The identity, which cannot be differentiated."""
+    """The identity, which raises an error if it is differentiated."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -285,6 +286,6 @@ class _OnceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         raise MimicError(
-            "the gradients of a contrastive loss are differentiated by embeddings, scale or bias, which they do not "
-            "offer; by the weights of the losses they can be."
+            "the gradients of a contrastive loss cannot be differentiated with respect to embeddings, scale or bias, "
+            "only with respect to the weights of the losses."
         )

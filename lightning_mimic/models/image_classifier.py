@@ -1,4 +1,4 @@
-"""An image classifier over any backbone, as linear probe or trained whole."""
+"""LightningModule of an image classifier with any backbone, fine-tuned or as a linear probe."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,21 +15,21 @@ from lightning_mimic.trainer_package import pl
 
 
 class ImageClassifier(pl.LightningModule):
-    """A backbone that gives features, a linear head, cross-entropy, and accuracy by torchmetrics.
+    """Train a backbone with a linear head by cross-entropy, and log the accuracy.
 
     Args:
-        backbone: From images ``(B, C, H, W)`` to features ``(B, D)``: torchvision's and timm's models by
-            :func:`torchvision_backbone` and :func:`timm_backbone`, or your own.
-        num_classes: Width of the head.
-        image_shape: ``(C, H, W)`` of the images, to find D by one forward pass over a blank image.
-        freeze_backbone: Linear probe: only the head is trained, the backbone stays in evaluation mode.
-        pretrained: File (any format a reference may have) whose backbone weights are taken over: a checkpoint of
-            such a classifier, or the backbone's published weights. The head stays fresh.
-        optimizer: From parameters to an optimizer.
-        scheduler: From optimizer to a learning-rate schedule, stepped every epoch.
+        backbone: Module from images ``(B, C, H, W)`` to features ``(B, D)``: a model made by
+            :func:`torchvision_backbone` or :func:`timm_backbone`, or your own.
+        num_classes: Number of classes, the outputs of the head.
+        image_shape: Shape ``(C, H, W)`` of the images; one forward pass on a blank image determines D.
+        freeze_backbone: Whether to train only the head (linear probe); the backbone then stays in evaluation mode.
+        pretrained: File with initial weights of the backbone, in any format accepted for a reference: a checkpoint of
+            such a classifier, or the backbone's published weights. The head is initialised randomly.
+        optimizer: Function from parameters to an optimizer.
+        scheduler: Function from an optimizer to a learning-rate scheduler, which is stepped every epoch.
 
     Raises:
-        MimicError: The backbone cannot take such images, or does not give one row of features.
+        MimicError: ``backbone`` cannot process such images, or does not return features of shape ``(B, D)``.
         ReferenceLoadError: ``pretrained`` cannot be read or does not fit.
 
     Example:
@@ -50,23 +50,23 @@ class ImageClassifier(pl.LightningModule):
         scheduler: Callable[..., torch.optim.lr_scheduler.LRScheduler] | None = None,
     ) -> None:
         super().__init__()
-        #: Batches hold the frozen backbone's features ``(B, D)`` in place of images; said by
-        #: :class:`~lightning_mimic.data.CachedFeatures` while it feeds the model.
+        #: Whether batches hold the frozen backbone's features ``(B, D)`` instead of images; set by
+        #: :class:`~lightning_mimic.data.CachedFeatures` while it provides the batches.
         self.takes_features = False
         self.backbone = backbone
         with torch.no_grad():
-            backbone.eval()  # a blank image must not enter running statistics
+            backbone.eval()  # keep the blank image out of running statistics
             try:
                 features = backbone(torch.zeros(1, *image_shape))
             except RuntimeError as error:
                 raise MimicError(
-                    f"`backbone` cannot take an image of shape {tuple(image_shape)} (channels, height, width): "
+                    f"`backbone` cannot process an image of shape {tuple(image_shape)} (channels, height, width): "
                     f"{str(error).splitlines()[0].rstrip('.')}. Choose another backbone, such as small_images for "
                     "small colour images, or another transform."
                 ) from error
             backbone.train()
         if features.ndim != 2:
-            raise MimicError(f"`backbone` gives shape {tuple(features.shape)} for one image; expected (1, D).")
+            raise MimicError(f"`backbone` returns shape {tuple(features.shape)} for one image; expected (1, D).")
         self.head = nn.Linear(features.shape[1], num_classes)
         if pretrained is not None:
             tensors = read_reference(pretrained, argument="pretrained")
@@ -83,38 +83,38 @@ class ImageClassifier(pl.LightningModule):
         self.train()
 
     def setup(self, stage: str) -> None:
-        # Fewer outputs than classes would end in the middle of an epoch, and more would train in silence.
+        # Too few outputs would fail in the middle of an epoch, and too many would go unnoticed.
         classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
         if classes not in (None, self.head.out_features):
             raise MimicError(
-                f"`num_classes` is {self.head.out_features}, and the data have {classes} classes; set "
+                f"`num_classes` is {self.head.out_features}, but the data have {classes} classes; set "
                 f"model.num_classes={classes}."
             )
 
     def train(self, mode: bool = True) -> "ImageClassifier":
-        """Training mode, in which a frozen backbone stays in evaluation mode."""
+        """Set training mode, except for a frozen backbone, which stays in evaluation mode."""
         super().train(mode)
         if self.freeze_backbone:
             self.backbone.eval()
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As ever; but a model that takes features keeps the backbone that they are of.
+        """Load weights, checking that cached features still belong to the backbone.
 
         Raises:
-            MimicError: The weights are of another backbone, so that of these features the model would say anything.
+            MimicError: The model takes cached features, and the weights are of another backbone.
         """
         for name, own in self._backbone_weights().items() if self.takes_features else ():
             if name in state_dict and not torch.equal(own, state_dict[name].to(own)):
                 raise MimicError(
-                    f"the backbone of these weights is another ({name!r} differs) than the one whose features are "
-                    "cached, so its losses cannot be computed from them. Train without `features`, or begin with this "
-                    "backbone (`pretrained`)."
+                    f"the weights are of another backbone ({name!r} differs) than the cached features, so that losses "
+                    "cannot be computed from these. Train without `features`, or start with this backbone "
+                    "(`pretrained`)."
                 )
         return super().load_state_dict(state_dict, strict, assign)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, shape ``(B, num_classes)``, of images or, where the model takes them, of features ``(B, D)``."""
+        """Return logits ``(B, num_classes)`` of images, or of features ``(B, D)`` while they are cached."""
         if self.takes_features and images.ndim == 2:
             features = images
         else:
@@ -124,14 +124,14 @@ class ImageClassifier(pl.LightningModule):
         return logits
 
     def sample_losses(self, batch: Any, logits: Tensor | None = None) -> Tensor:
-        """One loss per sample, the contract with the callback.
+        """Return one loss per sample, as required by the callback.
 
         Args:
-            batch: Images and int64 labels.
-            logits: Those of this batch, where they are at hand.
+            batch: Images ``(B, C, H, W)`` and int64 labels ``(B,)``.
+            logits: Logits of this batch, if already computed.
 
         Returns:
-            Cross-entropy, shape ``(B,)``.
+            Cross-entropy in nats, shape ``(B,)``.
         """
         images, labels = batch
         return F.cross_entropy(self(images) if logits is None else logits, labels, reduction="none")
@@ -169,6 +169,6 @@ class ImageClassifier(pl.LightningModule):
         self.log(f"{stage}/accuracy", accuracy, prog_bar=stage == "val", batch_size=len(labels))
 
     def _backbone_weights(self) -> dict[str, Tensor]:
-        # Counters of batch normalisation are integers and say nothing of the weights.
+        # Integer tensors are counters of batch normalisation, which are not weights.
         state = {f"backbone.{name}": tensor for name, tensor in self.backbone.state_dict().items()}
         return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}

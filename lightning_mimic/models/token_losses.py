@@ -1,4 +1,4 @@
-"""Per-sequence losses of models that predict a class for every token."""
+"""Losses per sequence for models that predict a class for each token."""
 
 import torch
 import torch.nn.functional as F
@@ -8,21 +8,22 @@ from lightning_mimic.errors import MimicError
 
 
 def token_losses(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
-    """Return every sequence's cross-entropy, averaged over its own targets.
+    """Return the cross-entropy of each sequence, averaged over its targets.
 
-    The mean over all tokens of a batch, which most language models return, is no plain mean over its sequences as soon
-    as they hold different numbers of targets. This is one to average: call it in ``sample_losses``.
+    Most language models return the mean loss over all tokens of a batch. This is not a plain mean over sequences if
+    these have different numbers of targets; call this function in ``sample_losses`` instead.
 
     Args:
-        logits: Shape ``(B, ..., C)``; of a language model those of the tokens before the targets, ``logits[:, :-1]``.
-        targets: Class indices, shape ``(B, ...)``; of a language model ``labels[:, 1:]``.
-        ignore_index: Marks targets that do not count (padding). A sequence without any other has the loss 0.
+        logits: Logits, shape ``(B, ..., C)``; for a language model ``logits[:, :-1]``, those that predict the next
+            token.
+        targets: Class indices, shape ``(B, ...)``; for a language model ``labels[:, 1:]``.
+        ignore_index: Value of targets that are ignored, such as padding. A sequence without other targets has loss 0.
 
     Returns:
-        Shape ``(B,)``, in float32 or higher.
+        Losses in nats, shape ``(B,)``, in float32 or higher precision.
 
     Raises:
-        MimicError: Logits and targets do not fit together.
+        MimicError: The shapes of logits and targets do not match.
 
     Example:
         >>> logits = torch.zeros(2, 3, 4)

@@ -1,4 +1,4 @@
-"""What a CLIP knows without having been trained for it: classes by their names, captions by their images."""
+"""Zero-shot evaluation of a CLIP: classification by class names, and image-text retrieval."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,15 +10,15 @@ from lightning_mimic.errors import MimicError
 
 
 class ZeroShot:
-    """Names and templates from which a CLIP makes a classifier.
+    """Build a classifier from class names, templates and a CLIP.
 
     Args:
-        class_names: In the order of the labels.
-        templates: Sentences with ``{}`` for the name; their embeddings are averaged.
-        tokenizer: From sentences to int64 tokens ``(n, L)``.
+        class_names: Names of the classes, in the order of the labels.
+        templates: Sentences with ``{}`` in place of the class name; their embeddings are averaged.
+        tokenizer: Function from a list of n sentences to int64 tokens ``(n, L)``.
 
     Raises:
-        MimicError: No classes, no templates, or a template without ``{}``.
+        MimicError: There are no class names or no templates, or a template has no ``{}``.
 
     Example:
         >>> zero_shot = ZeroShot(["cat", "dog"], ["a photo of a {}."], lambda texts: torch.zeros(len(texts), 4))
@@ -29,7 +29,7 @@ class ZeroShot:
     def __init__(
         self, class_names: Sequence[str], templates: Sequence[str], tokenizer: Callable[[list[str]], Tensor]
     ) -> None:
-        # Plain lists: a configuration's own kind is none that open_clip takes.
+        # open_clip accepts plain lists only, not the list type of a configuration.
         self.class_names, self.templates = list(class_names), list(templates)
         self.tokenizer = tokenizer
         if not self.class_names or not self.templates:
@@ -39,15 +39,15 @@ class ZeroShot:
             )
         for template in self.templates:
             if "{}" not in template:
-                raise MimicError(f"`templates`: {template!r} has no place for the class's name; write {{}} there.")
+                raise MimicError(f"`templates`: {template!r} has no placeholder for the class name; insert {{}}.")
 
     def weights(self, model: nn.Module) -> Tensor:
-        """The classifier: unit vectors, shape ``(K, classes)``, on the model's device.
+        """Return the weights of the classifier: unit vectors, shape ``(K, classes)``, on the model's device.
 
         Args:
-            model: Has ``encode_text(tokens, normalize=True)``.
+            model: Module with a method ``encode_text(tokens, normalize=True)``.
         """
-        from open_clip import build_zero_shot_classifier  # needed to evaluate only
+        from open_clip import build_zero_shot_classifier  # needed for evaluation only
 
         device = next(model.parameters()).device
         arguments = (model, self.tokenizer, self.class_names, self.templates)
@@ -56,16 +56,18 @@ class ZeroShot:
 
 
 def recall_at_k(images: Tensor, texts: Tensor, same: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Retrieval in both directions: the share of queries with a right answer among the k nearest.
+    """Return recall at k for retrieval of texts by image and of images by text.
+
+    Recall at k is the share of queries with a correct answer among the k nearest.
 
     Args:
         images: Embeddings, shape ``(N, K)``.
-        texts: Those of their captions, in the same order.
-        same: Boolean ``(N, N)``: text *j* is right for image *i*. Of itself, and where captions repeat.
-        ks: How many answers are looked at; those above N are left out.
+        texts: Embeddings of the captions, shape ``(N, K)``, in the same order.
+        same: Boolean, shape ``(N, N)``, whether text *j* is correct for image *i*: its own caption, or an equal one.
+        ks: Values of k; values above N are skipped.
 
     Returns:
-        ``image_to_text_R@k`` and ``text_to_image_R@k``, 0 to 1.
+        ``image_to_text_R@k`` and ``text_to_image_R@k`` for each k, 0 to 1.
 
     Example:
         >>> same = torch.eye(2, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Pages and views that show what a manifest decides, and the samples behind it."""
+"""Reports: web page and notebook views of a manifest's decisions and samples."""
 
 from lightning_mimic.report.facts import ManifestFacts, Shown
 from lightning_mimic.report.held_views import Views, first_rows, held_views

@@ -1,4 +1,4 @@
-"""Charts of the report, as SVG that is part of the page."""
+"""Charts of the report, as inline SVG."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ _TITLES: dict[Measure, str] = {
     "score": "mean mimic score (below 0: away from the reference)",
     "posterior": "probability that the label is right",
 }
-#: Told apart by all eyes; the style of the page replaces them in dark mode.
+#: Colours that are distinguishable with colour blindness; the style sheet of the page replaces them in dark mode.
 KEPT, DROPPED = "#0072b2", "#d55e00"
 
 
@@ -18,13 +18,13 @@ def histogram(bins: Sequence[Bin], measure: Measure, cut: float | None, *, log: 
     """Draw a histogram of samples by decision.
 
     Args:
-        bins: From :meth:`~lightning_mimic.report.facts.ManifestFacts.histogram`; at least one.
-        measure: What they count by.
-        cut: Drawn as a line; ``None``: no line.
-        log: A logarithmic axis for the numbers of samples.
+        bins: Bins from :meth:`~lightning_mimic.report.facts.ManifestFacts.histogram`; at least one.
+        measure: Quantity on the horizontal axis.
+        cut: Position of a vertical line, in units of the measure; ``None``: no line.
+        log: Whether the axis for the numbers of samples is logarithmic.
 
     Returns:
-        An ``<svg>`` element whose text and lines have the colour of the text around it.
+        An ``<svg>`` element whose text and lines inherit the colour of the surrounding text.
     """
     import altair as alt
     import vl_convert
@@ -33,7 +33,7 @@ def histogram(bins: Sequence[Bin], measure: Measure, cut: float | None, *, log: 
     for each in bins:
         for decision, count, start in (("dropped", each.dropped, 0), ("kept", each.kept, each.dropped)):
             if count:
-                # A stack has no meaning on a logarithmic axis: there, the two stand in front of each other.
+                # Stacked bars are misleading on a logarithmic axis, so there the bars overlap.
                 low, high = (0.5, count) if log else (start, start + count)
                 rows.append({"low": each.low, "high": each.high, "from": low, "to": high, "decision": decision})
     data = alt.Data(values=rows)

@@ -1,4 +1,4 @@
-"""Aggregates of a manifest for its report, exact and out of core."""
+"""Aggregates of a manifest for its report, computed exactly by a database that can spill to disk."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,23 +9,23 @@ from lightning_mimic.database import Database, parquet
 from lightning_mimic.errors import CurationError
 from lightning_mimic.manifest import Manifest
 
-#: By which samples are ordered from the most suspicious to the best.
+#: Quantity that orders samples from the most suspicious to the best.
 Measure = Literal["posterior", "score"]
-#: Columns that are shown of a sample, as far as the manifest has them.
+#: Columns that are shown for each sample if the manifest has them.
 _SHOWN = ("score", "posterior", "label", "corrected_label", "reason", "other_keep")
-#: Bins of a histogram.
+#: Number of bins of a histogram.
 BINS = 60
 
 
 @dataclass(frozen=True)
 class Bin:
-    """A bin of a histogram.
+    """Hold one bin of a histogram.
 
     Attributes:
-        low: Its lower edge.
-        high: Its upper edge.
-        kept: Samples in it that are kept.
-        dropped: Samples in it that are not.
+        low: Lower edge of the bin.
+        high: Upper edge of the bin.
+        kept: Number of kept samples in the bin.
+        dropped: Number of dropped samples in the bin.
     """
 
     low: float
@@ -36,15 +36,15 @@ class Bin:
 
 @dataclass(frozen=True)
 class ClassFacts:
-    """The samples of one given label.
+    """Hold the figures of the samples with one given label.
 
     Attributes:
         label: Index of the class.
-        samples: How many have it.
-        dropped: Those that are not kept.
-        mean: Mean of the measure; ``None`` where none has one.
-        other: The most frequent predicted label that differs from it; ``None`` where there is none.
-        others: How many samples have that predicted label.
+        samples: Number of samples with this label.
+        dropped: Number of dropped samples among them.
+        mean: Mean of the measure; ``None`` if no sample has a value.
+        other: Most frequent predicted label other than ``label``; ``None`` if there is none.
+        others: Number of samples with that predicted label.
     """
 
     label: int
@@ -57,15 +57,15 @@ class ClassFacts:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Numbers of samples by the decisions of two manifests.
+    """Hold the numbers of samples by the decisions of two manifests.
 
     Attributes:
-        both: Kept by both.
-        here: Kept by the first alone.
-        there: Kept by the other alone.
-        neither: Dropped by both.
-        unknown: Not in the other manifest.
-        missing: In the other manifest alone.
+        both: Samples kept by both manifests.
+        here: Samples kept by the first manifest only.
+        there: Samples kept by the other manifest only.
+        neither: Samples dropped by both manifests.
+        unknown: Samples that are only in the first manifest.
+        missing: Samples that are only in the other manifest.
     """
 
     both: int
@@ -78,15 +78,14 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Shown:
-    """The rows of a manifest that a page holds, in columns of one length, the most suspicious first.
+    """Hold the rows of a manifest that are shown, as columns of equal length, the most suspicious sample first.
 
     Attributes:
         ids: Sample ids.
-        keep: Decisions; ``None`` where nothing was decided.
-        columns: By name, values or ``None``: ``score``, ``posterior``, ``label``, ``corrected_label``,
-            ``predicted``, ``reason`` and ``other_keep`` (the decision of the manifest that this one is compared with),
-            as far as there are such.
-        borderline: Positions of the rows whose distance from the decision's edge is known, the nearest first.
+        keep: Decisions; ``None`` for samples without a decision.
+        columns: Values or ``None``, by column: those of ``score``, ``posterior``, ``label``, ``corrected_label``,
+            ``predicted``, ``reason`` and ``other_keep`` (decision of the manifest to compare with) that exist.
+        borderline: Positions of the rows whose distance to the decision boundary is known, the nearest first.
     """
 
     ids: list[int | str]
@@ -99,20 +98,20 @@ class Shown:
 
 
 class ManifestFacts:
-    """Counts, histogram, classes and rows of a manifest.
+    """Compute counts, histograms, class figures and rows of a manifest.
 
     Args:
-        manifest: The manifest.
-        database: Where it is read.
-        other: A manifest to compare its decisions with.
+        manifest: Manifest to summarise.
+        database: Database that reads the manifest.
+        other: Another manifest whose decisions are compared; ``None``: no comparison.
 
     Attributes:
         samples: Number of rows.
-        kept: Those that are kept.
-        unscored: Those without a score; ``None`` where the manifest has no scores.
-        measure: What orders the samples; ``None`` where the manifest has neither posteriors nor scores.
-        predicted: Column of the predicted label: the reference's, where it is recorded, else the model's; ``None``
-            where there is none.
+        kept: Number of rows that are kept.
+        unscored: Number of rows without a score; ``None`` if the manifest has no scores.
+        measure: Quantity that orders the samples; ``None`` if the manifest has neither posteriors nor scores.
+        predicted: Column with the predicted label: that of the reference if recorded, otherwise that of the model;
+            ``None`` if neither is recorded.
 
     Raises:
         CurationError: A manifest is damaged, or the two have ids of different types.
@@ -124,13 +123,13 @@ class ManifestFacts:
         self._database = database
         self._rows = parquet(manifest.path)
         if other is not None:
-            # A sample that is listed twice is kept if one of its rows is.
+            # A sample that is listed several times counts as kept if any of its rows is.
             decided = (
                 f"(SELECT id, bool_or(coalesce(keep, false)) AS other_keep FROM {parquet(other.path)} GROUP BY id)"
             )
             ids = [database.columns(rows)["id"] for rows in (self._rows, parquet(other.path))]
             if (ids[0] == "VARCHAR") != (ids[1] == "VARCHAR"):
-                raise CurationError(f"{manifest.path} has ids of type {ids[0]}, and {other.path} of type {ids[1]}.")
+                raise CurationError(f"{manifest.path} has ids of type {ids[0]}, but {other.path} of type {ids[1]}.")
             database.run(f"CREATE VIEW compared AS SELECT * FROM {self._rows} LEFT JOIN {decided} USING (id)")
             self._rows = "compared"
         self._names = set(database.columns(self._rows))
@@ -147,7 +146,7 @@ class ManifestFacts:
         self.unscored = None if scores is None else self.samples - scores
 
     def agreement(self) -> Agreement:
-        """Count the samples by both decisions."""
+        """Count the samples by the decisions of both manifests."""
         assert self.other is not None
         both, here, there, neither, alone = self._database.row(
             f"""SELECT count(*) FILTER (keep AND other_keep), count(*) FILTER (keep AND NOT other_keep),
@@ -163,7 +162,7 @@ class ManifestFacts:
 
     @cached_property
     def cut(self) -> float | None:
-        """The value of the measure that divides the kept samples from the others; ``None`` where none does."""
+        """Value of the measure that separates the kept from the dropped samples; ``None`` if no value does."""
         if self.measure is None:
             return None
         chosen = str(self.manifest.provenance.get("filter", ""))
@@ -178,13 +177,14 @@ class ManifestFacts:
         return lowest if divides else None
 
     def histogram(self, measure: Measure) -> list[Bin]:
-        """Count the samples by their measure.
+        """Count the kept and dropped samples by score or posterior.
 
         Args:
             measure: ``"posterior"`` or ``"score"``.
 
         Returns:
-            Bins of one width; the cut, if it lies within, is the edge of one. Empty where no sample has a value.
+            Bins of equal width; if the cut lies within their range, it is the edge of a bin. Empty if no sample has a
+            value.
         """
         low, high = self._database.row(
             f"SELECT min({measure}), max({measure}) FROM {self._rows} WHERE isfinite({measure})"
@@ -199,7 +199,9 @@ class ManifestFacts:
             f"FROM {self._rows} WHERE isfinite({measure}) GROUP BY place"
         )
         found = {place: (kept, count - kept) for place, kept, count in counted}
-        if measure == "posterior" and (end := round((1 - anchor) / width)) in found:  # 1 itself, in the last bin
+        if (
+            measure == "posterior" and (end := round((1 - anchor) / width)) in found
+        ):  # count a posterior of 1 in the last bin
             last = found.get(end - 1, (0, 0))
             found[end - 1] = last[0] + found[end][0], last[1] + found[end][1]
             del found[end]
@@ -209,7 +211,7 @@ class ManifestFacts:
         ]
 
     def classes(self) -> list[ClassFacts]:
-        """Sum up each given label; the one with the largest share of dropped samples first."""
+        """Return the figures of each given label, the label with the largest share of dropped samples first."""
         if not self.has_labels:
             return []
         mean = "NULL" if self.measure is None else f"avg({self.measure}) FILTER (isfinite({self.measure}))"
@@ -228,7 +230,7 @@ class ManifestFacts:
         return sorted(found, key=lambda each: (-each.dropped / each.samples, each.label))
 
     def matrix(self) -> Mapping[tuple[int, int], int]:
-        """Count the samples by given and predicted label, as far as both are recorded, in the order of the labels."""
+        """Count the samples by given and predicted label, in the order of the labels; empty if either is unrecorded."""
         if not self.has_labels or self.predicted is None:
             return {}
         return self._matrix
@@ -242,11 +244,11 @@ class ManifestFacts:
         return {(label, predicted): count for label, predicted, count in rows}
 
     def shown(self, most: int) -> Shown:
-        """Return the rows that a page shows.
+        """Return the rows for a page.
 
         Args:
-            most: Number of rows; of more, half are the most suspicious, a quarter the nearest to the cut, and a
-                quarter the best.
+            most: Maximum number of rows. If the manifest has more, half of these rows are the most suspicious samples,
+                a quarter those nearest to the cut, and a quarter the best.
         """
         if self.samples <= most:
             return self._chosen({self._ascending: most})
@@ -254,16 +256,16 @@ class ManifestFacts:
         return self._chosen({self._ascending: most // 2, nearest: most // 4, best: most // 4})
 
     def suspicious(self, most: int) -> Shown:
-        """Return the most suspicious rows.
+        """Return the rows of the most suspicious samples.
 
         Args:
-            most: Number of rows.
+            most: Maximum number of rows.
         """
         return self._chosen({self._ascending: most})
 
     @property
     def _value(self) -> str:
-        # Without a measure the dropped ones are the suspicious ones.
+        # Without a measure, the dropped samples count as the most suspicious.
         return self.measure or "keep::INT"
 
     @property
@@ -277,7 +279,7 @@ class ManifestFacts:
             wanted["predicted"] = self.predicted
         columns = ["id", "keep", f"{self._distance} AS distance", f"{self._value} AS value"]
         columns += [f"{column} AS {name}" for name, column in wanted.items()]
-        # A sample that the pool lists twice has two rows that do not differ.
+        # A sample that the pool lists several times has several equal rows.
         chosen = " UNION ".join(
             f"(SELECT DISTINCT {', '.join(columns)} FROM {self._rows} ORDER BY {order} LIMIT {count})"
             for order, count in orders.items()
@@ -295,7 +297,7 @@ class ManifestFacts:
 
     @property
     def _distance(self) -> str:
-        """SQL for how far a row is from the decision's edge."""
+        """SQL for the distance of a row to the decision boundary."""
         if self.cut is not None:
             return f"abs({self.measure} - {self.cut!r})"
         if self._any("votes"):
@@ -303,14 +305,14 @@ class ManifestFacts:
         return "NULL::DOUBLE"
 
     def _any(self, column: str) -> bool:
-        """Whether a column is there and has a value in some row."""
+        """Return whether a column exists and has a value in at least one row."""
         if column not in self._names:
             return False
         return bool(self._database.value(f"SELECT bool_or({column} IS NOT NULL) FROM {self._rows}"))
 
 
 def class_name(names: Sequence[str] | None, label: int | None) -> str:
-    """Return the name of a class, or its index where it has none.
+    """Return the name of a class, or its index if it has no name.
 
     Example:
         >>> class_name(["cat", "dog"], 1), class_name(None, 3), class_name(["cat"], 7)

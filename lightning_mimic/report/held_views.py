@@ -1,4 +1,4 @@
-"""The views of samples that a page holds, as many as fit."""
+"""Images and texts of samples that are included in a page, as many as fit."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ from lightning_mimic.report.samples import Render, views
 
 @dataclass(frozen=True)
 class Views:
-    """The views that a page holds, by row.
+    """Hold the images and texts of a page, by row.
 
     Attributes:
-        images: ``data:`` addresses of thumbnails.
+        images: Thumbnails as ``data:`` URLs.
         texts: Captions, texts or numbers.
-        note: A sentence about those that it lacks, or empty.
+        note: Note about samples without image and text; empty if there are none.
     """
 
     images: dict[int, str] = field(default_factory=dict)
@@ -31,18 +31,18 @@ def held_views(
     render: Render | None = None,
     progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> Views:
-    """Read the samples that a person looks at first, each once.
+    """Read and render the samples that a user is most likely to look at, each once.
 
     Args:
-        dataset: A map-style data set, or a data module, which is set up.
-        shown: The rows of the page.
-        most: Number of samples.
-        budget: Bytes that all of them may take; what does not fit is left out.
+        dataset: Map-style data set, or a data module, which is set up here.
+        shown: Rows of the page.
+        most: Maximum number of samples.
+        budget: Maximum total size in bytes; samples that do not fit are left out.
         render: See :func:`~lightning_mimic.report.samples.views`.
-        progress: Told which share is read.
+        progress: Callback for progress, called with a description and the completed share.
 
     Raises:
-        MimicError: See there.
+        MimicError: See :func:`~lightning_mimic.report.samples.drawn`.
     """
     if hasattr(dataset, "prepare_data") and hasattr(dataset, "setup"):
         dataset.prepare_data()
@@ -63,20 +63,20 @@ def held_views(
             texts[rows[key]] = view.text
     notes = []
     if len(rows) < len(shown):
-        notes.append(f"The first {len(rows):,} of all tabs have a picture or text.")
+        notes.append(f"Images or texts are included for the first {len(rows):,} samples across all tabs.")
     if missing := len(rows) - found:
-        notes.append(f"{missing:,} of them are not in the data set that was given.")
+        notes.append(f"{missing:,} of these samples are not in the given data set.")
     if left_out:
-        notes.append(f"{left_out:,} are left out, so that the page does not become too big.")
+        notes.append(f"{left_out:,} images or texts are left out to limit the size of the page.")
     return Views(images, texts, " ".join(notes))
 
 
 def first_rows(shown: Shown, most: int) -> list[int]:
-    """Return the rows whose pictures are wanted most: by turns two suspicious ones, a borderline one, one of the best.
+    """Return the rows to show images of first: repeatedly two suspicious samples, one borderline, one of the best.
 
     Args:
-        shown: The rows of the page.
-        most: Number of rows.
+        shown: Rows of the page.
+        most: Maximum number of rows.
 
     Example:
         >>> first_rows(Shown([1, 2, 3, 4, 5, 6], [True] * 6, {}, borderline=[3, 2]), 5)

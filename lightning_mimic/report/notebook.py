@@ -1,4 +1,4 @@
-"""Views for notebooks: HTML where it is shown, text elsewhere."""
+"""Views for notebooks, as HTML with a plain-text fallback."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from lightning_mimic.report.samples import Render
 
 
 class Inline:
-    """A piece of HTML that a notebook shows, with a text for everything else.
+    """Display HTML in a notebook, and plain text elsewhere.
 
     Args:
-        html: The HTML, escaped.
-        text: What is printed where there is no HTML.
+        html: HTML with all values escaped.
+        text: Text that is printed if HTML cannot be displayed.
 
     Example:
         >>> Inline("<b>12</b>", "12")
@@ -34,17 +34,18 @@ class Inline:
 
 
 def manifest_view(manifest: Manifest, dataset: Any = None, most: int = 10, render: Render | None = None) -> Inline:
-    """Return the figures of a manifest and its most suspicious samples.
+    """Return a notebook view of a manifest's figures and its most suspicious samples.
 
     Args:
-        manifest: The manifest.
-        dataset: The samples, as for :func:`~lightning_mimic.curation.report`; ``None``: without images and texts.
-        most: Number of samples.
-        render: From a sample to a PIL image, a text, or a pair of them.
+        manifest: Manifest to show.
+        dataset: Data set with the samples, as for :func:`~lightning_mimic.curation.report`; ``None``: show neither
+            images nor texts.
+        most: Maximum number of samples.
+        render: Function from a sample to a PIL image, a text, or a pair of them.
 
     Raises:
         CurationError: The manifest is damaged.
-        MimicError: The data set has none of the samples, or one that cannot be shown.
+        MimicError: The data set has none of the samples, or a sample cannot be shown.
     """
     with Database() as database:
         facts = ManifestFacts(manifest, database)
@@ -60,7 +61,7 @@ def manifest_view(manifest: Manifest, dataset: Any = None, most: int = 10, rende
 
 
 def _sample(facts: ManifestFacts, shown: Shown, held: Views, row: int) -> dict[str, Any]:
-    """What is shown of a sample."""
+    """Return the image, text and facts to show for a sample."""
     names = facts.manifest.class_names
     values = {name: column[row] for name, column in shown.columns.items()}
     found = [("id", str(shown.ids[row]))]

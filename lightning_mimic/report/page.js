@@ -10,19 +10,19 @@
   const column = (name) => data.columns[name];
   const value = (name, row) => (column(name) ? column(name)[row] : null);
 
-  // Corrections: by id, {keep: true | false, label: index}, either of which may be missing.
+  // Corrections by id: {keep: true | false, label: index}; either key may be missing.
   const store = "lightning_mimic.corrections." + data.key;
   let corrections = new Map();
   try {
     corrections = new Map(JSON.parse(localStorage.getItem(store) || "[]").filter(([id]) => byId.has(id)));
   } catch (error) {
-    corrections = new Map(); // a browser that keeps nothing
+    corrections = new Map(); // the browser blocks local storage
   }
   const remember = () => {
     try {
       localStorage.setItem(store, JSON.stringify([...corrections]));
     } catch (error) {
-      // They stay on the page until it is closed.
+      // Without local storage, corrections last until the page is closed.
     }
   };
   const correction = (row) => corrections.get(String(data.ids[row])) || {};
@@ -220,7 +220,7 @@
     find("relabel").blur();
   };
 
-  // As a spreadsheet reads it: quoted, and no cell runs as a formula.
+  // Quote cells for CSV, and prevent spreadsheets from running them as formulas.
   const cell = (found) => {
     const plain = found === null || found === undefined ? "" : String(found);
     const safe = typeof found === "string" && /^[\s]*[=+\-@\t\r]/.test(plain) ? "'" + plain : plain;

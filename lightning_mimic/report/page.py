@@ -1,4 +1,4 @@
-"""The page of the report: HTML that opens from disk without a network."""
+"""HTML page of the report, which opens from disk without a network."""
 
 import hashlib
 import json
@@ -10,29 +10,29 @@ from lightning_mimic.errors import CurationError, join_names
 from lightning_mimic.report.facts import Agreement, ManifestFacts, Shown, class_name
 from lightning_mimic.report.held_views import Views
 
-#: Epoch and score of every scoring of a sample, by its row.
+#: Epoch and score of each scoring of a sample, by row.
 Courses = Mapping[int, Sequence[tuple[int, float]]]
 
-#: Of a manifest and the one that it is compared with.
+#: Default names of a manifest and of the one that it is compared with.
 NAMES = ("this", "the other")
-#: A matrix of more classes has cells too small to read; it shows those with the most unlike predictions.
+#: Maximum number of classes in the matrix, to keep its cells legible; the classes with the most differing predictions.
 MOST_CLASSES = 25
-#: Rows of the table of classes.
+#: Maximum number of rows in the table of classes.
 _MOST_LISTED = 200
 
 
 def render_page(
     facts: ManifestFacts, shown: Shown, held: Views, courses: Courses, title: str, names: tuple[str, str] = NAMES
 ) -> str:
-    """Return the page as HTML that needs nothing else.
+    """Return the page as self-contained HTML.
 
     Args:
-        facts: Of the manifest.
-        shown: The rows that the page lists.
-        held: The views of some of them.
-        courses: Epoch and score of every scoring, by row.
+        facts: Aggregates of the manifest.
+        shown: Rows listed on the page.
+        held: Images and texts of some of these rows.
+        courses: Epoch and score of each scoring, by row.
         title: Headline of the page.
-        names: Of the manifest and of the one that it is compared with.
+        names: Names of the manifest and of the one that it is compared with.
 
     Raises:
         CurationError: jinja2, altair or vl-convert are not installed.
@@ -47,11 +47,11 @@ def render_page(
 
 
 def rendered(name: str, **context: Any) -> str:
-    """Render a template of this package, in which all text is escaped.
+    """Render a template of this package, escaping all values.
 
     Args:
         name: File name of the template.
-        context: What it shows.
+        context: Values for the template, by name.
 
     Raises:
         CurationError: jinja2 is not installed.
@@ -69,7 +69,7 @@ def _own_file(name: str) -> str:
 
 
 class _Trusted:
-    """HTML of this package's own, which is not escaped."""
+    """HTML made by this package, which is not escaped."""
 
     def __init__(self, html: str) -> None:
         self._html = html
@@ -79,7 +79,7 @@ class _Trusted:
 
 
 def _json(data: Any) -> str:
-    """Return JSON that cannot end the element that holds it."""
+    """Return JSON that cannot close the HTML element around it."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -87,13 +87,13 @@ def _json(data: Any) -> str:
 
 
 def _data(facts: ManifestFacts, shown: Shown, courses: Courses) -> dict[str, Any]:
-    """What the script of the page works on."""
+    """Return the data for the script of the page."""
     manifest = facts.manifest
     names = manifest.class_names
     key = hashlib.sha256(json.dumps([manifest.provenance, facts.samples, facts.kept]).encode()).hexdigest()[:16]
     return {
         "key": key,
-        # As text, because a browser's numbers do not hold 64 bits.
+        # As text, because numbers in JavaScript cannot hold 64-bit integers.
         "ids": [str(each) for each in shown.ids],
         "keep": shown.keep,
         "columns": {name: [_plain(each) for each in column] for name, column in shown.columns.items()},
@@ -104,24 +104,24 @@ def _data(facts: ManifestFacts, shown: Shown, courses: Courses) -> dict[str, Any
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN, and six digits are enough to look at."""
+    """Return a value for JSON: floats with six digits, and ``None`` for NaN and infinity."""
     if not isinstance(value, float):
         return value
     return float(f"{value:.6g}") if value == value and abs(value) != float("inf") else None
 
 
-#: What a verdict on the reference means to somebody outside of the field.
+#: Explanation of each verdict on the reference for readers outside the field.
 _VERDICTS = {
-    "compatible": "The reference model fits the trained one and knows the data, so that scores can be trusted",
-    "doubtful": "The reference model may not fit the trained one, so that decisions may be wrong",
-    "unsure": "The reference model is less sure than the trained one, so that scores may be upside down",
-    "unrelated": "The reference model does not fit the trained one, so that scores mean nothing",
-    None: "It is not known whether the reference model fits the trained one",
+    "compatible": "The reference model fits the trained model and knows the data, so that scores can be trusted",
+    "doubtful": "The reference model may not fit the trained model, so that decisions may be wrong",
+    "unsure": "The reference model is less confident than the trained model, so that scores may have the wrong sign",
+    "unrelated": "The reference model does not fit the trained model, so that scores are meaningless",
+    None: "It is not known whether the reference model fits the trained model",
 }
 
 
 def _context(facts: ManifestFacts, title: str, of: tuple[str, str]) -> dict[str, Any]:
-    """What the template shows."""
+    """Return the values for the template."""
     from lightning_mimic.report.charts import histogram
 
     provenance, names = facts.manifest.provenance, facts.manifest.class_names
@@ -161,7 +161,7 @@ def _context(facts: ManifestFacts, title: str, of: tuple[str, str]) -> dict[str,
         "charts": charts,
         "distribution": _distribution(facts),
         "classes": listed,
-        "classes_left": f"{left:,} more labels have smaller shares of dropped samples." if left else "",
+        "classes_left": f"{left:,} more labels with smaller shares of dropped samples are not listed." if left else "",
         "mean_head": "mean probability of being right" if facts.measure == "posterior" else "mean score",
         "matrix": _matrix(facts, names),
         "settings": _settings(provenance),
@@ -175,21 +175,21 @@ def _lead(facts: ManifestFacts) -> str:
 
 
 def _agreement(counts: Agreement, names: tuple[str, str]) -> list[tuple[str, str, str]]:
-    """The figures of two manifests' decisions."""
+    """Return name, value and note of the figures that compare the decisions of two manifests."""
     one, other = names
     found = [
         ("Kept by both", f"{counts.both:,}", f"{counts.neither:,} are dropped by both"),
-        (f"Kept by {one} alone", f"{counts.here:,}", f"{other} drops them"),
-        (f"Kept by {other} alone", f"{counts.there:,}", f"{one} drops them"),
+        (f"Kept only by {one}", f"{counts.here:,}", f"dropped by {other}"),
+        (f"Kept only by {other}", f"{counts.there:,}", f"dropped by {one}"),
     ]
     if counts.unknown or counts.missing:
-        note = f"{counts.unknown:,} are in {one} alone, {counts.missing:,} in {other} alone"
-        found.append(("Samples of one of them alone", f"{counts.unknown + counts.missing:,}", note))
+        note = f"{counts.unknown:,} only in {one}, {counts.missing:,} only in {other}"
+        found.append(("Samples in one manifest only", f"{counts.unknown + counts.missing:,}", note))
     return found
 
 
 def figures(facts: ManifestFacts, names: tuple[str, str] = NAMES) -> list[dict[str, str]]:
-    """The figures at the head of the page: what a person outside the field understands, with the term in brackets."""
+    """Return the figures at the top of the page, in plain words with the technical term in brackets."""
     provenance, whole = facts.manifest.provenance, max(facts.samples, 1)
     found: list[tuple[str, str, str]] = [
         ("Kept", f"{facts.kept:,}", f"{facts.kept / whole:.1%} of {facts.samples:,}"),
@@ -229,16 +229,18 @@ def _warnings(facts: ManifestFacts) -> list[str]:
     without = provenance.get("unscored") or {}
     if without.get("samples"):
         done = {"keep": "kept", "drop": "dropped"}.get(str(without.get("are")), "left")
-        found.append(f"{without['samples']:,} samples have no score and are {done} without having been judged.")
+        found.append(f"{without['samples']:,} samples have no score and are {done} without a decision by the filter.")
     return found
 
 
 def _distribution(facts: ManifestFacts) -> str:
     if facts.measure == "posterior":
-        how = "How sure it is that each label is right, by the calibrated reference (posterior)."
+        how = "Probability that each label is right, according to the calibrated reference (posterior)."
     else:
         how = "How far a training step on a sample moves the model towards the reference (mean mimic score)."
-    return f"{how} {'No single cut divides' if facts.cut is None else 'The cut divides'} what is kept from what is not."
+    if facts.cut is None:
+        return f"{how} No single cut separates kept from dropped samples."
+    return f"{how} The cut separates kept from dropped samples."
 
 
 def _matrix(facts: ManifestFacts, names: Sequence[str] | None) -> dict[str, Any] | None:
@@ -246,14 +248,14 @@ def _matrix(facts: ManifestFacts, names: Sequence[str] | None) -> dict[str, Any]
     labels = sorted({label for pair in counts for label in pair})
     if len(labels) < 2:
         return None
-    unlike = dict.fromkeys(labels, 0)
+    differing = dict.fromkeys(labels, 0)
     for (given, predicted), count in counts.items():
         if given != predicted:
-            unlike[given] += count
-            unlike[predicted] += count
-    chosen = (
-        labels if len(labels) <= MOST_CLASSES else sorted(sorted(labels, key=lambda each: -unlike[each])[:MOST_CLASSES])
-    )
+            differing[given] += count
+            differing[predicted] += count
+    chosen = labels
+    if len(labels) > MOST_CLASSES:
+        chosen = sorted(sorted(labels, key=lambda each: -differing[each])[:MOST_CLASSES])
     most = max((counts.get((g, p), 0) for g in chosen for p in chosen if g != p), default=0)
     rows = [
         {
@@ -273,14 +275,14 @@ def _matrix(facts: ManifestFacts, names: Sequence[str] | None) -> dict[str, Any]
         for given in chosen
     ]
     by = "the reference" if facts.predicted == "reference_predicted" else "the trained model"
-    explanation = f"How often each given label (rows) is predicted as another one (columns) by {by}."
+    explanation = f"Numbers of samples by given label (rows) and label predicted by {by} (columns)."
     if len(chosen) < len(labels):
-        explanation += f" Shown are the {len(chosen)} of {len(labels)} labels with the most unlike predictions."
+        explanation += f" The {len(chosen)} of {len(labels)} labels with the most differing predictions are shown."
     return {"columns": [class_name(names, each) for each in chosen], "rows": rows, "explanation": explanation}
 
 
 def _settings(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Settings of run and decision; no path is among them."""
+    """Return the settings of the run and of the decision, without file paths."""
     ledger = provenance.get("ledger") or {}
     config = (ledger.get("config") or {}) if isinstance(ledger, dict) else {}
     rows: Iterable[tuple[str, Any]] = (
@@ -308,5 +310,5 @@ def _samples_note(facts: ManifestFacts, shown: Shown) -> str:
         return f"All {facts.samples:,} samples, the most suspicious first."
     return (
         f"{len(shown):,} of {facts.samples:,} samples: the most suspicious, those nearest to the cut, and the best. "
-        "Counts in tables and charts are of all samples."
+        "Counts in tables and charts cover all samples."
     )

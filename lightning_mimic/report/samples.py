@@ -1,4 +1,4 @@
-"""Samples as a person looks at them: a thumbnail, text, or both."""
+"""Rendering of samples for people: a thumbnail, a text, or both."""
 
 import base64
 import io
@@ -14,27 +14,27 @@ from lightning_mimic.dataset_ids import row_ids, sample_ids
 from lightning_mimic.errors import MimicError
 from lightning_mimic.user_files import first_line
 
-#: From a sample to a PIL image, text, or a pair of them.
+#: Function from a sample to a PIL image, a text, or a pair of them.
 Render = Callable[[Any], Any]
 
-#: Longest side of a thumbnail, in pixels; shown at half of this on ordinary screens.
+#: Longest side of a thumbnail, in pixels; the page displays it at half this size.
 THUMBNAIL = 192
-#: Images up to this size are stored as they are.
+#: Images whose longest side has at most this many pixels are stored losslessly.
 _SMALL = 48
 _MOST_TEXT = 600
 _MOST_NUMBERS = 12
 _THREADS = 4
-#: Samples that are held while they wait to be drawn.
+#: Maximum number of samples that wait to be rendered.
 _WAITING = 64
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """An image as a file.
+    """Hold an encoded image.
 
     Attributes:
-        kind: ``"png"`` or ``"webp"``.
-        content: Its bytes.
+        kind: File format, ``"png"`` or ``"webp"``.
+        content: Bytes of the file.
     """
 
     kind: str
@@ -43,11 +43,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class View:
-    """What is shown of a sample.
+    """Hold the rendered image and text of a sample.
 
     Attributes:
-        image: A ``data:`` address of its thumbnail; ``None`` where it has no image.
-        text: Its caption, text or numbers; empty where it has none.
+        image: Thumbnail as a ``data:`` URL; ``None`` without an image.
+        text: Caption, text or numbers; empty without any.
     """
 
     image: str | None
@@ -56,14 +56,14 @@ class View:
 
 @runtime_checkable
 class HasSamples(Protocol):
-    """A data module, or another source of samples by id."""
+    """A data module or other object that returns samples by id."""
 
     def samples_by_id(self, ids: Sequence[int | str]) -> Iterable[tuple[int | str, Any]]:
-        """Yield ids, each once and in any order, with their samples as they are before any transform."""
+        """Yield each id once, in any order, with its sample before any transform."""
 
 
 def views(source: Any, ids: Sequence[int | str], render: Render | None = None) -> Iterator[tuple[int | str, View]]:
-    """Yield the views of samples; see :func:`drawn`.
+    """Yield the thumbnails and texts of samples; see :func:`drawn`.
 
     Example:
         >>> dict(views(["a cat", "a dog"], [1]))
@@ -77,22 +77,22 @@ def views(source: Any, ids: Sequence[int | str], render: Render | None = None) -
 def drawn(
     source: Any, ids: Sequence[int | str], render: Render | None = None, size: int | None = None
 ) -> Iterator[tuple[int | str, tuple[Encoded | None, str]]]:
-    """Yield samples as encoded image and text, each read once.
+    """Yield the encoded image and the text of samples, reading each sample once.
 
-    Samples are read one after another, because a data set need not be safe for threads; drawing is done beside that.
+    Samples are read one at a time, because a data set need not be thread-safe; rendering runs in parallel to that.
 
     Args:
-        source: An object with :meth:`HasSamples.samples_by_id`; or a map-style data set, whose ids are those of
-            :func:`~lightning_mimic.dataset_ids.sample_ids` or else row numbers.
-        ids: Ids of the samples, in the order in which they are wanted.
-        render: From a sample to a PIL image, a text, or a pair of them; by default :func:`default_render`.
-        size: Longest side of an image in pixels; ``None``: as it is.
+        source: Object with :meth:`HasSamples.samples_by_id`, or a map-style data set, whose ids are those of
+            :func:`~lightning_mimic.dataset_ids.sample_ids` or, without ids, row numbers.
+        ids: Ids of the samples, in the order in which they should be read.
+        render: Function from a sample to a PIL image, a text, or a pair of them; by default :func:`default_render`.
+        size: Longest side of the images in pixels; ``None``: original size.
 
     Yields:
-        An id, and image and text, for every id that the source has; of a sample that cannot be read, the reason.
+        Id, image and text of each sample that the source has; for an unreadable sample, the text is the error.
 
     Raises:
-        MimicError: No such source, or ``render`` returned something else.
+        MimicError: ``source`` is neither, or has none of the ids, or ``render`` returned something else.
     """
     draw = partial(_drawn, default_render if render is None else render, size)
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -107,15 +107,15 @@ def drawn(
 
 
 def default_render(sample: Any) -> Any:
-    """Return the first image of a sample and its first text; or its numbers, where it has neither.
+    """Return the first image and the first text of a sample, or its numbers if it has neither.
 
     Args:
-        sample: A PIL image, an array or tensor, a text, a number, or a tuple, list or mapping of these. An array is
-            an image if it has shape ``(C, H, W)`` or ``(H, W, C)`` with 1, 3 or 4 channels, or is uint8 of shape
-            ``(H, W)``. One that is not uint8 and exceeds 0 to 1 (it was normalised) is stretched to that range.
+        sample: PIL image, array or tensor, text, number, or a tuple, list or mapping of these. An array is an image if
+            it has shape ``(C, H, W)`` or ``(H, W, C)`` with 1, 3 or 4 channels, or is uint8 of shape ``(H, W)``. An
+            image that is not uint8 and exceeds 0 to 1, because it was normalised, is rescaled to that range.
 
     Raises:
-        MimicError: None of these.
+        MimicError: The sample has another type.
 
     Example:
         >>> default_render(([0.5, 2.0], 1))
@@ -127,7 +127,7 @@ def default_render(sample: Any) -> Any:
     text = next((part for part in parts if isinstance(part, str)), None)
     if image is not None or text is not None:
         return text if image is None else image if text is None else (image, text)
-    # Of inputs and a label, the label is shown beside it anyway.
+    # The last of several parts is usually the label, which is shown anyway.
     numbers = [each for part in parts[: max(1, len(parts) - 1)] for each in _numbers(part)]
     if not numbers:
         raise MimicError(
@@ -139,7 +139,7 @@ def default_render(sample: Any) -> Any:
 
 
 def _rows(dataset: Any, ids: Sequence[int | str]) -> dict[int | str, int]:
-    """Return the rows of a data set in which ids lie."""
+    """Return the row numbers of ids in a data set."""
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise MimicError(
             f"`dataset` is a {type(dataset).__name__}; expected a map-style data set, such as WithIds(dataset), or a "
@@ -154,26 +154,26 @@ def _rows(dataset: Any, ids: Sequence[int | str]) -> dict[int | str, int]:
     if wanted and not found:
         example = next(iter(ids))
         raise MimicError(
-            f"`dataset` has none of the {len(wanted)} samples that are shown, such as id {example!r}. Give the data "
-            "set that was scored, with the same ids."
+            f"`dataset` has none of the {len(wanted)} samples to show, such as id {example!r}. Give the data set that "
+            "was scored, with the same ids."
         )
     return found
 
 
 def _samples(dataset: Any, ids: Sequence[int | str]) -> Iterator[tuple[int | str, Any]]:
-    """Yield the samples of a data set; in place of one that cannot be read, the reason."""
+    """Yield the samples of a data set; an unreadable sample is replaced by the error."""
     rows = _rows(dataset, ids)
     for key in ids:
         if key in rows:
             try:
                 sample = dataset[rows[key]]
-            except Exception as error:  # of the data set, the decoder, the system
+            except Exception as error:  # data sets and decoders raise all kinds of errors
                 sample = _Unreadable(f"cannot be read: {first_line(error)}")
             yield key, sample
 
 
 class _Unreadable(str):
-    """The reason why a sample cannot be read."""
+    """Error message that replaces an unreadable sample."""
 
 
 def _drawn(render: Render, size: int | None, sample: Any, key: int | str) -> tuple[Encoded | None, str]:
@@ -203,7 +203,7 @@ def _parts(sample: Any) -> Iterator[Any]:
 
 
 def _as_image(part: Any) -> Any:
-    """Return a PIL image of mode RGB or L, or ``None``."""
+    """Return a PIL image of mode RGB or L, or ``None`` if the part is not an image."""
     from PIL import Image
 
     if isinstance(part, Image.Image):
@@ -228,7 +228,7 @@ def _as_image(part: Any) -> Any:
 
 
 def _array(part: Any) -> Any:
-    """Return a NumPy array of a tensor or an array, or ``None``."""
+    """Return a tensor or array as a NumPy array, or ``None`` for other types."""
     if hasattr(part, "detach"):
         part = part.detach().cpu()
         part = part.float() if part.is_floating_point() else part
@@ -246,7 +246,7 @@ def _numbers(part: Any) -> list[float]:
 
 
 def _encoded(image: Any, size: int | None) -> Encoded:
-    """Return an image as a file; small ones and those of full size lose nothing."""
+    """Encode an image: losslessly if it is small or ``size`` is ``None``, otherwise as a thumbnail."""
     content = io.BytesIO()
     if size is None or max(image.size) <= _SMALL:
         image.save(content, "PNG")

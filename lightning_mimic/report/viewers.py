@@ -1,4 +1,4 @@
-"""The samples of a manifest in other people's viewers: Renumics Spotlight and FiftyOne."""
+"""Exports of samples and decisions for external viewers: Renumics Spotlight and FiftyOne."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from lightning_mimic.report.facts import ManifestFacts, class_name
 from lightning_mimic.report.samples import THUMBNAIL, Render, drawn
 from lightning_mimic.user_files import user_path, writing
 
-#: Samples that a viewer is given, unless asked otherwise; of more: the most suspicious, borderline and best ones.
+#: Default maximum number of samples; from a larger manifest the most suspicious, borderline and best ones are chosen.
 MOST = 10_000
 _CLASSES = {"label": "given_label", "predicted": "predicted_label", "corrected_label": "corrected_label"}
 
@@ -24,18 +24,21 @@ def write_spotlight(
 ) -> Path:
     """Write a Parquet table with thumbnails for Renumics Spotlight.
 
-    It is shown by ``spotlight.show(path, dtype={"image": spotlight.Image})``.
+    Show it with ``spotlight.show(path, dtype={"image": spotlight.Image})``.
 
     Args:
-        manifest: The manifest.
-        dataset: The samples, as for :func:`~lightning_mimic.curation.report`.
-        path: Path of the table, which must not be there.
-        most: Number of samples.
-        render: From a sample to a PIL image, a text, or a pair of them.
+        manifest: Manifest whose samples are exported.
+        dataset: Data set with the samples, as for :func:`~lightning_mimic.curation.report`.
+        path: Path of the table, which must not exist.
+        most: Maximum number of samples.
+        render: Function from a sample to a PIL image, a text, or a pair of them.
+
+    Returns:
+        Path of the table.
 
     Raises:
         CurationError: The manifest is damaged, or the table cannot be written.
-        MimicError: The data set has none of the samples, or one that cannot be shown.
+        MimicError: The data set has none of the samples, or a sample cannot be shown.
     """
     path = user_path(path, "spotlight")
     rows = _rows(manifest, most)
@@ -55,24 +58,25 @@ def write_spotlight(
 def fiftyone_samples(
     manifest: Manifest, dataset: Any, folder: str | Path, *, most: int = MOST, render: Render | None = None
 ) -> list[Any]:
-    """Write images and return samples for FiftyOne, to be added to a data set of it.
+    """Write images and return samples for a FiftyOne data set.
 
-    ``fiftyone.Dataset("noisy").add_samples(fiftyone_samples(...))``. A sample is tagged ``kept`` or ``dropped``, has
-    its labels as classifications, and ``sample_id_in_run``, ``score`` and ``posterior`` as fields.
+    Add them with ``fiftyone.Dataset("noisy").add_samples(fiftyone_samples(...))``. Each sample has a tag, ``kept`` or
+    ``dropped``, its labels as classifications, and the fields ``sample_id_in_run``, ``score`` and ``posterior``.
 
     Args:
-        manifest: The manifest.
-        dataset: The samples, as for :func:`~lightning_mimic.curation.report`; those without an image are left out.
-        folder: Directory for the images as PNG, made if it is not there.
-        most: Number of samples.
-        render: From a sample to a PIL image, or a pair of it and a text.
+        manifest: Manifest whose samples are exported.
+        dataset: Data set with the samples, as for :func:`~lightning_mimic.curation.report`; samples without an image
+            are left out.
+        folder: Directory for the images as PNG files, created if missing.
+        most: Maximum number of samples.
+        render: Function from a sample to a PIL image, or a pair of an image and a text.
 
     Returns:
         A list of ``fiftyone.Sample``.
 
     Raises:
         CurationError: FiftyOne is not installed, the manifest is damaged, or an image cannot be written.
-        MimicError: The data set has none of the samples, or one that cannot be shown.
+        MimicError: The data set has none of the samples, or a sample cannot be shown.
     """
     try:
         import fiftyone
@@ -103,7 +107,7 @@ def fiftyone_samples(
 
 
 def _rows(manifest: Manifest, most: int) -> dict[int | str, dict[str, Any]]:
-    """What is shown of the samples, by id, with the names of their classes."""
+    """Return the columns to export for each sample, by id, with class names instead of indices."""
     with Database() as database:
         shown = ManifestFacts(manifest, database).shown(most)
     columns = {_CLASSES.get(name, name): column for name, column in shown.columns.items()}
