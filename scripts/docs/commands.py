@@ -103,7 +103,7 @@ def _group(group: str) -> str:
     chosen = [(each, option) for each in groups for option in options(each)]
     rows = "".join(_row(*each) for each in chosen)
     sections = "\n".join(_option(*each) for each in chosen)
-    return f"# {group}\n\n| option | |\n| --- | --- |\n{rows}\n{sections}"
+    return f"# {group}\n\n| option | what it is |\n| --- | --- |\n{rows}\n{sections}"
 
 
 def _row(group: str, option: str) -> str:
@@ -135,7 +135,7 @@ def _built_on(conf: ConfFile, group: str) -> str:
 
 def _table(settings: list[Setting], prefix: str = "") -> str:
     rows = [f"| `{prefix}{each.key}` | {_cell(each.default)} | {_escaped(each.comment)} |\n" for each in settings]
-    return "| setting | default | |\n| --- | --- | --- |\n" + "".join(rows)
+    return "| setting | default | meaning |\n| --- | --- | --- |\n" + "".join(rows)
 
 
 def _cell(default: str) -> str:
