@@ -43,15 +43,17 @@ def test_an_unrelated_reference_is_refused_accepted_or_not(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_calibrated_posteriors_decide_with_an_unsure_reference(tmp_path):
-    for name, verdict in (("unsure", "unsure"), ("doubtful", "doubtful")):
-        scored(tmp_path / name, verdict, calibration=CALIBRATION)
+@for_each("verdict", ["unsure", "doubtful"])
+def test_calibrated_posteriors_decide_with_a_doubtful_or_unsure_reference(verdict, tmp_path):
+    scored(tmp_path / verdict, verdict, calibration=CALIBRATION)
     with pytest.raises(CurationError, match=r"Posterior\(\), filter=posterior"):
-        curate(tmp_path / "unsure", Sign())
-    done = curate(tmp_path / "unsure", Posterior())
-    assert (done.verdict, done.kept) == ("unsure", 1)
-    with pytest.raises(CurationError, match="Inspect samples with the lowest"):
-        curate(tmp_path / "doubtful", Posterior())
+        curate(tmp_path / verdict, Sign())
+    done = curate(tmp_path / verdict, Posterior())
+    assert (done.verdict, done.kept) == (verdict, 1)
+    uninformative = CALIBRATION | {"informative": False}
+    scored(tmp_path / f"{verdict} of nothing", verdict, calibration=uninformative)
+    with pytest.raises(CurationError, match="`filter`: Posterior"):
+        curate(tmp_path / f"{verdict} of nothing", Posterior())
 
 
 @for_each("verdict", [DOUBTFUL, "doubtful", "unsure"])

@@ -36,7 +36,7 @@ NEEDS = {
 #: Words that are added to the trainings of a page.
 SHORTER = {
     "docs/start/first-run.md": ["trainer.max_epochs=10"],
-    "docs/start/own-images.md": ["trainer.max_epochs=25"],
+    "docs/start/own-images.md": ["trainer.max_epochs=12"],
     "docs/start/image-text.md": ["trainer.max_epochs=3", "++trainer.limit_val_batches=0"],
 }
 #: What a page prints, as the page does not show it itself.

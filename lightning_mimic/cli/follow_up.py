@@ -90,9 +90,9 @@ def after_scores(ledger: Path, words: Sequence[str]) -> str:
         ledger: The ledger.
         words: Of the command that recorded it.
     """
-    # The filter that goes with the weights; the calibrated reference may decide though it is unsure.
+    # The filter that goes with the weights; a calibrated reference may decide although it is doubtful or unsure.
     by_posterior = Ledger(ledger).meta["attempts"][-1].get("config", {}).get("weighting") == "Posterior"
-    accepted = (None, "compatible", "unsure") if by_posterior else (None, "compatible")
+    accepted = (None, "compatible", "doubtful", "unsure") if by_posterior else (None, "compatible")
     if verdict_on_reference(ledger).stands not in accepted:  # no decision is made from such scores
         again = shell_line("mimic-train", *shared_words(words, "paths.reference"))
         return f"find a reference that fits, and train with it: {again} paths.reference=OTHER.ckpt"

@@ -76,8 +76,8 @@ class Filter(ABC):
 
     Attributes:
         rests_on: Properties of the scores that the vote needs to be meaningful.
-        calibrated: Whether the vote depends on calibrated posteriors only, which remain valid for a reference with the
-            verdict ``unsure``.
+        calibrated: Whether the vote depends on calibrated posteriors only, whose calibration itself shows whether the
+            reference explains the labels: the verdicts ``doubtful`` and ``unsure`` need no acceptance.
     """
 
     rests_on: ClassVar[frozenset[Basis]] = frozenset()

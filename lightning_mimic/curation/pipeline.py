@@ -133,8 +133,8 @@ def curate(  # noqa: PLR0913
         exports: Further formats to write: ``"csv"``, ``"datacomp"``, ``"cleanlab"``.
         allow_partial: Whether to read the rest of the ledger if parts are damaged or rows are missing, instead of
             raising an error.
-        accept_verdict: Whether to decide although the diagnosis found the reference ``doubtful`` or ``unsure``. An
-            ``unsure`` reference needs no acceptance with ``Posterior()``, for which it is calibrated.
+        accept_verdict: Whether to decide although the diagnosis found the reference ``doubtful`` or
+            ``unsure``. With ``Posterior()``, for which the reference is calibrated, these need no acceptance.
         partitioned: Folder in which several processes have partitioned and summarised the ledger
             (:func:`~lightning_mimic.curation.partition_share`, :func:`~lightning_mimic.curation.summarise_partition`);
             ``None``: do both here.

@@ -87,8 +87,8 @@ def check_verdict(place: str, verdict: ReferenceVerdict, *, accepted: bool, cali
         place: Path of the ledger, for the message.
         verdict: Verdict on the reference of the ledger.
         accepted: Whether the user accepts a ``doubtful`` or ``unsure`` reference.
-        calibrated: Whether the decisions depend on calibrated posteriors only, for which an ``unsure`` reference is
-            good enough.
+        calibrated: Whether the decisions depend on calibrated posteriors only. The calibration itself shows whether the
+            reference explains the labels, so that a ``doubtful`` or ``unsure`` one needs no acceptance.
     """
     if verdict.stands == "unrelated":
         raise CurationError(
@@ -96,17 +96,11 @@ def check_verdict(place: str, verdict: ReferenceVerdict, *, accepted: bool, cali
             "made from them. Score the samples with the reference given as lightning_mimic.Aligned(...), or with "
             "another reference."
         )
-    if verdict.stands == "unsure" and not accepted and not calibrated:
+    if verdict.stands in ("doubtful", "unsure") and not accepted and not calibrated:
         raise CurationError(
             f"{place}: {_lower(verdict)}. Decisions from its scores may be wrong. Decide by its calibrated posteriors "
-            "(Posterior(), filter=posterior), or score the samples with another reference. `accept_verdict=true` "
-            "decides anyway."
-        )
-    if verdict.stands == "doubtful" and not accepted:
-        raise CurationError(
-            f"{place}: {_lower(verdict)}. Decisions from its scores may be wrong. Inspect samples with the lowest and "
-            "the highest scores, or score the samples with another reference (or with lightning_mimic.Aligned(...)). "
-            "`accept_verdict=true` decides anyway."
+            "(Posterior(), filter=posterior), or score the samples with another reference (or with "
+            "lightning_mimic.Aligned(...)). `accept_verdict=true` decides anyway."
         )
 
 
