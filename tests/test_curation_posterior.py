@@ -164,7 +164,7 @@ MEANINGLESS = {
     "nothing": ({"scorer": "Uniform"}, [Sign(), TopK(count=1), KMeans(), Threshold()], "scores of Uniform (0 for", []),
     "uniform weights": ({"min_ess": 1.0}, [Threshold()], "weights with `min_ess=1`, which are 1/B", [Sign()]),
     "declared": (
-        {"scorer": "Mine", "scorer_settings": {"signed": False}}, [Sign()], "scores of Mine, whose sign has no meaning", [KMeans()]
+        {"scorer": "Mine", "scorer_settings": {"signed": False}}, [Sign()], "scores of Mine, whose sign", [KMeans()]
     ),
     "its own weights": ({"scorer": "Uniform", "weighting": "Posterior"}, [Sign()], "scores of Uniform", [Threshold()]),
     "their own": ({"scorer": "Mine", "scorer_settings": {"signed": True}}, [], "", [Sign(), Mixture(), Threshold()]),
