@@ -205,7 +205,7 @@ def test_the_refusal_names_what_can_be_taken(tmp_path):
 @for_each("scorer", ["ReferenceLoss", "GradNorm"])
 def test_a_label_model_does_not_start_from_a_sign_that_means_nothing(scorer, tmp_path):
     write_ledger(tmp_path / "scores", {"id": [1], "score": [-1.0]}, configs={"scorer": scorer})
-    with pytest.raises(CurationError, match=r"^`filter`: the label model starts from the share of scores of 0 or more"):
+    with pytest.raises(CurationError, match=r"^`filter`: the label model needs the share of scores of 0 or more"):
         curate(tmp_path / "scores", Ensemble([TopK(count=1)] * 3))
 
 

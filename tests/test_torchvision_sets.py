@@ -128,7 +128,7 @@ def test_a_key_tells_images_and_transforms_apart(written):
     assert key == opened(name, root, seed=3, trusted=0.4, noise=SymmetricNoise(0.2)).sources["train"].key()
     assert key != opened(name, root, paper_transform(8)).sources["train"].key()
     assert len({source.key() for source in sources.values()}) == len(sources)
-    with pytest.raises(ValueError, match=r"`transform` is <function .* at 0x\w+>, which does not say what it does"):
+    with pytest.raises(ValueError, match=r"`transform` is <function .* at 0x\w+>, which does not show its settings"):
         opened(name, root, lambda image: image).sources["train"].key()
     files = sources["train"].images.files
     if files is not None:

@@ -251,7 +251,7 @@ def collate_with_ids(samples: Sequence[SampleWithId], collate_fn: Callable[[list
         )
     if getattr(batch, "ids", None) is not None:
         raise MimicError(
-            f"collate_with_ids: the batch (a {type(batch).__name__}) already has `ids`. If they are ids of its "
+            f"collate_with_ids: the batch (a {type(batch).__name__}) has `ids` of its own. If they name its "
             "samples, leave out WithIds and collate_with_ids; otherwise rename the attribute."
         )
     ids = [s.id for s in samples]
