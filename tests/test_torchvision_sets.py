@@ -76,7 +76,7 @@ def test_labels_are_read_without_decoding_an_image(written, monkeypatch):
     for split in module.sources:
         assert torch.equal(module.sources[split].labels, labels_of(name, split))
     where = "" if SETS[name].files is None else re.escape(str(root)) + r".*\.jpg: "
-    with pytest.raises(ValueError, match=rf"^image 7 cannot be decoded: {where}an image was opened. Fetch it again; "):
+    with pytest.raises(ValueError, match=rf"^image 7 cannot be decoded: {where}an image was opened. Replace or remove it"):
         module.sources["train"].images[7]
 
 

@@ -113,7 +113,7 @@ def test_half_a_set_is_noticed_before_training(tmp_path, monkeypatch):
     write_set("dtd", tmp_path, monkeypatch)
     images = sorted((tmp_path / "dtd" / "dtd" / "images").rglob("*_train*.jpg"))
     images[3].write_bytes(images[3].read_bytes()[:100])
-    broken = rf"^image \d+ cannot be decoded: {re.escape(str(images[3]))}: .*Fetch it again; nothing is left out"
+    broken = rf"^image \d+ cannot be decoded: {re.escape(str(images[3]))}: .*Replace or remove it"
     with pytest.raises(ValueError, match=broken):
         list(opened("dtd", tmp_path).train_dataloader())
     labels = tmp_path / "dtd" / "dtd" / "labels" / "test1.txt"
