@@ -122,7 +122,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     refused("is not the true label of 2 of 2 images", labels=CLEAN[:2], rows=torch.tensor([1, 0]))
     refused("has labels of 30 images, but the training split has at least 31; the file is", rows=torch.arange(1, 31))
     people(path, worse_label=np.zeros(29, dtype=int))
-    refused("has 30 labels as 'clean_label' and 29 as 'worse_label'")
+    refused("'clean_label' has 30 labels, 'worse_label' 29")
     people(path, worse_label=np.full(30, 10))
     refused("labels run from 10 to 10, outside the 10 classes")
     for column in (np.zeros(30), np.zeros((30, 1), dtype=int), torch.zeros(30), [0] * 30):

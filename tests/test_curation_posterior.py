@@ -110,7 +110,7 @@ def test_a_sign_that_drops_right_labels_is_warned_of(tmp_path):
         write_scores(tmp_path / name, scores, posterior=np.where(wrong, 0.1, 0.9))
         note(tmp_path / name, 0, {"calibration": calibration})
     with pytest.warns(
-        UserWarning, match=r"drops 80 of 100 samples, and .* 80 of these have a right .*filter=posterior"
+        UserWarning, match=r"drops 80 of 100 samples, but .* 80 of these have a right .*filter=posterior"
     ):
         curate(tmp_path / "overtaken")
     assert curate(tmp_path / "ahead").kept == 80

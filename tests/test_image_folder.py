@@ -125,7 +125,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "train" / "c" / "Thumbs.db").touch()
     (tmp_path / "train" / "notes.txt").touch()
     with pytest.warns(
-        UserWarning, match=r"2 files in .*/train are not images in a class folder, .* \(1 \.db, 1 \.txt\)"
+        UserWarning, match=r"2 files in .*/train are not images in a class folder .* \(1 \.db, 1 \.txt\)"
     ):
         opened(tmp_path)
     (tmp_path / "train" / "notes.txt").unlink()
@@ -208,7 +208,7 @@ def test_names_that_are_no_text_are_refused_before_training(tmp_path):
         os.rename(tmp_path / "train" / "a" / "1.png", bad)
     except OSError:
         pytest.skip("this file system takes no such names")
-    message = r"^`root`: 1 of 9 images in .*/train have names that are not UTF-8, such as 'a/caf\udce9.png'; "
+    message = r"^`root`: 1 of 9 images in .*/train have names that are not UTF-8, such as 'a/caf\udce9.png', but "
     with pytest.raises(MimicError, match=message.replace("\\u", r"\\u")):
         opened(tmp_path)
     os.rename(bad, bad + b".txt")

@@ -150,7 +150,7 @@ def test_two_manifests_are_compared(tmp_path):
     }  # fmt: skip
     assert "Kept only by old" in page.read_text()
     words = manifest_of(tmp_path / "c", {"id": ["0", "1"], "keep": [True, True]})
-    with pytest.raises(CurationError, match=r"has ids of type BIGINT, and .* of type VARCHAR"):
+    with pytest.raises(CurationError, match=r"has ids of type BIGINT, but .* of type VARCHAR"):
         report(one, out=tmp_path / "page", against=words)
 
 
@@ -182,7 +182,7 @@ def test_samples_that_are_not_there_or_cannot_be_read_are_said_to_be(tmp_path):
     page = report(tmp_path / "m", Broken(["a", "b"]), tmp_path / "page")
     assert data_of(page)["texts"] == {"0": "a", "1": "cannot be read: the file is gone"}
     assert "1 of these samples are not in the given data set." in page.read_text()
-    with pytest.raises(MimicError, match="has none of the 3 samples that are shown, such as id 0"):
+    with pytest.raises(MimicError, match="has none of the 3 samples to show, such as id 0"):
         report(tmp_path / "m", WithIds(["a", "b"], ["x", "y"]), tmp_path / "page")
     with pytest.raises(MimicError, match="`dataset` is a int; expected a map-style data set"):
         report(tmp_path / "m", 3, tmp_path / "page")

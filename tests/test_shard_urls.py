@@ -149,7 +149,7 @@ def test_a_shard_is_given_up_after_so_many_tries_and_its_whole_pairs_train(store
     assert rejected == [(Reason.CUT_OFF, None, None), (Reason.SHARD_ENDS_EARLY, None, 4)]
     assert store.opened == 1 + shard_files.RETRIES
     details = Rejects(tmp_path).table["detail"].to_pylist()
-    assert re.fullmatch(r"OSError: .*slow down; 6 tries in a row from byte \d+ on", details[1])
+    assert re.fullmatch(r"OSError: .*slow down; 6 attempts in a row failed at byte \d+", details[1])
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("gone"), PermissionError("denied")])
