@@ -34,7 +34,7 @@ Unscored = Literal["keep", "drop", "fail"]
 _NOTED = ("config", "data", "score_kind", "checkpoints")
 
 
-#: Smallest share of samples with right labels among the dropped ones that causes a warning.
+#: Share of all samples above which dropped samples with right labels cause a warning.
 _MANY = 0.05
 
 

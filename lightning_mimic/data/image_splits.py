@@ -118,8 +118,8 @@ class ImageSplits(LabelledSplits):
         keep: Manifest; train only on the images of the noisy part that it keeps.
         transform: Function from a PIL image of mode RGB to a tensor; ``None``: return PIL images, for zero-shot
             evaluation.
-        trusted: Training images with trusted labels, which are never in the noisy part: a share of each class, at least
-            two images per class; or the path of a list of checked images
+        trusted: Training images with trusted labels, which are never in the noisy part: a share of each class, either 0
+            or at least two images per class; or the path of a list of checked images
             (:func:`~lightning_mimic.data.trusted_list.read_trusted_list`), whose labels replace those of the data. A
             quarter of each class is held out (``"trusted_held"``), at least one image if there are two.
         split_seed: Seed of the selection of trusted images. It is independent of ``seed``, so that a reference trained

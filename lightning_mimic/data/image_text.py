@@ -187,7 +187,10 @@ class ImageTextDataModule(pl.LightningDataModule):
                 yield name, pair
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the training pairs; Lightning would not restore it in a loader that it made early."""
+        """Return the position in the training pairs.
+
+        It is saved here because Lightning does not restore the state of a loader whose length was requested early.
+        """
         return {} if self._train is None else {"train": self._train.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
