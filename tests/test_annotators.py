@@ -61,7 +61,7 @@ def test_cifar_100_has_one_annotator_and_labels_of_groups_are_none(tmp_path):
     assert torch.equal(wrong, labels != torch.from_numpy(clean))
     for name in ("noisy_coarse_label", "clean_label", "aggre_label"):
         with pytest.raises(
-            ValueError, match=f"^`annotator`: .*_human.pt has none named '{name}'; .*: 'noisy_label'\\.$"
+            ValueError, match=f"^`annotator`: .*_human.pt has no labels '{name}'; .*: 'noisy_label'\\.$"
         ):
             AnnotatorNoise(tmp_path / "CIFAR-100_human.pt", name)(torch.from_numpy(clean), 100)
 
@@ -98,7 +98,7 @@ def test_a_file_that_could_run_code_is_refused(tmp_path):
     for name, more in {"beside": Canary(tmp_path / "ran"), "inside": inside}.items():
         path = people(tmp_path / f"{name}.pt", more=more)
         with pytest.raises(
-            ValueError, match=r"^`noise`: .* is not read: it is not whole, or holds more than arrays of who"
+            ValueError, match=r"^`noise`: .* cannot be read: it is damaged, or contains more than arrays of who"
         ):
             AnnotatorNoise(path, "worse_label")(CLEAN, 10)
         assert not (tmp_path / "ran").exists()
@@ -114,17 +114,15 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             AnnotatorNoise(path, annotator)(labels, 10, rows)
 
-    refused(
-        rf"^`noise`: no file {re.escape(str(path))}\. CIFAR-N's are CIFAR-10_human\.pt and CIFAR-100_human\.pt, in "
-    )
+    refused(rf"^`noise`: no file {re.escape(str(path))}\. Download CIFAR-10_human\.pt or CIFAR-100_human\.pt")
     people(path)
-    refused("^`annotator`: .*people.pt has none named 'worst_label'; nearest: 'worse_label'", "worst_label")
+    refused("^`annotator`: .*people.pt has no labels 'worst_label'; nearest: 'worse_label'", "worst_label")
     others = "file is of another data set, of another split, or in another order"
     refused(rf"'clean_label' in .* is not the true label of 30 of 30 images; the {others}", labels=(CLEAN + 1) % 10)
     refused("is not the true label of 2 of 2 images", labels=CLEAN[:2], rows=torch.tensor([1, 0]))
-    refused("has labels of 30 images, and the training split has more, at least 31; it is", rows=torch.arange(1, 31))
+    refused("has labels of 30 images, but the training split has at least 31; the file is", rows=torch.arange(1, 31))
     people(path, worse_label=np.zeros(29, dtype=int))
-    refused("has 30 labels as 'clean_label' and 29 as 'worse_label'")
+    refused("'clean_label' has 30 labels, 'worse_label' 29")
     people(path, worse_label=np.full(30, 10))
     refused("labels run from 10 to 10, outside the 10 classes")
     for column in (np.zeros(30), np.zeros((30, 1), dtype=int), torch.zeros(30), [0] * 30):

@@ -69,22 +69,21 @@ FIT = "`freeze_backbone=true`, or train without `features`."
 REFUSED = {
     "augment": (
         lambda: (DigitsDataModule(augment=True), classifier()),
-        "DigitsDataModule changes its training images at random, and the features of changed images are not those that "
-        "are cached. Set `augment=false` (flipping by `flip` is cached), or train without `features`.",
+        "DigitsDataModule augments its training images at random, so that their features cannot be cached. Set "
+        "`augment=false` (flipping by `flip` is cached), or train without `features`.",
     ),
-    "a hook of its own": (lambda: (Shifted(), classifier()), "Shifted changes its training images at random, and"),
+    "a hook of its own": (lambda: (Shifted(), classifier()), "Shifted augments its training images at random"),
     "a backbone that trains": (
         lambda: (SmallImages(), classifier(freeze_backbone=False)),
-        f"the backbone trains, so that its features change with every step and cannot be cached. Set {FIT}",
+        f"the backbone is trained, so that its features change with every step and cannot be cached. Set {FIT}",
     ),
     "other data": (
         lambda: (pl.LightningDataModule(), classifier()),
-        "features are cached of labelled images, and `data` is a LightningDataModule. Train without `features`.",
+        "`data` is a LightningDataModule; features can be cached for data modules of labelled images only. Train",
     ),
     "another module": (
         lambda: (SmallImages(), Toy()),
-        "features are cached of a classifier's backbone, such as ImageClassifier's, and `model` is a Toy without "
-        "'backbone', 'freeze_backbone', 'takes_features'. Train without `features`.",
+        "`model` is a Toy without 'backbone', 'freeze_backbone', 'takes_features'; features can be cached for",
     ),
 }
 
@@ -141,7 +140,7 @@ def test_a_checkpoint_with_another_backbone_is_refused(tmp_path):
 
 
 def test_another_model_than_the_trainers_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"^the features are of another model than the one that the trainer got; give"):
+    with pytest.raises(ValueError, match=r"^CachedFeatures and the trainer have different models; give"):
         trainer().fit(classifier(), CachedFeatures(SmallImages(), classifier(), tmp_path))
 
 

@@ -68,8 +68,8 @@ def test_a_damaged_file_is_not_used(kind, tmp_path):
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     train = max(files, key=lambda path: len(files[path]))
     damage(train, kind)
-    said = "does not hold what the backbone says of these images" if kind[-2:] in ("pe", "es") else "is damaged ("
-    with pytest.warns(UserWarning, match=re.escape(f"{train} {said}") + ".*its features are computed anew"):
+    said = "does not hold the backbone's features" if kind[-2:] in ("pe", "es") else "is damaged ("
+    with pytest.warns(UserWarning, match=re.escape(f"{train} {said}") + ".*recomputed"):
         assert prepared(tmp_path) == ([TRAIN, TRAIN, 2] if said[0] == "i" else [2, 2, TRAIN, TRAIN, 2])
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
 
@@ -97,16 +97,16 @@ def test_every_changed_byte_is_noticed_and_the_features_come_back(tmp_path):
         path.write_bytes(changed)
         (said,) = prepare()
         assert str(path) in said
-        assert "its features are computed anew" in said
+        assert "recomputed" in said
         assert {each: each.read_bytes() for each in tmp_path.iterdir()} == whole
     assert prepare() == []
 
 
 def test_what_was_not_computed_is_said(tmp_path):
-    with pytest.raises(MimicError, match=r"^`features`: .*\.npy is not there; `prepare_data\(\)` computes it"):
+    with pytest.raises(MimicError, match=r"^`features`: .*\.npy does not exist; call `prepare_data\(\)`"):
         CachedFeatures(SmallImages(), classifier(), tmp_path).setup()
     (tmp_path / "file").touch()
-    with pytest.raises(MimicError, match=r"^`features`: .*/file cannot be a directory: File exists\.$"):
+    with pytest.raises(MimicError, match=r"^`features`: .*/file cannot be created: File exists\.$"):
         CachedFeatures(SmallImages(), classifier(), tmp_path / "file").prepare_data()
 
 
@@ -119,7 +119,7 @@ def test_a_backbone_whose_weights_do_not_say_all_is_found_out(tmp_path):
 
     prepared(tmp_path, classifier(Scaled))
     Scaled.factor = 1.1
-    with pytest.warns(UserWarning, match="does not hold what the backbone says"):
+    with pytest.warns(UserWarning, match="does not hold the backbone's features"):
         assert prepared(tmp_path, classifier(Scaled)) == [2, 2, TRAIN, TRAIN, 2, TEST]
 
 
@@ -167,8 +167,8 @@ def test_a_full_disk_is_said(when, monkeypatch, tmp_path):
 
     monkeypatch.setattr(*(("shutil.disk_usage", full) if when == "before" else ("os.fsync", full)))
     message = (
-        f"`features`: {tmp_path} has no room for the 0.00 GiB of these images' features; name another directory, or "
-        "train without `features`."
+        f"`features`: {tmp_path} has no space for the 0.00 GiB of features; choose another directory, or train without "
+        "`features`."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         prepared(tmp_path)

@@ -188,7 +188,7 @@ REFUSED = {
     "a classifier": (lambda: nn.Linear(2, 2), {}, "`towers` is a Linear; expected a CLIP of open_clip"),
     "no block": (towers, {"block_size": 0}, "`block_size` is 0; expected a whole number of 1 or more."),
     "an unknown tower": (towers, {"locked": ["images"]}, "`locked`: there is no tower 'images'; "),
-    "no projection": (unknown_end, {"locked": ["image"]}, "`locked`: the image tower of CLIP has none of the proj"),
+    "no projection": (unknown_end, {"locked": ["image"]}, "`locked`: the image tower of CLIP has none of"),
     "no such file": (towers, {"pretrained": "none.ckpt"}, "`pretrained`: no file none.ckpt"),
     "other weights": (
         towers,

@@ -82,19 +82,19 @@ class Scarce(DigitsDataModule):
     [
         (
             lambda: trusted_loader(Scarce()),
-            "`per_class` is 5, but class 0 has 0 trusted samples (0 in all classes). Ask for fewer, or have a "
-            "larger share of the training split trusted (`trusted` of the data module; with experiment=paper/... by "
+            "`per_class` is 5, but class 0 has 0 trusted samples (0 in all classes). Choose a smaller number, or "
+            "a larger trusted share of the training split (`trusted` of the data module; with experiment=paper/... by "
             "reference=trusted_split).",
         ),
         (
             lambda: trusted_loader(digits(), per_class=19),
-            "`per_class` is 19, but class 1 has 17 trusted samples (200 in all classes). Ask for fewer, or have a "
-            "larger share of the training split trusted (`trusted` of the data module; with experiment=paper/... by "
+            "`per_class` is 19, but class 1 has 17 trusted samples (200 in all classes). Choose a smaller number, or "
+            "a larger trusted share of the training split (`trusted` of the data module; with experiment=paper/... by "
             "reference=trusted_split).",
         ),
         (
             lambda: trusted_loader(digits(), per_class=0),
-            "`per_class` counts trusted samples of each class, 1 or more, not 0.",
+            "`per_class` is 0; expected a number of trusted samples per class, 1 or more.",
         ),
         (
             lambda: comparison_loader(LightningDataModule()),

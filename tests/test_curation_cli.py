@@ -112,7 +112,7 @@ def test_curate_begins_with_the_verdict_and_shows_the_share_of_wrong_labels(run,
     assert said.startswith(f"mimic-curate: {tmp_path}/scores: the reference is doubtful: its weights have [little] in")
     assert said.endswith("`accept_verdict=true` decides anyway.")
     text = run("mimic-curate", ledger, "unscored=drop", "accept_verdict=true")
-    first = "The reference is doubtful: its weights have [little] in common; decided all the same."
+    first = "The reference is doubtful: its weights have [little] in common; decided anyway."
     assert text.splitlines()[0] == first
     estimate = "95 % interval 12.5% to 37.5%, as the calibrated reference estimates"
     assert cells(text)[-1] == ["wrong labels", "25.0%", estimate]

@@ -110,7 +110,7 @@ def test_a_sign_that_drops_right_labels_is_warned_of(tmp_path):
         write_scores(tmp_path / name, scores, posterior=np.where(wrong, 0.1, 0.9))
         note(tmp_path / name, 0, {"calibration": calibration})
     with pytest.warns(
-        UserWarning, match=r"drops 80 of 100 samples, and .* 80 of these have a right .*filter=posterior"
+        UserWarning, match=r"drops 80 of 100 samples, but .* 80 of these have a right .*filter=posterior"
     ):
         curate(tmp_path / "overtaken")
     assert curate(tmp_path / "ahead").kept == 80
@@ -164,10 +164,7 @@ MEANINGLESS = {
     "nothing": ({"scorer": "Uniform"}, [Sign(), TopK(count=1), KMeans(), Threshold()], "scores of Uniform (0 for", []),
     "uniform weights": ({"min_ess": 1.0}, [Threshold()], "weights with `min_ess=1`, which are 1/B", [Sign()]),
     "declared": (
-        {"scorer": "Mine", "scorer_settings": {"signed": False}},
-        [Sign()],
-        "scores of Mine, whose sign has no meaning",
-        [KMeans()],
+        {"scorer": "Mine", "scorer_settings": {"signed": False}}, [Sign()], "scores of Mine, whose sign", [KMeans()]
     ),
     "its own weights": ({"scorer": "Uniform", "weighting": "Posterior"}, [Sign()], "scores of Uniform", [Threshold()]),
     "their own": ({"scorer": "Mine", "scorer_settings": {"signed": True}}, [], "", [Sign(), Mixture(), Threshold()]),
@@ -208,7 +205,7 @@ def test_the_refusal_names_what_can_be_taken(tmp_path):
 @for_each("scorer", ["ReferenceLoss", "GradNorm"])
 def test_a_label_model_does_not_start_from_a_sign_that_means_nothing(scorer, tmp_path):
     write_ledger(tmp_path / "scores", {"id": [1], "score": [-1.0]}, configs={"scorer": scorer})
-    with pytest.raises(CurationError, match=r"^`filter`: the label model starts from the share of scores of 0 or more"):
+    with pytest.raises(CurationError, match=r"^`filter`: the label model needs the share of scores of 0 or more"):
         curate(tmp_path / "scores", Ensemble([TopK(count=1)] * 3))
 
 

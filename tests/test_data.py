@@ -110,7 +110,7 @@ def test_transfer_moves_the_tensors_and_leaves_the_ids_on_the_host():
     [
         ([*"aaabbcdefg"], "3 of 10 ids repeat"),
         ([1, 2], "2 ids for 10 samples"),
-        ([True, *range(2, 11)], "ids have types bool, int; all int or all str"),
+        ([True, *range(2, 11)], "ids have types bool, int; expected all int or all str"),
         ([2**64, *range(9)], "WithIds: the id 18446744073709551616 is out of range"),
         ([2**63, *range(-1, 8)], "WithIds: the ids -1 and 9223372036854775808 do not go together"),
     ],
@@ -127,7 +127,7 @@ class Stream(IterableDataset):
 
 @pytest.mark.parametrize("dataset", [Stream(), iter(PAIRS)])
 def test_a_dataset_without_indices_is_refused_with_the_way_out(dataset):
-    with pytest.raises(TypeError, match=f"map-style dataset, and {type(dataset).__name__} has no indices.*`id_from=`"):
+    with pytest.raises(TypeError, match=f"map-style dataset, but {type(dataset).__name__} has no indices.*`id_from=`"):
         WithIds(dataset)
 
 
@@ -166,7 +166,7 @@ def test_noise_depends_on_its_seed_alone_and_touches_neither_labels_nor_the_glob
 
 @for_each("rate", [-0.1, 1.01, float("nan"), float("inf")])
 def test_a_rate_that_is_no_share_is_refused(rate):
-    message = re.escape(f"`rate` is the share of wrong labels, between 0 and 1, not {rate}")
+    message = re.escape(f"`rate` is {rate}; expected the share of wrong labels")
     for noise in (SymmetricNoise, AsymmetricNoise):
         with case(noise), pytest.raises(ValueError, match=message):
             noise(rate)
@@ -280,7 +280,7 @@ def test_the_digits_that_a_manifest_keeps_train_with_their_labels_and_no_others(
 
 
 def test_a_manifest_for_other_digits_or_parts_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`keep` is a choice among the noisy images, and `train` is 'trusted_held'"):
+    with pytest.raises(ValueError, match="`keep` selects among the noisy images, but `train` is 'trusted_held'"):
         digits("trusted_held", keep="curated/manifest.parquet")
     ids = digits(split_seed=1).noisy_ids.tolist()
     with pytest.raises(ValueError, match="decides on 1097 samples and the data set has 1097"):
@@ -303,7 +303,7 @@ def test_a_torchvision_backbone_gives_features(name, width):
 def test_an_unknown_or_unfit_backbone_is_refused():
     with pytest.raises(ValueError, match="torchvision has no classification model 'resnet81'; nearest: 'resnet18'"):
         torchvision_backbone("resnet81")
-    with pytest.raises(ValueError, match="'squeezenet1_0' ends in a AdaptiveAvgPool2d, not in a linear layer"):
+    with pytest.raises(ValueError, match="'squeezenet1_0' ends in a AdaptiveAvgPool2d; expected a linear layer"):
         torchvision_backbone("squeezenet1_0")
 
 

@@ -210,7 +210,10 @@ def test_the_command_writes_the_shards_of_the_experiment(
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["out=full"], "`out`: full is not an empty directory"), (["mismatched=1.5"], "`mismatched` is the share")],
+    [
+        (["out=full"], "`out`: full is not an empty directory"),
+        (["mismatched=1.5"], "`mismatched` is 1.5; expected the share"),
+    ],
 )
 def test_the_command_refuses_in_a_line(
     words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -103,20 +103,20 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(MimicError, match=f"^`root`: {tmp_path} has no class folders; {expected}, with at least two"):
         opened(tmp_path)
     (tmp_path / "imagse").mkdir()
-    with pytest.raises(MimicError, match=r"^`root`: .*/images is no folder \(nearest: 'imagse'\); expected "):
+    with pytest.raises(MimicError, match=r"^`root`: .*/images is not a folder \(nearest: 'imagse'\); expected "):
         opened(tmp_path / "images")
     (tmp_path / "imagse" / "cat").mkdir()
     with pytest.raises(MimicError, match=r"has one class folder, 'imagse'; .* give data.root=.*/imagse\.$"):
         opened(tmp_path)
     shutil.rmtree(tmp_path / "imagse")
     write_folder(tmp_path, ("test",))
-    with pytest.raises(MimicError, match=f"^`root`: {tmp_path} has a folder 'test', but no 'train'; {expected}"):
+    with pytest.raises(MimicError, match=f"^`root`: {tmp_path} has a folder 'test' but no folder 'train'; {expected}"):
         opened(tmp_path)
     write_folder(tmp_path)
     write_folder(tmp_path, ("test",), classes="dx")
     shutil.rmtree(tmp_path / "test" / "b")
     message = (
-        f"`root`: {tmp_path}/train and {tmp_path}/test must have the same classes; in one of them alone: 'b', 'd', 'x'."
+        f"`root`: {tmp_path}/train and {tmp_path}/test must have the same classes; only in one of them: 'b', 'd', 'x'."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         opened(tmp_path)
@@ -125,7 +125,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "train" / "c" / "Thumbs.db").touch()
     (tmp_path / "train" / "notes.txt").touch()
     with pytest.warns(
-        UserWarning, match=r"2 files in .*/train are not images in a class folder, .* \(1 \.db, 1 \.txt\)"
+        UserWarning, match=r"2 files in .*/train are not images in a class folder .* \(1 \.db, 1 \.txt\)"
     ):
         opened(tmp_path)
     (tmp_path / "train" / "notes.txt").unlink()
@@ -171,7 +171,7 @@ def test_sixteen_bits_transparency_and_orientation_are_what_they_are_in_pairs(tm
     for row in range(2):
         assert images[row][:, 0].tolist() == [[0, 117, 255]] * 3
     assert images[2].tolist() == [[[9], [200]], [[9], [0]], [[9], [0]]]
-    with pytest.warns(UserWarning, match=r"2\.png is transparent in part\. Transparency is dropped"):
+    with pytest.warns(UserWarning, match=r"2\.png is partly transparent\. Transparency is dropped"):
         assert images[3].tolist() == [[[1, 4]], [[2, 5]], [[3, 6]]]
     images[3]  # said once
     for row, file in ((0, "0.png"), (2, "1.png"), (3, "2.png")):
@@ -196,7 +196,7 @@ def test_an_image_that_cannot_be_right_is_named(name, tmp_path, monkeypatch):
     path = tmp_path / "train" / "a" / "1.png"
     images = images_of(tmp_path, max_pixels=10_000)
     BAD[name](images[1], path)
-    fix = "raise `max_pixels`" if name == "too big" else "Fetch it again"
+    fix = "increase `max_pixels`" if name == "too big" else "Replace or remove it"
     with pytest.raises(MimicError, match=rf"^image 1 cannot be decoded: {re.escape(str(path))}: .+{fix}"):
         images[1]
 
@@ -208,11 +208,11 @@ def test_names_that_are_no_text_are_refused_before_training(tmp_path):
         os.rename(tmp_path / "train" / "a" / "1.png", bad)
     except OSError:
         pytest.skip("this file system takes no such names")
-    message = r"^`root`: 1 of 9 images in .*/train have names that are not UTF-8, such as 'a/caf\udce9.png'; "
+    message = r"^`root`: 1 of 9 images in .*/train have names that are not UTF-8, such as 'a/caf\udce9.png', but "
     with pytest.raises(MimicError, match=message.replace("\\u", r"\\u")):
         opened(tmp_path)
     os.rename(bad, bad + b".txt")
-    with pytest.warns(UserWarning, match=r"1 files in .* are left out \(1 \.txt\), such as a/caf\\udce9\.png\.txt\."):
+    with pytest.warns(UserWarning, match=r"1 files in .* are skipped \(1 \.txt\), such as a/caf\\udce9\.png\.txt\."):
         opened(tmp_path)
 
 
@@ -223,14 +223,14 @@ def test_what_is_hidden_or_no_file_is_no_image(tmp_path):
         (tmp_path / "train" / name).write_bytes(b"\0")
     (tmp_path / "train" / "c" / "2.png").rename(tmp_path / "train" / "c" / "2.PNG")
     (tmp_path / "train" / "c" / "folder.png").mkdir()
-    with pytest.warns(UserWarning, match=r"3 files in .* are left out .*, such as \.ipynb_checkpoints/0\.png"):
+    with pytest.warns(UserWarning, match=r"3 files in .* are skipped .*, such as \.ipynb_checkpoints/0\.png"):
         module = opened(tmp_path)
     assert module.class_names == ["a", "b", "c"]
     assert module.sources["train"].ids == [*IDS[:-1], "c/2.PNG"]
     (tmp_path / "train" / "c" / "9.png").symlink_to(tmp_path / "nowhere.png")
     with (
-        pytest.warns(UserWarning, match="are left out"),
-        pytest.raises(MimicError, match=r"^1 of 10 images are not there, such as .*/c/9\.png"),
+        pytest.warns(UserWarning, match="are skipped"),
+        pytest.raises(MimicError, match=r"^1 of 10 images do not exist, such as .*/c/9\.png"),
     ):
         opened(tmp_path)
 

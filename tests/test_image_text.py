@@ -76,7 +76,7 @@ def test_labelled_pictures_need_not_be_tensors(shards):
     [(images, labels)] = data.val_dataloader()[0]
     assert images.tolist() == [[9, 9, 9], [3, 0, 7]]
     assert labels.tolist() == [1, 0]
-    with pytest.raises(ValueError, match=r"`zero_shot`: Pictures.test_dataloader\(\) is no loader of a map-style"):
+    with pytest.raises(ValueError, match=r"`zero_shot`: Pictures.test_dataloader\(\) is not a loader of a map-style"):
         data.test_dataloader()
 
 
@@ -97,8 +97,8 @@ def test_open_clips_own_transform_and_tokenizer_fit(tmp_path):
 @for_each(
     ("options", "message"),
     [
-        ({"with_replacement": True}, "`with_replacement` has no end of its own; give `samples_per_epoch`"),
-        ({"samples_per_epoch": 5}, "`samples_per_epoch` is 5, and one pass over all pairs is an epoch"),
+        ({"with_replacement": True}, "`with_replacement` needs the length of an epoch; give `samples_per_epoch`"),
+        ({"samples_per_epoch": 5}, "`samples_per_epoch` is 5, but without `with_replacement` an epoch is one pass"),
         ({"batch_size": 0}, "`batch_size` is 0; expected at least 1"),
         ({"shuffle": -1}, "`shuffle` is -1; expected at least 0"),
         ({"max_pixels": 0}, "`max_pixels` is 0; expected at least 1"),
@@ -110,8 +110,10 @@ def test_arguments_that_make_no_sense_are_refused(options, message, shards):
 
 
 def test_a_tokenizer_or_directory_that_is_none_is_refused_before_training(shards, tmp_path):
-    with pytest.raises(ValueError, match=re.escape("`tokenizer` made torch.float32 (1,) of one caption; expected")):
+    with pytest.raises(
+        ValueError, match=re.escape("`tokenizer` returned torch.float32 (1,) for one caption; expected")
+    ):
         ImageTextDataModule(str(shards[0]), transform, lambda captions: torch.zeros(len(captions))).setup()
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=f"`rejects`: {tmp_path}/file cannot be a directory"):
+    with pytest.raises(ValueError, match=f"`rejects`: {tmp_path}/file cannot be created"):
         data_of(shards, rejects=tmp_path / "file").setup()

@@ -159,7 +159,7 @@ BAD_LISTS = {
     "no image": ([("id",), ("a/a9.png",), ("b0.png",), ("nowhere.png",)],
                  r"2 of 3 entries of .*trusted.csv name no training image: 'a/a9.png', 'nowhere.png'; nearest: 'a/a"),
     "two images": ([("id",), ("0.png",)], r"1 of 1 entries of .* more than one image: '0.png' is 'a/0.png', 'b/0.p"),
-    "no class": ([("id", "label"), ("a0.png", "bb")], r"1 labels of .* are no classes, such as 'bb'; nearest: 'b'"),
+    "no class": ([("id", "label"), ("a0.png", "bb")], r"1 labels of .* are not classes, such as 'bb'; nearest: 'b'"),
     "two labels": ([("id", "label"), ("a0.png", "b"), ("a/a0.png", "c")], r"two different labels of 'a/a0.png'"),
     "a missing class": ([("id",), ("a0.png",), ("b0.png",)], r"no image of 1 of 3 classes: 'c'\. A reference cannot"),
     "no column": ([("name",), ("a0.png",)], r"has the columns 'name'; expected exactly one of id, path, file, f"),
@@ -196,7 +196,7 @@ def test_lists_that_are_not_there_or_no_lists_are_refused(tmp_path):
 def test_all_images_of_a_class_may_be_checked(tmp_path):
     root = flat(tmp_path / "images", count=2)
     rows = [("id",), ("a0.png",), ("b0.png",), ("c0.png",), ("c1.png",)]
-    with pytest.warns(UserWarning, match=r"lists all images of 'c'\. A model that is trained on the other"):
+    with pytest.warns(UserWarning, match=r"lists all images of 'c'\. A model trained on the other"):
         opened(root, trusted=write_list(tmp_path / "trusted.csv", rows))
     opened(root, trusted=tmp_path / "trusted.csv", train="trusted_fit")
 
@@ -211,7 +211,7 @@ def test_a_folder_needs_no_splits(tmp_path):
     assert len(module.sources["train"].ids) == 19
     Image.fromarray(picture("train", 0)).save(root / "loose.png")
     write_list(root / "trusted.csv", [("id",), ("test0.png",), ("train0.png",), ("ab0.png",)])
-    with pytest.warns(UserWarning, match=r"^1 files in .* are left out \(1 \.png\), such as loose\.png"):
+    with pytest.warns(UserWarning, match=r"^1 files in .* are skipped \(1 \.png\), such as loose\.png"):
         opened(root, trusted=root / "trusted.csv")
 
 
@@ -219,7 +219,7 @@ def test_images_beside_the_splits_are_counted(tmp_path):
     write_folder(tmp_path, ("train",))
     (tmp_path / "scores.parquet").touch()
     Image.fromarray(picture("train", 0)).save(tmp_path / "loose.png")
-    with pytest.warns(UserWarning, match=r"^1 files in .* are left out \(1 \.png\), such as loose\.png"):
+    with pytest.warns(UserWarning, match=r"^1 files in .* are skipped \(1 \.png\), such as loose\.png"):
         opened(tmp_path)
 
 
@@ -231,7 +231,7 @@ def test_without_a_test_split_only_checked_images_test(tmp_path):
         assert sorted(batch.ids) == sorted(ids_of(module, "trusted_held"))
         assert not set(batch.ids) & {each for batch in module.train_dataloader() for each in batch.ids}
     for module in (opened(root), opened(root, trusted=0.4, train="trusted")):
-        with pytest.warns(UserWarning, match="nothing is tested: the data have no test split"):
+        with pytest.warns(UserWarning, match="the test is skipped: the data have no test split"):
             assert module.test_dataloader() == []
 
 

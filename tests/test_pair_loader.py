@@ -36,7 +36,7 @@ def test_one_process_sees_every_pair_once_in_an_epoch(pipe, shuffle, num_workers
         assert all(len(batch) <= 4 for batch in batches)
         assert sum(len(batch) < 4 for batch in batches) <= max(1, num_workers)
     if pipe:
-        with pytest.raises(TypeError, match="the number of pairs in these shards is not known"):
+        with pytest.raises(TypeError, match="the number of pairs in these shards is unknown"):
             len(loader)
     else:
         assert len(loader) == len(first) == len(second)
@@ -96,11 +96,15 @@ def test_a_worker_whose_shards_are_all_broken_gives_other_pairs(tmp_path):
 
 
 def test_too_few_shards_are_refused_with_what_to_do(shards):
-    with pytest.raises(ValueError, match=re.escape("5 shards for 2 ranks with 3 workers each; every worker needs one")):
+    with pytest.raises(
+        ValueError, match=re.escape("5 shards for 2 ranks with 3 workers each; every worker needs its own")
+    ):
         of_rank(shards, 0, 2, num_workers=3).train_dataloader()
-    with pytest.raises(ValueError, match=re.escape("5 shards for 6 ranks; every rank needs one of its own")):
+    with pytest.raises(ValueError, match=re.escape("5 shards for 6 ranks; every rank needs its own")):
         of_rank(shards, 0, 6).train_dataloader()
-    with pytest.raises(ValueError, match=re.escape("their number is not known for 1 of 2 shards, such as pipe:cat")):
+    with pytest.raises(
+        ValueError, match=re.escape("the number of pairs is unknown for 1 of 2 shards, such as pipe:cat")
+    ):
         of_rank([shards[0], f"pipe:cat {shards[1]}"], 0, 2).train_dataloader()
 
 
@@ -181,7 +185,7 @@ def test_a_state_of_other_settings_starts_its_epoch_anew_and_says_so(shards):
     loader = module(shards, shuffle=5).train_dataloader()
     next(iter(loader))
     other = module(shards, shuffle=5, batch_size=3).train_dataloader()
-    with pytest.warns(UserWarning, match=re.escape("(batch_size: 4, now 3); its epoch starts anew")):
+    with pytest.warns(UserWarning, match=re.escape("(batch_size: 4, now 3). The epoch restarts")):
         other.load_state_dict(loader.state_dict())
     assert sorted(flat(batches_of(other))) == ALL
 

@@ -148,9 +148,9 @@ def test_two_manifests_are_compared(tmp_path):
     assert dict(zip(data["ids"], data["columns"]["other_keep"], strict=True)) == {
         "0": True, "1": False, "2": True, "3": False, "4": None,
     }  # fmt: skip
-    assert "Kept by old alone" in page.read_text()
+    assert "Kept only by old" in page.read_text()
     words = manifest_of(tmp_path / "c", {"id": ["0", "1"], "keep": [True, True]})
-    with pytest.raises(CurationError, match=r"has ids of type BIGINT, and .* of type VARCHAR"):
+    with pytest.raises(CurationError, match=r"has ids of type BIGINT, but .* of type VARCHAR"):
         report(one, out=tmp_path / "page", against=words)
 
 
@@ -165,7 +165,7 @@ def test_the_page_stays_within_its_size(tmp_path):
     assert size / 2 < small.stat().st_size <= size / 1.5
     kept = len(data_of(small)["images"])
     assert 0 < kept < 60
-    assert f"{60 - kept} are left out, so that the page does not become too big" in small.read_text()
+    assert f"{60 - kept} images or texts are left out to limit the size" in small.read_text()
     few = report(tmp_path / "m", images, tmp_path / "few", most_views=8)
     assert sorted(map(int, data_of(few)["images"])) == [0, 1, 2, 3, 4, 5, 58, 59]
 
@@ -181,8 +181,8 @@ def test_samples_that_are_not_there_or_cannot_be_read_are_said_to_be(tmp_path):
 
     page = report(tmp_path / "m", Broken(["a", "b"]), tmp_path / "page")
     assert data_of(page)["texts"] == {"0": "a", "1": "cannot be read: the file is gone"}
-    assert "1 of them are not in the data set that was given." in page.read_text()
-    with pytest.raises(MimicError, match="has none of the 3 samples that are shown, such as id 0"):
+    assert "1 of these samples are not in the given data set." in page.read_text()
+    with pytest.raises(MimicError, match="has none of the 3 samples to show, such as id 0"):
         report(tmp_path / "m", WithIds(["a", "b"], ["x", "y"]), tmp_path / "page")
     with pytest.raises(MimicError, match="`dataset` is a int; expected a map-style data set"):
         report(tmp_path / "m", 3, tmp_path / "page")

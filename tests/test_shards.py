@@ -98,7 +98,7 @@ def test_a_pair_whose_files_lie_apart_is_never_given_by_halves(name, tmp_path):
     files, lost = TWISTED[name]
     loader = module([write(tmp_path / "0.tar", files)], rejects=tmp_path / "rejects")
     if len(lost) == 3:
-        with pytest.raises(MimicError, match=re.escape("none of the 1 shards gave a pair")):
+        with pytest.raises(MimicError, match=re.escape("none of the 1 shards has a usable pair")):
             batches_of(loader.train_dataloader())
         given = []
     else:
@@ -204,7 +204,9 @@ def test_shards_without_a_usable_pair_are_an_error_that_says_why(name, pipe, tmp
     files, why = NO_PAIRS[name]
     path = write(tmp_path / "0.tar", files)
     data = module([f"pipe:cat {path}" if pipe else path], rejects=tmp_path / "rejects")
-    with pytest.raises(MimicError, match=rf"none of the 1 shards gave a pair.*{why}.*KEY\.jpg.*listed in .*rejects"):
+    with pytest.raises(
+        MimicError, match=rf"none of the 1 shards has a usable pair.*{why}.*KEY\.jpg.*listed in .*rejects"
+    ):
         list(data.train_dataloader())  # where shards are local, by making the loader
     assert bool(Rejects(tmp_path / "rejects").pairs) == bool(files)
 
@@ -337,7 +339,7 @@ def test_whatever_befalls_a_shard_no_picture_is_given_under_anothers_id(seed, tm
             ]
         except MimicError as error:
             # A json that was copied to another pair gives two pairs one id, as far as their names tell.
-            assert re.search("none of the 1 shards gave a pair|the id .* names two pairs", str(error))  # noqa: PT017
+            assert re.search("none of the 1 shards has a usable pair|the id .* names two pairs", str(error))  # noqa: PT017
             continue
         numbers = {uid(number): number for number in images}
         # A bit of an id can flip, too, and nothing tells; it is then that of no other pair.
@@ -401,11 +403,11 @@ def damaged(path, how):
 
 DAMAGES = {
     "cut inside a file": "unexpected end of data",
-    "cut inside a header": "it is cut inside a header",
-    "cut between files": "it is cut between two files",
-    "cut between pairs": "it is cut between two files",
+    "cut inside a header": "it is truncated inside a header",
+    "cut between files": "it is truncated between two files",
+    "cut between pairs": "it is truncated between two files",
     "a bit of a header": "a damaged header (bad checksum)",
-    "zeros within": "more follows after the end mark",
+    "zeros within": "data follow after the end mark",
 }
 
 
@@ -483,19 +485,22 @@ REFUSED = {
     "none": ([], "`shards` is empty; give paths such as"),
     "missing": (
         "{folder}/{{00000000..00000005}}.tar",
-        "`shards`: 4 of 6 shards are not there: {folder}/00000002.tar, {folder}/00000003.tar, {folder}/00000004.tar "
-        "and more. {folder} holds 2 of them, 00000000.tar to 00000001.tar. Ranges are written {{000..127}}; * "
+        "`shards`: 4 of 6 shards do not exist: {folder}/00000002.tar, {folder}/00000003.tar, {folder}/00000004.tar "
+        "and more. {folder} contains 2 of them, 00000000.tar to 00000001.tar. Ranges are written {{000..127}}; * "
         "is not expanded.",
     ),
     "no folder": (
         "{folder}/x/0.tar",
-        "`shards`: 1 of 1 shards are not there: {folder}/x/0.tar. {folder}/x is no directory",
+        "`shards`: 1 of 1 shards do not exist: {folder}/x/0.tar. {folder}/x is not a directory",
     ),
     "a folder": (
         "{folder}",
-        "`shards`: {folder} is a directory; name its shards. It holds 2 of them, 00000000.tar to 00000001.tar.",
+        "`shards`: {folder} is a directory; give its shards. It contains 2 of them, 00000000.tar to 00000001.tar.",
     ),
-    "a strange address": ("s5://bucket/0.tar", "`shards`: 's5://bucket/0.tar' begins with s5:, which cannot be opened"),
+    "a strange address": (
+        "s5://bucket/0.tar",
+        "`shards`: 's5://bucket/0.tar' has the unknown scheme s5:; expected a path",
+    ),
     "a half brace": ("{{0..1.tar", "`shards`: '{{0..1.tar' cannot be expanded: Unbalanced braces"),
 }
 
@@ -531,7 +536,7 @@ def test_rejects_are_kept_flushed_and_read_without_repeats(tmp_path):
     part = next(tmp_path.glob("*.parquet"))
     assert pq.ParquetFile(part).metadata.row_group(0).column(0).statistics is None
     part.write_bytes(part.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=f"{part} is no list of rejects"):
+    with pytest.raises(ValueError, match=f"{part} is not a list of rejects"):
         Rejects(tmp_path)
 
 

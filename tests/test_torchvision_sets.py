@@ -76,7 +76,9 @@ def test_labels_are_read_without_decoding_an_image(written, monkeypatch):
     for split in module.sources:
         assert torch.equal(module.sources[split].labels, labels_of(name, split))
     where = "" if SETS[name].files is None else re.escape(str(root)) + r".*\.jpg: "
-    with pytest.raises(ValueError, match=rf"^image 7 cannot be decoded: {where}an image was opened. Fetch it again; "):
+    with pytest.raises(
+        ValueError, match=rf"^image 7 cannot be decoded: {where}an image was opened. Replace or remove it"
+    ):
         module.sources["train"].images[7]
 
 
@@ -100,7 +102,7 @@ def test_trusted_images_are_set_apart_by_class_and_by_their_own_seed(written):
         assert not torch.equal(other.rows[part], module.rows[part])
     if name == "cifar10":
         with pytest.raises(
-            ValueError, match=re.escape("`trusted` is 0.9, and class 'name 0' has 3 training images; 3 of them")
+            ValueError, match=re.escape("`trusted` is 0.9, but class 'name 0' has 3 training images, of which 3")
         ):
             opened(name, root, trusted=0.9)
 
@@ -128,7 +130,7 @@ def test_a_key_tells_images_and_transforms_apart(written):
     assert key == opened(name, root, seed=3, trusted=0.4, noise=SymmetricNoise(0.2)).sources["train"].key()
     assert key != opened(name, root, paper_transform(8)).sources["train"].key()
     assert len({source.key() for source in sources.values()}) == len(sources)
-    with pytest.raises(ValueError, match=r"`transform` is <function .* at 0x\w+>, which does not say what it does"):
+    with pytest.raises(ValueError, match=r"`transform` is <function .* at 0x\w+>, which does not show its settings"):
         opened(name, root, lambda image: image).sources["train"].key()
     files = sources["train"].images.files
     if files is not None:

@@ -33,9 +33,9 @@ def test_without_a_network_it_is_said_what_belongs_where(tmp_path, monkeypatch):
         where = tmp_path / name / spec.folder
         message = (
             f"`data`: {spec.reader} cannot be read from {tmp_path / name}: <urlopen error no route to host>. "
-            f"`download=True` fetches it; without a network put {' and '.join(spec.archives)} into {where}, and "
-            f"`download=True` unpacks that to {' and '.join(str(tmp_path / name / path) for path in spec.unpacked)}. "
-            "What is there already and not whole must be removed first."
+            f"Set `download=True` to download it. Without a network, copy {' and '.join(spec.archives)} to {where}; "
+            f"`download=True` unpacks them to {' and '.join(str(tmp_path / name / path) for path in spec.unpacked)}. "
+            "Remove incomplete files first."
         )
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$") as caught:
             module.prepare_data()
@@ -113,7 +113,7 @@ def test_half_a_set_is_noticed_before_training(tmp_path, monkeypatch):
     write_set("dtd", tmp_path, monkeypatch)
     images = sorted((tmp_path / "dtd" / "dtd" / "images").rglob("*_train*.jpg"))
     images[3].write_bytes(images[3].read_bytes()[:100])
-    broken = rf"^image \d+ cannot be decoded: {re.escape(str(images[3]))}: .*Fetch it again; nothing is left out"
+    broken = rf"^image \d+ cannot be decoded: {re.escape(str(images[3]))}: .*Replace or remove it"
     with pytest.raises(ValueError, match=broken):
         list(opened("dtd", tmp_path).train_dataloader())
     labels = tmp_path / "dtd" / "dtd" / "labels" / "test1.txt"
@@ -125,7 +125,7 @@ def test_half_a_set_is_noticed_before_training(tmp_path, monkeypatch):
     for image in images[:2]:
         image.unlink()
     with pytest.raises(
-        ValueError, match=r"DTD cannot be read from .*: 2 of 141 images are not there, such as .*jpg\. `"
+        ValueError, match=r"DTD cannot be read from .*: 2 of 141 images do not exist, such as .*jpg\. `"
     ):
         opened("dtd", tmp_path)
 
@@ -134,13 +134,9 @@ def test_what_no_set_can_be_is_refused(cifar10):
     with pytest.raises(ValueError, match=re.escape("`name` is 'flower102'; nearest: 'flowers102', 'cifar10'")):
         TorchvisionDataModule("flower102", "sets")
     for share in (-0.1, 1.0, float("nan")):
-        with pytest.raises(
-            ValueError, match=f"`trusted` is a share of the training images, from 0 to below 1, not {share}"
-        ):
+        with pytest.raises(ValueError, match=f"`trusted` is {share}; expected a share .* from 0 to below 1"):
             TorchvisionDataModule("dtd", "sets", trusted=share)
-    with pytest.raises(ValueError, match=r"`train` is 'trusted', and no image is in that part; .*noisy \(30\)"):
+    with pytest.raises(ValueError, match=r"`train` is 'trusted', but that part has no images; .*noisy \(30\)"):
         opened("cifar10", cifar10, train="trusted")
-    with pytest.raises(
-        ValueError, match=re.escape("`transform` is None, so that images stay PIL images, which a zero-")
-    ):
+    with pytest.raises(ValueError, match=re.escape("`transform` is None, so that images are PIL images, on which")):
         opened("cifar10", cifar10, None).train_dataloader()

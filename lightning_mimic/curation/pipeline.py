@@ -34,7 +34,7 @@ Unscored = Literal["keep", "drop", "fail"]
 _NOTED = ("config", "data", "score_kind", "checkpoints")
 
 
-#: Share of the samples from which labels are many.
+#: Share of all samples above which dropped samples with right labels cause a warning.
 _MANY = 0.05
 
 
@@ -147,8 +147,8 @@ def curate(  # noqa: PLR0913
         LedgerError: The ledger does not exist, is damaged, lacks rows or mixes runs.
 
     Warns:
-        UserWarning: The quality estimated from the sign of scores and the share of wrong labels contradict each other,
-            or most labels of the samples that the sign drops are right according to the calibrated reference.
+        UserWarning: The quality estimated from the sign of scores contradicts the share of wrong labels, or most of the
+            samples that the sign drops have right labels according to the calibrated reference.
 
     Example:
         >>> curate("nowhere")
@@ -276,15 +276,15 @@ def _warn_of_contradiction(quality: Quality | None, wrong: WrongShare | None) ->
 
 
 def _warn_of_right_labels_dropped(database: Database) -> None:
-    """Warn of decisions by the sign that the calibrated reference contradicts."""
+    """Warn if most of the samples dropped by the sign of their score have a right label by the calibrated reference."""
     samples, dropped, right = database.row(
         "SELECT count(*), count_if(NOT opinion), count_if(NOT opinion AND posterior >= 0.5) FROM decided"
     )
     if right > max(dropped / 2, _MANY * samples):
         warnings.warn(
-            f"the sign of the score drops {dropped} of {samples} samples, and by the calibrated reference {right} of "
-            "these have a right label. The sign is wrong where the model has become surer than its reference. Decide "
-            "by the calibrated reference (filter=posterior).",
+            f"the sign of the score drops {dropped} of {samples} samples, but according to the calibrated reference "
+            f"{right} of these have a right label. The sign is unreliable once the model is more confident than its "
+            "reference. Decide by the calibrated reference (filter=posterior).",
             stacklevel=3,
         )
 

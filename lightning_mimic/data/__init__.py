@@ -1,4 +1,4 @@
-"""Data sets, label noise, batches that carry ids, and cached features."""
+"""Data modules, label noise, batches with sample ids, and cached features."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""A frozen backbone's features of a data set, computed once, from which heads are trained again and again."""
+"""Features of a frozen backbone, computed once per data set and cached for the training of heads."""
 
 import contextlib
 import dataclasses
@@ -24,9 +24,9 @@ from lightning_mimic.reference import fingerprint
 from lightning_mimic.stores import as_store_path, path_of
 from lightning_mimic.trainer_package import pl
 
-#: Of the files; what is cached under another one is not used.
+#: Version of the file format; files of other versions are not used.
 FORMAT = 2
-# The sources that a stage of Lightning's reads; others read all.
+# Sources that each stage of Lightning reads; other stages read all.
 _READ = {"fit": ("train", "val"), "validate": ("train", "val"), "test": ("test",)}
 _HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -35,11 +35,11 @@ class FeatureModel(Protocol):
     """A classifier that can be trained on its frozen backbone's features, such as ``ImageClassifier``.
 
     Attributes:
-        backbone: From images ``(B, C, H, W)`` to features ``(B, D)``.
-        head: The trained layer; its ``in_features`` is D.
-        freeze_backbone: The backbone does not train and stays in evaluation mode.
-        takes_features: Batches hold features in place of images; set while features are fed.
-        device: On which the model is.
+        backbone: Module from images ``(B, C, H, W)`` to features ``(B, D)``.
+        head: Trained layer, whose ``in_features`` is D.
+        freeze_backbone: Whether the backbone is frozen and stays in evaluation mode.
+        takes_features: Whether batches hold features instead of images; set by :class:`CachedFeatures`.
+        device: Device of the model.
     """
 
     backbone: nn.Module
@@ -55,10 +55,11 @@ _MODEL = ("backbone", "head", "freeze_backbone", "takes_features", "device")
 
 
 class FeatureRows:
-    """Features by row, from a memory-mapped file.
+    """Read features by row from a memory-mapped file.
 
     Args:
-        path: Of a file that :class:`CachedFeatures` wrote; one on a store is fetched, for as long as this is in use.
+        path: Path of a file written by :class:`CachedFeatures`; a file on an object store is downloaded, and the copy
+            is deleted with this object.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,34 +75,34 @@ class FeatureRows:
         return torch.from_numpy(self._rows[row].copy())
 
     def __reduce__(self) -> Any:
-        # A worker that is spawned opens the file itself; the array would be copied to it.
+        # A spawned worker opens the file itself, so that the array is not copied to it.
         return FeatureRows, (self.path,)
 
 
 class CachedFeatures(pl.LightningDataModule):
-    """Another data module, whose images are replaced by what a classifier's frozen backbone makes of them.
+    """Wrap a data module, replacing its images by cached features of a classifier's frozen backbone.
 
-    Loaders, parts, noise, choice, ids, order and the draws of flipped images stay the wrapped module's, so that a head
-    is trained as it would be on the images, up to the rounding of float32: features are computed in batches of another
-    size. They are float32; under mixed precision, where the backbone would run in a lower one, they differ by that
-    one's rounding. Batches are features ``(B, D)`` and labels, with ids.
+    Loaders, parts, noise, filter, ids, order and flips are those of the wrapped data module, so that a head is trained
+    as on the images, up to float32 rounding, because features are computed in batches of another size. Features are
+    float32; with mixed precision, which would run the backbone in lower precision, they differ by the rounding of that
+    precision. Batches are features ``(B, D)`` and labels, with ids.
 
-    A file holds the features of all images of one split, plain and, where training flips, flipped: float32, shape
-    ``(rows, views, D)``, as ``numpy.load`` reads it, and at its end a SHA-256 of its name and content. It is named by a
-    hash of data, transform, backbone and its weights, written by one process under another name first, and used by any
-    number of runs and processes. Before a run uses it, its first and last rows are compared with what the backbone
-    says of these images, and its checksum with its content, which reads the file once (one to two seconds per GiB,
-    in one process of a machine); a file that does not hold what it should is computed anew, with a warning.
+    A file holds the features of all images of one split, and also those of the flipped images if training flips:
+    float32, shape ``(rows, views, D)``, readable by ``numpy.load``, with a SHA-256 of its name and content at the end.
+    Its name is a hash of data, transform, backbone and weights. One process writes it under a temporary name; any
+    number of runs and processes can use it. Before a run uses a file, its first and last rows are compared with the
+    backbone's output for these images, and its checksum is verified, which reads the file once (one to two seconds per
+    GiB, in one process per machine). If either check fails, the features are recomputed with a warning.
 
     Args:
-        data: A data module of labelled images, such as those of ``lightning_mimic.data``; nothing but flipping may
-            change its training images.
-        model: The classifier that is trained, with ``freeze_backbone=True``.
-        directory: For the files, or its URL. From a store a file is fetched once by every process that trains, and once
-            by the one that checks it.
+        data: Data module of labelled images, such as those of ``lightning_mimic.data``, whose training images are not
+            augmented except by flipping.
+        model: Classifier to train, with ``freeze_backbone=True``.
+        directory: Directory for the files, or its URL. From an object store, each training process downloads a file
+            once, and the process that checks it once more.
 
     Raises:
-        MimicError: Another kind of data module or model, a backbone that trains, or random changes of the images.
+        MimicError: ``data`` or ``model`` has another type, the backbone is trained, or images are augmented at random.
 
     Example:
         >>> import tempfile
@@ -120,24 +121,23 @@ class CachedFeatures(pl.LightningDataModule):
         super().__init__()
         if not isinstance(data, pl.LightningDataModule) or not callable(getattr(data, "flipped", None)):
             raise MimicError(
-                f"features are cached of labelled images, and `data` is a {type(data).__name__}. Train without "
-                "`features`."
+                f"`data` is a {type(data).__name__}; features can be cached for data modules of labelled images only. "
+                "Train without `features`."
             )
         if missing := [name for name in _MODEL if not hasattr(model, name)]:
             raise MimicError(
-                "features are cached of a classifier's backbone, such as ImageClassifier's, and `model` is a "
-                f"{type(model).__name__} without {join_names(missing)}. Train without `features`."
+                f"`model` is a {type(model).__name__} without {join_names(missing)}; features can be cached for "
+                "classifiers such as ImageClassifier only. Train without `features`."
             )
         if not model.freeze_backbone:
             raise MimicError(
-                "the backbone trains, so that its features change with every step and cannot be cached. Set "
+                "the backbone is trained, so that its features change with every step and cannot be cached. Set "
                 "`freeze_backbone=true`, or train without `features`."
             )
         if _augments(data):
             raise MimicError(
-                f"{type(data).__name__} changes its training images at random, and the features of changed images are "
-                "not those that are cached. Set `augment=false` (flipping by `flip` is cached), or train without "
-                "`features`."
+                f"{type(data).__name__} augments its training images at random, so that their features cannot be "
+                "cached. Set `augment=false` (flipping by `flip` is cached), or train without `features`."
             )
         self.data: Any = data
         self.model = model
@@ -145,20 +145,20 @@ class CachedFeatures(pl.LightningDataModule):
         self._plain: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
-        """Computes what is not there, on the trainer's device, in one process of a machine.
+        """Compute missing features on the trainer's device, in one process per machine.
 
         Raises:
-            MimicError: The trainer trains another model, or files cannot be written; the disk may have no room.
+            MimicError: The trainer trains another model, or files cannot be written, for example on a full disk.
         """
         trained: Any = None if self.trainer is None else self.trainer.lightning_module
         if trained not in (None, self.model):
-            raise MimicError("the features are of another model than the one that the trainer got; give both the same.")
+            raise MimicError("CachedFeatures and the trainer have different models; give both the same one.")
         self.data.prepare_data()
         self.data.setup()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise MimicError(f"`features`: {self.directory} cannot be a directory: {error.strerror}.") from error
+            raise MimicError(f"`features`: {self.directory} cannot be created: {error.strerror}.") from error
         self.model.backbone.to(self._device).eval()
         for name, path in self._paths(None if self.trainer is None else self.trainer.state.fn).items():
             images = self._source(name).images
@@ -166,17 +166,19 @@ class CachedFeatures(pl.LightningDataModule):
                 self._write(path, images, self._views(name))
 
     def setup(self, stage: str | None = None) -> None:
-        """Puts features in the images' place; the model takes them from here on."""
+        """Replace images by features, and set the model to take features."""
         self.data.setup(stage)
         for name, path in self._paths(stage).items():
             source = self._plain[name] = self._source(name)
             if not path.exists():
-                raise MimicError(f"`features`: {path} is not there; `prepare_data()` computes it, on every machine.")
+                raise MimicError(
+                    f"`features`: {path} does not exist; call `prepare_data()` on every machine to compute it."
+                )
             self.data.sources[name] = dataclasses.replace(source, images=FeatureRows(path))
         self.model.takes_features = True
 
     def teardown(self, stage: str | None = None) -> None:
-        """Gives the images back."""
+        """Restore the images."""
         self.data.sources |= self._plain
         self._plain = {}
         self.model.takes_features = False
@@ -200,12 +202,12 @@ class CachedFeatures(pl.LightningDataModule):
 
     @property
     def num_classes(self) -> Any:
-        """Of the wrapped module, where it says so."""
+        """Number of classes of the wrapped data module; ``None`` if unknown."""
         return getattr(self.data, "num_classes", None)
 
     @property
     def class_names(self) -> Any:
-        """Of the wrapped module, where it has them."""
+        """Names of the classes of the wrapped data module; ``None`` if unknown."""
         return getattr(self.data, "class_names", None)
 
     @property
@@ -213,17 +215,17 @@ class CachedFeatures(pl.LightningDataModule):
         return self.model.device if self.trainer is None else self.trainer.strategy.root_device
 
     def _source(self, name: str) -> Any:
-        """With the images themselves."""
+        """Return a source with its images instead of features."""
         return self._plain.get(name, self.data.sources[name])
 
     def _views(self, name: str) -> int:
         return 2 if self.data.flip and name == "train" else 1
 
     def _paths(self, stage: str | None) -> dict[str, Path]:
-        """The files of the sources that are read, by name."""
+        """Return the files of the sources that a stage reads, by name of the source."""
         names = tuple(self.data.sources) if stage is None else _READ.get(stage, tuple(self.data.sources))
         if "test" in names and "test" not in self.data.sources:
-            names = (*names, "train")  # of which the held-out trusted images test
+            names = (*names, "train")  # whose held-out trusted images are the test set
         if self.trainer is not None and self.trainer.limit_val_batches == 0:
             names = tuple(name for name in names if name != "val")
         weights = fingerprint(self.model.backbone.state_dict())
@@ -236,49 +238,49 @@ class CachedFeatures(pl.LightningDataModule):
         return paths
 
     def _features(self, images: Tensor, views: int) -> Tensor:
-        """On the CPU, float32, shape ``(B, views, D)``."""
+        """Return features of a batch on the CPU, float32, shape ``(B, views, D)``."""
         images = images.to(self._device)
         with torch.no_grad():
-            seen = [self.model.backbone(each) for each in (images, images.flip(-1))[:views]]
-        return torch.stack(seen, 1).float().cpu()
+            features = [self.model.backbone(each) for each in (images, images.flip(-1))[:views]]
+        return torch.stack(features, 1).float().cpu()
 
     def _holds(self, path: Path, images: Any, views: int) -> bool:
-        """Whether a file has the features of these images."""
+        """Return whether a file is whole and has the features of these images."""
         with fetched(path) as content:
             return self._content_holds(content, images, views)
 
     def _content_holds(self, path: Path, images: Any, views: int) -> bool:
         try:
             held = _opened(path)
-        except Exception as error:  # a damaged header fails in many ways
+        except Exception as error:  # a damaged header raises many types of errors
             self._warn_of_damage(path, str(error))
             return False
         ends = [0, len(images) - 1]
         expected = self._features(torch.stack([images[row] for row in ends]), views)
         if held.shape == (len(images), *expected.shape[1:]) and held.dtype.str == "<f4":
             difference = (torch.from_numpy(held[ends]) - expected).norm()
-            # Another device or batch size rounds otherwise; another backbone or image differs by more.
+            # Rounding depends on device and batch size; another backbone or image differs by more.
             if difference <= 1e-2 * expected.norm():
                 if _is_whole(path):
                     return True
-                self._warn_of_damage(path, "its checksum is not that of its content")
+                self._warn_of_damage(path, "its checksum does not match its content")
                 return False
         pl.utilities.rank_zero_warn(
-            f"{path} does not hold what the backbone says of these images; its features are computed anew."
+            f"{path} does not hold the backbone's features of these images; they are recomputed."
         )
         return False
 
     def _warn_of_damage(self, path: Path, why: str) -> None:
-        pl.utilities.rank_zero_warn(f"{path} is damaged ({why}); its features are computed anew.")
+        pl.utilities.rank_zero_warn(f"{path} is damaged ({why}); its features are recomputed.")
 
     def _write(self, path: Path, images: Any, views: int) -> None:
         shape = (len(images), views, self.model.head.in_features)
-        # What goes to a store is written on the disk first.
+        # A file for an object store is written to the local disk first.
         disk = tempfile.gettempdir() if as_store_path(self.directory) else self.directory
         size, free = 4 * math.prod(shape), shutil.disk_usage(disk).free
         no_room = (
-            f"`features`: {disk} has no room for the {size / 2**30:.2f} GiB of these images' features; name "
-            "another directory, or train without `features`."
+            f"`features`: {disk} has no space for the {size / 2**30:.2f} GiB of features; choose another directory, or "
+            "train without `features`."
         )
         if free < size:
             raise MimicError(no_room)
@@ -295,8 +297,8 @@ class CachedFeatures(pl.LightningDataModule):
             raise MimicError(no_room) from error
 
     def _contents(self, images: Any, shape: tuple[int, int, int]) -> Iterator[bytes]:
-        """Yield the parts of a file, which is written as a stream: to write into a memory map of a full disk kills."""
-        from numpy.lib import format as npy  # torch comes without it
+        """Yield the content of a file in parts; writing to a memory map would kill the process if the disk is full."""
+        from numpy.lib import format as npy  # torch does not require NumPy
 
         header = io.BytesIO()
         npy.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
@@ -305,9 +307,7 @@ class CachedFeatures(pl.LightningDataModule):
             images,
             batch_size=self.data.eval_batch_size,
             num_workers=self.data.num_workers,
-            generator=torch_generator(
-                0, "loader workers"
-            ),  # or it would draw from the one that the training draws from
+            generator=torch_generator(0, "loader workers"),  # leaves the global generator unchanged
         )
         quiet = self.trainer is None or self.trainer.progress_bar_callback is None
         with pl.callbacks.progress.tqdm_progress.Tqdm(
@@ -319,12 +319,12 @@ class CachedFeatures(pl.LightningDataModule):
 
 
 def _digest(path: Path) -> "hashlib._Hash":
-    """Return the hash of a file's name, to which its content is added: a file under another's name is noticed."""
+    """Return a hash that starts with the file's name, so that a renamed file is noticed."""
     return hashlib.sha256(path.name.encode())
 
 
 def _is_whole(path: Path) -> bool:
-    """Return whether a file ends with the checksum of what it holds."""
+    """Return whether a file ends with the checksum of its content."""
     digest = _digest(path)
     rest = path.stat().st_size - digest.digest_size
     with path.open("rb") as file:
@@ -341,9 +341,10 @@ def _opened(path: Path) -> Any:
 
 
 def _augments(data: Any) -> bool:
-    """Whether training images are changed otherwise than by flipping.
+    """Return whether training images may be augmented other than by flipping.
 
-    A data module says so by ``augment``. One that does not, and has hooks of its own for its batches, may do anything.
+    This is the attribute ``augment`` of the data module. Without it, a data module that overrides hooks for its batches
+    is assumed to augment images.
     """
     flips = [kind for kind in type(data).__mro__ if "flipped" in vars(kind)][-1]
     hooks = any(getattr(type(data), name) is not getattr(flips, name) for name in _HOOKS)

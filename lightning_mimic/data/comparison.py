@@ -1,4 +1,4 @@
-"""Batches to compare a training batch with: of the same doubtful data, or of a few trusted samples."""
+"""Reference batches for scorers that compare: a second pass over the training data, or a few trusted samples."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,16 +13,16 @@ from lightning_mimic.random_streams import stream_seed, torch_generator
 
 
 def comparison_loader(data: Any) -> DataLoader:
-    """What trains, once more: the same images and given labels in batches of the same size and in an order of its own.
+    """Return a second loader of the training images and given labels, with the same batch size and its own order.
 
-    The training loader's draws stay what they are. Under DDP every rank goes through all of it, in the same order, so
-    that any number of processes compares with the same batches. Images are not flipped and not shifted.
+    The random numbers of the training loader do not change. With DDP, each rank iterates over all images in the same
+    order, so that the batches do not depend on the number of processes. Images are neither flipped nor shifted.
 
     Args:
-        data: A data module of labelled images in parts; prepared and set up if it is not yet.
+        data: Data module of labelled images in parts; it is prepared and set up if necessary.
 
     Raises:
-        MimicError: A data module of another kind.
+        MimicError: ``data`` has another type.
 
     Example:
         >>> from lightning_mimic.data.digits import DigitsDataModule
@@ -35,7 +35,7 @@ def comparison_loader(data: Any) -> DataLoader:
     return DataLoader(
         loader.dataset,
         batch_size=parts.batch_size,
-        # On any number of processes, one: the order of every pass follows from the seed and the pass.
+        # One replica on any number of processes: the order depends on the seed and the epoch only.
         sampler=DistributedSampler(
             loader.dataset, num_replicas=1, rank=0, seed=stream_seed(parts.seed, "comparison order")
         ),
@@ -45,20 +45,20 @@ def comparison_loader(data: Any) -> DataLoader:
 
 
 def trusted_loader(data: Any, per_class: int = 5, seed: int = 0) -> Iterable[Any]:
-    """One batch of a few trusted samples of every class with their true labels, again and again.
+    """Return an iterable over one batch of a few trusted samples of each class, with their true labels.
 
-    They come from the parts ``"trusted_fit"`` and ``"trusted_held"``, never from the test set or the noisy part.
+    The samples are from the parts ``"trusted_fit"`` and ``"trusted_held"``, never from the test set or the noisy part.
 
     Args:
-        data: A data module of labelled images in parts; prepared and set up if it is not yet.
-        per_class: Samples of each class.
-        seed: Of the draw; the global generator is not touched.
+        data: Data module of labelled images in parts; it is prepared and set up if necessary.
+        per_class: Number of samples of each class.
+        seed: Seed of the selection; the global random state is left unchanged.
 
     Returns:
-        A list that holds the batch: images, and int64 labels of shape ``(per_class * classes,)``.
+        A list with the batch: images, and int64 labels of shape ``(per_class * classes,)``.
 
     Raises:
-        MimicError: A data module of another kind, or too few trusted samples of a class.
+        MimicError: ``data`` has another type, or a class has too few trusted samples.
 
     Example:
         >>> from lightning_mimic.data.digits import DigitsDataModule
@@ -67,7 +67,7 @@ def trusted_loader(data: Any, per_class: int = 5, seed: int = 0) -> Iterable[Any
         tensor([2, 2, 2, 2, 2, 2, 2, 2, 2, 2])
     """
     if not isinstance(per_class, int) or isinstance(per_class, bool) or per_class < 1:
-        raise MimicError(f"`per_class` counts trusted samples of each class, 1 or more, not {per_class!r}.")
+        raise MimicError(f"`per_class` is {per_class!r}; expected a number of trusted samples per class, 1 or more.")
     parts = _ready(data)
     rows = parts.rows["trusted"]
     labels = parts.sources["train"].labels[rows]
@@ -78,7 +78,7 @@ def trusted_loader(data: Any, per_class: int = 5, seed: int = 0) -> Iterable[Any
         if len(of_class) < per_class:
             raise MimicError(
                 f"`per_class` is {per_class}, but class {each} has {len(of_class)} trusted samples ({len(rows)} in all "
-                "classes). Ask for fewer, or have a larger share of the training split trusted (`trusted` of the "
+                "classes). Choose a smaller number, or a larger trusted share of the training split (`trusted` of the "
                 "data module; with experiment=paper/... by reference=trusted_split)."
             )
         drawn.append(of_class)

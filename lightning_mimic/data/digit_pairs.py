@@ -1,4 +1,4 @@
-"""Scikit-learn's digits with captions, as shards of image-text pairs in the layout of img2dataset and DataComp."""
+"""Image-text pairs made from scikit-learn's digits, written as shards in the layout of img2dataset and DataComp."""
 
 import hashlib
 import io
@@ -33,12 +33,12 @@ PAIRS_PER_SHARD = 100
 
 
 class DigitPairs(NamedTuple):
-    """Digits that become pairs; int64 tensors of one length.
+    """Hold the digits of image-text pairs, as int64 tensors of equal length.
 
     Attributes:
-        rows: Row numbers of ``sklearn.datasets.load_digits``.
-        shown: The digits that the images show.
-        named: The digits that the captions name.
+        rows: Row numbers in ``sklearn.datasets.load_digits``.
+        shown: Digits shown by the images.
+        named: Digits named by the captions.
     """
 
     rows: Tensor
@@ -47,18 +47,18 @@ class DigitPairs(NamedTuple):
 
 
 def split_digit_pairs(seed: int, mismatched: float) -> dict[str, DigitPairs]:
-    """Divide the digits among the parts; none of them is among the 500 test images of ``DigitsDataModule``.
+    """Divide the digits into parts, leaving out the 500 test images of ``DigitsDataModule``.
 
     Args:
-        seed: Seed of the split, and of which captions are mismatched.
+        seed: Seed of the split, and of the selection of mismatched captions.
         mismatched: Share of the pool whose captions name another digit, 0 to 1.
 
     Returns:
-        By name, ``"reference"`` (300), ``"val"`` (100, the 50 that ``DigitsDataModule`` validates on among them) and
-        ``"pool"`` (897).
+        Parts by name: ``"reference"`` (300), ``"val"`` (100, including the 50 validation images of
+        ``DigitsDataModule``) and ``"pool"`` (897).
 
     Raises:
-        MimicError: A share outside 0 to 1.
+        MimicError: ``mismatched`` is outside 0 to 1.
 
     Example:
         >>> pool = split_digit_pairs(seed=0, mismatched=0.4)["pool"]
@@ -66,10 +66,10 @@ def split_digit_pairs(seed: int, mismatched: float) -> dict[str, DigitPairs]:
         (897, 358)
     """
     if not 0 <= mismatched <= 1:
-        raise MimicError(f"`mismatched` is the share of captions that name another digit, 0 to 1, not {mismatched!r}.")
+        raise MimicError(f"`mismatched` is {mismatched!r}; expected the share of mismatched captions, 0 to 1.")
     digits = DigitsDataModule(split_seed=seed)
     digits.setup()
-    # The reference must not know the 50 trusted images that validate.
+    # The reference must not be trained on the 50 validation images.
     rows = torch.cat(
         [digits.rows["trusted_fit"], digits.noisy_ids[:150], digits.rows["trusted_held"], digits.noisy_ids[150:]]
     )
@@ -92,7 +92,7 @@ def pair_id(seed: int, row: int) -> str:
 
 
 def encode_png(image: Tensor) -> bytes:
-    """Encode an image of shape ``(1, 8, 8)``, 0 to 1, as RGB; the same pixels as torchvision's ``to_pil_image``.
+    """Encode an image of shape ``(1, 8, 8)``, 0 to 1, as an RGB PNG with the pixels of torchvision's ``to_pil_image``.
 
     Example:
         >>> encode_png(torch.zeros(1, 8, 8))[1:4]
@@ -106,18 +106,19 @@ def encode_png(image: Tensor) -> bytes:
 
 
 def write_digit_shards(out: str | Path, seed: int = 0, mismatched: float = 0.4) -> None:
-    """Write folders ``reference``, ``val`` and ``pool``, and ``truth.parquet``, which has the mismatched captions.
+    """Write folders ``reference``, ``val`` and ``pool``, and ``truth.parquet``, which marks mismatched captions.
 
-    Each folder has shards ``00000000.tar`` and on, a table of metadata beside each, and ``sizes.json``. The same
+    Each folder has shards named from ``00000000.tar``, a table of metadata for each shard, and ``sizes.json``. The same
     arguments give the same bytes.
 
     Args:
-        out: Folder to make; must be empty if it exists.
-        seed: Seed of the split, of the captions' wording and of which captions are mismatched.
+        out: Folder to create; it must be empty if it exists.
+        seed: Seed of the split, of the wording of captions, and of the selection of mismatched captions.
         mismatched: Share of the pool whose captions name another digit, 0 to 1.
 
     Raises:
-        MimicError: The folder is not empty or cannot be written, or a share outside 0 to 1. Nothing is left then.
+        MimicError: The folder is not empty or cannot be written, or ``mismatched`` is outside 0 to 1. Nothing is
+            written then.
 
     Example:
         >>> import tempfile
@@ -132,7 +133,7 @@ def write_digit_shards(out: str | Path, seed: int = 0, mismatched: float = 0.4) 
     generator = torch_generator(seed, "captions")
     folder = path_of(out, "out")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise MimicError(f"`out`: {folder} is not an empty directory; name another one, or remove what it holds.")
+        raise MimicError(f"`out`: {folder} is not an empty directory; choose another one, or remove its content.")
     try:
         with atomic_directory(folder, "truth.parquet") as made:
             for part, (rows, shown, named) in parts.items():
@@ -146,7 +147,7 @@ def write_digit_shards(out: str | Path, seed: int = 0, mismatched: float = 0.4) 
                     {"id": i, "mismatched": w, "digit": d} for i, w, d in zip(ids, wrong, shown.tolist(), strict=True)
                 ]
             pq.write_table(pa.Table.from_pylist(truth), made / "truth.parquet")
-    except OSError as error:  # a full disk; another writer was faster
+    except OSError as error:  # a full disk, or another process has created the folder
         raise MimicError(f"`out`: {folder} cannot be written: {error.strerror or error}.") from error
 
 
@@ -154,10 +155,10 @@ def _write_part(directory: Path, ids: Sequence[str], images: Tensor, captions: S
     """Write the shards of one part.
 
     Args:
-        directory: Folder to make.
-        ids: One per pair.
-        images: Shape ``(n, 1, 8, 8)``, 0 to 1.
-        captions: One per pair.
+        directory: Folder to create.
+        ids: Ids of the pairs.
+        images: Images, shape ``(n, 1, 8, 8)``, 0 to 1.
+        captions: Captions of the pairs.
     """
     directory.mkdir()
     sizes = {}
@@ -168,7 +169,7 @@ def _write_part(directory: Path, ids: Sequence[str], images: Tensor, captions: S
                 key, caption, image = f"{shard:08d}{place - start:04d}", captions[place], encode_png(images[place])
                 description = json.dumps({"uid": ids[place], "caption": caption, "key": key})
                 for suffix, content in (("png", image), ("txt", caption.encode()), ("json", description.encode())):
-                    member = tarfile.TarInfo(f"{key}.{suffix}")  # its time is 0: the same bytes every time
+                    member = tarfile.TarInfo(f"{key}.{suffix}")  # its time is 0, so that the bytes are reproducible
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
                 metadata.append(

@@ -1,4 +1,4 @@
-"""Scikit-learn's handwritten digits: 1,797 real images that come with a package, for runs without a network."""
+"""Data module of scikit-learn's handwritten digits: 1,797 real images that need no download."""
 
 import hashlib
 from collections.abc import Mapping
@@ -16,27 +16,27 @@ from lightning_mimic.random_streams import torch_generator
 
 
 class DigitsDataModule(LabelledSplits):
-    """Handwritten digits, 8 × 8 grey, 10 classes, in three parts that never overlap.
+    """Load handwritten digits, 8 × 8 grey, 10 classes, in three disjoint parts.
 
-    500 test images, the same for every seed; 200 trusted ones with true labels; 1,097 others whose labels ``noise``
-    may corrupt. 50 of the trusted images can validate: they do so for ``train="trusted_fit"`` and ``train="noisy"``,
-    and train with the other 150 for ``train="trusted"``. These 50 can also calibrate what scores say of the noisy part
-    (``train="trusted_held"``, with true labels or, corrupted by ``noise``, with wrong ones). Ids are row numbers of
-    ``sklearn.datasets.load_digits``.
+    There are 500 test images, the same for every seed; 200 trusted images with true labels; and 1,097 noisy images,
+    whose labels ``noise`` may corrupt. 50 of the trusted images are held out: they are the validation set for
+    ``train="trusted_fit"`` and ``train="noisy"``, and are trained on with the other 150 for ``train="trusted"``. They
+    can also be scored to calibrate the quality of the noisy part (``train="trusted_held"``, with true labels or, with
+    ``noise``, with wrong ones). Ids are row numbers in ``sklearn.datasets.load_digits``.
 
     Args:
-        train: What trains: ``"trusted"`` (200), ``"trusted_fit"`` (150), ``"trusted_held"`` (50) or ``"noisy"``
+        train: Part to train on: ``"trusted"`` (200), ``"trusted_fit"`` (150), ``"trusted_held"`` (50) or ``"noisy"``
             (1,097).
-        noise: Corrupts the labels of the noisy part, or of ``"trusted_held"``.
-        keep: A manifest; only what it keeps of the noisy part trains.
-        augment: Shift every training batch by up to one pixel.
-        split_seed: Of which images are trusted; the same for a reference and for what it scores.
-        seed: Of the order in training and of the shifts.
-        batch_size: Images per batch and process.
-        num_workers: Loader processes.
+        noise: Label noise for the noisy part, or for ``"trusted_held"``.
+        keep: Manifest; train only on the images of the noisy part that it keeps.
+        augment: Whether to shift each training batch by up to one pixel.
+        split_seed: Seed of the selection of trusted images; use the same for a reference and for the run it scores.
+        seed: Seed of the training order and of the shifts.
+        batch_size: Number of images per batch and process.
+        num_workers: Number of loader processes.
 
     Raises:
-        MimicError: Another part, or a manifest for one that is not noisy.
+        MimicError: ``train`` is not a part, or ``keep`` is given for a part that is not noisy.
 
     Example:
         >>> from lightning_mimic.data.noise import SymmetricNoise
@@ -50,7 +50,7 @@ class DigitsDataModule(LabelledSplits):
     num_classes = 10
     #: Names of the classes in the order of the labels.
     class_names = tuple("0123456789")
-    #: Of one image.
+    #: Shape of one image.
     image_shape = (1, 8, 8)
 
     def __init__(  # noqa: PLR0913
@@ -71,7 +71,7 @@ class DigitsDataModule(LabelledSplits):
 
     def read(self) -> Mapping[str, Source]:
         with package_of_extra("the data set of digits", "vision"):
-            from sklearn.datasets import load_digits  # which has the images
+            from sklearn.datasets import load_digits  # includes the images
 
         digits = load_digits()
         images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
@@ -80,7 +80,7 @@ class DigitsDataModule(LabelledSplits):
         return {"train": source, "test": source}
 
     def divide(self, labels: Tensor) -> Mapping[str, Tensor]:
-        # Whoever chooses settings under one seed must not see what tests them under another.
+        # The test set is the same for all seeds, so that settings chosen with one seed are not tuned on test images.
         test, others = torch.randperm(len(labels), generator=torch_generator(0, "test split")).split(
             [500, len(labels) - 500]
         )
@@ -97,7 +97,7 @@ class DigitsDataModule(LabelledSplits):
         return batch
 
     def images(self, ids: Tensor) -> Tensor:
-        """Images by id, shape ``(n, 1, 8, 8)``, 0 (paper) to 1 (ink)."""
+        """Return images by id, shape ``(n, 1, 8, 8)``, from 0 (background) to 1 (ink)."""
         assert self.sources, "call setup() first"
         images: Tensor = self.sources["train"].images[ids]
         return images

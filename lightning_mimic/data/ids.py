@@ -1,4 +1,4 @@
-"""Batches that carry their samples' ids, and are otherwise what they were."""
+"""Batches that carry the ids of their samples and keep their type."""
 
 import copy
 import functools
@@ -17,16 +17,16 @@ from lightning_mimic.errors import LedgerError, MimicError
 from lightning_mimic.ledger import id_array
 from lightning_mimic.trainer_package import pl
 
-#: int64 or uint64 tensor of shape (B,), or a list of str.
+#: Ids of a batch: int64 or uint64 tensor of shape (B,), or a list of str.
 BatchIds = Tensor | list[str]
 
 
 class _CarriesIds:
-    """Keeps ``ids`` through copies, pinning and the transfer to a device; they themselves stay on the host.
+    """Mixin that keeps ``ids`` through copies, pinning and the transfer to a device; the ids stay on the host.
 
-    First base of a class whose second base is the batch's own, see :func:`_carrying`. A DataLoader calls ``pin_memory``
-    and Lightning calls ``to`` where a batch has them, instead of making a new container of its items, which would lose
-    the ids.
+    It is the first base of a class whose second base is the type of the batch, see :func:`_carrying`. A DataLoader
+    calls ``pin_memory`` and Lightning calls ``to`` if a batch has these methods; otherwise they would make a new
+    container, which would lose the ids.
     """
 
     ids: BatchIds
@@ -61,9 +61,9 @@ class _CarriesIds:
 
 @functools.cache
 def _carrying(kind: type) -> type:
-    """Return the class of batches that are a ``kind`` and carry ids."""
+    """Return a subclass of ``kind`` that carries ids."""
     members: dict[str, Any] = {"__module__": __name__}
-    if kind is Tensor:  # results of operations are plain tensors
+    if kind is Tensor:  # makes results of operations plain tensors
         members["__torch_function__"] = torch._C._disabled_torch_function_impl
     return type(f"{kind.__name__}WithIds", (_CarriesIds, kind), members)
 
@@ -72,9 +72,9 @@ def _as_class(batch: Any, kind: Any, plain: Any) -> Any:
     """Return a shallow copy of a batch as an instance of another class.
 
     Args:
-        batch: A tensor or a collection; not changed.
-        kind: The plain class, or the one derived from it that carries ids.
-        plain: The plain class.
+        batch: Tensor or collection; it is not changed.
+        kind: Class of the copy: the plain class, or its subclass that carries ids.
+        plain: Plain class of the batch.
     """
     if isinstance(batch, Tensor):
         return batch.as_subclass(kind)
@@ -83,9 +83,9 @@ def _as_class(batch: Any, kind: Any, plain: Any) -> Any:
         made: Any = tuple.__new__(kind, batch)
     elif isinstance(batch, list | dict):
         made = kind.__new__(kind)
-    elif hasattr(plain, "__copy__"):  # copies the attribute that holds the items
+    elif hasattr(plain, "__copy__"):  # such as UserDict, which copies the attribute with its items
         made, copied = kind.__new__(kind), plain.__copy__(batch)
-    else:  # as Lightning's transfer makes it
+    else:  # the way Lightning's transfer constructs it
         made = copied = kind(dict(batch) if isinstance(batch, Mapping) else list(batch))
     attributes = getattr(made, "__dict__", {})
     attributes.update(getattr(copied, "__dict__", {}))
@@ -100,17 +100,17 @@ def _as_class(batch: Any, kind: Any, plain: Any) -> Any:
 
 
 def _with_ids(batch: Any, ids: Any) -> Any:
-    """Return a batch as one of its own type that carries ids.
+    """Return a batch of the same type that carries ids.
 
-    Collections and tensors become instances of a derived class, because copies and transfers make new ones of them;
-    any other object (a dataclass, joined graphs) keeps the ids as an attribute.
+    Collections and tensors become instances of a subclass, which keeps the ids when copies and transfers make new
+    objects; any other object (a dataclass, a batch of graphs) gets the ids as an attribute.
 
     Args:
-        batch: Not changed, if it is a collection or a tensor.
-        ids: One per sample; ``None`` if they were lost, because somebody made a new batch of the items.
+        batch: Batch; a collection or tensor is not changed.
+        ids: Ids of the samples; ``None`` if they were lost because other code made a new batch from the items.
 
     Raises:
-        TypeError: The batch takes no attributes, or is a tensor of a class of its own.
+        TypeError: The batch accepts no attributes, or is an instance of a subclass of Tensor.
     """
     kind: Any = type(batch)
     if not issubclass(kind, _CarriesIds) and isinstance(batch, Tensor | Mapping | Sequence):
@@ -118,12 +118,13 @@ def _with_ids(batch: Any, ids: Any) -> Any:
             raise TypeError(f"a {kind.__name__} cannot carry ids.")
         batch = _as_class(batch, _carrying(kind), kind)
     if ids is not None:
-        vars(batch)["ids"] = ids  # not by its __setattr__: it may be frozen, or move its attributes to a device
+        # Bypasses __setattr__, because the batch may be frozen or move its attributes to a device.
+        vars(batch)["ids"] = ids
     return batch
 
 
 class SampleWithId:
-    """One sample and its id, on the way from :class:`WithIds` to :func:`collate_with_ids`."""
+    """Hold one sample and its id, as passed from :class:`WithIds` to :func:`collate_with_ids`."""
 
     __slots__ = ("id", "sample")
 
@@ -133,17 +134,17 @@ class SampleWithId:
 
 
 class WithIds(Dataset[SampleWithId]):
-    """A dataset of samples with their ids; goes with ``collate_fn=collate_with_ids``.
+    """Add ids to the samples of a data set; use it with ``collate_fn=collate_with_ids``.
 
     Args:
-        dataset: A map-style dataset.
-        ids: One int or str per sample. If left out, they are those that the samples have already (of a ``Subset`` of a
-            ``WithIds``), or else row numbers: of a ``Subset`` those of the whole, so that a sample keeps its id.
+        dataset: Map-style data set.
+        ids: One int or str per sample. ``None``: ids that the samples already have (in a ``Subset`` of a ``WithIds``),
+            otherwise row numbers; in a ``Subset``, those of the whole data set, so that a sample keeps its id.
 
     Raises:
-        TypeError: An iterable-style dataset, which has no indices; put an id into its samples.
-        MimicError: The number of ids is not that of the samples, an id names two of them, ids are neither all int nor
-            all str, or they are left out where subsets of several data sets are joined.
+        TypeError: The data set is iterable-style and has no indices; put an id into its samples instead.
+        MimicError: The number of ids differs from the number of samples, ids repeat, ids are neither all int nor all
+            str, or they are left out for a concatenation of subsets of several data sets.
 
     Example:
         >>> pairs = [(torch.zeros(2), 0), (torch.ones(2), 1)]
@@ -156,7 +157,7 @@ class WithIds(Dataset[SampleWithId]):
     def __init__(self, dataset: Any, ids: Any = None) -> None:
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
             raise TypeError(
-                f"WithIds needs a map-style dataset, and {type(dataset).__name__} has no indices; put an id into each "
+                f"WithIds needs a map-style dataset, but {type(dataset).__name__} has no indices; put an id into each "
                 "sample (key 'id'), or use GradMimic's `id_from=`."
             )
         if ids is not None and not isinstance(ids, list | tuple):
@@ -167,18 +168,18 @@ class WithIds(Dataset[SampleWithId]):
             raise MimicError(
                 f"WithIds: {len(ids) - len(set(ids))} of {len(ids)} ids repeat; each sample needs its own."
             )
-        # bool is a kind of its own, numpy's integers are not.
+        # Unlike NumPy integers, bool is not accepted as int.
         kinds = {
             bool if isinstance(i, bool) else int if isinstance(i, Integral) else str if isinstance(i, str) else type(i)
             for i in ids or ()
         }
         if ids is not None and kinds not in ({int}, {str}, set()):
             raise MimicError(
-                f"WithIds: ids have types {', '.join(sorted(k.__name__ for k in kinds))}; all int or all str."
+                f"WithIds: ids have types {', '.join(sorted(k.__name__ for k in kinds))}; expected all int or all str."
             )
         if kinds == {int}:
             try:
-                id_array(ids)  # within 64 bits
+                id_array(ids)  # checks that they fit into 64 bits
             except LedgerError as error:
                 raise MimicError(f"WithIds: {error}") from error
         self.dataset = dataset
@@ -188,43 +189,43 @@ class WithIds(Dataset[SampleWithId]):
             own = sample_ids(dataset)
             self._named = row_ids(dataset) if own is None else own
 
-    #: No id names two samples; that has been looked at.
+    #: Ids are known to be unique.
     unique_ids = True
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def sample_ids(self) -> Sequence[int | str]:
-        """The samples' ids in the data set's order."""
+        """Return the ids of the samples in the order of the data set."""
         return range(len(self)) if self._named is None else self._named
 
     def __getitem__(self, index: int) -> SampleWithId:
         sample = self.dataset[index]
-        if isinstance(sample, SampleWithId):  # of a data set with ids, which are given anew
+        if isinstance(sample, SampleWithId):  # of a wrapped WithIds, whose ids are replaced
             sample = sample.sample
         return SampleWithId(sample, index if self._named is None else self._named[index])
 
 
 def collate_with_ids(samples: Sequence[SampleWithId], collate_fn: Callable[[list[Any]], Any] = default_collate) -> Any:
-    """Collate the samples of a :class:`WithIds` dataset into an ordinary batch that also has ``.ids``.
+    """Collate the samples of a :class:`WithIds` data set into an ordinary batch with an attribute ``ids``.
 
-    The batch is still what ``collate_fn`` makes: a tensor; a tuple, a named one, too; a list; a dict, an
-    ``OrderedDict``, a ``BatchEncoding``; a dataclass; a ``Batch`` of PyTorch Geometric. Its ids stay with it, on the
-    host, in workers, pinned memory, copies and transfers. An operation on a tensor gives a plain one.
+    The batch keeps the type that ``collate_fn`` returns: tensor, tuple, named tuple, list, dict, ``OrderedDict``,
+    ``BatchEncoding``, dataclass, or ``Batch`` of PyTorch Geometric. Its ids are kept by worker processes, pinned
+    memory, copies and transfers, and stay on the host. Operations on a tensor return plain tensors.
 
     Args:
-        samples: From the dataset.
-        collate_fn: The collation of the samples themselves, which must keep all of them in their order; for one of your
-            own pass ``functools.partial(collate_with_ids, collate_fn=mine)``.
+        samples: Samples from the data set.
+        collate_fn: Function that collates the samples without their ids; it must keep all of them in their order. To
+            use your own, pass ``functools.partial(collate_with_ids, collate_fn=mine)`` to the loader.
 
     Returns:
-        What ``collate_fn`` returns, with ``.ids``: a tensor of shape ``(B,)``, int64, or uint64 if an id is 2^63 or
-        above; or a list of str. In torch 2.9 and
-        before, a loader with ``pin_memory=True`` drops the ids of a tuple; return a list or dict there.
+        The result of ``collate_fn``, with ``ids``: a tensor of shape ``(B,)``, int64, or uint64 if an id is 2^63 or
+        above; or a list of str. Up to torch 2.9, a loader with ``pin_memory=True`` drops the ids of a tuple; return a
+        list or dict instead.
 
     Raises:
-        TypeError: The samples have no ids, or ``collate_fn`` returns something that cannot carry them.
-        MimicError: The batch has ``ids`` of its own, or ``collate_fn`` sorted or removed samples in place.
+        TypeError: The samples have no ids, or ``collate_fn`` returns an object that cannot carry them.
+        MimicError: The batch already has ``ids``, or ``collate_fn`` sorted or removed samples in place.
 
     Example:
         >>> loader = torch.utils.data.DataLoader(WithIds(torch.eye(2)), 2, collate_fn=collate_with_ids)
@@ -236,7 +237,7 @@ def collate_with_ids(samples: Sequence[SampleWithId], collate_fn: Callable[[list
         if not isinstance(sample, SampleWithId):
             raise TypeError(
                 f"collate_with_ids: a sample is a {type(sample).__name__} without an id; give the loader "
-                "WithIds(dataset) in the place of the data set."
+                "WithIds(dataset) instead of the data set."
             )
     given = [s.sample for s in samples]
     batch = collate_fn(given)
@@ -244,14 +245,14 @@ def collate_with_ids(samples: Sequence[SampleWithId], collate_fn: Callable[[list
     moved = [place for place, sample in enumerate(given) if places.get(id(sample), place) != place]
     if len(given) != len(samples) or (moved and len(places) == len(samples)):
         raise MimicError(
-            "collate_with_ids: `collate_fn` sorted or removed samples in the list that it was given, so that their ids "
-            "would be those of others. Put an id into each sample (a key 'id') in the place of WithIds, or keep all "
-            "samples in their order."
+            "collate_with_ids: `collate_fn` sorted or removed samples in place, so that ids would be assigned to the "
+            "wrong samples. Keep all samples in their order, or put an id into each sample (key 'id') instead of using "
+            "WithIds."
         )
     if getattr(batch, "ids", None) is not None:
         raise MimicError(
-            f"collate_with_ids: the batch (a {type(batch).__name__}) has `ids` of its own. If they name its samples, "
-            "leave out WithIds and collate_with_ids; otherwise give the attribute another name."
+            f"collate_with_ids: the batch (a {type(batch).__name__}) has `ids` of its own. If they name its "
+            "samples, leave out WithIds and collate_with_ids; otherwise rename the attribute."
         )
     ids = [s.id for s in samples]
     try:
@@ -259,7 +260,7 @@ def collate_with_ids(samples: Sequence[SampleWithId], collate_fn: Callable[[list
     except TypeError as error:
         raise TypeError(
             f"collate_with_ids: the batch is a {type(batch).__name__}, which cannot carry ids; return a tensor, tuple, "
-            "list, dict or an object that takes attributes, put a field `id` into it, or use GradMimic's `id_from=`."
+            "list, dict or an object that accepts attributes, add a field `id` to it, or use GradMimic's `id_from=`."
         ) from error
 
 

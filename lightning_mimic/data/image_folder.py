@@ -1,4 +1,4 @@
-"""Your own images in folders named after their classes."""
+"""Data module of images in folders named after their classes."""
 
 import errno
 import os
@@ -16,42 +16,45 @@ from lightning_mimic.errors import MimicError, join_names, nearest_names, packag
 
 
 class ImageFolderDataModule(ImageSplits):
-    """Images as ``root/CLASS/NAME.jpg``, or split as ``root/train/CLASS/NAME.jpg``, ``root/test`` and ``root/val``.
+    """Load images from ``root/CLASS/NAME.jpg``, or from ``root/train/CLASS/NAME.jpg``, ``root/test`` and ``root/val``.
 
-    ``root/test`` and ``root/val`` are optional. Without a test split, the held-out trusted images test. Without trusted
-    images all training images are the noisy part. Class folders may have folders in them. Ids are paths below the
-    folder of the classes, such as ``"cat/0001.jpg"``, so that an image keeps its id when others come or go. Files
-    without the suffix of an image, hidden ones and those outside of class folders are left out, with a warning that
-    counts them. Images are decoded by :func:`~lightning_mimic.data.images.decode_image`: upright by their EXIF
-    orientation, 16 bits scaled to 8, transparency dropped with a warning.
+    ``root/test`` and ``root/val`` are optional. Without a test split, the held-out trusted images are the test set.
+    Without trusted images, all training images are the noisy part. Class folders may have subfolders. Ids are paths
+    below the folder with the class folders, such as ``"cat/0001.jpg"``, so that an image keeps its id when others are
+    added or removed. Hidden files, files without the suffix of an image and files outside of class folders are skipped,
+    with a warning that counts them. Images are decoded by :func:`~lightning_mimic.data.images.decode_image`, which
+    applies the EXIF orientation, scales 16 bits to 8, and drops transparency with a warning.
 
     Args:
-        root: Folder of the class folders, or of ``train``, ``test`` and ``val``.
-        transform: PIL image of mode RGB to tensor; ``None`` gives PIL images, for a zero-shot classifier.
-        train: The part that trains: ``"trusted"``, ``"trusted_fit"``, ``"trusted_held"`` or ``"noisy"``.
-        noise: Corrupts the labels of the noisy part, or of ``"trusted_held"``.
-        keep: A manifest; only what it keeps of the noisy part trains.
-        flip: Flip every other training image, another half in every epoch.
-        trusted: The training images whose labels are trusted: a share of each class, none or at least two images; or
-            the path of a list of checked images (:func:`~lightning_mimic.data.trusted_list.read_trusted_list`), whose
-            labels replace those of the folders. A quarter of each class, at least one of two images, is held out.
-        split_seed: Seed of the draw of these images; the same for a reference and for what it scores.
-        seed: Seed of the order in training and of the flips.
-        batch_size: Images per batch and process.
-        num_workers: Loader processes.
-        max_pixels: Most pixels of an image, by its header; a bigger one is an error, before it is decoded.
+        root: Folder that contains the class folders, or ``train``, ``test`` and ``val``.
+        transform: Function from a PIL image of mode RGB to a tensor; ``None``: return PIL images, for zero-shot
+            evaluation.
+        train: Part to train on: ``"trusted"``, ``"trusted_fit"``, ``"trusted_held"`` or ``"noisy"``.
+        noise: Label noise for the noisy part, or for ``"trusted_held"``.
+        keep: Manifest; train only on the images of the noisy part that it keeps.
+        flip: Whether to flip a random half of the training images in each epoch.
+        trusted: Training images with trusted labels: a share of each class, either 0 or at least two images per class;
+            or the path of a list of checked images (:func:`~lightning_mimic.data.trusted_list.read_trusted_list`),
+            whose labels replace those of the folders. A quarter of each class is held out, at least one image if there
+            are two.
+        split_seed: Seed of the selection of trusted images; use the same for a reference and for the run it scores.
+        seed: Seed of the training order and of the flips.
+        batch_size: Number of images per batch and process.
+        num_workers: Number of loader processes.
+        max_pixels: Maximum number of pixels of an image, by its header; a larger image raises an error before it is
+            decoded.
 
     Raises:
-        MimicError: Another part, a manifest for one that is not noisy, a share outside 0 to 1, or no pixels; in
-            ``setup``, folders that are not there, cannot be read, or are not of the same classes, a single class, a
-            list that does not fit the images, and names that are not UTF-8, which no ledger could hold; on access, an
-            image that cannot be decoded, with its path.
+        MimicError: ``train`` is not a part, ``keep`` is given for a part that is not noisy, a share is outside 0 to 1,
+            or ``max_pixels`` is below 1. In ``setup``: folders do not exist, cannot be read or have different classes,
+            there is a single class, the list does not match the images, or names are not UTF-8, which a ledger cannot
+            store. On access: an image cannot be decoded.
 
     Example:
         >>> ImageFolderDataModule("nowhere/images").setup()
         Traceback (most recent call last):
         ...
-        lightning_mimic.errors.MimicError: `root`: nowhere/images is no folder; expected nowhere/images/CLASS...
+        lightning_mimic.errors.MimicError: `root`: nowhere/images is not a folder; expected nowhere/images/CLASS...
     """
 
     def __init__(  # noqa: PLR0913
@@ -77,31 +80,31 @@ class ImageFolderDataModule(ImageSplits):
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
-        """Names of the classes in the order of the labels, from the names of the folders.
+        """Names of the class folders, in the order of the labels.
 
         Raises:
-            MimicError: There are no such folders.
+            MimicError: There are fewer than two class folders.
         """
         return self._classes(self._folders["train"])
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
-        """Number of the class folders."""
+        """Number of class folders."""
         return len(self.class_names)
 
     def read(self) -> Mapping[str, Source]:
         for split, folder in self._folders.items():
             if differing := sorted(set(self._classes(folder)) ^ set(self.class_names)):
                 raise MimicError(
-                    f"`root`: {self._folders['train']} and {self.root / split} must have the same classes; in one of "
-                    f"them alone: {join_names(differing)}."
+                    f"`root`: {self._folders['train']} and {self.root / split} must have the same classes; only in one "
+                    f"of them: {join_names(differing)}."
                 )
         self._warn_of_others()
         return {split: self._source(folder) for split, folder in self._folders.items()}
 
     @cached_property
     def _folders(self) -> dict[str, Path]:
-        """The folder of the classes of each split."""
+        """The folder with the class folders of each split."""
         if not self.root.is_dir():
             parent = self.root.parent
             near = (
@@ -110,13 +113,13 @@ class ImageFolderDataModule(ImageSplits):
                 else []
             )
             nearest = f" ({nearest_names(self.root.name, near)})" if near else ""
-            raise MimicError(f"`root`: {self.root} is no folder{nearest}; {self._expected}.")
+            raise MimicError(f"`root`: {self.root} is not a folder{nearest}; {self._expected}.")
         splits = {name: self.root / name for name in ("train", "test", "val") if _has_folders(self.root / name)}
         if not splits:
             return {"train": self.root}
         if "train" not in splits:
             raise MimicError(
-                f"`root`: {self.root} has a folder {next(iter(splits))!r}, but no 'train'; {self._expected}."
+                f"`root`: {self.root} has a folder {next(iter(splits))!r} but no folder 'train'; {self._expected}."
             )
         return splits
 
@@ -133,7 +136,7 @@ class ImageFolderDataModule(ImageSplits):
             found = f"one class folder, {names[0]!r}" if names else "no class folders"
             inner = folder / names[0] if names else folder
             deeper = (
-                f" If its folders are the classes, give data.root={inner}." if names and _has_folders(inner) else ""
+                f" If its subfolders are the classes, give data.root={inner}." if names and _has_folders(inner) else ""
             )
             raise MimicError(f"`root`: {folder} has {found}; {self._expected}, with at least two classes.{deeper}")
         return names
@@ -155,21 +158,21 @@ class ImageFolderDataModule(ImageSplits):
         if empty := [name for name, label in classes.items() if label not in filled]:
             raise MimicError(
                 f"`root`: {folder} has class folders without an image: {join_names(empty)}. Remove these folders, or "
-                f"put images into them, whose names end in {', '.join(IMG_EXTENSIONS)}."
+                f"add images whose names end in {', '.join(IMG_EXTENSIONS)}."
             )
         known = {Path(path) for path, _ in samples}
         if unwritable := sorted(path for path in known if not _is_text(str(path.relative_to(folder)))):
             raise MimicError(
                 f"`root`: {len(unwritable)} of {len(known)} images in {folder} have names that are not UTF-8, such as "
-                f"{str(unwritable[0].relative_to(folder))!a}; their paths are their ids in ledger and manifest. Rename "
-                "them (convmv does that for whole folders)."
+                f"{str(unwritable[0].relative_to(folder))!a}, but paths are the ids in ledger and manifest. Rename "
+                "them, for example with convmv."
             )
         self._warn_left_out(folder, [path for path in files if path not in known])
         ids = [Path(path).relative_to(folder).as_posix() for path, _ in samples]
         return self.source(None, [label for _, label in samples], [path for path, _ in samples], ids)
 
     def _warn_of_others(self) -> None:
-        """Warn of images beside ``train``, ``test`` and ``val``."""
+        """Warn of images in ``root`` outside of ``train``, ``test`` and ``val``."""
         if self._folders["train"] == self.root:
             return
         beside = [each for each in self.root.iterdir() if each.name not in self._folders]
@@ -177,7 +180,7 @@ class ImageFolderDataModule(ImageSplits):
         self._warn_left_out(self.root, [path for path in files if _is_image(path.relative_to(self.root))])
 
     def _warn_left_out(self, folder: Path, files: list[Path]) -> None:
-        """Warn of files that are no images of a class, other than the list of trusted images."""
+        """Warn of files that are not images in a class folder, except for the list of trusted images."""
         trusted = Path(self.trusted).expanduser().absolute() if isinstance(self.trusted, str | Path) else None
         others = sorted(path for path in files if path.absolute() != trusted)
         if not others:
@@ -185,14 +188,14 @@ class ImageFolderDataModule(ImageSplits):
         suffixes = Counter(path.suffix.lower() or "without a suffix" for path in others)
         counts = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
         warnings.warn(
-            f"{len(others)} files in {folder} are not images in a class folder, and are left out ({counts}), such as "
+            f"{len(others)} files in {folder} are not images in a class folder and are skipped ({counts}), such as "
             f"{_shown(others[0].relative_to(folder))}.",
             stacklevel=2,
         )
 
 
 def _is_image(path: Path) -> bool:
-    """Return whether a path below the folder of the classes is that of an image, by its name."""
+    """Return whether a path below the folder with the class folders is that of an image, by its name."""
     with package_of_extra("a folder of images", "vision"):
         from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -200,12 +203,16 @@ def _is_image(path: Path) -> bool:
 
 
 def _has_folders(path: Path) -> bool:
-    """Return whether a folder has folders in it that are not hidden."""
+    """Return whether a folder has subfolders that are not hidden."""
     return path.is_dir() and any(each.is_dir() and not each.name.startswith(".") for each in path.iterdir())
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """Return all files; raises ``OSError`` for a folder that cannot be read, or leads back to one above it."""
+    """Return all files below a folder.
+
+    Raises:
+        OSError: A folder cannot be read, or is a symbolic link to one of its parent folders.
+    """
 
     def refuse(error: OSError) -> None:
         raise error

@@ -1,4 +1,4 @@
-"""Splits of labelled image files, decoded on access, with an optional trusted subset of each class."""
+"""Base class of data modules of image files, decoded on access, with an optional trusted subset of each class."""
 
 import hashlib
 import warnings
@@ -23,18 +23,19 @@ from lightning_mimic.data.trusted_list import find_trusted, read_trusted_list
 from lightning_mimic.errors import MimicError, join_names
 from lightning_mimic.random_streams import torch_generator
 
-#: From a PIL image of mode RGB to a tensor ``(C, H, W)``.
+#: Function from a PIL image of mode RGB to a tensor ``(C, H, W)``.
 Transform = Callable[[Any], Tensor]
 
 
 class DecodedImages:
-    """The images of a torchvision data set by row, decoded and transformed.
+    """Decode and transform images by row, from files or from a torchvision data set.
 
     Args:
-        dataset: Gives a PIL image and a label by row, from the array ``dataset.data``; unused if there are files.
-        files: Of the images, one per row; ``None``, if they are in ``dataset.data``.
-        transform: ``None`` gives PIL images of mode RGB.
-        max_pixels: Most pixels of an image, by its file's header.
+        dataset: Data set that returns a PIL image and a label by row, from its array ``data``; unused if there are
+            files.
+        files: Paths of the images, one per row; ``None`` if the images are in ``dataset.data``.
+        transform: Function from a PIL image of mode RGB to a tensor; ``None``: return PIL images.
+        max_pixels: Maximum number of pixels of an image, by its file's header.
     """
 
     def __init__(
@@ -57,18 +58,16 @@ class DecodedImages:
         """Return an image before the transform, a PIL image of mode RGB.
 
         Raises:
-            MimicError: It cannot be decoded.
+            MimicError: The image cannot be decoded.
         """
         try:
             image = self.dataset[row][0] if self.files is None else self._decoded(self.files[row])
-        except Exception as error:  # of the system, of Pillow
+        except Exception as error:  # of the operating system or of Pillow
             place = "" if self.files is None else f"{self.files[row]}: "
             why = getattr(error, "strerror", None) or error
             too_big = isinstance(error, TooManyPixelsError)
-            fix = "Make it smaller, or raise `max_pixels`" if too_big else "Fetch it again"
-            raise MimicError(
-                f"image {row} cannot be decoded: {place}{why}. {fix}; nothing is left out in silence."
-            ) from error
+            fix = "Shrink it, or increase `max_pixels`" if too_big else "Replace or remove it"
+            raise MimicError(f"image {row} cannot be decoded: {place}{why}. {fix}.") from error
         return image
 
     def _decoded(self, file: Path) -> Any:
@@ -76,9 +75,9 @@ class DecodedImages:
         if TRANSPARENT in image.info and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{file} is transparent in part. Transparency is dropped, as torchvision does, so that such pixels "
-                "have the colour that is stored for them, often black. Put these images on a ground of your choice "
-                "to have another one. (This is said once in each process.)",
+                f"{file} is partly transparent. Transparency is dropped, as by torchvision, so that transparent pixels "
+                "get the colour stored for them, often black. Flatten such images onto another background colour "
+                "if that is wrong. (Each process warns once.)",
                 stacklevel=2,
             )
         return image
@@ -86,17 +85,17 @@ class DecodedImages:
     def key(self) -> str:
         """Return a key that identifies the images and their transform.
 
-        Files are identified by path, size and time of change, and not read.
+        Files are identified by path, size and modification time, without reading them.
 
         Raises:
-            MimicError: A transform whose ``repr`` does not say what it does.
+            MimicError: The ``repr`` of the transform does not describe its settings.
         """
         transform = repr(self.transform)
         if " at 0x" in transform:
             raise MimicError(
-                f"`transform` is {transform}, which does not say what it does, so that a cache could not tell it from "
-                "another. Take one of lightning_mimic.data.transforms or of torchvision.transforms.v2, or give yours a "
-                "`__repr__` with all its settings."
+                f"`transform` is {transform}, which does not show its settings, so that a cache cannot distinguish it "
+                "from another. Use one of lightning_mimic.data.transforms or of torchvision.transforms.v2, or define a "
+                "`__repr__` with all settings."
             )
         digest = hashlib.sha256(transform.encode())
         if self.files is None:
@@ -109,36 +108,38 @@ class DecodedImages:
 
 
 class ImageSplits(LabelledSplits):
-    """Base class of data modules of image files: decoding, a transform, and trusted images of every class.
+    """Base class of data modules of image files: decoding, a transform, and trusted images of each class.
 
     A subclass opens the images in :meth:`read`, with :meth:`source`.
 
     Args:
-        train: What trains: ``"trusted"``, ``"trusted_fit"``, ``"trusted_held"`` or ``"noisy"``.
-        noise: Corrupts the labels of the noisy part, or of ``"trusted_held"``.
-        keep: A manifest; only what it keeps of the noisy part trains.
-        transform: PIL image of mode RGB to tensor; ``None`` gives PIL images, for a zero-shot classifier.
-        trusted: The training images whose labels are trusted, and which are never part of the noisy ones: a share of
-            each class, at least two images; or the path of a list of images
+        train: Part to train on: ``"trusted"``, ``"trusted_fit"``, ``"trusted_held"`` or ``"noisy"``.
+        noise: Label noise for the noisy part, or for ``"trusted_held"``.
+        keep: Manifest; train only on the images of the noisy part that it keeps.
+        transform: Function from a PIL image of mode RGB to a tensor; ``None``: return PIL images, for zero-shot
+            evaluation.
+        trusted: Training images with trusted labels, which are never in the noisy part: a share of each class, either 0
+            or at least two images per class; or the path of a list of checked images
             (:func:`~lightning_mimic.data.trusted_list.read_trusted_list`), whose labels replace those of the data. A
-            quarter of each class, at least one of two images, is held out (``"trusted_held"``).
-        split_seed: Seed of the draw of these images. It is not ``seed``, so that a reference trained with another seed
-            has not seen what is scored.
-        flip: Flip every other training image, another half in every epoch.
-        seed: Of the order in training and of what is flipped.
-        batch_size: Images per batch and process.
-        num_workers: Loader processes.
+            quarter of each class is held out (``"trusted_held"``), at least one image if there are two.
+        split_seed: Seed of the selection of trusted images. It is independent of ``seed``, so that a reference trained
+            with another ``seed`` has not seen the samples that it scores.
+        flip: Whether to flip a random half of the training images in each epoch.
+        seed: Seed of the training order and of the flips.
+        batch_size: Number of images per batch and process.
+        num_workers: Number of loader processes.
 
     Raises:
-        MimicError: Another part, a manifest for one that is not noisy, or a share outside 0 to 1; in ``setup``, a list
-            that does not fit the images.
+        MimicError: ``train`` is not a part, ``keep`` is given for a part that is not noisy, or a share is outside 0 to
+            1. In ``setup``: the list does not match the images.
     """
 
-    #: A batch of 224 by 224 pixels takes 60 MB, and each worker holds several.
+    #: Images per batch in validation and test; 100 images of 224 by 224 pixels take 60 MB, and workers hold several
+    #: batches.
     eval_batch_size = 100
-    #: Most pixels of an image, by its file's header.
+    #: Maximum number of pixels of an image, by its file's header.
     max_pixels = MAX_PIXELS
-    #: Names of the classes, where the set has them; known after :meth:`setup`.
+    #: Names of the classes, if the data set has them; known after :meth:`setup`.
     class_names: list[str]
 
     def __init__(  # noqa: PLR0913
@@ -166,7 +167,7 @@ class ImageSplits(LabelledSplits):
 
     @property
     def image_shape(self) -> tuple[int, ...] | None:
-        """Shape of an image after the transform; ``None`` where it differs between images, or without a transform."""
+        """Shape of an image after the transform; ``None`` if it varies between images, or without a transform."""
         from PIL import Image
 
         if self.transform is None:
@@ -180,17 +181,17 @@ class ImageSplits(LabelledSplits):
         """Return the source of one split.
 
         Args:
-            dataset: One of torchvision's, where it holds the images itself.
-            labels: Integers, one per row.
-            files: Of the images, if they are not in ``dataset.data``.
-            ids: One per row, if they are not row numbers.
+            dataset: Data set of torchvision; unused if there are files.
+            labels: Class indices, one per row.
+            files: Paths of the images, one per row; ``None`` if the images are in ``dataset.data``.
+            ids: Ids, one per row; ``None``: row numbers.
 
         Raises:
-            MimicError: Files that are not there, or labels outside the classes.
+            MimicError: Files do not exist, or labels are outside the classes.
         """
         paths = None if files is None else [Path(file) for file in files]
         if missing := [path for path in paths or () if not path.is_file()]:
-            raise MimicError(f"{len(missing)} of {len(paths or ())} images are not there, such as {missing[0]}")
+            raise MimicError(f"{len(missing)} of {len(paths or ())} images do not exist, such as {missing[0]}")
         found = torch.as_tensor(labels, dtype=torch.int64)
         if len(found) and not 0 <= int(found.min()) <= int(found.max()) < self.num_classes:
             raise MimicError(
@@ -204,7 +205,7 @@ class ImageSplits(LabelledSplits):
         generator = torch_generator(self.split_seed, "trusted split")
         for members, count in self._trusted_by_class(labels):
             chosen = members[torch.randperm(len(members), generator=generator)[:count]]
-            out = max(1, count // 4) if count > 1 else 0  # the reference must have seen every class
+            out = max(1, count // 4) if count > 1 else 0  # the reference must be trained on every class
             held.append(chosen[:out])
             fit.append(chosen[out:])
         parts = {"trusted_fit": torch.cat(fit).sort().values, "trusted_held": torch.cat(held).sort().values}
@@ -214,20 +215,20 @@ class ImageSplits(LabelledSplits):
         return {**parts, "noisy": noisy.nonzero().flatten(), **test}
 
     def _trusted_by_class(self, labels: Tensor) -> list[tuple[Tensor, int]]:
-        """Return, for each class, rows from which the trusted ones are drawn, and how many these are."""
+        """Return, for each class, the rows among which trusted images are chosen, and the number of these."""
         if isinstance(self.trusted, str | Path):
             return [(rows, len(rows)) for rows in self._listed(self.trusted, labels)]
         return [self._share(self.trusted, labels, label) for label in range(self.num_classes if self.trusted else 0)]
 
     def _share(self, share: float, labels: Tensor, label: int) -> tuple[Tensor, int]:
-        """Return the rows of a class, and how many of them are trusted."""
+        """Return the rows of a class, and the number of trusted images among them."""
         members = (labels == label).nonzero().flatten()
         count = max(2, round(share * len(members)))
         if count >= len(members):
             raise MimicError(
-                f"`trusted` is {share}, and class {self._class_name(label)!r} has {len(members)} training "
-                f"images; {count} of them would be trusted, and at least one must be left to train on. Take a smaller "
-                "share, or more images of that class."
+                f"`trusted` is {share}, but class {self._class_name(label)!r} has {len(members)} training images, of "
+                f"which {count} would be trusted; at least one must remain to train on. Choose a smaller share, or "
+                "add images of that class."
             )
         return members, count
 
@@ -245,8 +246,8 @@ class ImageSplits(LabelledSplits):
         if missing := [self._class_name(label) for label, members in enumerate(by_class) if not len(members)]:
             raise MimicError(
                 f"`trusted`: {path} lists no image of {len(missing)} of {self.num_classes} classes: "
-                f"{join_names(missing)}. A reference cannot learn a class that it has never seen, and would take all "
-                "its images for wrong ones. Check a few images of every class."
+                f"{join_names(missing)}. A reference cannot learn a class that it has never seen, and would call all "
+                "labels of that class wrong. Check a few images of every class."
             )
         others = torch.ones(len(labels), dtype=torch.bool)
         others[rows] = False
@@ -254,8 +255,8 @@ class ImageSplits(LabelledSplits):
         whole = [self._class_name(label) for label in (left == 0).nonzero().flatten().tolist()]
         if whole and self.train == "noisy" and len(whole) < self.num_classes:
             warnings.warn(
-                f"`trusted`: {path} lists all images of {join_names(whole)}. A model that is trained on the "
-                "other images never sees these classes.",
+                f"`trusted`: {path} lists all images of {join_names(whole)}. A model trained on the other images never "
+                "sees these classes.",
                 stacklevel=2,
             )
         return by_class
@@ -270,7 +271,7 @@ class ImageSplits(LabelledSplits):
     def train_dataloader(self) -> DataLoader:
         if self.transform is None:
             raise MimicError(
-                "`transform` is None, so that images stay PIL images, which a zero-shot classifier takes and training "
-                "does not. Give one, such as lightning_mimic.data.transforms.paper_transform()."
+                "`transform` is None, so that images are PIL images, on which a model cannot be trained. Give a "
+                "transform, such as lightning_mimic.data.transforms.paper_transform()."
             )
         return super().train_dataloader()

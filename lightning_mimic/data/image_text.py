@@ -1,4 +1,4 @@
-"""Image-text pairs in webdataset shards, as img2dataset and DataComp write them."""
+"""Data module of image-text pairs in webdataset shards, in the layout of img2dataset and DataComp."""
 
 import contextlib
 import dataclasses
@@ -35,52 +35,56 @@ from lightning_mimic.trainer_package import pl
 
 
 class ImageTextDataModule(pl.LightningDataModule):
-    """Pairs of an image and its caption, from tar files of ``KEY.jpg``, ``KEY.txt`` and ``KEY.json``.
+    """Load image-text pairs from tar files with ``KEY.jpg``, ``KEY.txt`` and ``KEY.json``.
 
-    The image may also be ``.jpeg``, ``.png`` or ``.webp``; the caption may be ``caption`` in the json, whose ``uid``
-    is the pair's id (else its key). A pair that is not whole, or cannot be decoded, is skipped, counted and listed;
-    so is a shard that ends early.
+    The image may also be ``.jpeg``, ``.png`` or ``.webp``. Without ``KEY.txt``, the caption is ``caption`` in the json.
+    The id of a pair is ``uid`` in the json, otherwise its key. Incomplete pairs, pairs that cannot be decoded, and
+    truncated shards are skipped, counted and listed.
 
-    Training batches are ``(images, texts)`` with ``.ids``, a list of str. One process sees every pair once in an
-    epoch, the last batch of each worker may be smaller. Several ranks, whose contrastive losses need batches of one
-    size, get the same number of full batches: a worker that runs out starts over, and the ledger tells repeats by
-    their id. So does a worker that broken pairs leave more than a batch short of the stated length.
+    Training batches are ``(images, texts)`` with ``ids``, a list of str. One process sees every pair once per epoch;
+    the last batch of each worker may be smaller. Contrastive losses over several ranks need batches of equal size, so
+    all ranks get the same number of full batches: a worker that runs out of pairs starts again, and the ledger
+    recognises repeated pairs by their ids. A worker also starts again if broken pairs leave it more than one batch
+    short of the stated length.
 
-    The length is known if samples are drawn with replacement, from the headers of local tars of at most 2 GiB
-    together, else from ``sizes.json`` or ``NAME_stats.json`` beside the shards; these two say nothing of what ``keep``
-    keeps, so that with it bigger shards have no length.
+    The length is known with ``with_replacement``; from the headers of local tars if these have at most 2 GiB in total;
+    otherwise from ``sizes.json`` or ``NAME_stats.json`` beside the shards. These files do not tell which pairs ``keep``
+    keeps, so that larger shards have no length with ``keep``.
 
     Args:
         shards: Paths, brace ranges (``{00000000..00000127}.tar``), ``pipe:`` commands or URLs, one or a list.
-        transform: PIL image of mode RGB to float tensor, such as ``open_clip.image_transform``.
-        tokenizer: List of str to int64 tensor of shape ``(n, L)``, such as ``open_clip.get_tokenizer``.
-        eval_transform: For pairs that validate, and labelled images; ``transform``, if left out.
-        val_shards: Pairs that validate, in their order, divided among ranks and workers as those that train.
-        zero_shot: A data module of labelled images (PIL, or tensors of shape ``(C, H, W)`` from 0 to 1), whose
-            validation images (if it has any) and test images become batches of ``(images, labels)``, labels of shape
-            ``(n,)``. They follow the pairs in the lists of validation and test loaders; texts have two dimensions,
-            labels one.
-        keep: A manifest; only what it keeps trains, as often as it keeps it.
-        with_replacement: Draw shards with replacement, for ever, as DataComp trains.
-        samples_per_epoch: Over all ranks, rounded up to whole batches of every worker; if drawn with replacement.
-        batch_size: Pairs per batch and process.
-        num_workers: Loader processes.
-        shuffle: Pairs that a worker holds, undecoded, to draw the next one from; 0: the order of the shards.
-        seed: Of the order.
-        max_pixels: Most pixels of an image, by its header.
-        verify: Skip pairs whose image differs from the ``sha256`` that img2dataset and DataComp write in the json, at
-            the cost of a hash of every image. It is that of the file that was downloaded; images that were
-            resized since, and pairs without one, are taken, and counted in the warning at the end.
-        rejects: Directory for the list of skipped pairs; they are counted without one, too.
+        transform: Function from a PIL image of mode RGB to a float tensor, such as ``open_clip.image_transform``.
+        tokenizer: Function from a list of str to an int64 tensor of shape ``(n, L)``, such as
+            ``open_clip.get_tokenizer``.
+        eval_transform: Transform for validation pairs and labelled images; ``None``: ``transform``.
+        val_shards: Shards with validation pairs, which are read in order and divided among ranks and workers like the
+            training shards.
+        zero_shot: Data module of labelled images (PIL images, or tensors of shape ``(C, H, W)`` from 0 to 1). Its
+            validation images (if any) and test images become batches ``(images, labels)`` with labels of shape
+            ``(n,)``. Their loaders follow those of the pairs in the lists of validation and test loaders; texts have
+            two dimensions and labels one.
+        keep: Manifest; train only on the pairs that it keeps, as often as it lists them.
+        with_replacement: Whether to draw shards with replacement, without end, as in DataComp's training.
+        samples_per_epoch: Number of pairs per epoch over all ranks, rounded up to whole batches of every worker; only
+            with ``with_replacement``.
+        batch_size: Number of pairs per batch and process.
+        num_workers: Number of loader processes.
+        shuffle: Number of undecoded pairs in a worker's shuffle buffer; 0: keep the order of the shards.
+        seed: Seed of the order.
+        max_pixels: Maximum number of pixels of an image, by its header.
+        verify: Whether to skip pairs whose image differs from the ``sha256`` that img2dataset and DataComp write to the
+            json, at the cost of hashing every image. That hash is of the downloaded file; resized images and pairs
+            without a hash are accepted, and counted in the warning at the end.
+        rejects: Directory for the list of skipped pairs; they are counted even without it.
 
     Raises:
-        MimicError: Arguments that contradict one another, or no such shards.
+        MimicError: Arguments contradict each other, or shards do not exist.
 
     Example:
         >>> ImageTextDataModule("{0..3}.tar", transform=None, tokenizer=None, samples_per_epoch=100)
         Traceback (most recent call last):
         ...
-        lightning_mimic.errors.MimicError: `samples_per_epoch` is 100, and one pass over all pairs is an epoch...
+        lightning_mimic.errors.MimicError: `samples_per_epoch` is 100, but without `with_replacement` an epoch is...
     """
 
     def __init__(  # noqa: PLR0913
@@ -104,12 +108,12 @@ class ImageTextDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if with_replacement and samples_per_epoch is None:
-            raise MimicError("`with_replacement` has no end of its own; give `samples_per_epoch`.")
+            raise MimicError("`with_replacement` needs the length of an epoch; give `samples_per_epoch`.")
         if samples_per_epoch is not None and not with_replacement:
             raise MimicError(
-                f"`samples_per_epoch` is {samples_per_epoch}, and one pass over all pairs is an epoch without "
-                "`with_replacement`; set that to true, or leave the number out (the Trainer's `limit_train_batches` "
-                "ends epochs early)."
+                f"`samples_per_epoch` is {samples_per_epoch}, but without `with_replacement` an epoch is one pass over "
+                "all pairs. Set `with_replacement=true`, or leave `samples_per_epoch` out (`limit_train_batches` of "
+                "the trainer shortens epochs)."
             )
         least = {"samples_per_epoch": 1, "batch_size": 1, "num_workers": 0, "shuffle": 0, "max_pixels": 1}
         given = (samples_per_epoch, batch_size, num_workers, shuffle, max_pixels)
@@ -133,7 +137,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         self.verify = verify
         self.rejects = rejects
         if val_shards is None and zero_shot is None:
-            # Lightning goes without validation where these methods are its own; of an empty list it would warn.
+            # Lightning skips validation if these methods are the base class's; an empty list would cause a warning.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
             self.test_dataloader = super().test_dataloader  # type: ignore[method-assign]
         self._kept: KeptIds | None = None
@@ -141,7 +145,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         self._train: PairLoader | None = None
         self._resumed: dict[str, Any] | None = None
         self._directory: Path | None = None
-        # Where `rejects` is left out; on the first rank.
+        # Replaces `rejects` if that is None; on the first rank only.
         self._temporary: TemporaryFolder | None = None
 
     def prepare_data(self) -> None:
@@ -149,7 +153,7 @@ class ImageTextDataModule(pl.LightningDataModule):
             self.zero_shot.prepare_data()
 
     def setup(self, stage: str | None = None) -> None:
-        """Looks whether all shards are there, and reads the manifest; the same on every rank."""
+        """Check that all shards exist, and read the manifest; the same on every rank."""
         self._check_tokenizer()
         self._train_urls = list_shards(self.shards)
         self._val_urls = [] if self.val_shards is None else list_shards(self.val_shards, "val_shards")
@@ -167,13 +171,14 @@ class ImageTextDataModule(pl.LightningDataModule):
         return self._train
 
     def samples_by_id(self, ids: Sequence[int | str]) -> Iterator[tuple[int | str, Any]]:
-        """Yield pairs of the training shards as a person looks at them, known after :meth:`setup`.
+        """Yield pairs of the training shards before any transform; call :meth:`setup` first.
 
         Args:
-            ids: Of the pairs; those that the shards do not have, or whose files are broken, are left out.
+            ids: Ids of the pairs; pairs that are missing from the shards or broken are skipped.
 
         Yields:
-            An id, and image (PIL, mode RGB) and caption; every shard is read at most once, up to the last pair.
+            Id, and a pair of image (PIL, mode RGB) and caption. Each shard is read at most once, up to the last pair
+            found.
         """
         wanted = set(map(str, ids))
         for shard in self._train_urls:
@@ -182,7 +187,10 @@ class ImageTextDataModule(pl.LightningDataModule):
                 yield name, pair
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the training pairs are; a loader that is asked for its length early would not be told by Lightning."""
+        """Return the position in the training pairs.
+
+        It is saved here because Lightning does not restore the state of a loader whose length was requested early.
+        """
         return {} if self._train is None else {"train": self._train.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -200,7 +208,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         return batch
 
     def teardown(self, stage: str | None = None) -> None:
-        """Says what was skipped, once all ranks have written it."""
+        """Warn of skipped pairs and shards, after all ranks have written their lists."""
         for loader in self._loaders:
             loader.close()
         if self.trainer is not None:
@@ -208,9 +216,9 @@ class ImageTextDataModule(pl.LightningDataModule):
         self._report()
 
     def on_exception(self, exception: BaseException) -> None:
-        """As at the end, without waiting for ranks that may be gone."""
+        """Warn as in :meth:`teardown`, without waiting for other ranks, which may have ended."""
         for loader in self._loaders:
-            # What ended the training may be the loader's own error.
+            # The exception may be the loader's own.
             with contextlib.suppress(Exception):
                 loader.close()
         self._report()
@@ -219,7 +227,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         texts = self.tokenizer(["a photo"])
         if not isinstance(texts, Tensor) or texts.dim() != 2 or len(texts) != 1 or texts.dtype != torch.int64:
             shown = f"{texts.dtype} {tuple(texts.shape)}" if isinstance(texts, Tensor) else type(texts).__name__
-            raise MimicError(f"`tokenizer` made {shown} of one caption; expected torch.int64 (1, L).")
+            raise MimicError(f"`tokenizer` returned {shown} for one caption; expected torch.int64 (1, L).")
 
     def _pairs_to_evaluate(self) -> list[PairLoader]:
         return [self._loader(self._val_urls, "val_shards", self.eval_transform)] if self._val_urls else []
@@ -233,9 +241,9 @@ class ImageTextDataModule(pl.LightningDataModule):
         if not with_replacement and len(urls) < world * workers:
             raise MimicError(
                 f"`{argument}`: {len(urls)} shards for {world} ranks with {workers} workers each; every worker needs "
-                f"one of its own. Set `num_workers` to at most {len(urls) // world}, or make more and smaller shards."
+                f"its own shard. Set `num_workers` to at most {len(urls) // world}, or make more and smaller shards."
                 if len(urls) >= world
-                else f"`{argument}`: {len(urls)} shards for {world} ranks; every rank needs one of its own. Train with "
+                else f"`{argument}`: {len(urls)} shards for {world} ranks; every rank needs its own shard. Train with "
                 "fewer devices, or make more and smaller shards."
             )
         kept = self._kept if train else None
@@ -261,7 +269,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         return loader
 
     def _no_pairs(self, config: ShardReaderConfig, rank: int) -> MimicError:
-        """Return the error of shards that hold no pair by the names of their files, once it is listed why."""
+        """Return the error for shards without a pair according to their file names, after listing the reasons."""
         every = dataclasses.replace(config, kept=None)
         if PairStream(every, rank, 1, None, False, 0, StreamPosition([[0, 0]])).list_rejects():
             return MimicError(
@@ -271,22 +279,22 @@ class ImageTextDataModule(pl.LightningDataModule):
 
     @property
     def _listed(self) -> str:
-        """Where the user finds what was skipped, as a phrase."""
-        return f"listed in {self.rejects}" if self.rejects is not None else "give `rejects=` a directory for the list"
+        """Where the list of skipped pairs is, as a phrase for messages."""
+        return f"listed in {self.rejects}" if self.rejects is not None else "set `rejects=` to a directory for the list"
 
     def _batches_per_worker(
         self, urls: list[str], argument: str, counts: dict[str, int], rank: int, world: int, workers: int
     ) -> list[int] | None:
-        """Batches of each of the rank's workers, if that is known."""
+        """Return the number of batches of each worker of this rank; ``None`` if unknown."""
         unknown = [url for url in urls if url not in counts]
         if unknown and world > 1:
-            why = "which pairs `keep` keeps of each shard" if self._kept and argument == "shards" else "their number"
+            what = "pairs that `keep` keeps" if self._kept and argument == "shards" else "pairs"
             raise MimicError(
                 hide_secrets(
-                    f"`{argument}`: {world} ranks need the same number of batches, and {why} is not known for "
-                    f"{len(unknown)} of {len(urls)} shards, such as {unknown[0]}. Write sizes.json beside them "
-                    '({"00000000.tar": 10000, ...}; `keep` needs local tars of at most 2 GiB), or draw '
-                    "`with_replacement` with `samples_per_epoch`."
+                    f"`{argument}`: {world} ranks need the same number of batches, but the number of {what} is unknown "
+                    f"for {len(unknown)} of {len(urls)} shards, such as {unknown[0]}. Write sizes.json beside them "
+                    '({"00000000.tar": 10000, ...}; `keep` needs local tars of at most 2 GiB), or set '
+                    "`with_replacement` and `samples_per_epoch`."
                 )
             )
         if unknown:
@@ -308,18 +316,18 @@ class ImageTextDataModule(pl.LightningDataModule):
         if self.zero_shot is None:
             return []
         loader: Any = getattr(self.zero_shot, name)()
-        if loader == []:  # it holds none back
+        if loader == []:  # it has no such images
             return []
         dataset = getattr(loader, "dataset", None)
         if dataset is None or isinstance(dataset, IterableDataset):
             raise MimicError(
-                f"`zero_shot`: {type(self.zero_shot).__name__}.{name}() is no loader of a map-style dataset."
+                f"`zero_shot`: {type(self.zero_shot).__name__}.{name}() is not a loader of a map-style dataset."
             )
         images = LabelledImages(dataset, self.eval_transform)
         return [DataLoader(images, batch_size=self.batch_size, num_workers=self.num_workers)]
 
     def _open_rejects(self) -> None:
-        """One directory and one name of the run for all ranks."""
+        """Create the directory for rejects, and agree on it and on the name of the run on all ranks."""
         if self._directory is not None:
             return
         run, directory = uuid.uuid4().hex[:12], self.rejects
@@ -327,7 +335,9 @@ class ImageTextDataModule(pl.LightningDataModule):
             try:
                 self._temporary = TemporaryFolder("lightning-mimic-rejects-")
             except OSError as error:
-                raise MimicError(f"no temporary folder can be made: {error}. Give `rejects=` a directory.") from error
+                raise MimicError(
+                    f"a temporary folder cannot be created: {error}. Set `rejects=` to a directory."
+                ) from error
             directory = self._temporary.path
         if self.trainer is not None:
             run, directory = self.trainer.strategy.broadcast((run, directory))
@@ -336,7 +346,7 @@ class ImageTextDataModule(pl.LightningDataModule):
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise MimicError(f"`rejects`: {directory} cannot be a directory: {error}.") from error
+            raise MimicError(f"`rejects`: {directory} cannot be created: {error}.") from error
 
     def _report(self) -> None:
         self._loaders, self._train = [], None
@@ -352,7 +362,7 @@ class ImageTextDataModule(pl.LightningDataModule):
 
 
 def _counts(urls: list[str], stated: dict[str, int], kept: KeptIds | None) -> dict[str, int]:
-    """Pairs that train of each shard, where that is known."""
+    """Return the number of training pairs of each shard for which it is known."""
     ids = scanned_ids(urls)
     if kept is None:
         return stated | {url: len(each) for url, each in ids.items()}

@@ -1,4 +1,4 @@
-"""Decode image files to 8-bit RGB; the same for image-text pairs, folders and torchvision's data sets."""
+"""Decoding of image files to 8-bit RGB, for image-text pairs, folders and torchvision's data sets."""
 
 import threading
 import warnings
@@ -9,16 +9,16 @@ from typing import Any
 
 from lightning_mimic.errors import MimicError, package_of_extra
 
-#: Formats of images from the web, whatever their names. Of PIL's others some start programs (EPS).
+#: Formats accepted for images from the web, regardless of file names. Some of PIL's other formats start programs (EPS).
 WEB_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-#: Formats of an image folder: those whose suffixes torchvision looks for.
+#: Formats accepted in image folders: those for which torchvision knows suffixes.
 FOLDER_FORMATS = (*WEB_FORMATS, "PPM", "TIFF")
-#: Most pixels of an image, by its header, unless another number is given.
+#: Default maximum number of pixels of an image, by its header.
 MAX_PIXELS = 2**26
 #: Key in the ``info`` of a decoded image that had transparent pixels.
 TRANSPARENT = "transparency dropped"
 
-# PIL's switches for truncated files are global to the process.
+# PIL's setting for truncated files is global to the process.
 _STRICT = threading.RLock()
 
 
@@ -27,27 +27,27 @@ class ImageError(MimicError):
 
 
 class TooManyPixelsError(ImageError):
-    """An image with more pixels than are decoded."""
+    """An image with too many pixels."""
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = WEB_FORMATS) -> Any:
-    """Decode an image to 8-bit RGB, upright.
+    """Decode an image to upright 8-bit RGB.
 
-    Grey values of 16 bits are scaled to 8. Transparency is dropped, as torchvision and open_clip do: a transparent
-    pixel has the colour that is stored for it, which is black in most files. The picture is turned as its EXIF
-    orientation says. Checksums of a PNG are compared (JPEG, WebP, GIF and BMP have none).
+    16-bit grey values are scaled to 8 bits. Transparency is dropped, as by torchvision and open_clip: a transparent
+    pixel gets the colour stored for it, which is black in most files. The image is rotated according to its EXIF
+    orientation. Checksums of PNG files are verified (JPEG, WebP, GIF and BMP have none).
 
     Args:
         data: Content of the file.
-        max_pixels: Most pixels to decode, by the file's header; PIL has a limit of its own beyond that.
-        formats: Formats that are tried, by PIL's names.
+        max_pixels: Maximum number of pixels, by the file's header; PIL has another limit of its own.
+        formats: Accepted formats, by PIL's names.
 
     Returns:
         PIL image of mode RGB; its ``info`` has the key :data:`TRANSPARENT` if transparency was dropped.
 
     Raises:
-        TooManyPixelsError: It has more pixels.
-        ImageError: It cannot be decoded: damaged, cut short, of another format, or of values without a known range.
+        TooManyPixelsError: The image has more pixels.
+        ImageError: The image is damaged, truncated, of another format, or has values of unknown range.
 
     Example:
         >>> decode_image(b"<html>")
@@ -59,15 +59,15 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, 
         from PIL import Image, ImageOps, UnidentifiedImageError
 
     with warnings.catch_warnings(), _strict():
-        warnings.simplefilter("ignore")  # odd metadata, and sizes that are looked at right here
+        warnings.simplefilter("ignore")  # about odd metadata, and about sizes, which are checked here
         try:
             with Image.open(BytesIO(data), formats=formats) as image:
                 if image.width * image.height > max_pixels:
-                    raise TooManyPixelsError(f"{image.width} x {image.height} pixels; at most {max_pixels} are decoded")
+                    raise TooManyPixelsError(f"{image.width} x {image.height} pixels; expected at most {max_pixels}")
                 if image.format == "PNG":
                     _check_png(data)
                 image.load()
-                with suppress(Exception):  # unreadable metadata have no orientation, and the picture is a right one
+                with suppress(Exception):  # unreadable metadata; the image itself is valid
                     ImageOps.exif_transpose(image, in_place=True)
                 return to_rgb(image)
         except ImageError:
@@ -77,7 +77,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, 
             raise TooManyPixelsError(
                 f"more than the {most} pixels that PIL decodes (PIL.Image.MAX_IMAGE_PIXELS)"
             ) from error
-        except Exception as error:  # damaged files fail in every way there is
+        except Exception as error:  # damaged files raise all types of errors
             shown = str(error).splitlines()[0].split(" <_io.")[0] if str(error) else ""
             unknown = isinstance(error, UnidentifiedImageError) or not isinstance(error, OSError)
             begins = f"; begins {data[:16]!r}" if unknown else ""
@@ -87,7 +87,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, 
 
 @contextmanager
 def _strict() -> Iterator[None]:
-    """Have truncated images refused, whatever another library has set."""
+    """Reject truncated images, whatever other libraries have set."""
     from PIL import ImageFile
 
     with _STRICT:
@@ -99,7 +99,7 @@ def _strict() -> Iterator[None]:
 
 
 def _check_png(data: bytes) -> None:
-    """Compare the checksums of all chunks; decoding skips those of the pixels."""
+    """Verify the checksums of all chunks, because decoding skips those of pixel data."""
     from PIL import Image
 
     with Image.open(BytesIO(data), formats=("PNG",)) as image:
@@ -107,10 +107,10 @@ def _check_png(data: bytes) -> None:
 
 
 def to_rgb(image: Any) -> Any:
-    """Convert a PIL image of any mode to 8-bit RGB, as :func:`decode_image` does.
+    """Convert a PIL image of any mode to 8-bit RGB, as in :func:`decode_image`.
 
     Raises:
-        ImageError: Its values have no known range.
+        ImageError: The range of its values is unknown.
 
     Example:
         >>> import numpy as np
@@ -123,11 +123,11 @@ def to_rgb(image: Any) -> Any:
         return _eight_bits(image).convert("RGB")
     if mode in ("I", "F"):
         raise ImageError(
-            f"its values are {'floats' if mode == 'F' else 'integers of 32 bits'}, whose range is not known; save it "
-            "with 8 or 16 bits"
+            f"its values are {'floats' if mode == 'F' else '32-bit integers'}, whose range is unknown; save it with 8 "
+            "or 16 bits"
         )
     transparent = image.has_transparency_data
-    # A palette with transparency warns on the direct way.
+    # Direct conversion of a palette with transparency would cause a warning.
     layers = image.convert("RGBA") if transparent else image
     rgb = layers.convert("RGB")
     rgb.info = {TRANSPARENT: True} if transparent and layers.getchannel("A").getextrema()[0] < 255 else {}
@@ -135,7 +135,7 @@ def to_rgb(image: Any) -> Any:
 
 
 def _eight_bits(image: Any) -> Any:
-    """Scale grey values of 16 bits, which PIL itself would cut off at 255."""
+    """Scale 16-bit grey values to 8 bits; PIL would clip them at 255."""
     import numpy as np
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""Labelled images for a zero-shot classifier, put through the transform of image-text pairs."""
+"""Labelled images for zero-shot evaluation, with the transform of image-text pairs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +12,12 @@ from lightning_mimic.data.images import to_rgb
 
 
 class LabelledImages(Dataset[tuple[Tensor, Any]]):
-    """Labelled images, put through a transform for PIL images.
+    """Apply a transform for PIL images to a data set of labelled images.
 
     Args:
-        dataset: Of ``(image, label)``, or of :class:`SampleWithId` around that; images PIL, or ``(C, H, W)`` from
-            0 to 1.
-        transform: PIL image of mode RGB to tensor.
+        dataset: Data set of ``(image, label)``, or of :class:`SampleWithId` with such samples; images are PIL images,
+            or tensors ``(C, H, W)`` from 0 to 1.
+        transform: Function from a PIL image of mode RGB to a tensor.
     """
 
     def __init__(self, dataset: Any, transform: Callable[[Any], Tensor]) -> None:

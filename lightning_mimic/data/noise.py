@@ -1,4 +1,4 @@
-"""Label noise with a generator of its own and a known mask."""
+"""Synthetic label noise with its own random generator and a mask of the wrong labels."""
 
 import math
 from collections.abc import Mapping
@@ -12,21 +12,27 @@ from lightning_mimic.random_streams import torch_generator
 
 
 class LabelNoise(Protocol):
-    """What a data module accepts as noise: from labels, classes and rows to noisy labels and the mask of wrong ones."""
+    """Interface of label noise for data modules."""
 
     def __call__(self, labels: Tensor, num_classes: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Arguments and shapes as for :class:`SymmetricNoise`; ``rows`` are those of the training split."""
+        """Return noisy labels and a mask of the wrong ones.
+
+        Args:
+            labels: True labels, int64, shape ``(n,)``.
+            num_classes: Number of classes.
+            rows: Row numbers in the training split, int64, shape ``(n,)``.
+        """
 
 
 class SymmetricNoise:
-    """Gives ``int(rate · n)`` labels, drawn without replacement, another class drawn uniformly.
+    """Replace ``int(rate · n)`` labels, chosen without replacement, by another class chosen uniformly.
 
     Args:
         rate: Share of wrong labels, 0 to 1.
-        seed: Of the draw; the global generator is not touched.
+        seed: Seed of the noise; the global random state is left unchanged.
 
     Raises:
-        MimicError: A rate outside 0 to 1.
+        MimicError: ``rate`` is outside 0 to 1.
 
     Example:
         >>> labels = torch.zeros(10, dtype=torch.int64)
@@ -40,18 +46,18 @@ class SymmetricNoise:
         self.seed = seed
 
     def __call__(self, labels: Tensor, num_classes: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Noisy labels and the mask of wrong ones.
+        """Return noisy labels and a mask of the wrong ones.
 
         Args:
-            labels: int64, shape ``(n,)``.
-            num_classes: At least 2.
-            rows: Of the labels in the training split; nothing depends on them here.
+            labels: True labels, int64, shape ``(n,)``.
+            num_classes: Number of classes, at least 2.
+            rows: Row numbers in the training split; unused.
 
         Returns:
-            Labels, and boolean of the same shape, ``True`` where the label is now wrong.
+            Labels, and a boolean tensor of the same shape, ``True`` if the label is now wrong.
 
         Raises:
-            MimicError: Fewer than two classes, or labels outside them.
+            MimicError: There are fewer than two classes, or labels outside them.
         """
         check_labels(labels, num_classes)
         generator = torch_generator(self.seed, "label noise")
@@ -61,15 +67,15 @@ class SymmetricNoise:
 
 
 class AsymmetricNoise:
-    """Gives ``int(rate · n_c)`` labels of each listed class the class it is confused with.
+    """Replace ``int(rate · n_c)`` labels of each listed class by the class it is confused with.
 
     Args:
-        rate: Share of wrong labels within a listed class.
-        confusions: Class to the class it is taken for; a cycle through all classes, if left out.
-        seed: Of the draw; the global generator is not touched.
+        rate: Share of wrong labels in each listed class, 0 to 1.
+        confusions: Class that replaces each listed class; ``None``: a cycle through all classes.
+        seed: Seed of the noise; the global random state is left unchanged.
 
     Raises:
-        MimicError: A rate outside 0 to 1, or a class confused with itself.
+        MimicError: ``rate`` is outside 0 to 1, or a class is confused with itself.
 
     Example:
         >>> labels = torch.tensor([0, 0, 1, 1])
@@ -85,30 +91,30 @@ class AsymmetricNoise:
         self.seed = seed
 
     def __call__(self, labels: Tensor, num_classes: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Noisy labels and the mask of wrong ones; arguments and shapes as for :class:`SymmetricNoise`."""
+        """Return noisy labels and a mask of the wrong ones; arguments and shapes as for :class:`SymmetricNoise`."""
         check_labels(labels, num_classes)
         generator = torch_generator(self.seed, "label noise")
         cycle = {c: (c + 1) % num_classes for c in range(num_classes)}
         confusions = cycle if self.confusions is None else self.confusions
         noisy, wrong = labels.clone(), torch.zeros_like(labels, dtype=torch.bool)
-        for source, taken_for in sorted(confusions.items()):
-            if not (0 <= source < num_classes and 0 <= taken_for < num_classes):
-                raise MimicError(f"`confusions`: {source}: {taken_for} is outside the {num_classes} classes.")
+        for source, target in sorted(confusions.items()):
+            if not (0 <= source < num_classes and 0 <= target < num_classes):
+                raise MimicError(f"`confusions`: {source}: {target} is outside the {num_classes} classes.")
             members = (labels == source).nonzero().flatten()
             chosen = members[_drawn(len(members), self.rate, generator)]
-            noisy[chosen], wrong[chosen] = taken_for, True
+            noisy[chosen], wrong[chosen] = target, True
         return noisy, wrong
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Refuses labels outside the classes, and fewer than two of these.
+    """Check that there are at least two classes, and that labels lie within them.
 
     Args:
-        labels: int64, shape ``(n,)``.
-        num_classes: Labels count from 0.
+        labels: Labels counted from 0, int64, shape ``(n,)``.
+        num_classes: Number of classes.
 
     Raises:
-        MimicError: What it refuses.
+        MimicError: There are fewer than two classes, or labels outside them.
 
     Example:
         >>> check_labels(torch.tensor([0, 3]), num_classes=3)
@@ -126,12 +132,12 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
 
 def _drawn(count: int, rate: float, generator: torch.Generator) -> Tensor:
     chosen = torch.zeros(count, dtype=torch.bool)
-    # 0.29 * 100 is 28.999...: rounded before it is cut.
+    # Round before truncating, because 0.29 * 100 is 28.999...
     chosen[torch.randperm(count, generator=generator)[: int(round(rate * count, 9))]] = True
     return chosen
 
 
 def _checked(rate: float) -> float:
     if not (math.isfinite(rate) and 0 <= rate <= 1):
-        raise MimicError(f"`rate` is the share of wrong labels, between 0 and 1, not {rate!r}.")
+        raise MimicError(f"`rate` is {rate!r}; expected the share of wrong labels, between 0 and 1.")
     return float(rate)

@@ -1,4 +1,4 @@
-"""A resumable loader of one rank's batches of image-text pairs."""
+"""Resumable loader for one rank's batches of image-text pairs."""
 
 import warnings
 import weakref
@@ -20,20 +20,21 @@ from lightning_mimic.random_streams import torch_generator
 
 @dataclass(eq=False)
 class PairLoader:
-    """Iterate over the batches of a rank, in another order each epoch, resumable within an epoch.
+    """Iterate over the batches of a rank, in a different order each epoch, resumable within an epoch.
 
-    Not a DataLoader itself: Lightning warns of any whose data set has no indices and whose length is known.
+    It is not a DataLoader, because Lightning warns of DataLoaders with a length over an iterable-style data set.
 
     Args:
-        config: How shards become batches.
-        rank: Of this process.
+        config: Settings for reading shards into batches.
+        rank: Rank of this process.
         world: Number of ranks.
         batches_per_worker: As for :class:`PairStream`; their sum is the length.
         exact: As for :class:`PairStream`.
-        num_workers: Processes, 0 for none.
-        trainer: Knows the first epoch, and which batches have been trained; without one every pass is another epoch,
-            and a batch that was given counts as done.
-        folder: Kept as long as the loader, whose rejects it holds; the data module may be gone before.
+        num_workers: Number of loader processes; 0: the main process.
+        trainer: Trainer that knows the first epoch, and which batches have been trained on. Without one, each pass is a
+            new epoch, and a batch counts as trained on when it is yielded.
+        folder: Temporary folder with this loader's rejects, referenced here because the data module may be deleted
+            before the loader.
 
     Example:
         Loaders are made by :meth:`ImageTextDataModule.train_dataloader
@@ -65,7 +66,7 @@ class PairLoader:
 
     def __len__(self) -> int:
         if self.batches_per_worker is None:
-            raise TypeError("the number of pairs in these shards is not known; sizes.json beside them tells it")
+            raise TypeError("the number of pairs in these shards is unknown; write sizes.json beside them")
         return sum(self.batches_per_worker)
 
     def __iter__(self) -> Iterator[Any]:
@@ -83,11 +84,11 @@ class PairLoader:
             num_workers=self.num_workers,
             collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),
-            # The workers' seeds, for random transforms; the global generator is not touched.
+            # Seeds the workers, for random transforms, and leaves the global generator unchanged.
             generator=torch_generator(self.config.seed, "loader workers", self._epoch),
         )
         batches = self._batches(iter(source))
-        # Weakly: nobody else's batches are wanted, and a circle would keep worker processes until it is collected.
+        # A weak reference, because a reference cycle would keep worker processes alive until garbage collection.
         self._running = weakref.ref(batches)
         return batches
 
@@ -95,7 +96,7 @@ class PairLoader:
         empty = True
         for slot, given, read, origins, batch in source:
             empty = False
-            # Here and not in a worker, which sees its own shards only.
+            # Checked here, because a worker sees its own shards only.
             for name, (shard, key, by_key) in zip(batch.ids, origins, strict=True):
                 self._sources.add(name, shard, key, by_key=by_key)
             self._pending.append((slot, given, read))
@@ -107,7 +108,7 @@ class PairLoader:
             raise no_pairs(self.config)
 
     def advance(self) -> None:
-        """Record that the next yielded batch is being trained on; Lightning may fetch one ahead."""
+        """Record that training on the next yielded batch begins; Lightning may fetch a batch in advance."""
         if self._pending:
             slot, given, read = self._pending.popleft()
             workers = list(self._position.workers)
@@ -116,7 +117,7 @@ class PairLoader:
             self._begun = True
 
     def close(self) -> None:
-        """End the epoch and its worker processes, which then write what they have rejected."""
+        """End the epoch and its worker processes, which then write their rejects."""
         batches = None if self._running is None else self._running()
         if batches is not None:
             batches.close()
@@ -130,16 +131,16 @@ class PairLoader:
         return {"epoch": max(self._epoch, 0), "ended": bool(ended), "setting": self._setting(), "ranks": ranks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state at the next ``iter()``; one of other shards, ranks or workers restarts its epoch."""
-        if state == self._given:  # Lightning calls this as well
+        """Restore a state at the next ``iter()``; if shards, ranks or workers have changed, the epoch restarts."""
+        if state == self._given:  # Lightning calls this, too
             return
         self._given = state
         unlike = [name for name, value in self._setting().items() if state["setting"].get(name) != value]
         if unlike:
             changed = ", ".join(f"{name}: {state['setting'].get(name)}, now {self._setting()[name]}" for name in unlike)
             warnings.warn(
-                f"the order of image-text pairs is another one than when the checkpoint was written ({changed}); its "
-                "epoch starts anew, so some pairs of it are seen twice and others not at all.",
+                f"the order of image-text pairs has changed since the checkpoint was written ({changed}). The epoch "
+                "restarts, so that some pairs are seen twice and others are missed.",
                 stacklevel=2,
             )
             state = {**state, "ranks": []}
@@ -154,9 +155,9 @@ class PairLoader:
         if state is not None:
             return state["epoch"] + bool(state["ended"]), self._start()
         if self._epoch < 0 and self.trainer is not None:
-            # At an epoch's end Lightning saves the number of the next one, and loads no state.
+            # At the end of an epoch, Lightning saves the number of the next epoch, and later loads no state.
             return self.trainer.fit_loop.epoch_progress.current.processed, self._start()
-        # Lightning may ask again before it has taken a batch.
+        # Lightning may call iter() again before it has taken a batch.
         return (self._epoch + 1, self._start()) if self._begun else (self._epoch, self._start_position)
 
     def _start(self) -> StreamPosition:

@@ -1,4 +1,4 @@
-"""Read shards into batches of image-text pairs, within one worker."""
+"""Reading of shards into batches of image-text pairs, within one worker."""
 
 import contextlib
 import itertools
@@ -29,31 +29,31 @@ from lightning_mimic.manifest import KeptIds
 from lightning_mimic.random_streams import stream_seed
 from lightning_mimic.stores import hide_secrets
 
-#: Most bytes of undecoded images in a worker's shuffle buffer, however few pairs that is.
+#: Maximum number of bytes of undecoded images in a worker's shuffle buffer, whatever the number of pairs.
 BUFFER_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class ShardReaderConfig:
-    """Settings for reading shards into batches; the same on all ranks.
+    """Hold the settings for reading shards into batches, which are the same on all ranks.
 
     Args:
-        shards: All of them; worker ``w`` of rank ``r`` reads every (ranks · workers)-th.
-        counts: Pairs that a shard should have, where that is known.
-        transform: PIL image to tensor.
-        tokenizer: List of str to int64 tensor of shape ``(n, L)``.
-        batch_size: Pairs per batch.
-        workers: Processes of one rank, at least 1 (which may be the main process).
-        shuffle: Pairs in a worker's shuffle buffer, of at most :data:`BUFFER_BYTES`; 0 keeps the order of the shards,
-            too.
-        seed: Of the order.
-        max_pixels: Of an image.
-        kept: Which ids train, and how often; all, if left out.
-        with_replacement: Draw shards with replacement, all workers from all.
-        verify: Reject images that differ from the ``sha256`` in their json.
-        rejects: Directory of the rejects' parts.
-        run: Begins their names.
-        listed: Where the user finds the rejects, as a phrase.
+        shards: All shards; each worker reads every (ranks · workers)-th of them.
+        counts: Expected number of pairs of each shard for which it is known.
+        transform: Function from a PIL image to a tensor.
+        tokenizer: Function from a list of str to an int64 tensor of shape ``(n, L)``.
+        batch_size: Number of pairs per batch.
+        workers: Number of workers of a rank, at least 1 (which may be the main process).
+        shuffle: Number of pairs in a worker's shuffle buffer, limited to :data:`BUFFER_BYTES`; 0: keep the order of
+            pairs and shards.
+        seed: Seed of the order.
+        max_pixels: Maximum number of pixels of an image.
+        kept: Ids to train on, and how often; ``None``: all.
+        with_replacement: Whether each worker draws from all shards with replacement.
+        verify: Whether to reject images that differ from the ``sha256`` in their json.
+        rejects: Directory for the lists of rejects.
+        run: Name of the run, the prefix of the lists' file names.
+        listed: Phrase for messages that tells where the rejects are listed.
     """
 
     shards: Sequence[str]
@@ -75,11 +75,11 @@ class ShardReaderConfig:
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """The position within an epoch at which a stream resumes.
+    """Hold the position within an epoch from which a stream resumes.
 
     Args:
-        workers: Of each worker, batches yielded and pairs read for them.
-        next_worker: The worker whose batch comes next.
+        workers: For each worker, the number of batches yielded, and of pairs read for them.
+        next_worker: Worker that yields the next batch.
     """
 
     workers: list[list[int]]
@@ -88,18 +88,18 @@ class StreamPosition:
 
 @dataclass(eq=False)
 class PairStream(IterableDataset):
-    """Iterate over the batches of one worker; rejected pairs are written as they occur.
+    """Iterate over the batches of one worker, writing rejected pairs as they occur.
 
     Args:
-        config: How shards become batches.
-        rank: Of this process.
+        config: Settings for reading shards into batches.
+        rank: Rank of this process.
         world: Number of ranks.
-        batches_per_worker: Batches of each of the rank's workers. Where broken pairs make a worker run out one batch
-            before, its last two are smaller; else it starts over (if all of its own are broken, with all shards), so
-            that the length holds. ``None`` for one pass, however many batches that is.
-        exact: Full batches, and no more than ``batches_per_worker``.
-        epoch: Determines the order.
-        position: Where to start.
+        batches_per_worker: Number of batches of each worker of the rank. If broken pairs leave a worker one batch
+            short, its last two batches are smaller; if more are missing, it starts again (with all shards if all of its
+            own pairs are broken), so that the number is reached. ``None``: one pass, with any number of batches.
+        exact: Whether all batches are full, and their number is exactly ``batches_per_worker``.
+        epoch: Number of the epoch, which determines the order.
+        position: Position from which to start.
     """
 
     config: ShardReaderConfig
@@ -111,7 +111,7 @@ class PairStream(IterableDataset):
     position: StreamPosition
 
     def __iter__(self) -> Iterator[tuple[int, int, int, list[Origin], Any]]:
-        """Yield the worker, its batches so far, the pairs read for them, where the batch's pairs lie, and the batch."""
+        """Yield worker, number of its batches so far, number of pairs read for them, the pairs' origins, and batch."""
         info = get_worker_info()
         slot = ((0 if info is None else info.id) + self.position.next_worker) % self.config.workers
         name = f"{self.config.run}-e{self.epoch}-r{self.rank}-w{slot}"
@@ -120,7 +120,7 @@ class PairStream(IterableDataset):
                 yield slot, given, read, origins, self._collated(samples)
 
     def list_rejects(self) -> int:
-        """Read all shards, write what is rejected without decoding images, and return the number of other pairs."""
+        """Read all shards without decoding images, write the rejects, and return the number of other pairs."""
         with RejectWriter(self.config.rejects, f"{self.config.run}-r{self.rank}") as reject:
             return sum(1 for shard in self.config.shards for _ in self._pairs(shard, reject))
 
@@ -132,7 +132,7 @@ class PairStream(IterableDataset):
         if self.exact and given == expected:
             return
         shards, size = self._shards(slot), self.config.batch_size
-        # How many pairs had been read, and where the last of them lies.
+        # Number of pairs read so far, and origin and sample of the last of them.
         batch: list[tuple[int, Origin, SampleWithId]] = []
         read = 0
         for number in itertools.count():
@@ -143,7 +143,7 @@ class PairStream(IterableDataset):
                 found |= read <= skipped or sample is not None
                 if sample is None:
                     continue
-                # A full batch waits for the next pair: with the epoch's last one all rejects have been written.
+                # A full batch is held until the next pair, so that all rejects are written before the last batch.
                 if len(batch) == size:
                     given += 1
                     yield given, *_joined(batch)
@@ -155,7 +155,7 @@ class PairStream(IterableDataset):
             if expected is None or given + fills >= expected:
                 break
             if given + 2 == expected and not self.exact and not number and len(batch) > 1:
-                reject.flush()  # short by one: the last two are smaller
+                reject.flush()  # one batch short: split the last one in two
                 half = (len(batch) + 1) // 2
                 given += 1
                 yield given, *_joined(batch[:half])
@@ -165,13 +165,13 @@ class PairStream(IterableDataset):
                 if len(shards) == len(self.config.shards):
                     reject.flush()
                     raise no_pairs(self.config)
-                shards = self.config.shards  # all of its own are broken, and batches are expected of it
+                shards = self.config.shards  # all of the worker's own pairs are broken, but batches are expected
         reject.flush()
         if batch:
             yield given + 1, *_joined(batch)
 
     def _pairs_of_pass(self, shards: Sequence[str], slot: int, number: int, reject: RejectWriter) -> Iterator[Pair]:
-        """Yield the pairs of one pass, in its order."""
+        """Yield the pairs of one pass in shuffled order."""
         order = random.Random(stream_seed(self.config.seed, "shard order", self.epoch, self.rank, slot, number))
         if self.config.with_replacement:
             shards = order.choices(shards, k=max(len(shards), 100))
@@ -223,7 +223,7 @@ class PairStream(IterableDataset):
             except BrokenPairError as broken:
                 reject(shard, broken.reason, broken.detail, key=key, id=name)
         if unverified:
-            detail = "no sha256 in the json, or the image was resized after it was taken"
+            detail = "no sha256 in the json, or the image was resized after the download"
             reject(shard, Reason.NOT_VERIFIED, detail, found=unverified)
 
     def _sample(self, pair: Pair, reject: RejectWriter) -> SampleWithId | None:
@@ -242,18 +242,18 @@ class PairStream(IterableDataset):
 
     def _images_and_texts(self, samples: list[tuple[Tensor, str]]) -> tuple[Tensor, Tensor]:
         images, captions = zip(*samples, strict=True)
-        # In a worker this writes the batch into shared memory, where torch.stack would leave it to be copied.
+        # In a worker, default_collate writes the batch into shared memory; torch.stack would need another copy.
         return default_collate(list(images)), self.config.tokenizer(list(captions))
 
 
 def no_pairs(config: ShardReaderConfig) -> MimicError:
-    """Return the error of shards without a usable pair; their rejects have been written."""
+    """Return the error for shards without a usable pair, whose rejects have been written."""
     rejects = Rejects(config.rejects, config.run)
     why = f"{summary(rejects) or 'empty'}{examples(rejects)}"
     return MimicError(
-        f"none of the {len(config.shards)} shards gave a pair, such as {hide_secrets(config.shards[0])}: {why}. "
-        "Expected are KEY.jpg (or .jpeg, .png, .webp) and KEY.txt, or KEY.json with a `caption`, "
-        f"one after the other; KEY ends at the name's first dot. All that was skipped: {config.listed}."
+        f"none of the {len(config.shards)} shards has a usable pair, such as {hide_secrets(config.shards[0])}: {why}. "
+        "Expected consecutive files KEY.jpg (or .jpeg, .png, .webp) and KEY.txt, or KEY.json with a `caption`; KEY "
+        f"ends at the first dot of the name. Skipped pairs: {config.listed}."
     )
 
 
@@ -262,12 +262,12 @@ def _joined(batch: list[tuple[int, Origin, SampleWithId]]) -> tuple[int, list[Or
 
 
 def find_pairs(shard: str, ids: Collection[str], max_pixels: int) -> Iterator[tuple[str, tuple[Any, str]]]:
-    """Yield the id, the image and the caption of those pairs of a shard that are whole and have one of the ids.
+    """Yield id, image and caption of the pairs of a shard that have one of the ids; broken pairs are skipped.
 
     Args:
-        shard: A path, a command or a URL.
-        ids: Of the pairs.
-        max_pixels: Of an image.
+        shard: Path, command or URL of the shard.
+        ids: Ids of the pairs.
+        max_pixels: Maximum number of pixels of an image.
     """
     for key, files in read_shard(shard, lambda *_, **__: None):
         with contextlib.suppress(BrokenPairError):
@@ -279,7 +279,7 @@ def find_pairs(shard: str, ids: Collection[str], max_pixels: int) -> Iterator[tu
 
 
 def shards_for_worker(shards: Sequence[str], rank: int, world: int, worker: int, workers: int) -> Sequence[str]:
-    """Return the shards of one worker; those of all workers are disjoint and cover all shards.
+    """Return the shards of one worker; the workers' shards are disjoint and cover all shards.
 
     Example:
         >>> [shards_for_worker("abcde", rank, 2, worker, 2) for rank in (0, 1) for worker in (0, 1)]

@@ -1,4 +1,4 @@
-"""One image-text pair: from the files of its shard to id, caption and image."""
+"""Image-text pairs: id, caption and image from the files of a shard."""
 
 import hashlib
 import json
@@ -11,16 +11,16 @@ from lightning_mimic.data.images import decode_image as decode_any_image
 from lightning_mimic.data.rejects import Reason
 from lightning_mimic.errors import MimicError
 
-#: Suffixes of a pair's image, in the order in which they are looked for.
+#: Suffixes of a pair's image, in order of precedence.
 IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
 class BrokenPairError(MimicError):
-    """A pair that cannot train.
+    """A pair that cannot be used for training.
 
     Args:
-        reason: What the rejects file says.
-        detail: And more of it.
+        reason: Reason for the list of rejects.
+        detail: Details for the list of rejects.
     """
 
     def __init__(self, reason: Reason, detail: str = "") -> None:
@@ -30,7 +30,7 @@ class BrokenPairError(MimicError):
 
 
 class Origin(NamedTuple):
-    """Where a pair lies, and whether its id comes from there, for want of a ``uid``."""
+    """Hold shard and key of a pair, and whether its id is made from them because it has no ``uid``."""
 
     shard: str
     key: str
@@ -39,7 +39,7 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A pair whose image is not decoded yet."""
+    """Hold a pair whose image is not yet decoded."""
 
     origin: Origin
     id: str
@@ -48,10 +48,10 @@ class Pair:
 
 
 def described(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """What a pair's json says; empty, if it has none.
+    """Return the content of a pair's json, or an empty dict without one.
 
     Raises:
-        BrokenPairError: It cannot be read.
+        BrokenPairError: The json cannot be read.
     """
     if "json" not in files:
         return {}
@@ -65,15 +65,15 @@ def described(files: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def id_of(key: str, description: Mapping[str, Any]) -> str:
-    """The pair's id: ``uid`` of its json, else its key in the shard.
+    """Return the id of a pair: ``uid`` in its json, otherwise its name.
 
     Args:
-        key: Its name among all shards, such as :func:`~lightning_mimic.data.shards.name_in_shards` makes it.
-        description: Of :func:`described`.
+        key: Name of the pair among all shards, see :func:`~lightning_mimic.data.shards.name_in_shards`.
+        description: Content of the json, see :func:`described`.
 
     Raises:
-        BrokenPairError: Its ``uid`` is neither a text nor an integer, is empty, or not UTF-8. The pair is not taken by
-            its key instead, because it would have another id elsewhere.
+        BrokenPairError: ``uid`` is neither a str nor an int, is empty, or is not UTF-8. The name is not used instead,
+            because the pair would have another id elsewhere.
 
     Example:
         >>> id_of("000000007", {"uid": "9f8e"}), id_of("000000007", {})
@@ -89,17 +89,17 @@ def id_of(key: str, description: Mapping[str, Any]) -> str:
 
 
 def pair_of(shard: str, key: str, id: str, files: Mapping[str, bytes], description: Mapping[str, Any]) -> Pair:
-    """The pair, whole.
+    """Return a pair from its files.
 
     Args:
-        shard: Where it lies.
-        key: Its name there.
-        id: Of :func:`id_of`.
-        files: Contents by suffix.
-        description: Of :func:`described`.
+        shard: Shard of the pair.
+        key: Key of the pair in the shard.
+        id: Id of the pair, see :func:`id_of`.
+        files: Contents of the files by suffix.
+        description: Content of the json, see :func:`described`.
 
     Raises:
-        BrokenPairError: It has no image, no caption, or an empty one.
+        BrokenPairError: There is no image or no caption, or the caption is empty or not UTF-8.
 
     Example:
         >>> pair_of("0.tar", "7", "7", {"jpg": b"...", "txt": b" a dog "}, {}).caption
@@ -114,7 +114,7 @@ def pair_of(shard: str, key: str, id: str, files: Mapping[str, bytes], descripti
         written = description.get("caption")
         if not isinstance(written, str):
             raise BrokenPairError(Reason.NO_CAPTION, shown(files))
-        if not _is_text(written):  # json can hold half a character
+        if not _is_text(written):  # json can contain lone surrogates
             raise BrokenPairError(Reason.CAPTION_NOT_UTF8, f"{written!a} in the json")
         caption = written
     if not caption.strip():
@@ -127,10 +127,10 @@ def pair_of(shard: str, key: str, id: str, files: Mapping[str, bytes], descripti
 
 
 def decode_image(data: bytes, max_pixels: int) -> Any:
-    """Decode a pair's image, as :func:`lightning_mimic.data.images.decode_image` does.
+    """Decode the image of a pair with :func:`lightning_mimic.data.images.decode_image`.
 
     Raises:
-        BrokenPairError: It cannot be decoded, or has more pixels.
+        BrokenPairError: The image cannot be decoded, or has more pixels.
     """
     try:
         return decode_any_image(data, max_pixels)
@@ -141,20 +141,20 @@ def decode_image(data: bytes, max_pixels: int) -> Any:
 
 
 def is_verified(image: bytes, description: Mapping[str, Any]) -> bool:
-    """Compare an image with the ``sha256`` of its json.
+    """Verify an image against the ``sha256`` in its json, if they are comparable.
 
-    It is that of the file as it was downloaded: where ``width`` or ``height`` differ from ``original_width`` or
-    ``original_height``, the image in the shard is another file, made from that one.
+    The ``sha256`` is that of the downloaded file. If ``width`` or ``height`` differ from ``original_width`` or
+    ``original_height``, the image was resized, and cannot be compared.
 
     Args:
-        image: Content of the image's file.
-        description: Of :func:`described`.
+        image: Content of the image file.
+        description: Content of the json, see :func:`described`.
 
     Returns:
-        Whether they could be compared.
+        Whether the image could be compared.
 
     Raises:
-        BrokenPairError: The image is not the one that the json describes.
+        BrokenPairError: The image differs from the ``sha256``.
 
     Example:
         >>> is_verified(b"image", {}), is_verified(b"image", {"sha256": hashlib.sha256(b"image").hexdigest()})

@@ -1,4 +1,4 @@
-"""The pairs that could not train, and why: one Parquet part per worker, read back without repeats."""
+"""Lists of rejected image-text pairs with reasons: one Parquet file per worker, read back without repeats."""
 
 import enum
 import uuid
@@ -14,7 +14,7 @@ from lightning_mimic.stores import hide_secrets, path_of
 
 
 class Reason(enum.StrEnum):
-    """Why a pair was skipped, or (with no key) what became of a whole shard."""
+    """Reason for skipping a pair or, in rows without a key, fault of a whole shard."""
 
     NO_CAPTION = "no caption"
     EMPTY_CAPTION = "empty caption"
@@ -22,14 +22,14 @@ class Reason(enum.StrEnum):
     NO_IMAGE = "no image"
     UNDECODABLE_IMAGE = "undecodable image"
     TOO_MANY_PIXELS = "image above the pixel cap"
-    #: Its id would be another one, so the pair is not taken by its key instead.
+    #: The pair is skipped, because its key would be another id than its ``uid``.
     UNREADABLE_JSON = "json unreadable"
     UNUSABLE_ID = "uid is no id"
     #: With ``verify``.
     CHANGED_IMAGE = "image differs from its sha256"
-    #: More bytes than are kept in memory for one pair.
+    #: The files have more bytes than are kept in memory for one pair.
     TOO_BIG = "files above the size cap"
-    #: Other pairs of the shard have one; this is half a pair, or one whose id is lost.
+    #: Other pairs of the shard have a json, so that this pair is incomplete, or its id is missing.
     NO_JSON = "no json"
     DUPLICATE_FILE = "duplicate file in the shard"
     SPLIT_KEY = "files of one key lie apart in the shard"
@@ -38,37 +38,37 @@ class Reason(enum.StrEnum):
     SHARD_ENDS_EARLY = "shard ends early"
     SHARD_UNREADABLE = "shard unreadable"
     SHARD_HAS_MORE = "shard has more than its count says"
-    #: No faults, the pairs are taken. A note of a pair, and one of a shard, which counts its pairs as ``found``.
+    #: Notes on pairs that are accepted: one row per pair, and one row per shard with the number of pairs in ``found``.
     TRANSPARENT = "transparency dropped"
     NOT_VERIFIED = "not compared with a sha256"
 
 
-#: Reasons of pairs that are taken.
+#: Notes on pairs that are accepted.
 _NOTES = (Reason.TRANSPARENT, Reason.NOT_VERIFIED)
 
 
 _SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
-        ("key", pa.string()),  # null: of the whole shard
-        ("id", pa.string()),  # null where it is not known
+        ("key", pa.string()),  # null in rows on a whole shard
+        ("id", pa.string()),  # null if unknown
         ("reason", pa.string()),
         ("detail", pa.string()),
-        ("expected", pa.int64()),  # pairs, for shards
+        ("expected", pa.int64()),  # number of pairs, in rows on a shard
         ("found", pa.int64()),
     ]
 )
 
 
 class RejectWriter:
-    """Writes what one worker rejects in one epoch; a context that commits the rest when it is left.
+    """Write the rejects of one worker in one epoch; leaving the context writes the remaining rows.
 
-    A part gets its final name only when it is complete, and never that of another one.
+    A file gets its final, unique name when it is complete.
 
     Args:
-        directory: Of the parts; it is there.
-        name: Of the run, epoch, rank and worker.
-        every: Rows in memory at most, which a crash would lose.
+        directory: Existing directory for the files.
+        name: Name of run, epoch, rank and worker.
+        every: Maximum number of rows in memory, which a crash would lose.
     """
 
     def __init__(self, directory: str | Path, name: str, every: int = 1000) -> None:
@@ -94,7 +94,7 @@ class RejectWriter:
         expected: int | None = None,
         found: int | None = None,
     ) -> None:
-        """Adds a row."""
+        """Add a row."""
         shard, detail = hide_secrets(shard), hide_secrets(detail)
         words = (_writable(each) for each in (shard, key, id, reason.value, detail))
         self._rows.append((*words, expected, found))
@@ -102,7 +102,7 @@ class RejectWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Commits what is in memory; what cannot be written stays there for the next time, with a warning."""
+        """Write the rows in memory; if that fails, warn and keep them for the next attempt."""
         if not self._rows:
             return
         path = self._directory / f"rejects-{self._name}-{uuid.uuid4().hex[:8]}.parquet"
@@ -114,21 +114,21 @@ class RejectWriter:
                 )
                 pq.write_table(table, file, compression="zstd", write_page_checksum=True, write_statistics=False)
         except OSError as error:
-            self._every *= 2  # not at every row from here on
+            self._every *= 2  # avoids an attempt for each further row
             warnings.warn(f"{len(self._rows)} rejects could not be written to {path.parent}: {error}", stacklevel=2)
             return
         self._rows.clear()
 
 
 class Rejects:
-    """All rejects in a directory; a pair that was skipped for one reason in several epochs is one row.
+    """Read all rejects in a directory; a pair that was skipped for one reason in several epochs is one row.
 
     Args:
-        directory: As given to ``ImageTextDataModule(rejects=...)``.
-        run: Only those of this run; of all, if left out.
+        directory: Directory given to ``ImageTextDataModule(rejects=...)``.
+        run: Name of the run whose rejects are read; ``None``: all runs.
 
     Raises:
-        MimicError: A part cannot be read.
+        MimicError: A file cannot be read.
 
     Example:
         >>> import tempfile
@@ -151,7 +151,7 @@ class Rejects:
                 with fetched(path) as content, pq.ParquetFile(content, page_checksum_verification=True) as file:
                     tables.append(file.read().select(_SCHEMA.names).cast(_SCHEMA))
             except (OSError, ValueError, KeyError) as error:
-                raise MimicError(f"{path} is no list of rejects: {str(error).splitlines()[0]}") from error
+                raise MimicError(f"{path} is not a list of rejects: {str(error).splitlines()[0]}") from error
         rows = pa.concat_tables(tables).group_by(["shard", "key", "id", "reason"], use_threads=False)
         table = rows.aggregate([("detail", "min"), ("expected", "max"), ("found", "max")])
         names = {"detail_min": "detail", "expected_max": "expected", "found_max": "found"}
@@ -162,19 +162,19 @@ class Rejects:
 
     @property
     def counts(self) -> pa.Table:
-        """Rows by reason and shard: columns shard, reason, count."""
+        """Numbers of rows by shard and reason, with columns shard, reason, count."""
         counted = self.table.group_by(["shard", "reason"], use_threads=False).aggregate([([], "count_all")])
         order = [("shard", "ascending"), ("reason", "ascending")]
         return counted.rename_columns(["shard", "reason", "count"]).sort_by(order)
 
     @property
     def pairs(self) -> dict[str, int]:
-        """Skipped pairs by reason, the most frequent first."""
+        """Numbers of skipped pairs by reason, the most frequent first."""
         return self._by_reason(of_shards=False)
 
     @property
     def notes(self) -> dict[str, int]:
-        """Pairs that were taken, by what was noted of them."""
+        """Numbers of accepted pairs by note."""
         found = dict.fromkeys(_NOTES, 0)
         for row in self.table.select(["reason", "found"]).to_pylist():
             if row["reason"] in found:
@@ -183,7 +183,7 @@ class Rejects:
 
     @property
     def shards(self) -> dict[str, int]:
-        """Damaged shards by what befell them."""
+        """Numbers of damaged shards by fault, the most frequent first."""
         return self._by_reason(of_shards=True)
 
     def _by_reason(self, of_shards: bool) -> dict[str, int]:
@@ -196,7 +196,7 @@ class Rejects:
 
 
 def summary(rejects: Rejects) -> str:
-    """What was rejected, in a sentence; empty, if nothing was.
+    """Return a summary of the rejects as a sentence, empty if there are none.
 
     Example:
         >>> import tempfile
@@ -212,13 +212,13 @@ def summary(rejects: Rejects) -> str:
     phrases = {
         Reason.SHARD_ENDS_EARLY: "ended early",
         Reason.SHARD_UNREADABLE: "could not be read",
-        Reason.SHARD_HAS_MORE: "had more pairs than their counts say",
+        Reason.SHARD_HAS_MORE: "had more pairs than expected",
     }
     for reason, words in phrases.items():
         if count := shards.get(reason):
             parts.append(f"{count} {'shard' if count == 1 else 'shards'} {words}")
     phrases = {
-        Reason.TRANSPARENT: "had transparency, which was dropped, so that it shows the colour stored below it",
+        Reason.TRANSPARENT: "had transparency, which was dropped in favour of the stored colour",
         Reason.NOT_VERIFIED: "could not be compared with a sha256",
     }
     for reason, words in phrases.items():
@@ -228,7 +228,7 @@ def summary(rejects: Rejects) -> str:
 
 
 def examples(rejects: Rejects, most: int = 3) -> str:
-    """Return the first rejects, as a phrase; empty, if nothing was rejected.
+    """Return the first rejects as a phrase, empty if there are none.
 
     Example:
         >>> import tempfile
@@ -245,5 +245,5 @@ def examples(rejects: Rejects, most: int = 3) -> str:
 
 
 def _writable(text: str | None) -> str | None:
-    """Names in a tar need not be UTF-8, a column of strings must be."""
+    """Return text as UTF-8 for a column of strings; names in a tar may have another encoding."""
     return None if text is None else text.encode("utf-8", "backslashreplace").decode()

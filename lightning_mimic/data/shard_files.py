@@ -1,4 +1,4 @@
-"""Open shards: files of this machine, output of commands, and URLs, read on where a connection broke."""
+"""Opening of shards: local files, output of commands, and URLs, which are resumed after connection errors."""
 
 import contextlib
 import time
@@ -10,17 +10,17 @@ from urllib.parse import urlparse
 from lightning_mimic.errors import MimicError
 from lightning_mimic.stores import hide_secrets
 
-#: Times that a URL is opened again, one after the other without a byte in between, before its shard is given up.
+#: Number of retries of a URL without receiving a byte before its shard is given up.
 RETRIES = 5
-#: Seconds before the first of them; each of the others waits twice as long as the one before.
+#: Seconds to wait before the first retry; the time doubles for each further retry.
 WAIT = 1.0
-# Of curl: the server's answer was an error that curl itself has not tried again, such as 403 or 404.
+# Exit status of curl for errors of the server that curl does not retry, such as 403 or 404.
 _HTTP_ERROR = 22
 _BLOCK = 2**20
 
 
 def local_path(url: str) -> Path | None:
-    """Where a shard lies on this machine, if it does.
+    """Return the path of a local shard, or ``None`` for other shards.
 
     Example:
         >>> local_path("a/0.tar"), local_path("pipe:cat a/0.tar")
@@ -31,7 +31,7 @@ def local_path(url: str) -> Path | None:
 
 
 def is_on_store(url: str) -> bool:
-    """Whether fsspec opens a shard: all that is no local file and has no scheme of webdataset's.
+    """Return whether a shard is opened by fsspec: it is not a local file, and webdataset does not handle its scheme.
 
     Example:
         >>> is_on_store("s3://bucket/0.tar"), is_on_store("pipe:cat 0.tar"), is_on_store("0.tar")
@@ -43,7 +43,7 @@ def is_on_store(url: str) -> bool:
 
 
 def check_scheme(url: str, argument: str) -> None:
-    """Raise ``MimicError`` for a URL on a store that nothing can open; the store is not asked."""
+    """Raise ``MimicError`` for a URL whose scheme is not supported, without contacting the store."""
     import fsspec
     from webdataset.gopen import gopen_schemes
 
@@ -54,8 +54,8 @@ def check_scheme(url: str, argument: str) -> None:
         known = ", ".join(f"{name}:" for name in gopen_schemes if name != "__default__")
         raise MimicError(
             hide_secrets(
-                f"`{argument}`: {url!r} begins with {scheme}:, which cannot be opened; a path, one of {known} "
-                f"(any command can stand after pipe:), or a scheme of fsspec's such as s3:."
+                f"`{argument}`: {url!r} has the unknown scheme {scheme}:; expected a path, one of {known} (pipe: is "
+                "followed by a command), or a scheme of fsspec such as s3:."
             )
         ) from error
     except ImportError as error:
@@ -65,10 +65,10 @@ def check_scheme(url: str, argument: str) -> None:
 
 
 def missing_on_store(urls: Sequence[str], argument: str) -> list[str]:
-    """Return those that are not on their stores, by one listing of each folder.
+    """Return the URLs that do not exist on their stores, by listing each folder once.
 
     Raises:
-        MimicError: A folder cannot be listed, for another reason than that listing is not allowed.
+        MimicError: A folder cannot be listed for another reason than missing permission.
     """
     from fsspec.core import url_to_fs
 
@@ -83,18 +83,18 @@ def missing_on_store(urls: Sequence[str], argument: str) -> list[str]:
         except FileNotFoundError:
             names = set()
         except PermissionError:
-            continue  # it may be allowed to read them all the same
-        except Exception as error:  # of the store's own package
+            continue  # reading may be allowed even if listing is not
+        except Exception as error:  # of the store's package
             raise MimicError(hide_secrets(f"`{argument}`: {folder} cannot be listed: {_shown(error)}.")) from error
         missing += [url for url in inside if url.rpartition("/")[2] not in names]
     return missing
 
 
 def contents(names: Sequence[str]) -> dict[str, bytes]:
-    """Return the contents of those small files that can be read, on this machine or, all at once, on a store.
+    """Return the contents of the small files that can be read, reading all files of a store at once.
 
     Raises:
-        MimicError: A store does not answer, so that another rank may find a file that is not found here.
+        MimicError: A store does not respond, so that other ranks might find files that this one does not.
     """
     from fsspec.core import url_to_fs
 
@@ -119,8 +119,8 @@ def contents(names: Sequence[str]) -> dict[str, bytes]:
 def open_shard(url: str) -> Any:
     """Open a shard for reading.
 
-    A URL, on a store or of the web, is read on where a connection broke, :data:`RETRIES` times in a row. What is not
-    there, or not allowed to be read, is given up at once; so is the output of a command, and a file of this machine.
+    Reading a URL is resumed after connection errors, up to :data:`RETRIES` times in a row. Missing files and missing
+    permissions are not retried; neither are commands and local files.
 
     Returns:
         A file; webdataset's ``Pipe`` for a command; an object with ``read`` and ``close`` for a URL.
@@ -131,12 +131,12 @@ def open_shard(url: str) -> Any:
 
 
 class _Resumed:
-    """A file behind a URL, opened again where reading it fails."""
+    """Read a URL, opening it again after errors."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._file: Any = None
-        # Webdataset's, around a command such as curl.
+        # webdataset's Pipe around a command such as curl.
         self._pipe: Any = None
         self._position = 0
 
@@ -144,13 +144,13 @@ class _Resumed:
         for failed in range(RETRIES + 1):
             try:
                 block = self._read(size)
-            except Exception as error:  # of the network, the store's own package, a command
+            except Exception as error:  # of the network, the store's package, or a command
                 refused = self._pipe is not None and self._pipe.status == _HTTP_ERROR
                 self.close()
                 if refused or isinstance(error, FileNotFoundError | PermissionError):
                     raise
                 if failed == RETRIES:
-                    tries = f"{RETRIES + 1} tries in a row from byte {self._position} on"
+                    tries = f"{RETRIES + 1} attempts in a row failed at byte {self._position}"
                     raise OSError(f"{_shown(error)}; {tries}") from error
                 time.sleep(WAIT * 2**failed)
             else:
@@ -167,12 +167,12 @@ class _Resumed:
         self._file = self._pipe = None
 
     def _read(self, size: int) -> bytes:
-        """Read from the first byte that has not been read."""
+        """Read from the current position, opening the URL if necessary."""
         if self._file is None:
             self._open()
         block: bytes = self._file.read(size)
         if not block and self._pipe is not None:
-            self._pipe.wait_for_child()  # raises, if the command has failed
+            self._pipe.wait_for_child()  # raises an error if the command has failed
         elif not block and self._position < (self._file.size or 0):
             raise EOFError("the connection was closed early")
         return block
@@ -186,7 +186,7 @@ class _Resumed:
             self._file.seek(self._position)
             return
         self._pipe = gopen(self._url, "rb")
-        # Not the pipe's own method, which drops what is left of the output once the command has failed.
+        # Read the stream directly, because Pipe.read drops the remaining output once the command has failed.
         self._file = self._pipe.stream
         for start in range(0, self._position, _BLOCK):
             self._file.read(min(_BLOCK, self._position - start))
@@ -195,4 +195,4 @@ class _Resumed:
 def _shown(error: BaseException) -> str:
     """Return an error as one line."""
     lines = str(error).strip().splitlines()
-    return hide_secrets(f"{type(error).__name__}: {lines[0] if lines else 'no more is known'}")
+    return hide_secrets(f"{type(error).__name__}: {lines[0] if lines else 'no details'}")

@@ -1,4 +1,4 @@
-"""Webdataset shards: which there are, how many pairs each holds, and what comes out of one, whole or not at all."""
+"""Webdataset shards: expanding lists of them, counting their pairs, and reading complete pairs."""
 
 import contextlib
 import json
@@ -23,18 +23,18 @@ from lightning_mimic.data.shard_files import (
 from lightning_mimic.errors import MimicError
 from lightning_mimic.stores import hide_secrets
 
-#: Most shards of one list.
+#: Maximum number of shards in a list.
 MAX_SHARDS = 2**22
-#: Tars of at most so many bytes together are counted by their headers where nothing else tells the number of pairs.
+#: Maximum total size of local tars whose pairs are counted by reading their headers.
 SCANNED_BYTES = 2**31
-# So many pairs without a json in a row, from the start of a shard, mean that it has none.
+# After this number of pairs without a json from the start of a shard, its pairs are assumed to have none.
 _NO_JSON_AFTER = 64
-#: Most bytes of one pair's files together; a compressed shard can hold a thousand times its size.
+#: Maximum number of bytes of the files of a pair; a compressed shard can expand to a thousand times its size.
 MAX_PAIR_BYTES = 2**28
-# Most bytes of a caption or a json, and of a name in a tar.
+# Maximum number of bytes of a caption or a json, and of a header or long name in a tar.
 _MAX_TEXT_BYTES = 2**24
 _MAX_HEADER_BYTES = 2**20
-# All that the header of an ordinary tar can say.
+# Largest file size that the header of an ordinary tar can express.
 _MAX_MEMBER_BYTES = 2**33
 _HEADER_TYPES = (
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
@@ -42,14 +42,15 @@ _HEADER_TYPES = (
 
 
 def list_shards(shards: str | Sequence[str], argument: str = "shards") -> list[str]:
-    """The shards that paths, brace ranges and commands stand for.
+    """Expand paths, brace ranges, commands and URLs to a list of shards, and check that they exist.
 
     Args:
-        shards: One, or several: ``"{00000000..00000127}.tar"``, ``"pipe:aws s3 cp s3://bucket/0.tar -"``, a URL.
-        argument: What they are called in an error.
+        shards: One entry or several, such as ``"{00000000..00000127}.tar"``, ``"pipe:aws s3 cp s3://bucket/0.tar -"``,
+            or a URL.
+        argument: Name of the argument, for messages.
 
     Raises:
-        MimicError: None, missing files, a directory, or an address that cannot be opened.
+        MimicError: The list is empty or too long, files are missing, an entry is a directory, or has an unknown scheme.
 
     Example:
         >>> list_shards("pipe:cat {08..10}.tar")
@@ -68,17 +69,17 @@ def list_shards(shards: str | Sequence[str], argument: str = "shards") -> list[s
     paths = [path for url in found if (path := local_path(url)) is not None]
     folder = next((path for path in paths if path.is_dir()), None)
     if folder is not None:
-        raise MimicError(f"`{argument}`: {folder} is a directory; name its shards. It holds {_tars_in(folder)}.")
+        raise MimicError(f"`{argument}`: {folder} is a directory; give its shards. It contains {_tars_in(folder)}.")
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
         folder = Path(missing[0]).parent
-        where = f" {folder} holds {_tars_in(folder)}." if folder.is_dir() else f" {folder} is no directory."
+        where = f" {folder} contains {_tars_in(folder)}." if folder.is_dir() else f" {folder} is not a directory."
     else:
         missing, where = missing_on_store(on_store, argument), ""
     if missing:
         raise MimicError(
             hide_secrets(
-                f"`{argument}`: {len(missing)} of {len(found)} shards are not there: {', '.join(missing[:3])}"
+                f"`{argument}`: {len(missing)} of {len(found)} shards do not exist: {', '.join(missing[:3])}"
                 f"{' and more' if len(missing) > 3 else ''}.{where} Ranges are written {{000..127}}; * is not expanded."
             )
         )
@@ -86,28 +87,28 @@ def list_shards(shards: str | Sequence[str], argument: str = "shards") -> list[s
 
 
 def _expanded(text: str, most: int, argument: str) -> list[str]:
-    """Expand the ranges of one entry, of which at most so many may come."""
+    """Expand the ranges of one entry to at most ``most`` shards."""
     from webdataset.shardlists import envsubst, expand_urls
 
     try:
         text = envsubst(text)
-        # Before they are expanded: each range is made whole in memory.
+        # Checked before the expansion, which holds all shards in memory.
         count = _at_most(text)
         found: list[str] = expand_urls(text) if count <= most else []
-    except (ValueError, AssertionError) as error:  # the latter of a variable that is not set
+    except (ValueError, AssertionError) as error:  # an AssertionError means that a variable is not set
         raise MimicError(hide_secrets(f"`{argument}`: {text!r} cannot be expanded: {error}.")) from error
     if count > most:
         raise MimicError(
             hide_secrets(
-                f"`{argument}`: {text!r} stands for up to {count:,} shards; at most {MAX_SHARDS:,} are taken in all. "
-                "Look at its ranges, or make bigger shards."
+                f"`{argument}`: {text!r} expands to up to {count:,} shards; at most {MAX_SHARDS:,} are allowed in "
+                "total. Check its ranges, or make larger shards."
             )
         )
     return found
 
 
 def _at_most(text: str) -> int:
-    """Multiply the lengths of all ranges and lists in braces; that is too much where some lie within others.
+    """Return an upper bound on the number of shards: the product of the lengths of all ranges and lists in braces.
 
     Example:
         >>> _at_most("{a,b}/{000..127}.tar"), _at_most("{0..10..5}.tar")
@@ -137,9 +138,10 @@ def shard_name(url: str) -> str:
 
 
 def name_in_shards(shard: str, key: str) -> str:
-    """Return the name of a pair among those of all shards: its key, if it begins with the shard's name, else both.
+    """Return a name of a pair that is unique among all shards: its key, with the shard's name in front if needed.
 
-    Keys of img2dataset and DataComp begin with the shard's; many other tools number pairs anew in every shard.
+    Keys of img2dataset and DataComp begin with the name of the shard; many other tools restart the numbers in every
+    shard.
 
     Example:
         >>> name_in_shards("pool/00000.tar", "000000007"), name_in_shards("pool/train-0.tar", "0007")
@@ -150,13 +152,13 @@ def name_in_shards(shard: str, key: str) -> str:
 
 
 class PairSources:
-    """The pairs that ids name, to find an id that names two.
+    """Record the pair of each id, to detect an id that names two pairs.
 
-    Up to :data:`MOST` ids are known, which take 40 MB. Of more, those with the lowest hashes are, so that ids which
-    repeat in bulk are found at any size.
+    Up to :data:`MOST` ids are recorded, which take 40 MB. Beyond that, only ids with the lowest hashes are recorded, so
+    that ids which repeat in bulk are found in data of any size.
 
     Args:
-        shards: All shards; two of one name give the same ids to pairs that are named by their keys.
+        shards: All shards. Pairs named by their keys have the same ids in two shards of the same name.
 
     Example:
         >>> sources = PairSources(["0.tar", "1.tar"])
@@ -172,30 +174,30 @@ class PairSources:
     def __init__(self, shards: Sequence[str]) -> None:
         self._pairs: dict[str, tuple[str, str]] = {}
         self._limit = 2**61  # of hashes
-        #: All shards of a name.
+        #: Shards by name.
         self._shards: dict[str, list[str]] = {}
         for shard in dict.fromkeys(shards):
             self._shards.setdefault(shard_name(shard), []).append(shard)
         self._lengths = {len(name) for name in self._shards}
 
     def add(self, id: str, shard: str, key: str, *, by_key: bool) -> None:
-        """Note a pair; the same one may come again.
+        """Record a pair, which may be added repeatedly.
 
         Args:
-            id: Of the pair.
-            shard: Where it lies.
-            key: Its name there.
-            by_key: It has no ``uid``, so that shard and key make its id.
+            id: Id of the pair.
+            shard: Shard of the pair.
+            key: Key of the pair in the shard.
+            by_key: Whether the id is made from shard and key, because there is no ``uid``.
 
         Raises:
-            MimicError: The id names another pair, too.
+            MimicError: The id also names another pair.
         """
         if by_key and (others := self._others(shard, key)):
             raise MimicError(
                 hide_secrets(
-                    f"`shards`: the pair {key} in {shard} has no `uid`, and by its name its id {id!r} could be that of "
-                    f"a pair in {others[0]}. Give the shards names of one length that differ, or put a `uid` into the "
-                    "json files."
+                    f"`shards`: the pair {key} in {shard} has no `uid`, and its id {id!r}, made from its name, could "
+                    f"also be that of a pair in {others[0]}. Give the shards different names of equal length, or add a "
+                    "`uid` to the json files."
                 )
             )
         if hash(id) & (2**61 - 1) >= self._limit:
@@ -205,8 +207,8 @@ class PairSources:
             raise MimicError(
                 hide_secrets(
                     f"`shards`: the id {id!r} names two pairs: {found[1]} in {found[0]} and {key} in {shard}. Scores "
-                    "and decisions are kept by id. Give each pair a `uid` of its own in its json, or leave it out: a "
-                    "pair without one is named by its shard and key."
+                    "and decisions are stored by id. Give each pair a unique `uid` in its json, or leave it out: then "
+                    "its id is made from shard and key."
                 )
             )
         if len(self._pairs) > self.MOST:
@@ -216,7 +218,7 @@ class PairSources:
     def _others(self, shard: str, key: str) -> list[str]:
         """Return other shards in which a pair could have the same id."""
         name = shard_name(shard)
-        # A pair that is named by its key alone could lie in any shard with whose name that begins.
+        # A pair named by its key alone could be in any shard whose name is a prefix of the key.
         begins = [key[:length] for length in self._lengths] if name_in_shards(shard, key) == key else [name]
         return [other for each in begins for other in self._shards.get(each, []) if other != shard]
 
@@ -227,10 +229,10 @@ def _tars_in(folder: Path) -> str:
 
 
 def stated_counts(shards: Sequence[str]) -> dict[str, int]:
-    """Pairs of each shard, as far as files beside it tell: ``sizes.json``, else img2dataset's ``NAME_stats.json``.
+    """Return the number of pairs of each shard that ``sizes.json`` or img2dataset's ``NAME_stats.json`` states.
 
     Raises:
-        MimicError: A store does not answer.
+        MimicError: A store does not respond.
     """
     places = {url: url.rpartition("/") for url in shards if is_on_store(url)}
     places |= {url: (str(path.parent), "/", path.name) for url in shards if (path := local_path(url)) is not None}
@@ -248,20 +250,21 @@ def stated_counts(shards: Sequence[str]) -> dict[str, int]:
 
 
 def _objects(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The objects in json files; an empty one for a file that is not there or holds something else."""
+    """Return the objects in json files; an empty dict for a file that is missing or contains something else."""
     names = list(dict.fromkeys(names))
     objects: dict[str, dict[str, Any]] = {name: {} for name in names}
     for name, content in contents(names).items():
-        with contextlib.suppress(ValueError):  # then nothing is known, which is no error
+        with contextlib.suppress(ValueError):  # the number of pairs is then unknown, which is not an error
             found = json.loads(content)
             objects[name] = found if isinstance(found, dict) else {}
     return objects
 
 
 def scanned_ids(shards: Sequence[str]) -> dict[str, list[str]]:
-    """Ids of the pairs in each shard that are whole by the names of their files, from headers and json files alone.
+    """Return the ids of the complete pairs in each shard, from tar headers and json files.
 
-    Without those that are not local or compressed; empty, if they have more than :data:`SCANNED_BYTES` together.
+    Compressed shards and shards that are not local are left out. The result is empty if the local shards have more than
+    :data:`SCANNED_BYTES` in total.
 
     Raises:
         MimicError: An id names two pairs.
@@ -296,14 +299,15 @@ def _ids_in(url: str, sources: PairSources) -> Iterator[str]:
 
 
 class _DamageError(Exception):
-    """A shard that does not end as a tar does, or is none."""
+    """A shard that is truncated or is not a tar file."""
 
 
 class _Member(tarfile.TarInfo):
-    """Keeps what ended the archive: tarfile itself stops at a damaged header as it does at a proper end.
+    """Record why reading an archive stopped, because tarfile treats a damaged header like a regular end.
 
-    It also trusts a header's size: a negative one makes it read the same header for ever, a huge one looks for the next
-    header long after the end, and a long name or an extended header is read into memory whatever its length.
+    It also rejects invalid sizes. tarfile trusts them: with a negative size it reads the same header forever, with a
+    huge one it looks for the next header far beyond the end, and it reads long names and extended headers of any length
+    into memory.
     """
 
     @classmethod
@@ -325,20 +329,23 @@ class _Member(tarfile.TarInfo):
             raise
 
     def _proc_gnusparse_10(self, *_: Any) -> None:
-        # Its map of blocks has no end where the file is cut, and tarfile looks for it for ever.
+        # In a truncated file, tarfile would search forever for the end of the map of blocks.
         raise tarfile.InvalidHeaderError("a sparse file")  # type: ignore[attr-defined]
 
 
 def _files(url: str, heads: bool = False) -> Iterator[tuple[str, str, bytes | None]]:
-    """Key, suffix and content of each file.
+    """Yield key, suffix and content of each file in a shard.
 
-    Content is that of captions, images and json files (with ``heads`` that of json files alone), empty for others,
-    and ``None`` for a file with more bytes than are taken. Raises _DamageError where the shard breaks off.
+    The content is that of captions, images and json files (with ``heads`` of json files only), empty for other files,
+    and ``None`` for files above the size limit.
+
+    Raises:
+        _DamageError: The shard is truncated or damaged.
     """
     stream: Any = None
     try:
         stream = open_shard(url)
-        # A command's output itself: webdataset drops what is left of it once the command has failed.
+        # The output of the command itself, because webdataset drops its remainder once the command has failed.
         source = getattr(stream, "stream", stream)
         with tarfile.open(fileobj=source, mode="r:" if heads else "r|*", tarinfo=_Member) as tar:
             for member in tar:
@@ -356,9 +363,9 @@ def _files(url: str, heads: bool = False) -> Iterator[tuple[str, str, bytes | No
             _check_ending(tar)
     except GeneratorExit:
         with contextlib.suppress(AttributeError):
-            stream.proc.kill()  # a command that nobody listens to any more; closing waits for it
+            stream.proc.kill()  # the output is no longer needed; closing would wait for the command
         raise
-    except Exception as error:  # of tarfile, a decompressor, the system, the command
+    except Exception as error:  # of tarfile, a decompressor, the operating system or the command
         raise _DamageError(f"{error}{_status(stream)}") from error
     finally:
         with contextlib.suppress(Exception):
@@ -368,18 +375,18 @@ def _files(url: str, heads: bool = False) -> Iterator[tuple[str, str, bytes | No
 def _check_ending(tar: Any) -> None:
     ending = getattr(tar, "ending", None)
     if isinstance(ending, tarfile.EmptyHeaderError):  # type: ignore[attr-defined]
-        raise _DamageError("it is cut between two files")
+        raise _DamageError("it is truncated between two files")
     if isinstance(ending, tarfile.TruncatedHeaderError):  # type: ignore[attr-defined]
-        raise _DamageError("it is cut inside a header")
+        raise _DamageError("it is truncated inside a header")
     if not isinstance(ending, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
         raise _DamageError(f"a damaged header ({ending})")
     while block := tar.fileobj.read(2**20):
         if block.strip(b"\0"):
-            raise _DamageError("more follows after the end mark")
+            raise _DamageError("data follow after the end mark")
 
 
 def _status(stream: Any) -> str:
-    """How a command ended."""
+    """Return the error of a command as a phrase, empty if it succeeded."""
     try:
         if stream is not None:
             stream.close()
@@ -389,7 +396,7 @@ def _status(stream: Any) -> str:
 
 
 def _named(member: tarfile.TarInfo) -> tuple[str | None, str]:
-    """Key and suffix, as webdataset splits a name: at the first dot after the last slash."""
+    """Return key and suffix of a file, split like in webdataset: at the first dot after the last slash."""
     folder, slash, name = member.name.rpartition("/")
     stem, dot, suffix = name.partition(".")
     if not member.isreg() or not stem or not dot or (stem.startswith("__") and not folder):
@@ -400,15 +407,15 @@ def _named(member: tarfile.TarInfo) -> tuple[str | None, str]:
 def read_shard(
     url: str, reject: Callable[..., None], expected: int | None = None
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The pairs of a shard, each with all of its files; what is damaged is told to ``reject``.
+    """Yield the pairs of a shard, each with all of its files, and pass faults to ``reject``.
 
     Args:
-        url: One of :func:`list_shards`.
-        reject: Takes what is not given.
-        expected: Pairs that the shard should have, if that is known.
+        url: Shard from :func:`list_shards`.
+        reject: Function that records skipped pairs and faults of the shard.
+        expected: Expected number of pairs; ``None`` if unknown.
 
     Yields:
-        Key, and content by suffix.
+        Key, and contents by suffix.
     """
     groups = _Groups(url, reject)
     damage = None
@@ -429,7 +436,7 @@ def read_shard(
 
 
 class _Groups:
-    """Files of one key in a row become a pair."""
+    """Collect consecutive files of the same key into pairs."""
 
     def __init__(self, url: str, reject: Callable[..., None]) -> None:
         self.keys: set[str] = set()
@@ -439,7 +446,7 @@ class _Groups:
         self._files: dict[str, bytes] = {}
         self._bytes = 0
         self._fault: Reason | None = None
-        # Until it is known whether this shard's pairs have a json, those without it wait: they may be halves.
+        # Pairs without a json wait until it is known whether the pairs of this shard have one; they may be incomplete.
         self._has_json: bool | None = None
         self._waiting: list[tuple[str, dict[str, bytes]]] = []
         self._ready: deque[tuple[str, dict[str, bytes]]] = deque()

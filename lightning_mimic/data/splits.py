@@ -1,4 +1,4 @@
-"""Disjoint splits of labelled images: noisy labels, trusted labels, and a test set."""
+"""Base class of data modules with disjoint splits of labelled images: noisy labels, trusted labels, and a test set."""
 
 import warnings
 from abc import ABC, abstractmethod
@@ -19,20 +19,20 @@ from lightning_mimic.manifest import kept_subset
 from lightning_mimic.random_streams import torch_generator
 from lightning_mimic.trainer_package import pl
 
-#: The images that train or are scored: all with trusted labels, three quarters of these, the other quarter, or those
-#: with noisy labels.
+#: Part of the images to train on or to score: all images with trusted labels, three quarters of these, the remaining
+#: (held-out) quarter, or the images with noisy labels.
 Split = Literal["trusted", "trusted_fit", "trusted_held", "noisy"]
 
 
 @dataclass
 class Source:
-    """Images of one split.
+    """Hold the images and labels of one split of a data set.
 
     Attributes:
-        images: By row: ``images[row]`` is one image, transformed; has a length.
-        labels: The true ones, int64, shape ``(rows,)``.
-        key: Returns a key that identifies the images and their transform, for a cache.
-        ids: One per row; the row numbers, if ``None``.
+        images: Sequence of images; ``images[row]`` is a transformed image.
+        labels: True labels, int64, shape ``(rows,)``.
+        key: Function that returns a key of the images and their transform, for a cache.
+        ids: Ids, one per row; ``None``: row numbers.
     """
 
     images: Any
@@ -42,12 +42,12 @@ class Source:
 
 
 class LabelledRows(Dataset[tuple[Any, Tensor]]):
-    """A subset of the rows of a source, with given labels.
+    """Select rows of a source, with given labels.
 
     Args:
-        images: By row.
-        rows: int64, shape ``(n,)``.
-        labels: int64, shape ``(n,)``.
+        images: Images of the source, by row.
+        rows: Row numbers, int64, shape ``(n,)``.
+        labels: Labels of these rows, int64, shape ``(n,)``.
     """
 
     def __init__(self, images: Any, rows: Tensor, labels: Tensor) -> None:
@@ -68,19 +68,19 @@ class LabelledSplits(pl.LightningDataModule, ABC):
     A subclass reads its images (:meth:`read`) and divides them (:meth:`divide`).
 
     Args:
-        train: What trains: ``"trusted"``, ``"trusted_fit"``, ``"trusted_held"`` or ``"noisy"``.
-        noise: Corrupts the labels of the noisy part, or of ``"trusted_held"``.
-        keep: A manifest; only what it keeps of the noisy part trains.
-        flip: Flip every other training image, another half in every epoch.
-        seed: Of the order in training and of what is flipped.
-        batch_size: Images per batch and process.
-        num_workers: Loader processes.
+        train: Part to train on: ``"trusted"``, ``"trusted_fit"``, ``"trusted_held"`` or ``"noisy"``.
+        noise: Label noise for the noisy part, or for ``"trusted_held"``.
+        keep: Manifest; train only on the images of the noisy part that it keeps.
+        flip: Whether to flip a random half of the training images in each epoch.
+        seed: Seed of the training order and of the flips.
+        batch_size: Number of images per batch and process.
+        num_workers: Number of loader processes.
 
     Raises:
-        MimicError: Another part, a manifest for one that is not noisy, or a number that is none.
+        MimicError: ``train`` is not a part, ``keep`` is given for a part that is not noisy, or a number is invalid.
     """
 
-    #: Set by the subclass.
+    #: Number of classes, set by the subclass.
     num_classes: int
     #: Images per batch in validation and test.
     eval_batch_size = 500
@@ -99,7 +99,7 @@ class LabelledSplits(pl.LightningDataModule, ABC):
         if train not in get_args(Split):
             raise MimicError(f"`train` is {train!r}; expected one of {', '.join(map(repr, get_args(Split)))}.")
         if keep is not None and train != "noisy":
-            raise MimicError(f"`keep` is a choice among the noisy images, and `train` is {train!r}.")
+            raise MimicError(f"`keep` selects among the noisy images, but `train` is {train!r}; expected 'noisy'.")
         for name, count, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
             if not isinstance(count, int) or isinstance(count, bool) or count < least:
                 raise MimicError(f"`{name}` is {count!r}; expected a whole number of {least} or more.")
@@ -110,41 +110,41 @@ class LabelledSplits(pl.LightningDataModule, ABC):
         self.seed = seed
         self.batch_size = batch_size
         self.num_workers = num_workers
-        #: By name: "train", "test" and, where there is one, "val"; known after :meth:`setup`.
+        #: Sources by name, "train", "test" and "val" as far as they exist; known after :meth:`setup`.
         self.sources: dict[str, Source] = {}
 
     @abstractmethod
     def read(self) -> Mapping[str, Source]:
-        """Return the sources ``"train"`` and, where the data have them, ``"test"`` and ``"val"``."""
+        """Return the sources ``"train"`` and, if the data have them, ``"test"`` and ``"val"``."""
 
     @abstractmethod
     def divide(self, labels: Tensor) -> Mapping[str, Tensor]:
         """Assign rows to splits.
 
         Args:
-            labels: Labels of the source ``"train"``; a subclass that knows better ones changes them in place.
+            labels: Labels of the source ``"train"``, int64; a subclass with corrected labels changes them in place.
 
         Returns:
             Rows of the source ``"train"`` under ``"noisy"``, ``"trusted_fit"`` and ``"trusted_held"``, any of which
-            may be empty; rows of the source ``"test"`` under ``"test"``, where there is one.
+            may be empty; rows of the source ``"test"`` under ``"test"``, if it exists.
         """
 
     def setup(self, stage: str | None = None) -> None:
-        """Divide the images and corrupt labels; the same for the same seeds, on every rank."""
+        """Divide the images and apply label noise, with the same result on every rank."""
         if self.sources:
             return
         self.sources = dict(self.read())
         labels = self.sources["train"].labels
-        #: Rows of each part.
+        #: Rows of each part, by name.
         self.rows = dict(self.divide(labels))
         self.rows["trusted"] = torch.cat([self.rows["trusted_fit"], self.rows["trusted_held"]])
-        #: Rows of the noisy part; true and given labels, and which of these differ, in the same order.
+        #: Rows of the noisy part, with their true labels, given labels, and whether these differ.
         self.noisy_ids = self.rows["noisy"]
         self.true_labels = labels[self.noisy_ids]
         self.given_labels, self.wrong = self.noise(self.true_labels, self.num_classes, self.noisy_ids)
         if not len(self.rows[self.train]):
             raise MimicError(
-                f"`train` is {self.train!r}, and no image is in that part; its parts are "
+                f"`train` is {self.train!r}, but that part has no images; the parts are "
                 f"{', '.join(f'{name} ({len(self.rows[name])})' for name in get_args(Split))}."
             )
 
@@ -169,37 +169,37 @@ class LabelledSplits(pl.LightningDataModule, ABC):
         )
 
     def val_dataloader(self) -> Any:
-        """Return the held-out trusted images, or else the validation split of the data set, if it has one."""
+        """Return a loader of the held-out trusted images, or else of the validation split, if there is one."""
         if len(held := self.rows["trusted_held"]):
             return self._evaluation("train", held)
         return self._evaluation("val") if "val" in self.sources else []
 
     def test_dataloader(self) -> Any:
-        """Return the test split or, where the data have none, the held-out trusted images, if they did not train.
+        """Return a loader of the test split, otherwise of the held-out trusted images if they are not trained on.
 
-        Without either there is no loader, and a warning: noisy labels are never used for a test.
+        Without either, return no loader and warn, because noisy labels are never used for a test.
         """
         if "test" in self.sources:
             return self._evaluation("test", self.rows["test"])
         held = self.rows["trusted_held"]
         if len(held) and self.train in ("trusted_fit", "noisy"):
             return self._evaluation("train", held)
-        trained = f" that `train={self.train!r}` leaves out" if len(held) else ""
+        trained = f" that `train={self.train!r}` does not train on" if len(held) else ""
         warnings.warn(
-            f"nothing is tested: the data have no test split, and there are no held-out trusted images{trained}. "
-            "Give a list of checked images as `trusted`, or switch the test off (test=false).",
+            f"the test is skipped: the data have no test split, and no held-out trusted images{trained}. Give a list "
+            "of checked images as `trusted`, or switch the test off (test=false).",
             stacklevel=2,
         )
         return []
 
     def samples_by_id(self, ids: Sequence[int | str]) -> Iterator[tuple[int | str, Any]]:
-        """Yield images of the training split as a person looks at them, known after :meth:`setup`.
+        """Yield images of the training split before any transform; call :meth:`setup` first.
 
         Args:
-            ids: Of the images; those that the split does not have are left out.
+            ids: Ids of the images; ids that the split does not have are skipped.
 
         Yields:
-            An id and its image, without transform and flips.
+            Id and image, without transform and flips.
         """
         source = self.sources["train"]
         known = range(len(source.labels)) if source.ids is None else self._rows_by_id
@@ -212,14 +212,14 @@ class LabelledSplits(pl.LightningDataModule, ABC):
         return self.sources["train"].images[row]
 
     def flipped(self, ids: Any, epoch: int) -> Tensor:
-        """Return which training images are flipped in an epoch; independent of the number of processes and of resuming.
+        """Return which training images are flipped in an epoch, independently of the number of processes and resumes.
 
         Args:
-            ids: Of a training batch.
-            epoch: Counted from 0.
+            ids: Ids of a training batch.
+            epoch: Number of the epoch, from 0.
 
         Returns:
-            Boolean, shape ``(B,)``.
+            Whether each image is flipped, boolean, shape ``(B,)``.
         """
         source = self.sources["train"]
         generator = torch_generator(self.seed, "flips", epoch)
@@ -230,7 +230,7 @@ class LabelledSplits(pl.LightningDataModule, ABC):
 
     @cached_property
     def _rows_by_id(self) -> dict[str, int]:
-        """Rows of the training split, whose images have ids."""
+        """Row numbers in the training split, by id."""
         return {each: row for row, each in enumerate(self.sources["train"].ids or ())}
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

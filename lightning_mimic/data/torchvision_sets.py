@@ -1,4 +1,4 @@
-"""The six image data sets of the paper, read and downloaded by torchvision."""
+"""Data module of the paper's six image data sets, which torchvision reads and downloads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from lightning_mimic.errors import MimicError, nearest_names, package_of_extra
 
 @dataclass(frozen=True)
 class ImageSet:
-    """How torchvision has a data set.
+    """Describe how torchvision reads a data set.
 
     Attributes:
-        reader: Class of ``torchvision.datasets``.
-        num_classes: Of its labels, which count from 0.
-        splits: Arguments of the class for ``"train"``, ``"test"`` and, where there is one, ``"val"``.
-        labels: Attribute with the labels, for which no image is decoded.
-        files: Attribute with the images' paths; ``None``, where the images themselves are in the attribute ``data``.
-        archives: Where the files to download are.
-        folder: Below the root, where these files belong.
-        unpacked: Below the root, what is in them.
+        reader: Name of the class in ``torchvision.datasets``.
+        num_classes: Number of classes; labels count from 0.
+        splits: Arguments of the class for ``"train"``, ``"test"`` and, if it exists, ``"val"``.
+        labels: Attribute with the labels, which can be read without decoding images.
+        files: Attribute with the paths of the images; ``None`` if the images are in the attribute ``data``.
+        archives: URLs of the files to download.
+        folder: Folder for these files, relative to the root.
+        unpacked: Folders of their unpacked content, relative to the root.
     """
 
     reader: str
@@ -44,7 +44,7 @@ def _splits(argument: str, **values: Any) -> Mapping[str, Mapping[str, Any]]:
 _TORONTO = "https://www.cs.toronto.edu/~kriz/"
 _OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/"
 
-#: By name. Which split trains is as in the paper.
+#: Data sets by name. The training splits are those of the paper.
 SETS: Mapping[str, ImageSet] = MappingProxyType(
     {
         "cifar10": ImageSet(
@@ -114,30 +114,31 @@ SETS: Mapping[str, ImageSet] = MappingProxyType(
 
 
 class TorchvisionDataModule(ImageSplits):
-    """CIFAR-10, CIFAR-100, STL-10, DTD (its first partition), Flowers-102 or Oxford-IIIT Pet.
+    """Load CIFAR-10, CIFAR-100, STL-10, DTD (its first partition), Flowers-102 or Oxford-IIIT Pet.
 
-    With ``trusted=0`` all training images are the noisy part. Ids are row numbers of torchvision's training split.
-    Images are decoded one by one as they are asked for, labels are read without.
+    With ``trusted=0``, all training images are the noisy part. Ids are row numbers in torchvision's training split.
+    Images are decoded on access; labels are read without decoding images.
 
     Args:
         name: ``"cifar10"``, ``"cifar100"``, ``"stl10"``, ``"dtd"``, ``"flowers102"`` or ``"oxford_pet"``.
-        root: Folder that torchvision downloads to.
-        transform: PIL image of mode RGB to tensor; ``None`` gives PIL images, for a zero-shot classifier.
-        train: What trains: ``"trusted"``, ``"trusted_fit"``, ``"trusted_held"`` or ``"noisy"``.
-        noise: Corrupts the labels of the noisy part, or of ``"trusted_held"``.
-        keep: A manifest; only what it keeps of the noisy part trains.
-        flip: Flip every other training image, another half in every epoch.
-        trusted: Share of each class of the training split that is set apart with trusted labels: none, or at least two
-            images, of which a quarter, at least one, is held out.
-        split_seed: Of which these are; the same for a reference and for what it scores.
-        seed: Of the order in training and of what is flipped.
-        batch_size: Images per batch and process.
-        num_workers: Loader processes.
-        download: Whether to fetch what is not in ``root``, or to unpack archives that are.
+        root: Folder to which torchvision downloads.
+        transform: Function from a PIL image of mode RGB to a tensor; ``None``: return PIL images, for zero-shot
+            evaluation.
+        train: Part to train on: ``"trusted"``, ``"trusted_fit"``, ``"trusted_held"`` or ``"noisy"``.
+        noise: Label noise for the noisy part, or for ``"trusted_held"``.
+        keep: Manifest; train only on the images of the noisy part that it keeps.
+        flip: Whether to flip a random half of the training images in each epoch.
+        trusted: Share of each class of the training split that is set apart with trusted labels, either 0 or at least
+            two images per class; a quarter of these, at least one image, is held out.
+        split_seed: Seed of the selection of trusted images; use the same for a reference and for the run it scores.
+        seed: Seed of the training order and of the flips.
+        batch_size: Number of images per batch and process.
+        num_workers: Number of loader processes.
+        download: Whether to download missing files to ``root``, or to unpack archives that are already there.
 
     Raises:
-        MimicError: An unknown name (with the nearest), another part, a manifest for one that is not noisy, or a share
-            outside 0 to 1; in ``prepare_data`` and ``setup``, files that cannot be had or read, with where they belong.
+        MimicError: ``name`` is unknown, ``train`` is not a part, ``keep`` is given for a part that is not noisy, or a
+            share is outside 0 to 1. In ``prepare_data`` and ``setup``: files cannot be downloaded or read.
 
     Example:
         >>> TorchvisionDataModule("cifar-10", "datasets")
@@ -172,7 +173,7 @@ class TorchvisionDataModule(ImageSplits):
         self.download = download
 
     def prepare_data(self) -> None:
-        """Downloads what is not there, by one process of a machine."""
+        """Download missing files, in one process per machine."""
         if self.download and not self.sources:
             self._read("train", download=True)
 
@@ -188,8 +189,8 @@ class TorchvisionDataModule(ImageSplits):
 
         reader = getattr(torchvision.datasets, self.spec.reader)
         try:
-            # CIFAR's files are pickles, which could run code. Before it opens any, torchvision compares all of them
-            # with the checksums of the published ones, and so it reads no others; a test holds it to that.
+            # CIFAR's files are pickles, which could run code. torchvision verifies the published checksums of all files
+            # before it opens any, which a test ensures.
             dataset = reader(self.root, download=download, **self.spec.splits[split])
             names = list(getattr(dataset, "classes", []))
             if names and len(names) != self.num_classes:
@@ -199,15 +200,15 @@ class TorchvisionDataModule(ImageSplits):
             files = None if self.spec.files is None else getattr(dataset, self.spec.files)
             return self.source(dataset, getattr(dataset, self.spec.labels), files)
         except ImportError:
-            raise  # of a package that torchvision wants
-        except Exception as error:  # of the network, an archive, the system, the files
+            raise  # a package that torchvision needs is missing
+        except Exception as error:  # of the network, an archive, the operating system or the files
             raise MimicError(self._advice(error)) from error
 
     def _advice(self, error: Exception) -> str:
         spec = self.spec
         return (
-            f"`data`: {spec.reader} cannot be read from {self.root}: {str(error).rstrip('.')}. `download=True` fetches "
-            f"it; without a network put {' and '.join(spec.archives)} into {self.root / spec.folder}, and "
-            f"`download=True` unpacks that to {' and '.join(str(self.root / path) for path in spec.unpacked)}. What is "
-            "there already and not whole must be removed first."
+            f"`data`: {spec.reader} cannot be read from {self.root}: {str(error).rstrip('.')}. Set `download=True` to "
+            f"download it. Without a network, copy {' and '.join(spec.archives)} to {self.root / spec.folder}; "
+            f"`download=True` unpacks them to {' and '.join(str(self.root / path) for path in spec.unpacked)}. Remove "
+            "incomplete files first."
         )

@@ -1,4 +1,4 @@
-"""From a PIL image to what a network reads; nothing is drawn here, and the ``repr`` of each tells all its settings."""
+"""Deterministic transforms from PIL images to tensors, whose ``repr`` shows all their settings."""
 
 from typing import Any
 
@@ -7,15 +7,16 @@ from lightning_mimic.errors import MimicError, nearest_names, package_of_extra
 
 
 def paper_transform(size: int = 224) -> Transform:
-    """The paper's: ``size`` by ``size`` pixels whatever the shape was, and values from -1 to 1.
+    """Return the paper's transform: resize to ``size`` by ``size`` pixels, and scale values to -1 to 1.
 
-    Images are flipped by the data module (``flip=True``).
+    The aspect ratio is not preserved. Images are flipped by the data module (``flip=True``).
 
     Args:
-        size: Height and width.
+        size: Height and width, pixels.
 
     Returns:
-        PIL image of mode RGB to float32 tensor ``(3, size, size)``: mean 0.5 and deviation 0.5 are taken out of 0 to 1.
+        Function from a PIL image of mode RGB to a float32 tensor ``(3, size, size)``; values from 0 to 1 are normalised
+        with mean 0.5 and standard deviation 0.5.
 
     Example:
         >>> from PIL import Image
@@ -33,13 +34,13 @@ def paper_transform(size: int = 224) -> Transform:
 
 
 def torchvision_preset(weights: str) -> Transform:
-    """The transform that torchvision publishes with weights, for inference.
+    """Return the inference transform that torchvision publishes with weights.
 
     Args:
-        weights: Such as ``"ViT_B_16_Weights.IMAGENET1K_V1"``.
+        weights: Name of the weights, such as ``"ViT_B_16_Weights.IMAGENET1K_V1"``.
 
     Raises:
-        MimicError: Unknown weights (with the nearest ones).
+        MimicError: The weights are unknown.
 
     Example:
         >>> torchvision_preset("ViT_B_16_Weights.IMAGENET1K_V1")
@@ -63,13 +64,13 @@ def torchvision_preset(weights: str) -> Transform:
 
 
 def timm_preset(model_name: str) -> Transform:
-    """The transform that a model of timm was published with, for inference; nothing is downloaded.
+    """Return the inference transform that was published with a timm model, without downloading the model.
 
     Args:
-        model_name: Such as ``"vit_base_patch16_224.augreg_in21k"``; without a tag, timm's first.
+        model_name: Name of the model, such as ``"vit_base_patch16_224.augreg_in21k"``; without a tag, timm's default.
 
     Raises:
-        MimicError: An unknown model or tag (with the nearest ones).
+        MimicError: The model or tag is unknown.
 
     Example:
         >>> timm_preset("vit_base_patch16_224.augreg_in21k").transforms[1]

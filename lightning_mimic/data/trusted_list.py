@@ -1,4 +1,4 @@
-"""Lists of images that a person has checked: read, and matched with the images of a data set."""
+"""Lists of images checked by a person: reading them, and matching them with the images of a data set."""
 
 import os
 from collections import defaultdict
@@ -10,24 +10,24 @@ from lightning_mimic.errors import CurationError, MimicError, join_names, neares
 from lightning_mimic.tables import Table
 from lightning_mimic.user_files import user_path
 
-#: Columns that name the image, of which a table has exactly one.
+#: Columns that identify an image; a table has exactly one of them.
 _IMAGE = ("id", "path", "file", "filename")
-#: Columns with the name of its class. The first is that of our own tables, whose `label` is an index.
+#: Columns with the class name, in order of precedence; `label` is an index in tables written by this package.
 _LABEL = ("label_name", "label")
-#: Examples in a message.
+#: Number of examples in a message.
 _SHOWN = 3
-#: Ids among which the nearest is looked for.
+#: Maximum number of ids among which the nearest one is searched.
 _COMPARED = 5_000
 
 
 @dataclass(frozen=True)
 class TrustedImages:
-    """Images that a person has checked.
+    """Hold a list of images that a person has checked.
 
     Attributes:
-        source: The list's path, for messages.
-        images: Paths or ids, as they are written in the list.
-        labels: Names of the classes; ``None`` for an image whose given label was found to be right.
+        source: Path of the list, for messages.
+        images: Paths or ids as written in the list.
+        labels: Class names; ``None`` for images whose given label is right.
     """
 
     source: str
@@ -39,13 +39,13 @@ def read_trusted_list(path: str | Path) -> TrustedImages:
     r"""Read a list of checked images.
 
     Args:
-        path: A ``.csv`` or ``.parquet`` file with one column ``id``, ``path``, ``file`` or ``filename`` and, if labels
-            were corrected, a column ``label`` or ``label_name`` with names of classes, in which an empty cell stands
-            for the given label; or a ``.txt`` file with one path per line.
+        path: A ``.csv`` or ``.parquet`` file with one column ``id``, ``path``, ``file`` or ``filename`` and, for
+            corrected labels, a column ``label`` or ``label_name`` with class names, in which an empty cell means that
+            the given label is right; or a ``.txt`` file with one path per line.
 
     Raises:
-        MimicError: No such file, another kind of file, no such column or two of them, a row without a path, or an
-            empty list.
+        MimicError: The file does not exist or has another format, has none or several of these columns, has a row
+            without a path, or is empty.
 
     Example:
         >>> import tempfile
@@ -103,20 +103,20 @@ def find_trusted(
 ) -> Mapping[int, int | None]:
     """Find the listed images among those of a data set.
 
-    An entry names the image with that id or, where no id is like it, the image whose path ends with it: below the
-    root, with the root in front, or the file's name alone.
+    An entry names the image with that id or, if there is none, the image whose path ends with the entry: a path
+    relative to the root, a path that includes the root, or a file name.
 
     Args:
-        listed: The list.
-        ids: Of the images, by row.
-        files: Their paths, by row; ``None``, if they are no files.
-        class_names: In the order of the labels.
+        listed: List of checked images.
+        ids: Ids of the images, by row.
+        files: Paths of the images, by row; ``None`` if they are not files.
+        class_names: Names of the classes, in the order of the labels.
 
     Returns:
-        Row to the checked label, ``None`` where that is the given one.
+        Checked label by row; ``None`` if the given label is right.
 
     Raises:
-        MimicError: Entries that name no image, or several; a label that is no class; two labels of one image.
+        MimicError: An entry names no image or several, a label is not a class, or an image has two labels.
 
     Example:
         >>> listed = TrustedImages("trusted.csv", ["cat/1.jpg", "7.jpg"], [None, "cat"])
@@ -140,15 +140,15 @@ def find_trusted(
     numbers = {name: label for label, name in enumerate(class_names)}
     if wrong := [label for label in listed.labels if label is not None and label not in numbers]:
         raise MimicError(
-            f"`trusted`: {len(wrong)} labels of {listed.source} are no classes, such as "
+            f"`trusted`: {len(wrong)} labels of {listed.source} are not classes, such as "
             f"{join_names(list(dict.fromkeys(wrong)), _SHOWN)}; {nearest_names(wrong[0], class_names)}. Expected the "
-            "name of a class, or an empty cell where the given one is right."
+            "name of a class, or an empty cell if the given label is right."
         )
     found: dict[int, int | None] = {}
     for (row,), label in zip(matches, listed.labels, strict=True):
         number = None if label is None else numbers[label]
         if found.setdefault(row, number) != number:
-            raise MimicError(f"`trusted`: {listed.source} has two different labels of {ids[row]!r}; leave one.")
+            raise MimicError(f"`trusted`: {listed.source} has two different labels of {ids[row]!r}; remove one.")
     return found
 
 
@@ -174,5 +174,5 @@ def _matches(images: Sequence[str], ids: Sequence[str], files: Sequence[Path] | 
 
 
 def _posix(image: str) -> str:
-    """Return a path as ids are written, from one with backslashes or redundant parts."""
+    """Return a path in the form of ids, without backslashes and redundant parts."""
     return os.path.normpath(image.replace("\\", "/"))
