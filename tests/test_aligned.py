@@ -159,8 +159,7 @@ PART = (
     "layer."
 )
 UNDIRECTED = (
-    "`reference`: RhoLoss takes no direction, so there is nothing to align; give it the reference itself, without "
-    "Aligned."
+    "`reference`: RhoLoss takes no direction, so there is nothing to align; pass the reference itself, without Aligned."
 )
 FIVE = nn.Linear(FEATURES, 5).double()
 TWICE = nn.Sequential(nn.Linear(FEATURES, 6), nn.Flatten(0), nn.Unflatten(0, (-1, 3))).double()  # two rows a sample

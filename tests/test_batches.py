@@ -357,7 +357,7 @@ def test_the_one_loader_that_has_ids_gives_them(mode, tmp_path):
 def test_ids_of_two_loaders_have_to_be_chosen(tmp_path):
     batches = {"labelled": toy_loader(8), "other": toy_loader(6, list("abcdef"), 3)}
     message = (
-        "the parts 'labelled', 'other' of the batch have ids each; .* `id_from=lambda batch: batch['labelled'].ids`"
+        "several parts of the batch have ids: 'labelled', 'other'. .* `id_from=lambda batch: batch['labelled'].ids`"
     )
     with pytest.raises(MimicError, match=re.escape(message).replace(r"\.\*", ".*")):
         scored(Two, batches, tmp_path / "s")

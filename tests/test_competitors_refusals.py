@@ -140,8 +140,8 @@ def fitted(kind: type[Toy], options: dict[str, Any], module: Toy | None = None) 
         (
             Mixed,
             MATCH,
-            "the scorer needs the inner products of per-sample gradients, which are known for one nn.Linear under a "
-            "loss of independent samples, and this is not such a case.",
+            "the scorer needs the inner products of per-sample gradients, which can be computed only for a single "
+            "nn.Linear under a loss of independent samples, and this is not such a case.",
         ),
         (
             Scalar,
@@ -188,7 +188,7 @@ def test_a_reference_batch_that_holds_nan_stops_the_fit_by_its_number():
 
 def test_a_stream_that_runs_dry_stops_the_fit():
     dry = DataLoader(Stream(), 4)
-    message = "the `loader` of Agra gave no batch; expected at least one in every pass."
+    message = "the `loader` of Agra gave no batch; expected at least one batch per pass."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         fitted(WithLosses, {"scorer": Agra(dry), "parameters": "head"})
 

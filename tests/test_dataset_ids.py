@@ -275,7 +275,7 @@ def test_an_id_with_two_labels_in_one_epoch_is_refused_although_never_in_one_bat
     repeats.remember({"a": torch.tensor([0])}, torch.tensor([2**40]), 2)
     repeats.remember({"a": torch.tensor([1])}, torch.tensor([2**40]), 2)
     with pytest.raises(
-        MimicError, match=rf"^the id {2**40} came twice in epoch 2, with other values in a tensor of sh"
+        MimicError, match=rf"^the id {2**40} came twice in epoch 2, with different values in a tensor of sh"
     ):
         repeats.remember({}, ["z"], 3)
     for at in range(RepeatedIds.BATCHES - 1):
@@ -301,5 +301,5 @@ class Bare(Dataset):
 def test_data_sets_whose_ids_only_the_run_sees_are_not_mixed(tmp_path):
     joined = DataLoader(ConcatDataset([Bare(0), Bare(1)]), 3, collate_fn=collate_with_ids)
     callback = GradMimic(parameters_of(toy(seed=1)), "head", ledger=tmp_path, diagnose_reference=False)
-    with pytest.raises(MimicError, match=r"the id \d came twice in epoch 0, with other values in a tensor of shape"):
+    with pytest.raises(MimicError, match=r"the id \d came twice in epoch 0, with different values in a tensor of shape"):
         trainer(callback).fit(toy(), joined)

@@ -77,8 +77,8 @@ def launch(folder, commands, address):
 def check(first, second, name):
     """What each host has, what is said of it, and what the two are together."""
     said = (first / "said.txt").read_text()
-    assert f"`ledger`: ledger is not one folder for all ranks: rank 1 on {name} cannot see what rank 0 on" in said
-    assert "is not one folder" not in (second / "said.txt").read_text()
+    assert f"`ledger`: ledger is not shared by all ranks: rank 1 on {name} cannot see the files that rank 0 on" in said
+    assert "is not shared by all" not in (second / "said.txt").read_text()
     missing = (
         "rows are missing: attempt 0, rank 1, 6 of 6 rows (missing). `allow_partial=True` reads the rest. No part of "
     )

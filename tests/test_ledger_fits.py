@@ -91,7 +91,7 @@ def test_a_disk_that_stays_full_stops_the_training_and_the_checkpoint_has_the_ro
     folder, outage = tmp_path, Outage(2, 99)
     fit = trainer(mimic(folder), outage, saver(folder), enable_checkpointing=True)
     full = r"8 rows could not be written to .*/s, twice in a row"
-    held = "4 rows could not be written .* A checkpoint that is saved now holds them.$"
+    held = "4 rows could not be written .* A checkpoint that is saved now contains these rows.$"
     try:
         with (
             pytest.warns(UserWarning, match=full),
@@ -318,6 +318,6 @@ def test_the_number_of_ids_is_compared_with_that_of_the_samples():
     assert sample_ids(time_first, None, needed=True).tolist() == [0, 1, 2, 3]
     other = torch.zeros(5, 6, 3)
     other.ids = ids
-    with pytest.raises(ValueError, match=r"^the batch gave 4 ids for 5 samples; expected one for each"):
+    with pytest.raises(ValueError, match=r"^the batch gave 4 ids for 5 samples; expected one id per sample"):
         sample_ids(other, None, needed=True)
     assert sample_ids(other, None, needed=False) is None, "an attribute of the user's own"

@@ -103,22 +103,22 @@ def test_right_and_wrong_answers_of_a_sample_are_drawn_together():
 
 
 @for_each(("right", "wrong", "said"), [
-    (ALL, ALL, "100%) as with true ones (100%"), (NONE, ALL, "100%) as with true ones (0%"),
-    (ALL[:3] + NONE[3:], NONE, "0%) as with true ones (15%")])  # fmt: skip
+    (ALL, ALL, "100%) as with true labels (100%"), (NONE, ALL, "100%) as with true labels (0%"),
+    (ALL[:3] + NONE[3:], NONE, "0%) as with true labels (15%")])  # fmt: skip
 def test_scores_that_do_not_tell_wrong_labels_are_refused(right, wrong, said):
     message = (
-        f"trusted samples are kept as often with wrong labels ({said}): these scores cannot tell them apart. Look at"
+        f"trusted samples are kept as often with wrong labels ({said}): these scores cannot separate them. The ref"
     )
     with pytest.raises(CurationError, match=f"^{re.escape(message)}"):
         estimate_quality(5, 10, right, wrong)
 
 
 @for_each(("kept", "samples", "right", "wrong", "message"), [
-    (5, 10, [], [], "0 trusted samples with true labels and 0 with wrong ones; each must be scored both ways."),
-    (5, 10, ALL, NONE[1:], "20 trusted samples with true labels and 19 with wrong ones; each must be scored both"),
-    (0, 0, ALL, NONE, "0 kept of 0 samples; there must be samples, and no more kept than these."),
-    (11, 10, ALL, NONE, "11 kept of 10 samples; there must be samples, and no more kept than these."),
-    (-1, 10, ALL, NONE, "-1 kept of 10 samples; there must be samples, and no more kept than these."),
+    (5, 10, [], [], "got 0 trusted samples with true labels and 0 with wrong labels"),
+    (5, 10, ALL, NONE[1:], "got 20 trusted samples with true labels and 19 with wrong labels"),
+    (0, 0, ALL, NONE, "`kept` is 0 and `samples` is 0; expected integers"),
+    (11, 10, ALL, NONE, "`kept` is 11 and `samples` is 10; expected integers"),
+    (-1, 10, ALL, NONE, "`kept` is -1 and `samples` is 10; expected integers"),
 ])  # fmt: skip
 def test_nothing_to_count_is_refused(kept, samples, right, wrong, message):
     with pytest.raises(CurationError, match=f"^{re.escape(message)}"):
@@ -222,8 +222,8 @@ def test_trusted_ledgers_of_other_moments_are_refused(at, calibrating, tmp_path)
 
 
 @for_each(("at_first", "said"), [
-    (True, "Their first scores could: the model has overtaken its reference since, or stands at it. Score earlier"),
-    (False, "Look at the reference (`lightning_mimic.diagnose`), or align it: it does not know these labels, or is"),
+    (True, "Their first scores did: the model has since reached or overtaken its reference. Score earlier"),
+    (False, "The reference does not know these labels, or is less certain of them than the model"),
 ])  # fmt: skip
 def test_the_message_says_whether_the_model_has_overtaken_its_reference(at_first, said, tmp_path):
     # By their means both are kept alike; by the first checkpoint alone only true labels are, or neither.
@@ -231,8 +231,8 @@ def test_the_message_says_whether_the_model_has_overtaken_its_reference(at_first
     right = scored(tmp_path / "right", [[1.0 if at_first else -1.0] * 10, [-3.0] * 10])
     wrong = scored(tmp_path / "wrong", [[-1.0] * 10, [-3.0] * 10])
     message = (
-        "trusted samples are kept as often with wrong labels (0%) as with true ones (0%): these scores cannot tell "
-        f"them apart. {said}"
+        "trusted samples are kept as often with wrong labels (0%) as with true labels (0%): these scores cannot "
+        f"separate them. {said}"
     )
     with pytest.raises(CurationError, match=f"^{re.escape(message)}"):
         curate(data, trusted=right, mislabelled=wrong)
@@ -312,7 +312,9 @@ def test_a_reference_that_does_not_know_the_classes_is_blamed(tmp_path):
         of_reference(tmp_path / name, labels, [0] * 10 + [1] * 10)
         for name, labels in (("data", RIGHT), ("right", RIGHT), ("wrong", OTHER))
     )
-    message = "the reference predicts wrong labels of trusted samples (50%) about as often as their true ones (50%): it"
+    message = (
+        "the reference predicts the wrong labels of trusted samples (50%) about as often as their true labels (50%)"
+    )
     with pytest.raises(CurationError, match=f"^{re.escape(message)}"):
         curate(data, trusted=right, mislabelled=wrong)
 
@@ -337,7 +339,7 @@ def test_calibration_takes_both_kinds_of_ledger(calibrating):
             curate(data, unscored="drop", **given)
     with pytest.raises(CurationError, match=r"^`mislabelled` is empty; expected at least one ledger\.$"):
         curate(data, unscored="drop", trusted=right, mislabelled=[])
-    with pytest.raises(CurationError, match=r"\(90%\) as with true ones \(90%\): these scores cannot tell them apart"):
+    with pytest.raises(CurationError, match=r"\(90%\) as with true labels \(90%\): these scores cannot separate"):
         curate(data, unscored="drop", trusted=right, mislabelled=right)
 
 
@@ -428,12 +430,12 @@ def test_detection_metrics_agree_with_scikit_learn_at_any_size_of_scores(size):
 @for_each(
     ("counts", "right", "wrong", "said"),
     [
-        ((6, 10), [True, False], [[True], [True, False]], "trusted samples are kept or not, with as many"),
-        ((6, 10), ["a"], [True], "trusted samples are kept or not, with as many"),
-        ((6, 10), [[True]], [True], "trusted samples have shapes (1, 1) and (1,);"),
-        ((6, 10), [0.5] * 9, [0] * 9, "some trusted samples are neither kept nor not: expected booleans, or 0 and 1."),
-        ((6.5, 10), [True] * 9, [False] * 9, "6.5 kept of 10 samples;"),
-        ((11, 10), [True] * 9, [False] * 9, "11 kept of 10 samples;"),
+        ((6, 10), [True, False], [[True], [True, False]], "`right` and `wrong` cannot be read as arrays"),
+        ((6, 10), ["a"], [True], "`right` and `wrong` cannot be read as arrays"),
+        ((6, 10), [[True]], [True], "`right` has shape (1, 1) and `wrong` has shape (1,);"),
+        ((6, 10), [0.5] * 9, [0] * 9, "`right` or `wrong` holds other values than 0 and 1; expected booleans."),
+        ((6.5, 10), [True] * 9, [False] * 9, "`kept` is 6.5 and `samples` is 10;"),
+        ((11, 10), [True] * 9, [False] * 9, "`kept` is 11 and `samples` is 10;"),
     ],
 )
 def test_counts_and_answers_that_are_none_are_refused(counts, right, wrong, said):

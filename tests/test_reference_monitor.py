@@ -225,7 +225,7 @@ PART = (
 )
 SHAPE = (
     "`reference`: 'head.weight' has shape (3, 20), the model's has (3, 8). Both must come from the same architecture "
-    "and number of classes. A model of another architecture can be given as lightning_mimic.Aligned(model)."
+    "and number of classes. Pass a model of another architecture as lightning_mimic.Aligned(model)."
 )
 REFUSED = {
     "all": (WithLosses, reference("good"), "all", "align", ONE),

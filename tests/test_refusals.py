@@ -47,7 +47,7 @@ def refused(kind: type[Toy], parameters: Any = "head", error: type = ValueError,
 def test_what_escapes_the_gate_is_named():
     message = refused(L2)
     assert "the loss reaches 1 trainable parameters around the tensor that is weighted" in message
-    assert "would not reach them: 'body.weight'." in message
+    assert "so these would not be weighted: 'body.weight'." in message
     assert "uncovered='mean'" in message
 
 

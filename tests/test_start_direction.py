@@ -133,7 +133,7 @@ def test_a_start_that_the_state_does_not_hold_is_not_replaced_by_later_weights()
         state = reweighter.state_dict()
     with (
         Reweighter(net, reference(), "head", diagnose_reference=False, direction="start") as reweighter,
-        pytest.raises(MimicError, match=r"does not hold the weights that it started with, .*begin another run\.$"),
+        pytest.raises(MimicError, match=r"does not contain its starting weights, .*start a new run\.$"),
     ):
         reweighter.load_state_dict(state)
 

@@ -1,6 +1,6 @@
-"""Figures for scores: how well they find wrong labels, the share of good samples, membership of the reference's data.
+"""Metrics of scores: detection of wrong labels, the share of good samples, membership in the reference's training data.
 
-Importing it loads neither torch nor torchmetrics; its names are imported when they are first used.
+Importing this package loads neither torch nor torchmetrics; its names are imported on first use.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""The calibrated share of good samples as a torchmetric, accumulated over batches and over ranks."""
+"""The calibrated share of good samples as a torchmetrics metric, accumulated over batches and ranks."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from lightning_mimic.metrics.estimate import estimate_quality
 
 
 class DataQuality(Metric):
-    """The calibrated share of good samples, 0 to 1; see :func:`~lightning_mimic.metrics.estimate_quality`.
+    """Estimate the share of good samples, 0 to 1; see :func:`~lightning_mimic.metrics.estimate_quality`.
 
-    Give mean scores of the data with :meth:`update`, and those of trusted samples, with true and with wrong labels,
-    with :meth:`calibrate`.
+    Pass the mean scores of the data to :meth:`update`, and the mean scores of trusted samples, once with true and once
+    with wrong labels, to :meth:`calibrate`.
 
     Example:
         >>> metric = DataQuality()
@@ -39,36 +39,37 @@ class DataQuality(Metric):
         self.add_state("wrong", [], dist_reduce_fx="cat")
 
     def update(self, scores: Tensor) -> None:
-        """Adds samples of the data.
+        """Add samples of the data.
 
         Args:
-            scores: Mean scores, shape ``(n,)``; NaN is left out.
+            scores: Mean scores, shape ``(n,)``; samples with NaN are ignored.
         """
         self.kept += (scores >= 0).sum()
         self.samples += (~scores.isnan()).sum()
 
     def calibrate(self, right: Tensor, wrong: Tensor) -> None:
-        """Adds trusted samples.
+        """Add trusted samples. A sample with NaN in either argument is ignored.
 
         Args:
-            right: Mean scores with their true labels, shape ``(n,)``.
-            wrong: Of the same samples with wrong labels, shape ``(n,)``, or ``(n, k)`` for k of them; a sample with NaN
-                anywhere is left out.
+            right: Mean scores of the samples with their true labels, shape ``(n,)``.
+            wrong: Mean scores of the same samples with wrong labels, shape ``(n,)``, or ``(n, k)`` for ``k`` wrong
+                labels per sample.
         """
         scored = ~(right.isnan() | wrong.reshape(len(right), -1).isnan().any(1))
         self.right.append(right[scored] >= 0)
         self.wrong.append(wrong[scored] >= 0)
-        self._computed = None  # what was computed before does not hold any more
+        self._computed = None  # discard the cached result, which is out of date
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
-        """Counts a batch, as :meth:`update`; of one batch there is nothing to say."""
+        """Add a batch as :meth:`update` does, and return nothing: there is no estimate for a single batch."""
         self.update(*args, **kwargs)
 
     def compute(self) -> Tensor:
-        """The estimate, a scalar.
+        """Compute the estimate, a scalar.
 
         Raises:
-            CurationError: No samples, no trusted samples, or trusted ones that are not told apart.
+            CurationError: There are no samples or no trusted samples, or the trusted samples are not kept clearly more
+                often with true labels than with wrong ones.
         """
         right, wrong = (dim_zero_cat(part) if len(part) else torch.zeros(0) for part in (self.right, self.wrong))
         quality = estimate_quality(int(self.kept), int(self.samples), right.cpu().numpy(), wrong.cpu().numpy())

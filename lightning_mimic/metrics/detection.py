@@ -1,4 +1,4 @@
-"""How well scores find the wrong labels, where these are known."""
+"""Detection metrics of scores for data in which the wrong labels are known."""
 
 from dataclasses import dataclass
 
@@ -15,16 +15,16 @@ from torchmetrics.functional.classification import (
 
 @dataclass(frozen=True)
 class Detection:
-    """Figures for wrong labels as the positive class, each between 0 and 1.
+    """Detection metrics with wrong labels as the positive class, each between 0 and 1.
 
     Attributes:
-        auroc: Probability that a wrong label scores lower than a right one.
-        average_precision: Of the ranking by score, the lowest first.
-        share_kept: Share of samples judged right.
-        share_right: Share of samples that are right.
-        precision: Share of those judged wrong that are.
-        recall: Share of the wrong that are judged so.
-        f1: Harmonic mean of the two.
+        auroc: Probability that a sample with a wrong label scores lower than one with a right label.
+        average_precision: Average precision of the ranking by score, lowest score first.
+        share_kept: Share of samples that are predicted right.
+        share_right: Share of samples whose label is right.
+        precision: Share of wrong labels among the samples that are predicted wrong.
+        recall: Share of the wrong labels that are predicted wrong.
+        f1: Harmonic mean of precision and recall.
     """
 
     auroc: float
@@ -37,12 +37,12 @@ class Detection:
 
 
 def detect(scores: Tensor, predicted_wrong: Tensor, wrong: Tensor) -> Detection:
-    """Compares scores and decisions with the truth.
+    """Compare scores and decisions with the known wrong labels.
 
     Args:
-        scores: Shape ``(n,)``; lower is more suspicious.
-        predicted_wrong: Boolean, the decision on each sample.
-        wrong: Boolean, the truth.
+        scores: Scores, shape ``(n,)``; lower is more suspicious.
+        predicted_wrong: Decisions, boolean, shape ``(n,)``; true where the label is predicted to be wrong.
+        wrong: Ground truth, boolean, shape ``(n,)``; true where the label is wrong.
 
     Example:
         >>> import torch
@@ -63,12 +63,13 @@ def detect(scores: Tensor, predicted_wrong: Tensor, wrong: Tensor) -> Detection:
 
 
 def detection_scores(scores: Tensor) -> Tensor:
-    """Negate scores and map them to 0 to 1, in float64, as curves and their areas need them.
+    """Negate scores and map them to the range 0 to 1, in float64, for torchmetrics' curves and areas.
 
-    torchmetrics squashes what lies outside 0 to 1, batch by batch and in float32, where large scores become equal.
+    torchmetrics applies a sigmoid, in float32 and batch by batch, to inputs outside 0 to 1, and large scores would
+    become equal.
 
     Args:
-        scores: Lower is more suspicious.
+        scores: Scores of any shape; lower is more suspicious.
 
     Example:
         >>> detection_scores(torch.tensor([-1.0, 0.0, 1.0]))

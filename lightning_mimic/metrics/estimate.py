@@ -1,4 +1,4 @@
-"""How much of a data set is good, as an estimate that trusted samples calibrate."""
+"""Estimate of the share of good samples in a data set, calibrated on trusted samples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,29 +7,30 @@ from typing import Any, Literal, get_args
 from lightning_mimic.errors import CurationError, nearest_names
 from lightning_mimic.random_streams import stream_seed
 
-#: What keeps a sample: a mean score of 0 or more, or a reference that predicts its label.
+#: Criterion by which a sample is kept: its mean score is 0 or more, or the reference predicts its label.
 Basis = Literal["sign", "agreement"]
 
-#: Trusted samples must be kept this much more often with true labels than with wrong ones, or nothing can be said.
+#: Least difference between the shares of trusted samples kept with true and with wrong labels; below it, there is no
+#: estimate.
 _LEAST_DIFFERENCE = 0.2
 _RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class Quality:
-    """An estimated share of good samples, ``(kept − f) / (t − f)``, cut to 0 and 1.
+    """An estimated share of good samples, ``(share_kept − f) / (t − f)``, clipped to 0 to 1.
 
     Attributes:
-        estimate: Share of samples that are good.
-        low: Lower end of the 95 % interval, a bootstrap over data and trusted samples.
-        high: Upper end.
+        estimate: Estimated share of good samples.
+        low: Lower end of the 95 % interval, from a bootstrap over the data and the trusted samples.
+        high: Upper end of the interval.
         share_kept: Share of the data that is kept.
-        kept_if_right: That share of the trusted samples with their true labels, ``t``.
-        kept_if_wrong: And with wrong ones, ``f``.
-        samples: In the data.
-        trusted: Samples that calibrate.
-        basis: What keeps a sample: ``"sign"``, a mean score of 0 or more; ``"agreement"``, a reference that predicts
-            the given label, which does not depend on how far the model has learnt.
+        kept_if_right: Share of the trusted samples kept with their true labels, ``t``.
+        kept_if_wrong: Share of the trusted samples kept with wrong labels, ``f``.
+        samples: Number of samples in the data.
+        trusted: Number of trusted samples.
+        basis: Criterion by which a sample is kept: ``"sign"``, its mean score is 0 or more; ``"agreement"``, the
+            reference predicts its given label, which does not depend on how far training has progressed.
     """
 
     estimate: float
@@ -56,24 +57,26 @@ def estimate_quality(
     basis: Basis = "sign",
     told_apart_at_first: bool = False,
 ) -> Quality:
-    """The share of good samples in data of which a share was kept.
+    """Estimate the share of good samples from the share of samples that is kept.
 
-    Of right samples a share ``t`` is kept and of wrong ones a share ``f``, so of a mixture ``q t + (1 − q) f``. Trusted
-    samples that trained neither the reference nor the model tell ``t`` and ``f``.
+    If a share ``t`` of the right samples and a share ``f`` of the wrong ones is kept, then data of which a share ``q``
+    is right has the share ``q t + (1 − q) f`` kept. ``t`` and ``f`` are measured on trusted samples, on which neither
+    the reference nor the model was trained.
 
     Args:
-        kept: Samples of the data that are kept, by the basis.
-        samples: All of them.
+        kept: Number of samples of the data that are kept, by the basis.
+        samples: Number of samples in the data.
         right: Whether each trusted sample is kept with its true label, shape ``(n,)``.
-        wrong: Whether the same sample is kept with a wrong label, shape ``(n,)``, or with each of k, ``(n, k)``.
-        seed: Of the bootstrap.
-        basis: See :class:`Quality`.
-        told_apart_at_first: The trusted samples' first scores told wrong labels apart, for the message where their
-            means do not.
+        wrong: Whether the same samples are kept with a wrong label, shape ``(n,)``, or with each of ``k`` wrong labels,
+            shape ``(n, k)``.
+        seed: Seed of the bootstrap.
+        basis: Criterion by which samples are kept; see :class:`Quality`.
+        told_apart_at_first: Whether the first scores of the trusted samples separated true from wrong labels. Only used
+            in the error message if their mean scores do not.
 
     Raises:
-        CurationError: Nothing to count, trusted samples that are not the same ones, or that are kept as often with
-            wrong labels as with true ones.
+        CurationError: The data or the trusted samples are empty, their counts or shapes do not match, a value is not
+            boolean, or the trusted samples are not kept clearly more often with true labels than with wrong ones.
 
     Example:
         >>> print(estimate_quality(600, 1000, [True] * 95 + [False] * 5, [False] * 100).estimate)
@@ -87,32 +90,37 @@ def estimate_quality(
         right, wrong = np.asarray(right, dtype=float), np.asarray(wrong, dtype=float)
     except (TypeError, ValueError) as error:
         raise CurationError(
-            f"trusted samples are kept or not, with as many wrong labels each ({error}); expected booleans of shape "
-            "(n,) and (n,) or (n, k)."
+            f"`right` and `wrong` cannot be read as arrays ({error}); expected booleans of shape (n,) and (n,) or "
+            "(n, k), with equally many wrong labels for each trusted sample."
         ) from error
     if right.ndim != 1 or wrong.ndim not in (1, 2):
         raise CurationError(
-            f"trusted samples have shapes {right.shape} and {wrong.shape}; expected (n,) and (n,) or (n, k)."
+            f"`right` has shape {right.shape} and `wrong` has shape {wrong.shape}; expected (n,) and (n,) or (n, k)."
         )
     given, wrong = wrong, wrong.mean(1) if wrong.ndim > 1 and wrong.size else wrong
     if len(right) != len(wrong) or not wrong.size:
         raise CurationError(
-            f"{len(right)} trusted samples with true labels and {len(wrong)} with wrong ones; each must be scored both "
-            "ways."
+            f"got {len(right)} trusted samples with true labels and {len(wrong)} with wrong labels; every trusted "
+            "sample must be scored with both, and there must be at least one."
         )
     if not (np.isfinite(right).all() and np.isfinite(wrong).all()):
-        raise CurationError("some trusted samples are neither kept nor not (NaN); leave those without a score out.")
+        raise CurationError(
+            "`right` or `wrong` holds NaN; expected booleans. Leave out trusted samples without a score."
+        )
     if not (np.isin(right, (0, 1)).all() and np.isin(given, (0, 1)).all()):
-        raise CurationError("some trusted samples are neither kept nor not: expected booleans, or 0 and 1.")
+        raise CurationError("`right` or `wrong` holds other values than 0 and 1; expected booleans.")
     if not all(isinstance(count, int | np.integer) for count in (kept, samples)) or not 0 <= kept <= samples > 0:
-        raise CurationError(f"{kept} kept of {samples} samples; there must be samples, and no more kept than these.")
+        raise CurationError(
+            f"`kept` is {kept} and `samples` is {samples}; expected integers with 0 <= kept <= samples and at least "
+            "one sample."
+        )
     t, f = float(right.mean()), float(wrong.mean())
     if t - f < _LEAST_DIFFERENCE:
         raise CurationError(_not_told_apart(t, f, basis, told_apart_at_first))
     generator = np.random.default_rng(stream_seed(seed, "bootstrap"))
-    # A sample's answers are drawn together; there are few different ones.
+    # The values of one trusted sample are resampled together; there are few distinct combinations.
     answers, counts = np.unique(np.stack([right, wrong], 1), axis=0, return_counts=True)
-    # Half a sample of either kind is drawn from as well: fifty of fifty have no spread, and could have been 49.
+    # Add half a sample of each kind, so that 50 kept of 50 does not yield an interval of width zero.
     answers = np.concatenate([answers, [[1.0, 0.0], [0.0, 1.0]]])
     chances = np.concatenate([counts, [0.5, 0.5]]) / (len(right) + 1)
     drawn = generator.multinomial(len(right), chances, _RESAMPLES) @ answers / len(right)
@@ -120,7 +128,7 @@ def estimate_quality(
     difference = drawn[:, 0] - drawn[:, 1]
     with np.errstate(divide="ignore", invalid="ignore"):
         estimates = (shares - drawn[:, 1]) / difference
-    # Where a resample does not tell right from wrong, anything is possible: half at each end.
+    # A resample that does not separate right from wrong leaves the share undetermined: put half of these at each end.
     lost = difference <= 0
     estimates[lost] = np.where(np.arange(int(lost.sum())) % 2, 1.0, 0.0)
     low, high = np.clip(np.quantile(estimates, (0.025, 0.975)), 0, 1)
@@ -129,11 +137,11 @@ def estimate_quality(
 
 
 def tells_apart(right: Any, wrong: Any) -> bool:
-    """Whether trusted samples are kept enough more often with true labels than with wrong ones.
+    """Return whether trusted samples are kept often enough more with true labels than with wrong ones.
 
     Args:
-        right: As for :func:`estimate_quality`.
-        wrong: Likewise.
+        right: Whether each trusted sample is kept with its true label; see :func:`estimate_quality`.
+        wrong: Whether the same samples are kept with wrong labels; see :func:`estimate_quality`.
 
     Example:
         >>> tells_apart([True, True, False], [[False], [False], [False]])
@@ -145,22 +153,22 @@ def tells_apart(right: Any, wrong: Any) -> bool:
 
 
 def _not_told_apart(t: float, f: float, basis: Basis, told_apart_at_first: bool) -> str:
-    """Say what is at fault where trusted samples are not kept more often with true labels than with wrong ones."""
+    """Return the error message for trusted samples that are kept about as often with wrong as with true labels."""
     if basis == "agreement":
         return (
-            f"the reference predicts wrong labels of trusted samples ({f:.0%}) about as often as their true ones "
-            f"({t:.0%}): it does not know these classes. Take another reference."
+            f"the reference predicts the wrong labels of trusted samples ({f:.0%}) about as often as their true labels "
+            f"({t:.0%}), so it does not know these classes. Use another reference."
         )
     found = (
-        f"trusted samples are kept as often with wrong labels ({f:.0%}) as with true ones ({t:.0%}): these scores "
-        "cannot tell them apart. "
+        f"trusted samples are kept as often with wrong labels ({f:.0%}) as with true labels ({t:.0%}): these scores "
+        "cannot separate them. "
     )
     if told_apart_at_first:
         return (
-            f"{found}Their first scores could: the model has overtaken its reference since, or stands at it. Score "
-            "earlier checkpoints only."
+            f"{found}Their first scores did: the model has since reached or overtaken its reference. Score earlier "
+            "checkpoints only."
         )
     return (
-        f"{found}Look at the reference (`lightning_mimic.diagnose`), or align it: it does not know these labels, or is "
-        "less sure of them than the model is, which then has nothing to learn from it."
+        f"{found}The reference does not know these labels, or is less certain of them than the model, which then has "
+        "nothing to learn from it. Check the reference with `lightning_mimic.diagnose`, or align it."
     )

@@ -1,4 +1,4 @@
-"""Which samples a reference was trained on."""
+"""Membership inference: the samples on which a reference was trained, guessed from scores."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,14 +15,15 @@ from lightning_mimic.metrics.detection import detection_scores
 
 @dataclass(frozen=True)
 class Membership:
-    """How well scores tell who trained the reference, each between 0 and 1.
+    """Metrics of how well scores identify the samples that trained the reference, each between 0 and 1.
 
     Attributes:
-        ranking: Ids, the likeliest member first.
-        auroc: Probability that a member scores higher than another sample; 0.5 is chance.
-        average_precision: Of the ranking.
-        jaccard: Overlap of the members with as many samples of the highest scores: shared over all in either.
-        chance: The Jaccard index expected of a random ranking.
+        ranking: Ids of the samples, most likely member first.
+        auroc: Probability that a member scores higher than a non-member; 0.5 is chance.
+        average_precision: Average precision of the ranking.
+        jaccard: Jaccard index (intersection over union) of the members and the equally many samples with the highest
+            scores.
+        chance: Jaccard index expected of a random ranking.
     """
 
     ranking: tuple[int | str, ...]
@@ -33,16 +34,17 @@ class Membership:
 
 
 def membership(manifest: Manifest, members: Iterable[int | str]) -> Membership:
-    """Guesses from high scores which samples the reference was trained on, and compares with the truth.
+    """Guess from high scores which samples the reference was trained on, and compare with the truth.
 
-    Samples that trained the reference get flattering scores: steps on them lead towards it.
+    Samples on which the reference was trained get higher scores, because gradient steps on them lead towards it.
 
     Args:
-        manifest: With a mean score per sample.
-        members: Ids that trained the reference, in truth.
+        manifest: Manifest with a mean score per sample.
+        members: Ids of the samples on which the reference was in fact trained.
 
     Raises:
-        CurationError: Members that are unknown, all or none of the samples, or a manifest without scores.
+        CurationError: Some members have no score, the members are all or none of the samples, or the manifest has no
+            scores.
 
     Source: Huang et al., arXiv 2501.06708.
 
@@ -56,17 +58,19 @@ def membership(manifest: Manifest, members: Iterable[int | str]) -> Membership:
     """
     table = manifest.table()
     if "score" not in table.column_names or not pa.types.is_floating(table["score"].type):
-        raise CurationError(f"{manifest.path} has no scores; curate a ledger.")
+        raise CurationError(f"{manifest.path} has no column of scores; use a manifest that was curated from a ledger.")
     table = table.filter(table["score"].is_valid()).sort_by([("score", "descending"), ("id", "ascending")])
     ids, true = table["id"].to_pylist(), _ids(members)
     unknown = true - set(ids)
     if unknown:
         raise CurationError(
-            f"{len(unknown)} members have no score in {manifest.path}, such as {min(unknown, key=str)!r}."
+            f"{len(unknown)} of the `members` have no score in {manifest.path}, such as {min(unknown, key=str)!r}."
         )
     if not 0 < len(true) < len(ids):
-        raise CurationError(f"{len(true)} of {len(ids)} samples are members; there must be both.")
-    # A member is the less suspicious, the higher its score.
+        raise CurationError(
+            f"{len(true)} of {len(ids)} samples are members; there must be at least one member and one non-member."
+        )
+    # Members score high; detection_scores() ranks low scores first.
     scores = detection_scores(-torch.tensor(table["score"].to_pylist(), dtype=torch.float64))
     truth = torch.tensor([int(each in true) for each in ids])
     guessed = (torch.arange(len(ids)) < len(true)).long()
@@ -82,9 +86,9 @@ def membership(manifest: Manifest, members: Iterable[int | str]) -> Membership:
 
 def _ids(members: Iterable[int | str]) -> set[int | str]:
     if isinstance(members, str) or not isinstance(members, Iterable):
-        raise CurationError(f"`members` is {members!r}; expected ids.")
+        raise CurationError(f"`members` is {members!r}; expected a list of ids.")
     members = list(members)
     other = [each for each in members if isinstance(each, bool) or not isinstance(each, Integral | str)]
     if other:
-        raise CurationError(f"`members` holds {other[0]!r}; expected ids.")
+        raise CurationError(f"`members` holds {other[0]!r}; expected ids, each an int or a str.")
     return set(members)

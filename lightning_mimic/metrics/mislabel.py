@@ -1,4 +1,4 @@
-"""Torchmetrics for finding wrong labels by low scores, where the wrong labels are known."""
+"""Torchmetrics metrics for the detection of wrong labels by low scores, where the wrong labels are known."""
 
 from torch import Tensor
 from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
@@ -7,7 +7,7 @@ from lightning_mimic.metrics.detection import detection_scores
 
 
 class MislabelAUROC(BinaryAUROC):
-    """Probability that a wrong label scores lower than a right one, 0 to 1; 0.5 is chance.
+    """Compute the probability that a wrong label scores lower than a right one, 0 to 1; 0.5 is chance.
 
     Example:
         >>> import torch
@@ -21,14 +21,14 @@ class MislabelAUROC(BinaryAUROC):
         """Add samples.
 
         Args:
-            scores: Shape ``(n,)``, lower is more suspicious.
-            wrong: Boolean; which labels are in fact wrong.
+            scores: Scores, shape ``(n,)``; lower is more suspicious.
+            wrong: Ground truth, boolean, shape ``(n,)``; true where the label is wrong.
         """
         super().update(detection_scores(scores), wrong.long())
 
 
 class MislabelAveragePrecision(BinaryAveragePrecision):
-    """Average precision of finding wrong labels by low scores, 0 to 1; chance is their share.
+    """Compute the average precision of finding wrong labels by low scores, 0 to 1; chance is their share.
 
     Example:
         >>> import torch

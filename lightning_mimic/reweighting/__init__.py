@@ -1,4 +1,4 @@
-"""The engine, in pure torch: one :class:`Reweighter` per run, one :class:`Step` per micro-batch."""
+"""Scoring and reweighting in pure torch: one :class:`Reweighter` per run, one :class:`Step` per micro-batch."""
 
 from lightning_mimic.reweighting.reweighter import Reweighter
 from lightning_mimic.reweighting.step import Step

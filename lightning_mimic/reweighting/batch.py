@@ -1,4 +1,4 @@
-"""The ids of a batch's samples, the samples that hold NaN, and what a run notes about its data."""
+"""Sample ids of a batch, removal of samples that hold NaN, and descriptions of the data for the ledger."""
 
 from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
@@ -17,28 +17,29 @@ def sample_ids(batch: Any, id_from: Callable[[Any], Ids] | None, *, needed: bool
     """Return the ids of a batch's samples.
 
     Args:
-        batch: From the loader, on its device.
-        id_from: The user's function from a batch to its ids. If left out they are ``batch.ids``, ``batch["id"]`` or
-            ``batch.id``, or those of the one part of the batch that has them (where several loaders give a part each).
-        needed: They are to be recorded.
-        wanted: They serve something else, which refuses a batch without them itself.
+        batch: Batch from the loader, on its device.
+        id_from: User function that returns the ids of a batch. Without it, ids are taken from ``batch.ids``,
+            ``batch["id"]`` or ``batch.id``, or from the only part of the batch that has them (where each of several
+            loaders contributes a part).
+        needed: Whether the ids will be recorded in a ledger.
+        wanted: Whether the ids are used for something else, which itself raises an error if they are missing.
 
     Returns:
-        A copy; ``None`` if there are none.
+        A copy of the ids, one per sample, or ``None`` if the batch has none.
 
     Raises:
-        MimicError: They are needed and not there, are not one per sample, are a tensor of no ints, or several
-            parts have them.
+        MimicError: The ids are needed and missing, are not one per sample, are a tensor of another type than integer,
+            or are found in several parts of the batch.
     """
-    # If they serve nothing else, they are looked for where they alone give the number of samples.
+    # Ids with no other use still give the number of samples where nothing else in the batch does.
     named = needed or wanted or sample_count(batch) is None
     ids = _find_ids(batch, named) if id_from is None else id_from(batch)
     if ids is None:
         if needed:
             raise MimicError(
-                f"`ledger`: the batch (a {type(batch).__name__}) carries no ids, and row numbers would name other "
+                f"`ledger`: the batch (a {type(batch).__name__}) carries no ids, and row numbers would refer to other "
                 "samples after a shuffle. Use DataLoader(WithIds(dataset), collate_fn=collate_with_ids), a key or "
-                "attribute 'id' in the batch, or `id_from=`. (A hook that makes a new batch leaves out its ids.)"
+                "attribute 'id' in the batch, or `id_from=`. (A hook that returns a new batch drops its ids.)"
             )
         return None
     ids, samples = _plain(ids), sample_count(batch)
@@ -46,11 +47,11 @@ def sample_ids(batch: Any, id_from: Callable[[Any], Ids] | None, *, needed: bool
     if not _one_per_sample(ids):
         if asked:
             raise MimicError(_ids_expected(ids))
-        return None  # an attribute of the user's own
+        return None  # an unrelated attribute of the user's batch
     if samples not in (None, len(ids)) and (id_from is not None or not _along_second_axis(batch, len(ids))):
         if asked:
             whose = "the batch" if id_from is None else "`id_from`"
-            raise MimicError(f"{whose} gave {len(ids)} ids for {samples} samples; expected one for each.")
+            raise MimicError(f"{whose} gave {len(ids)} ids for {samples} samples; expected one id per sample.")
         return None
     if asked or wanted:
         _check_type(ids)
@@ -58,16 +59,16 @@ def sample_ids(batch: Any, id_from: Callable[[Any], Ids] | None, *, needed: bool
 
 
 def _along_second_axis(batch: Any, count: int) -> bool:
-    """Whether the samples may lie along the second axis, as in sequences with the time first."""
+    """Return whether the second axis may be that of the samples, as in sequences whose first axis is time."""
     return any(tensor.ndim > 1 and tensor.shape[1] == count for tensor in tensors_of(batch))
 
 
 def _find_ids(batch: Any, named: bool) -> Any:
-    """Return the ids that a batch, or one of its parts, carries; ``None`` if there are none.
+    """Return the ids carried by a batch or one of its parts; ``None`` if there are none.
 
     Args:
-        batch: From the loader.
-        named: Take what is called ``id``, too, and look into the parts.
+        batch: Batch from the loader.
+        named: Whether to accept keys and attributes named ``id``, besides ``ids``, and to search the batch's parts.
     """
     ids = _own_ids(batch, named)
     if ids is not None or not named:
@@ -76,8 +77,8 @@ def _find_ids(batch: Any, named: bool) -> Any:
     parts = {key: ids for key, ids in parts.items() if ids is not None and _one_per_sample(_plain(ids))}
     if len(parts) > 1:
         raise MimicError(
-            f"the parts {join_names([str(key) for key in parts])} of the batch have ids each; choose those of the "
-            f"samples that are scored: `id_from=lambda batch: batch[{next(iter(parts))!r}].ids`."
+            f"several parts of the batch have ids: {join_names([str(key) for key in parts])}. Choose the part whose "
+            f"samples are scored: `id_from=lambda batch: batch[{next(iter(parts))!r}].ids`."
         )
     return next(iter(parts.values()), None)
 
@@ -87,31 +88,31 @@ def _own_ids(batch: Any, named: bool) -> Any:
     if ids is not None or not named:
         return ids
     if isinstance(batch, Mapping):
-        return batch["id"] if "id" in batch.keys() else None  # noqa: SIM118 -- all that TensorDict has
+        return batch["id"] if "id" in batch.keys() else None  # noqa: SIM118 -- TensorDict supports no other test
     return getattr(batch, "id", None)
 
 
 def check_ids(ids: Any, samples: int | None) -> Ids:
-    """Return a copy of ids that were given for a batch.
+    """Check the ids given for a batch and return a copy.
 
     Args:
-        ids: A tensor or an array of shape ``(B,)``, or a list.
-        samples: B, where it is known.
+        ids: Tensor or array of shape ``(B,)``, or a list.
+        samples: Number of samples B, or ``None`` where it is not known.
 
     Raises:
-        MimicError: They are not one per sample, or a tensor of no ints.
+        MimicError: The ids are not one per sample, or are a tensor of another type than integer.
     """
     ids = _plain(ids)
     if not _one_per_sample(ids):
         raise MimicError(_ids_expected(ids))
     if samples is not None and len(ids) != samples:
-        raise MimicError(f"`ids` holds {len(ids)} ids for {samples} samples; expected one for each.")
+        raise MimicError(f"`ids` holds {len(ids)} ids for {samples} samples; expected one id per sample.")
     _check_type(ids)
     return _copied(ids)
 
 
 def _plain(ids: Any) -> Any:
-    """Return an array as a list, and anything else as it is."""
+    """Convert an array to a list, and return anything else unchanged."""
     return ids.tolist() if hasattr(ids, "__array__") and not isinstance(ids, Tensor) else ids
 
 
@@ -125,7 +126,7 @@ def _ids_expected(ids: Any) -> str:
 
 
 def _check_type(ids: Ids) -> None:
-    """Raise ``MimicError`` for a tensor of no ints; the ledger looks at ids in a list."""
+    """Raise ``MimicError`` for a tensor of another type than integer; the ledger checks ids in a list."""
     if not isinstance(ids, Tensor):
         return
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
@@ -139,23 +140,23 @@ def kind_of(ids: Ids | None) -> str | None:
 
 
 def _copied(ids: Ids) -> Ids:
-    """A copy: what is kept until the next flush must not change with the user's buffers."""
+    """Return a copy, because the user may reuse the buffer before the next flush."""
     return ids.clone() if isinstance(ids, Tensor) else ids[:]
 
 
 def blank_nan_samples(batch: Any, rows: int) -> tuple[Any, Tensor | None]:
-    """Return a copy of the batch in which samples that hold NaN are zero throughout.
+    """Return a copy of the batch in which samples that hold NaN are set to zero.
 
-    A weight of 0 cannot take such a sample out of the gradient, because 0 · NaN is NaN. Infinity may be meant
-    (an attention mask) and is left to the loss to judge.
+    A weight of 0 cannot remove such a sample from the gradient, because 0 · NaN is NaN. Infinity may be intended (in an
+    attention mask) and is left unchanged; the loss shows whether it does harm. Needs no host sync.
 
     Args:
-        batch: Tensors in tuples, lists, mappings or dataclasses; not changed.
-        rows: Number of samples; floating-point tensors of this leading size are looked at.
+        batch: Tensors in tuples, lists, mappings or dataclasses; not modified.
+        rows: Number of samples; only floating-point tensors whose first axis has this size are examined.
 
     Returns:
-        The copy, of the batch's type, and which samples were clean, boolean of shape ``(rows,)``; the batch itself and
-        ``None`` where it has no such tensor, as the joined graphs of PyTorch Geometric have none. No host sync.
+        The copy, of the batch's type, and a mask of the samples without NaN, boolean, shape ``(rows,)``. If the batch
+        has no such tensor (for example a joined graph of PyTorch Geometric), the batch itself and ``None``.
     """
     watched = [t for t in tensors_of(batch) if t.ndim and t.shape[0] == rows and t.is_floating_point()]
     if not watched:
@@ -163,36 +164,36 @@ def blank_nan_samples(batch: Any, rows: int) -> tuple[Any, Tensor | None]:
     clean = torch.stack([~torch.isnan(tensor).reshape(rows, -1).any(1) for tensor in watched]).all(0)
 
     def blanked(tensor: Tensor) -> Tensor:
-        made = tensor.clone()  # an image or a mask stays one, which the result of an operation on it is not
+        made = tensor.clone()  # keeps tensor subclasses such as Image or Mask, which other operations do not
         made.masked_fill_(~clean.view(-1, *[1] * (tensor.ndim - 1)), 0.0)
         return made
 
     copy = replace_parts(batch, lambda part: any(part is tensor for tensor in watched), blanked)
     if hasattr(batch, "ids") and not hasattr(copy, "ids"):
-        copy.ids = batch.ids  # a bare tensor
+        copy.ids = batch.ids  # the batch is a single tensor
     return copy, clean
 
 
 def class_columns(outputs: Any, rows: int) -> dict[str, Tensor]:
-    """Return the ledger columns ``label`` and ``predicted``, where a training step gave one class index per row."""
+    """Return the ledger columns ``label`` and ``predicted``, if a training step returned one class index per row."""
     if not isinstance(outputs, Mapping):
         return {}
     given = {name: outputs[name] for name in ("label", "predicted") if isinstance(outputs.get(name), Tensor)}
-    # Copies: what is kept until the next flush must not change with the user's buffers.
+    # Copies, because the user may reuse the buffers before the next flush.
     return {n: t.detach().clone() for n, t in given.items() if t.shape == (rows,) and not t.is_floating_point()}
 
 
 def describe(loader: Any) -> dict[str, Any]:
-    """What data a run is scored on, as far as its loader tells."""
+    """Return the type and the size of a loader's data set, where they are known, for the ledger's description."""
     dataset = getattr(loader, "dataset", None)
-    inner = getattr(dataset, "dataset", dataset)  # below WithIds or a Subset
+    inner = getattr(dataset, "dataset", dataset)  # unwrap WithIds or a Subset
     samples = len(dataset) if isinstance(dataset, Sized) else None
     kind = type(loader if inner is None else inner)
     return {"dataset": f"{kind.__module__}.{kind.__qualname__}", "samples": samples}
 
 
 def batch_size_of(loader: Any) -> int | None:
-    """Return the number of samples in a loader's batches, where the loader or its sampler of batches has it."""
+    """Return the batch size of a loader or of its batch sampler; ``None`` if neither has one."""
     for source in (loader, getattr(loader, "batch_sampler", None)):
         size = getattr(source, "batch_size", None)
         if isinstance(size, int) and size > 0:
@@ -201,15 +202,16 @@ def batch_size_of(loader: Any) -> int | None:
 
 
 def class_names_of(*sources: object) -> list[str] | None:
-    """Return the names of the classes in the order of the labels, where some source has them.
+    """Return the class names in the order of the labels; ``None`` if no source has them.
 
-    They are the attribute ``class_names`` or ``classes`` of a source or of what it wraps (as ``dataset``).
+    The names are the attribute ``class_names`` or ``classes`` of a source, or of the object that it wraps (its
+    attribute ``dataset``).
 
     Args:
-        sources: A data module, a loader, a data set.
+        sources: Data modules, loaders or data sets, searched in this order.
     """
     for source in sources:
-        for _ in range(10):  # a wrapper may, by mistake, wrap itself
+        for _ in range(10):  # limited, in case a wrapper contains itself by mistake
             for attribute in ("class_names", "classes"):
                 names = getattr(source, attribute, None)
                 if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):

@@ -1,4 +1,4 @@
-"""The inputs of the target parameters, for a reference that is aligned."""
+"""Inputs of the target parameters, which are needed to align a reference."""
 
 from collections.abc import Collection
 
@@ -12,15 +12,15 @@ from lightning_mimic.reweighting.forward import Forward
 
 
 def target_features(hooks: ModelHooks, targets: Collection[str], forward: Forward) -> dict[str, Tensor]:
-    """Return what each target parameter is multiplied with, shape ``(B, ..., D)``, by name.
+    """Return the tensor by which each target parameter is multiplied, shape ``(B, ..., D)``, by parameter name.
 
     Args:
-        hooks: On the layers of the target parameters.
+        hooks: Hooks on the layers of the target parameters.
         targets: Names of the target parameters.
-        forward: The micro-batch after its forward pass.
+        forward: Micro-batch after its forward pass.
 
     Raises:
-        MimicError: A target met the batch otherwise than in one matrix product.
+        MimicError: A target parameter is not used in exactly one matrix product.
     """
     layers = hooks.layers
     if len(layers) == 1 and set(layers[0].parts.values()) == set(targets):
@@ -35,9 +35,9 @@ def target_features(hooks: ModelHooks, targets: Collection[str], forward: Forwar
             found[use.name].extend(use.factors)
     for name, features in found.items():
         if len(features) != 1:
-            why = unseen.get(name, "it does not meet the batch in one matrix product")
+            why = unseen.get(name, "it is not used in exactly one matrix product")
             raise MimicError(
-                f"`parameters`: an aligned reference needs what {name!r} is multiplied with, which is not known: "
-                f"{why}. Name the model's last projections."
+                f"`parameters`: an aligned reference needs the inputs of {name!r}, which are not known: {why}. Name "
+                "the model's last projections."
             )
     return {name: features[0].detach() for name, features in found.items()}

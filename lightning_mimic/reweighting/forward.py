@@ -22,15 +22,15 @@ from lightning_mimic.reweighting.messages import NOT_PLAIN, REORDERED
 
 @dataclass(frozen=True)
 class Forward:
-    """A micro-batch after its forward pass; lives until its gradients have been prepared.
+    """A micro-batch after its forward pass; kept until the backward pass has been prepared.
 
     Attributes:
-        loss: The scalar that is trained on.
-        losses: What ``sample_losses`` returned; ``None`` for a module without that method.
-        calls: The calls of the observed layers.
-        rows: Samples of this rank.
-        trace: The operations of the forward pass, where they were followed.
-        shows: The trace must show that the loss is a plain mean over the samples.
+        loss: Training loss, a scalar.
+        losses: Per-sample losses returned by ``sample_losses``; ``None`` for a module without that method.
+        calls: Calls of the observed layers.
+        rows: Number of samples on this rank.
+        trace: Operations of the forward pass; ``None`` if they were not recorded.
+        shows: Whether the trace must show that the loss is a plain mean over the samples.
     """
 
     loss: Tensor
@@ -42,45 +42,45 @@ class Forward:
 
     @property
     def of_all_ranks(self) -> bool:
-        """The losses are those of all ranks' samples, in their order, with only this rank's part attached."""
+        """Whether the losses cover the samples of all ranks, in rank order; only this rank's part has a graph."""
         world = distributed.world_size()
         return self.losses is not None and world > 1 and len(self.losses.values) == self.rows * world
 
     @property
     def own(self) -> slice:
-        """This rank's samples within the losses."""
+        """Slice of this rank's samples within the losses."""
         first = self.rows * distributed.rank() if self.of_all_ranks else 0
         return slice(first, first + self.rows)
 
     def own_rows(self, losses: Tensor) -> Tensor:
-        """Return this rank's part of losses like those of ``sample_losses``, in float32 or higher."""
+        """Return this rank's part of losses that are ordered as those of ``sample_losses``, in float32 or higher."""
         return losses[self.own].to(torch.promote_types(losses.dtype, torch.float32))
 
     @property
     def losses_edge(self) -> GradientEdge | None:
-        """Where the losses' gradient arrives."""
+        """Graph edge at which the gradient of the per-sample losses arrives; ``None`` without such losses."""
         return None if self.losses is None else self.losses.edge
 
     @cached_property
     def root(self) -> Tensor:
-        """What is differentiated for the scores."""
+        """Tensor that is differentiated for the scores: the per-sample losses, or else the loss."""
         return self.loss if self.losses is None else self.losses.live
 
     @cached_property
     def graph(self) -> Graph:
-        """The graph below the root, walked once a step."""
+        """Autograd graph of the root, traversed once per step."""
         return Graph(grad_fn_of(self.root))
 
     @property
     def seed(self) -> Tensor:
-        """The gradient of the root under which row *i* below it is that of the unreduced loss ``ℓᵢ``."""
+        """Gradient to start from at the root so that row *i* is the gradient of the unreduced loss ``ℓᵢ``."""
         return torch.full_like(self.root, self.rows if self.losses is None else 1)
 
     def flow(self, edge: GradientEdge) -> DataFlow | None:
-        """Return the data flow from a tensor with a row per sample; ``None`` if it, or its view, was not seen in use.
+        """Return the data flow from a tensor with one row per sample; ``None`` if the trace does not contain its use.
 
         Args:
-            edge: Where the tensor's gradient arrives.
+            edge: Graph edge at which the tensor's gradient arrives.
         """
         node = self._seen(edge.node)
         return None if self.trace is None or node is None else DataFlow(self.trace, node)
@@ -89,19 +89,19 @@ class Forward:
         """Check the order of the rows in all observed layers and in the losses.
 
         Raises:
-            MimicError: See :meth:`check_order`.
+            MimicError: The order differs from the batch's; see :meth:`check_order`.
         """
         rows = [call.node for call in self.calls.calls if call.shape[0] == self.rows]
         self.check_order(rows if self.losses is None else [*rows, self.losses.edge.node])
 
     def check_order(self, nodes: Iterable[Node]) -> None:
-        """Check that tensors with a row per sample hold them in the batch's order, where that is known.
+        """Check that tensors with one row per sample have their rows in the batch's order, where the order is known.
 
         Args:
-            nodes: That made the tensors; of losses of all ranks, this rank's are checked.
+            nodes: Graph nodes that created the tensors. If the losses cover all ranks, this rank's rows are checked.
 
         Raises:
-            MimicError: One does not, so that scores would be recorded under other samples' ids.
+            MimicError: A tensor has another order, so that scores would be recorded under the ids of other samples.
         """
         for node in nodes:
             seen = self._seen(node)
@@ -114,11 +114,11 @@ class Forward:
 
     @cached_property
     def order(self) -> SampleOrder | None:
-        """The order of the samples in every tensor of the forward pass; ``None`` where it was not followed."""
+        """Order of the samples in every tensor of the forward pass; ``None`` if the pass was not recorded."""
         return None if self.trace is None else SampleOrder(self.trace)
 
     def _seen(self, node: Node) -> Node | None:
-        """Return the node of the same tensor, or its view, that the trace knows."""
+        """Return the node in the trace for a tensor, or for the tensor of which it is a view; ``None`` if none is."""
         while self.trace is not None and node not in self.trace.nodes:
             parents = {parent for parent, _ in self.graph.parents.get(node, ())}
             if len(parents) != 1 or not in_same_order(*parents):
@@ -127,19 +127,19 @@ class Forward:
         return node
 
     def sample_cuts(self, cuts: list[GradientEdge]) -> list[GradientEdge]:
-        """Return those of the cuts that hold a row per sample, where the data flow is known.
+        """Return the cuts that hold one row per sample, or all of them where the data flow is not known.
 
-        A tensor of another kind may have that size, too: two tasks' losses in a batch of two.
+        A tensor may have that size by coincidence, such as the losses of two tasks in a batch of two.
 
         Args:
-            cuts: From the loss on.
+            cuts: Cuts of the graph, starting from the loss.
 
         Raises:
-            MimicError: The loss is not shown to be a plain mean over the rows of the lowest cut.
+            MimicError: The loss cannot be shown to be a plain mean over the rows of the lowest cut.
         """
         if self.trace is None or not self.shows:
             return cuts
-        reason = "where the samples' rows are used is not seen"
+        reason = "the operations that use the samples' rows were not recorded"
         for edge in reversed(cuts):
             flow = self.flow(edge)
             if flow is None:
@@ -153,17 +153,17 @@ class Forward:
         raise MimicError(NOT_PLAIN.format(reason))
 
     def only_call(self, name: str) -> LayerCall:
-        """Return the one call of the one target layer.
+        """Return the only call of the only target layer.
 
         Args:
-            name: The layer's path, for the message.
+            name: Path of the layer, for the error message.
 
         Raises:
-            MimicError: There was none, or more than one.
+            MimicError: The layer was not called exactly once.
         """
         calls = self.calls.calls
         if len(calls) != 1:
             raise MimicError(
-                f"`parameters`: {name!r} was called {len(calls)} times in this step, and once in the first."
+                f"`parameters`: {name!r} was called {len(calls)} times in this step, but once in the first step."
             )
         return calls[0]

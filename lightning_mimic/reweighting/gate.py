@@ -1,4 +1,4 @@
-"""The gate: lets the weights enter the backward pass."""
+"""Gates: apply the sample weights to gradients in the backward pass."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -15,16 +15,16 @@ from lightning_mimic.reweighting.forward import Forward
 from lightning_mimic.reweighting.hooks import GradientHooks
 from lightning_mimic.reweighting.weigh import StepResult
 
-#: What the weights reach: all trainable parameters, the target parameters, or nothing.
+#: Parameters whose gradients are weighted: all trainable parameters, the target parameters, or none.
 Reweight = Literal["all", "target", "none"]
 
 
 class Gate(ABC):
-    """Scales every sample's row of a gradient in the backward pass of one micro-batch.
+    """Scale each sample's row of a gradient in the backward pass of one micro-batch.
 
     Args:
-        hooks: Of the micro-batch.
-        clean: Samples that hold no NaN; ``None`` where that is not known.
+        hooks: Gradient hooks of the micro-batch.
+        clean: Mask of the samples without NaN, shape ``(B,)``; ``None`` where it is not known.
     """
 
     def __init__(self, hooks: GradientHooks, clean: Tensor | None) -> None:
@@ -33,74 +33,77 @@ class Gate(ABC):
 
     @abstractmethod
     def in_backward(self, gradients: Tensor, call: LayerCall, result: StepResult) -> Tensor | None:
-        """Return the gradient of the target layer's output with the weights in it.
+        """Return the weighted gradient of the target layer's output, or ``None`` to leave it unchanged.
 
         Args:
-            gradients: As it arrives, shape ``(B, ...)``.
-            call: The layer's.
-            result: The weights.
+            gradients: Incoming gradient, shape ``(B, ...)``.
+            call: Call of the target layer.
+            result: Weights of the samples.
         """
 
     @abstractmethod
     def before_backward(self, forward: Forward, edge: GradientEdge, result: StepResult, scale: Tensor) -> None:
-        """Let the weights enter the backward pass that comes.
+        """Prepare the coming backward pass so that it applies the weights.
 
         Args:
-            forward: The micro-batch.
-            edge: Where the gradient with one row per sample arrives.
-            result: The weights.
-            scale: Against underflow in half precision; divided out.
+            forward: Micro-batch after its forward pass.
+            edge: Graph edge at which the gradient with one row per sample arrives.
+            result: Weights of the samples.
+            scale: Factor that prevents underflow in half precision; divided out again.
         """
 
     def _passing(self, result: StepResult) -> Tensor:
-        """Return factors under which, if no sample of any rank counts, a blanked sample is the NaN that it was."""
+        """Return factors of 1, or NaN for samples with NaN if no sample of any rank has a valid score.
+
+        The factors restore the NaN of samples that were set to zero, so that a batch without a valid sample gives NaN.
+        """
         passing = torch.ones_like(result.scores)
         if self._clean is None:
             return passing
         return torch.where((result.weights.counted == 0) & ~self._clean, torch.nan, passing)
 
     def rows(self, forward: Forward, result: StepResult) -> tuple[Tensor, Tensor, Tensor]:
-        """Return weights, passing factors and mask for the rows that arrive."""
+        """Return weights, factors of :meth:`_passing` and mask for the rows of the incoming gradient."""
         rows = result.weights.scale, self._passing(result), result.masked
         if not forward.of_all_ranks:
             return rows
-        # The gradient holds the rows of all ranks, which have as many each.
+        # The gradient holds the rows of all ranks, which have equally many samples.
         scale, passing, masked = (torch.cat(distributed.gather_equal(each)) for each in rows)
         return scale, passing, masked
 
 
 class ClosedGate(Gate):
-    """Leaves all gradients as they are: the samples are only scored."""
+    """Leave all gradients unchanged: the samples are only scored."""
 
     def in_backward(self, gradients: Tensor, call: LayerCall, result: StepResult) -> Tensor | None:
-        """Leave the gradient."""
+        """Leave the gradient unchanged."""
         return None
 
     def before_backward(self, forward: Forward, edge: GradientEdge, result: StepResult, scale: Tensor) -> None:
-        """Leave the gradient."""
+        """Leave the gradient unchanged."""
 
 
 class FullGate(Gate):
-    """Weights reach all that a sample's gradient reaches."""
+    """Weight the gradients of all parameters to which a sample's gradient flows."""
 
     def in_backward(self, gradients: Tensor, call: LayerCall, result: StepResult) -> Tensor | None:
         """Scale the rows."""
         return gate_rows(gradients, result.weights.scale * self._passing(result), result.masked)
 
     def before_backward(self, forward: Forward, edge: GradientEdge, result: StepResult, scale: Tensor) -> None:
-        """Scale the rows where they will arrive."""
+        """Register a hook that scales the rows at the edge."""
         weights, passing, masked = self.rows(forward, result)
         self._hooks.on_edge(edge, lambda gradients: gate_rows(gradients, weights * passing, masked))
 
 
 class TargetGate(Gate):
-    """Weights reach the target parameters only; all else gets the plain mean.
+    """Weight the gradients of the target parameters only; all other parameters get the plain mean.
 
     Args:
-        hooks: Of the micro-batch.
-        clean: Samples that hold no NaN; ``None`` where that is not known.
-        targets: The target parameters by name.
-        factor: Returns the gradient that the backward pass begins with at the loss, a scalar.
+        hooks: Gradient hooks of the micro-batch.
+        clean: Mask of the samples without NaN, shape ``(B,)``; ``None`` where it is not known.
+        targets: Target parameters by name.
+        factor: Function that returns the gradient with which the backward pass starts at the loss, a scalar.
     """
 
     def __init__(
@@ -113,20 +116,20 @@ class TargetGate(Gate):
         super().__init__(hooks, clean)
         self._targets = dict(targets)
         self._factor = factor
-        # What each target's gradient still lacks, known once the backward pass has come to the target layer.
+        # Correction to add to each target's gradient; set when the backward pass reaches the target layer.
         self._corrections: dict[str, Tensor] = {}
         for name, parameter in self._targets.items():
             hooks.on_parameter(parameter, self._corrector(name))
 
     def in_backward(self, gradients: Tensor, call: LayerCall, result: StepResult) -> Tensor | None:
-        """Mask the rows, and correct the target parameters' own gradients."""
+        """Mask the rows, and prepare the corrections of the target parameters' gradients."""
         kept = gate_rows(gradients, self._passing(result), result.masked)
         change = call.gradients(kept).weighted_sum(result.weights.scale - 1)
         self._corrections = {name: change[part] for part, name in call.parts.items()}
         return kept
 
     def before_backward(self, forward: Forward, edge: GradientEdge, result: StepResult, scale: Tensor) -> None:
-        """Compute the targets' share of the change in a pass of its own; the backward pass stays as it is."""
+        """Compute the corrections of the targets' gradients in a separate pass; the backward pass is not weighted."""
         weights, passing, masked = self.rows(forward, result)
         handle = hook_gradient(edge, lambda gradients: gate_rows(gradients, weights - 1, masked))
         seed = forward.seed * scale / forward.rows
@@ -144,7 +147,7 @@ class TargetGate(Gate):
 
     def _corrector(self, name: str) -> Callable[[Tensor], Tensor | None]:
         def correct(gradient: Tensor) -> Tensor | None:
-            # What else the gradient holds (a regulariser, another term) stays as it is.
+            # Other parts of the gradient, such as that of a regulariser, stay unchanged.
             correction = self._corrections.pop(name, None)
             return None if correction is None else gradient + correction.to(gradient.dtype)
 

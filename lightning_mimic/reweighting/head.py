@@ -1,4 +1,4 @@
-"""What is known of a last linear layer under cross-entropy: labels, the reference's outputs, and its calibration."""
+"""Last linear layer under cross-entropy: labels, outputs of the reference, and calibration of the reference."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,22 +16,23 @@ from lightning_mimic.reference.margins import RunningMargins
 from lightning_mimic.reweighting.products import GradientProducts
 from lightning_mimic.scorers import HEAD_NEEDS, Need
 
-#: The least probability of a given class among a row's targets, below which label smoothing leaves no one label.
+#: Least target probability of the given class; below it, label smoothing leaves no unique label.
 _LEAST_TARGET = 0.5
-# Half precision rounds the gradient; whatever is not a cross-entropy differs by far more.
+# Tolerance for gradients rounded to half precision; losses other than a cross-entropy differ by far more.
 _ROUNDING = 1e-2
 
 
 @dataclass(frozen=True)
 class HeadProducts:
-    """The products of the last layer in one micro-batch.
+    """Products of the last layer in one micro-batch.
 
     Attributes:
         products: Fields of :class:`~lightning_mimic.scorers.Products`.
-        columns: The ledger's columns.
-        unknown: Scores that rest on the calibrated reference have no meaning yet, a boolean scalar.
-        distrusted: The weights would rest on a reference that is unsure or knows less than the model, a boolean scalar.
-        unrecognised: Some rows are needed and are not of a cross-entropy, a boolean scalar.
+        columns: Ledger columns of shape ``(B,)`` by name.
+        unknown: Boolean scalar; true while scores that depend on the calibrated reference are not meaningful yet.
+        distrusted: Boolean scalar; true if the weights would depend on a reference that is unsure, or that knows less
+            than the model.
+        unrecognised: Boolean scalar; true if labels are needed and some rows do not come from a cross-entropy.
     """
 
     products: Mapping[str, Tensor]
@@ -43,15 +44,15 @@ class HeadProducts:
 
 @dataclass
 class Head:
-    """The last layer of one run, if its outputs are the logits of a cross-entropy.
+    """Compute products and ledger columns of a last layer whose outputs are the logits of a cross-entropy.
 
-    That is recognised by numbers: the gradient of a cross-entropy is ``softmax(z) − y``, so that ``softmax(z)`` less
-    the gradient is one label, smoothed or not.
+    Such a layer is recognised numerically: the gradient of a cross-entropy is ``softmax(z) − y``, so ``softmax(z)``
+    minus the gradient is a single label, smoothed or not.
 
     Args:
-        needs: The products that scorer and weighting need.
-        rests_on_margins: The weights rest on a score that holds the model's own outputs beside the reference's, which
-            are not calibrated.
+        needs: Products that the scorer and the weighting need.
+        rests_on_margins: Whether the weights depend on a score that compares the model's outputs with those of the
+            uncalibrated reference.
     """
 
     needs: frozenset[Need]
@@ -61,12 +62,12 @@ class Head:
     _calibration: RunningCalibration | None = None
     _margins: RunningMargins | None = None
     _state: Mapping[str, Any] = field(default_factory=dict)
-    # Target of the given class, a scalar: 1 without label smoothing, and the same for all samples.
+    # Target probability of the given class, a scalar: 1 without label smoothing, and equal for all samples.
     _target: Tensor | None = None
 
     @property
     def required(self) -> bool:
-        """Something is needed that only such a layer has."""
+        """Whether a product is needed that only such a layer offers."""
         return bool(self.needs & HEAD_NEEDS)
 
     @torch.no_grad()
@@ -81,25 +82,27 @@ class Head:
         epoch: int | None,
         check: bool,
     ) -> HeadProducts | None:
-        """Return what is known of a micro-batch; on every rank.
+        """Return the products of a micro-batch. Must be called on every rank.
 
         Args:
-            found: The products of the layer.
-            reference: The reference's parameters of the layer, by name.
-            direction: From the model's parameters to them, by name.
-            clean: Rows that are finite; all, if ``None``.
-            vanishes: There is no reference (yet), a boolean scalar.
-            epoch: In which the model trains on these samples, in the first one anew; ``None`` if it does not.
-            check: Look whether the loss is a cross-entropy (a host sync).
+            found: Gradient products of the layer.
+            reference: Parameters of the layer in the reference, by name.
+            direction: Differences from the model's parameters to those of the reference, by name.
+            clean: Mask of the finite rows, shape ``(B,)``; ``None`` if all are finite.
+            vanishes: Boolean scalar; true if there is no reference, or not yet.
+            epoch: Epoch in which the model trains on these samples, which are new to it in epoch 0; ``None`` if it does
+                not train on them.
+            check: Whether to check that the loss is a cross-entropy (a host sync).
 
         Returns:
-            ``None`` where it is not, and nothing is needed.
+            The products, or ``None`` if the loss is not a cross-entropy and no product of this layer is needed.
 
         Raises:
-            MimicError: Something is needed, and it is not.
+            MimicError: A product of this layer is needed, and the loss is not a cross-entropy; or the calibration's
+                state in the checkpoint is damaged.
         """
         if check or self.recognised is None:
-            self._target = None  # a loss may change from epoch to epoch
+            self._target = None  # the loss may change between epochs
             self.recognised = self._recognise(found, clean)
         if not self.recognised:
             return None
@@ -114,7 +117,7 @@ class Head:
                     self._margins.load_state_dict(self._state["margins"])
                 except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
                     raise MimicError(
-                        f"the checkpoint's state of the calibration is damaged ({error!r}). Take another checkpoint."
+                        f"the checkpoint's state of the calibration is damaged ({error!r}). Use another checkpoint."
                     ) from error
         calibration, margins = self._calibration, self._margins
         counted = torch.where(vanishes, -1, labels)
@@ -148,7 +151,7 @@ class Head:
                 "reference_loss": _or_nan(-log_q.gather(1, labels.clamp(min=0)[:, None])[:, 0], shown),
             }
         else:
-            # The scores are not used, but their shape is.
+            # Placeholders: the scores are discarded, but must have the right shape.
             one = torch.ones((), device=outputs.device)
             products |= {"calibrated_outputs": theirs, "calibrated_norm": one, "calibrated_direction_norm": one}
         unrecognised = absent.any() if self.required else torch.zeros_like(vanishes)
@@ -160,11 +163,11 @@ class Head:
         return HeadProducts(products, columns, unknown, distrusted, unrecognised)
 
     def calibration(self) -> Calibration | None:
-        """Return the latest calibration (a host sync); ``None`` where there is none."""
+        """Return the latest calibration (a host sync); ``None`` if there is none."""
         return None if self._calibration is None else self._calibration.calibration()
 
     def facts(self) -> dict[str, Any]:
-        """Return what the outputs show of the reference, as fields of the diagnosis (a host sync)."""
+        """Return the fields of the diagnosis that are measured on the reference's outputs (a host sync)."""
         facts: dict[str, Any] = {} if self._margins is None else self._margins.facts()
         found = self.calibration()
         if found is None:
@@ -174,11 +177,11 @@ class Head:
 
     @property
     def wrong_share(self) -> Tensor | None:
-        """The estimated share of wrong labels, a scalar on the device; ``None`` where there is no calibration."""
+        """Estimated share of wrong labels, a scalar on the device; ``None`` without a calibration."""
         return None if self._calibration is None else self._calibration.wrong_share
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Return what a resumed run needs."""
+        """Return the state that a resumed run needs."""
         if self._calibration is None or self._margins is None:
             return self._state
         return self._calibration.state_dict() | {"margins": self._margins.state_dict()}
@@ -198,45 +201,46 @@ class Head:
             _, absent = self._labels(found, clean)
             if bool(absent.any()):
                 reason = (
-                    "softmax of the layer's outputs less their gradient is not one label per sample: the loss is "
-                    "another one, has class weights or soft targets, or the outputs are changed before it"
+                    "softmax of the layer's outputs minus their gradient is not one label per sample: the loss is not "
+                    "a cross-entropy, has class weights or soft targets, or the outputs are changed before the loss"
                 )
-        # Of all ranks, because they calibrate together.
+        # All ranks must agree, because they calibrate together.
         device = found["dot"].device if "dot" in found else torch.device("cpu")
         if not distributed.any_rank(bool(reason), device):
             return True
         if self.required:
             raise MimicError(
-                f"{join_names(sorted(self.needs & HEAD_NEEDS))} are known for the last linear layer under a "
+                f"{join_names(sorted(self.needs & HEAD_NEEDS))} can be computed only for the last linear layer under a "
                 "cross-entropy with one class per sample, and this is not such a case: "
-                f"{reason or 'on another rank'}. Take a scorer or weighting that does not need them."
+                f"{reason or 'on another rank'}. Use a scorer and a weighting that do not need them."
             )
         return False
 
     def _labels(self, found: GradientProducts, clean: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the labels, −1 where there is none, and which rows should have one and have not."""
+        """Return the labels, −1 where there is none, and a mask of the rows that lack a label but should have one."""
         outputs, gradients = found["outputs"].float(), found["output_gradients"]
         labels, targets = labels_of(outputs, gradients, clean)
-        # Of two classes, any two targets could be one label smoothed; but a loss smooths all labels alike.
+        # With two classes, any pair of targets could be a smoothed label, but a loss smooths all labels equally.
         usual = torch.where(labels >= 0, targets, torch.nan).nanmedian()
         self._target = usual if self._target is None else torch.where(self._target.isnan(), usual, self._target)
         labels = torch.where((targets - self._target).abs() <= _ROUNDING, labels, -1)
-        # A row without gradient is ignored by the loss, or predicted so well that its gradient is lost.
+        # A row without gradient is ignored by the loss, or predicted so well that its gradient underflows.
         expected = torch.isfinite(gradients).all(1) & (gradients != 0).any(1)
         return labels, (labels < 0) & (expected if clean is None else expected & clean)
 
 
 def labels_of(outputs: Tensor, output_gradients: Tensor, clean: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the labels of a cross-entropy, from its logits and their gradient.
+    """Recover the labels of a cross-entropy from its logits and their gradient.
 
     Args:
         outputs: Logits, shape ``(B, C)``.
-        output_gradients: ``∂ℓᵢ/∂outputs``, shape ``(B, C)``.
-        clean: Rows that are finite; all, if ``None``.
+        output_gradients: Gradients ``∂ℓᵢ/∂outputs``, shape ``(B, C)``.
+        clean: Mask of the finite rows, shape ``(B,)``; ``None`` if all are finite.
 
     Returns:
-        The labels, shape ``(B,)``; −1 where the row is not of a cross-entropy with one label, smoothed or not, or has
-        no gradient. And the probabilities of these classes among the targets, below 1 where labels are smoothed.
+        The labels, shape ``(B,)``, −1 where the row does not come from a cross-entropy with one label, smoothed or not,
+        or has no gradient; and the target probabilities of these classes, shape ``(B,)``, below 1 where labels are
+        smoothed.
 
     Example:
         >>> logits = torch.zeros(3, 2)
@@ -260,10 +264,10 @@ def labels_of(outputs: Tensor, output_gradients: Tensor, clean: Tensor | None = 
 def _lengths(
     calibration: RunningCalibration, reference: Mapping[str, Tensor], direction: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the length of the calibrated reference's parameters and that of the direction to them."""
+    """Return the norm of the calibrated reference's parameters and that of the direction to them."""
     scale, biases = calibration.parameters
     weights = {name: scale * tensor.float() for name, tensor in reference.items()}
-    # Without a bias of the layer, c is one of the calibrated reference's own.
+    # If the layer has no bias, the calibrated reference still has one: its class biases c.
     bias = next((name for name, tensor in weights.items() if tensor.ndim == 1), "")
     weights[bias] = weights.get(bias, torch.zeros_like(biases)) + biases
     steps = {n: t - (reference[n] - direction[n]).float() if n in reference else t for n, t in weights.items()}

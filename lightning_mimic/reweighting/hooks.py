@@ -1,4 +1,4 @@
-"""Wrappers of a module's methods and hooks on the autograd graph, and their removal."""
+"""Wrappers around a module's methods, hooks on the autograd graph, and their removal."""
 
 import functools
 import types
@@ -19,12 +19,12 @@ def wrap_method(owner: object, name: str, around: Callable[..., Any]) -> Callabl
     """Replace a method of one object by ``around(call, *args, **kwargs)``.
 
     Args:
-        owner: The object; a copy of it gets the plain method's behaviour.
-        name: The method's name.
-        around: Called with the original method, bound, and its arguments.
+        owner: Object whose method is replaced; copies of the object behave as with the original method.
+        name: Name of the method.
+        around: Function that is called with the original bound method and its arguments.
 
     Returns:
-        A function that undoes it.
+        A function that restores the original method.
     """
     before: Callable[..., Any] | None = vars(owner).get(name)
     function: Callable[..., Any] = before if before is not None else getattr(type(owner), name)
@@ -43,7 +43,7 @@ def wrap_method(owner: object, name: str, around: Callable[..., Any]) -> Callabl
         nonlocal alive
         alive = False
         if vars(owner).get(name) is not wrapper:
-            return  # somebody wrapped it after us and still calls through
+            return  # other code has wrapped this wrapper and still calls it
         if before is None:
             delattr(owner, name)
         else:
@@ -57,8 +57,8 @@ class SampleLosses:
     """The per-sample losses of one forward pass.
 
     Attributes:
-        values: Shape ``(B,)``, as they were returned, without their graph.
-        edge: Where their gradient arrives.
+        values: Losses as ``sample_losses`` returned them, detached, shape ``(B,)``.
+        edge: Graph edge at which their gradient arrives.
     """
 
     values: Tensor
@@ -67,24 +67,24 @@ class SampleLosses:
 
     @property
     def live(self) -> Tensor:
-        """The losses with their graph.
+        """Losses attached to their graph.
 
         Raises:
-            MimicError: They were changed in place.
+            MimicError: The losses were modified in place.
         """
         if self._live.grad_fn is not self.edge.node:
             raise MimicError(
-                "the losses that `sample_losses` returned were changed in place. Use the out-of-place operation, "
-                "within `sample_losses`."
+                "the losses that `sample_losses` returned were changed in place. Use an out-of-place operation, and do "
+                "it within `sample_losses`."
             )
         return self._live
 
 
 class LossCapture:
-    """Captures what a module's ``sample_losses(batch)`` returns.
+    """Capture the losses that a module's ``sample_losses(batch)`` returns.
 
     Args:
-        module: A module with that method.
+        module: Module that has this method.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -92,10 +92,10 @@ class LossCapture:
         self._undo = wrap_method(module, "sample_losses", self._around)
 
     def start(self) -> list[SampleLosses]:
-        """Begin to capture.
+        """Start capturing.
 
         Returns:
-            A list that will hold the losses: one item after a call that is differentiable, none before.
+            A list that receives the losses: empty until the method returns losses with a graph, then one item.
         """
         self._into = []
         return self._into
@@ -105,7 +105,7 @@ class LossCapture:
         self._into = None
 
     def remove(self) -> None:
-        """Give the module its own method back."""
+        """Restore the module's original method."""
         self.stop()
         self._undo()
 
@@ -121,9 +121,9 @@ class LossCapture:
 
 
 class GradientHooks:
-    """The hooks of one micro-batch on its autograd graph and on parameters.
+    """Gradient hooks of one micro-batch on its autograd graph and on parameters.
 
-    They are removed when the micro-batch ends: a hook whose closure held on to its own graph would never be freed.
+    They must be removed when the micro-batch ends: a hook whose closure refers to its own graph would never be freed.
     """
 
     def __init__(self) -> None:
@@ -139,5 +139,5 @@ class GradientHooks:
         self._handles.callback(handle.remove)
 
     def remove(self) -> None:
-        """Remove all of them."""
+        """Remove all hooks."""
         self._handles.close()

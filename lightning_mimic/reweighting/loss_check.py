@@ -1,4 +1,4 @@
-"""A loss is scored because it was shown to be a plain mean of its samples' losses, or because the user says so."""
+"""Check that the loss is a plain mean of the samples' losses, unless the user asserts it."""
 
 from typing import Literal
 
@@ -24,16 +24,17 @@ _LOOK_FOR_NAN = frozenset({"isnan", "isfinite", "nan_to_num", "nansum", "nanmean
 
 
 class LossCheck:
-    """Shows for a run without ``sample_losses`` that its losses are plain means over the samples.
+    """Show that the losses of a run without ``sample_losses`` are plain means over the samples.
 
-    The operations of a forward pass are followed in its first step, at the start of every epoch, and whenever a batch
-    has another size. In between, the graph of the loss must be the one for which it was shown.
+    The operations of the forward pass are recorded in the first step, at the start of every epoch, and for every new
+    batch size. In all other steps, the graph of the loss must match one for which the property was shown.
 
     Args:
-        module: The module that is trained.
-        asserted: The user asserts it, so that nothing is checked.
-        captured: The module has ``sample_losses``.
-        ambiguous: Look out for code that looks for NaN, as nobody said what NaN in a batch means.
+        module: Module that is trained.
+        asserted: ``"mean"`` if the user asserts the property, so that nothing is checked; otherwise ``None``.
+        captured: Whether the module has ``sample_losses``.
+        ambiguous: Whether to detect code that handles NaN, because the user did not configure what NaN in a batch
+            means.
     """
 
     def __init__(
@@ -43,26 +44,26 @@ class LossCheck:
         self._asserted = asserted is not None
         self._captured = captured
         self._ambiguous = ambiguous
-        #: The module looks for NaN, so that NaN in a batch may be meant.
+        #: Whether the module's code tests for NaN, so that NaN in a batch may be intended.
         self.looks_for_nan = False
         self._sizes: set[int] = set()
-        # The means that were shown, and the fingerprints of their graphs.
+        # Means found so far, and the fingerprints of their graphs.
         self._shown: list[tuple[Total, list[tuple[str, int | None]]]] = []
 
     @property
     def basis(self) -> str:
-        """Why the loss is taken for a plain mean, for the ledger."""
+        """Reason why the loss is taken to be a plain mean, for the ledger."""
         if self._captured:
             return "sample_losses"
         return "asserted" if self._asserted else "shown"
 
     def trace(self, batch: object, samples: int, check: bool) -> ForwardTrace | None:
-        """Return an empty record for the forward pass that comes; ``None`` if it need not be followed.
+        """Return an empty trace for the coming forward pass, or ``None`` if the pass need not be recorded.
 
         Args:
-            batch: What the loss will be computed from.
-            samples: B.
-            check: It is the first micro-batch of an epoch, or the module has changed.
+            batch: Batch from which the loss will be computed.
+            samples: Number of samples B.
+            check: Whether this is the first micro-batch of an epoch, or the module has changed.
         """
         shows = not (self._asserted or self._captured) and samples not in self._sizes
         if samples < 2 or not (check or shows):
@@ -72,25 +73,25 @@ class LossCheck:
         return trace
 
     def look(self, trace: ForwardTrace) -> None:
-        """Take in what a forward pass that was followed says about NaN."""
+        """Update :attr:`looks_for_nan` from a recorded forward pass."""
         names = {operation.name for operation in trace.operations}
         self.looks_for_nan |= self._ambiguous and bool(names & _LOOK_FOR_NAN)
 
     def show(self, forward: Forward, edge: GradientEdge) -> None:
-        """Show that the loss of a forward pass that was followed is a plain mean.
+        """Show that the loss of a recorded forward pass is a plain mean.
 
         Args:
-            forward: The micro-batch.
-            edge: Where the gradient with one row per sample arrives.
+            forward: Micro-batch after its forward pass.
+            edge: Graph edge at which the gradient with one row per sample arrives.
 
         Raises:
-            MimicError: It is not shown.
+            MimicError: It cannot be shown.
         """
         if forward.trace is None or not forward.shows:
             return
         flow = forward.flow(edge)
         if flow is None:
-            raise MimicError(NOT_PLAIN.format(f"the use of the scored rows ({kind_of(edge.node)}) is not seen"))
+            raise MimicError(NOT_PLAIN.format(f"the use of the scored rows ({kind_of(edge.node)}) was not recorded"))
         reason = flow.objection(forward.loss)
         if reason is not None:
             raise MimicError(NOT_PLAIN.format(reason))
@@ -106,14 +107,14 @@ class LossCheck:
             self._shown.append(shown)
 
     def problem(self, forward: Forward, edge: GradientEdge) -> Tensor:
-        """Return a :class:`LossProblem` that only the numbers of this batch show, on the device.
+        """Return the :class:`LossProblem` that the values of this batch reveal, a scalar on the device.
 
         Args:
-            forward: The micro-batch.
-            edge: Where the gradient with one row per sample arrives.
+            forward: Micro-batch after its forward pass.
+            edge: Graph edge at which the gradient with one row per sample arrives.
 
         Raises:
-            MimicError: The loss is computed otherwise than where it was shown to be a plain mean.
+            MimicError: The loss is computed by other operations than those for which it was shown to be a plain mean.
         """
         none = torch.zeros((), dtype=torch.int8, device=forward.loss.device)
         if self._asserted or forward.rows < 2:
@@ -122,7 +123,7 @@ class LossCheck:
             self.show(forward, edge)
         nodes = between(grad_fn_of(forward.loss), edge.node)
         if not nodes:
-            return none  # no gradient will arrive, which is refused when the backward pass has ended
+            return none  # no gradient will arrive, which raises an error after the backward pass
         known = [mean for mean, shown in self._shown if fingerprint(nodes, forward.rows, mean.divisors) == shown]
         if not known and not any(map(is_compiled, nodes)):
             raise MimicError(OTHERWISE)

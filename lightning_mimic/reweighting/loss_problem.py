@@ -1,4 +1,4 @@
-"""Problems that make a loss something else than the plain mean of its samples' losses."""
+"""Problems with the loss or the batch that only the values of a step reveal."""
 
 import enum
 
@@ -6,21 +6,21 @@ from lightning_mimic.reweighting.messages import MEANT_NAN, NOT_CROSS_ENTROPY, N
 
 
 class LossProblem(enum.IntFlag):
-    """A problem that only the numbers of a step show; kept on the device until the scores are written."""
+    """A problem that only the values of a step reveal; kept on the device until the scores are written."""
 
     NONE = 0
-    #: An averaging cross-entropy did not count as many targets of each sample.
+    #: A cross-entropy averages over targets, and samples have different numbers of targets that count.
     UNEQUAL_TARGETS = 1
-    #: The loss is not the mean of what ``sample_losses`` returned.
+    #: The loss is not the mean of the losses that ``sample_losses`` returned.
     NOT_THE_MEAN = 2
-    #: The batch holds NaN, which the module may mean, and samples that hold it were taken out of the batch.
+    #: The batch holds NaN, which the module's code may handle on purpose, and these samples were masked.
     MEANT_NAN = 4
-    #: Labels are needed, and the loss is not the cross-entropy that shows them.
+    #: Labels are needed, and the loss is not a cross-entropy from which they can be recovered.
     NOT_CROSS_ENTROPY = 8
 
     @property
     def message(self) -> str:
-        """The problem and its fix."""
+        """Message that names the problem and its fix."""
         if LossProblem.NOT_THE_MEAN in self:
             return NOT_THE_MEAN
         if LossProblem.NOT_CROSS_ENTROPY in self:

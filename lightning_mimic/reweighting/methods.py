@@ -1,4 +1,4 @@
-"""The four ways in which the products with per-sample gradients are computed and the weights enter."""
+"""The four methods that compute products with per-sample gradients and apply the weights."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -46,11 +46,11 @@ from lightning_mimic.reweighting.weigh import StepResult
 from lightning_mimic.scorers import HEAD_NEEDS, NEEDS, Need
 from lightning_mimic.sharding import unshard
 
-#: What the weights must reach: all trainable parameters, all that some tensor with a row per sample leads to, or the
-#: target parameters only.
+#: Parameters whose gradients must be weighted: all trainable parameters, all that lie below some tensor with a row per
+#: sample, or the target parameters only.
 Reach = Literal["all", "around", "targets"]
 
-#: Products that no gradient is needed for.
+#: Products that need no gradient.
 LOSS_PRODUCTS: frozenset[Need] = frozenset({"losses", "reference_losses"})
 
 _DOT: frozenset[Need] = frozenset({"dot"})
@@ -58,17 +58,19 @@ _DOT: frozenset[Need] = frozenset({"dot"})
 
 @dataclass
 class ScoringTask:
-    """What a run scores, the same for all of its micro-batches.
+    """Scoring setup of a run, the same for all of its micro-batches.
 
     Attributes:
-        module: The module that is trained.
-        hooks: On the layers that own target parameters.
-        targets: The target parameters by name, as the graph knows them; empty for a scorer that needs no gradient.
-        whole: Of a sharded module the parameters as the graph knows them, by name.
-        needs: The products that scorer and weighting need.
-        reach: What the weights must reach.
-        optional: Names of targets that the loss need not reach; their gradient is zero then.
-        keeps: Weighted gradients are formed from kept output gradients, and no backward pass goes through the graph.
+        module: Module that is trained.
+        hooks: Hooks on the layers that own target parameters.
+        targets: Target parameters by name, as the tensors that occur in the graph; empty for a scorer that needs no
+            gradient.
+        whole: Parameters of a sharded module by name, as the tensors that occur in the graph.
+        needs: Products that the scorer and the weighting need.
+        reach: Parameters whose gradients must be weighted.
+        optional: Names of targets on which the loss need not depend; their gradient is zero if it does not.
+        keeps: Whether weighted gradients are formed from kept output gradients, without a backward pass through the
+            graph.
     """
 
     module: nn.Module
@@ -82,12 +84,12 @@ class ScoringTask:
     hooked: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        #: Targets with gradient hooks that somebody else has registered.
+        #: Targets with gradient hooks that other code has registered.
         self.hooked = [name for name, p in self.targets.items() if p._backward_hooks]
         self._reported = False
 
     def report_unreached(self, names: Collection[str]) -> None:
-        """Warn once that the loss does not reach some of the targets."""
+        """Warn once that the loss does not depend on some of the targets."""
         if names and not self._reported:
             self._reported = True
             warn_once_for_all_ranks(
@@ -98,17 +100,17 @@ class ScoringTask:
 
     @property
     def device(self) -> torch.device:
-        """Of the module's parameters."""
+        """Device of the module's parameters."""
         return next(self.module.parameters()).device
 
     @property
     def layer_needs(self) -> list[Need]:
-        """Those of the needs that only one layer's gradients offer."""
+        """Needed products that only the gradients of a single layer offer, sorted."""
         return sorted(ONE_LAYER_PRODUCTS.keys() & self.needs)
 
     @property
     def layer_products(self) -> frozenset[Need]:
-        """The products of the one target layer; none where there are several."""
+        """Products that the target layer offers; empty if there are several target layers."""
         layers = self.hooks.layers
         if len(layers) != 1:
             return frozenset()
@@ -117,7 +119,7 @@ class ScoringTask:
         return head | {need for need in NEEDS if need in offered}
 
     def target_nodes(self, forward: Forward, graph: Graph) -> set[Node]:
-        """Return where the target parameters meet the batch, of the nodes of a graph."""
+        """Return the nodes of a graph at which the target parameters are used."""
         calls = [call for call in forward.calls.calls if call.node in graph]
         called = Counter(name for call in calls for name in call.names)
         ends = {name: graph.terminals(p) for name, p in self.targets.items()}
@@ -126,39 +128,39 @@ class ScoringTask:
 
 
 class MicroBatch(Protocol):
-    """What a scoring method reads of a step, and the one thing that it does with it."""
+    """Interface of a step as used by a scoring method: attributes to read, and :meth:`weigh`."""
 
     hooks: GradientHooks
-    #: A backward pass follows the forward pass.
+    #: Whether a backward pass follows the forward pass.
     backward_follows: bool
 
     @property
     def gate(self) -> Gate:
-        """Where the weights enter."""
+        """Gate that applies the weights."""
 
     @property
     def clean(self) -> Tensor | None:
-        """Samples that hold no NaN and whose loss is finite; ``None`` where that is not known."""
+        """Mask of the samples without NaN and with a finite loss; ``None`` where it is not known."""
 
     @property
     def direction(self) -> Mapping[str, Tensor]:
-        """V by parameter name; empty if none is needed."""
+        """Direction v by parameter name; empty if no direction is needed."""
 
     @property
     def scale(self) -> Tensor:
-        """What loss and gradients will be multiplied with against underflow, a scalar."""
+        """Factor that loss and gradients will be multiplied by to prevent underflow, a scalar."""
 
     def factor(self) -> Tensor:
-        """Return the gradient that the backward pass began with at the loss, a scalar."""
+        """Return the gradient with which the backward pass started at the loss, a scalar."""
 
     def weigh(self, products: GradientProducts) -> StepResult:
         """Score and weigh the samples."""
 
 
 class ScoringMethod(ABC):
-    """A way to the products, and to the tensor at which the weights enter."""
+    """Base class of the methods: computes the products and finds the tensor at which the weights are applied."""
 
-    #: In words, for messages.
+    #: Short description, for messages.
     description: ClassVar[str]
 
     def __init__(self, task: ScoringTask) -> None:
@@ -166,20 +168,20 @@ class ScoringMethod(ABC):
 
     @property
     def products(self) -> frozenset[Need]:
-        """The products that it offers."""
+        """Products that this method offers."""
         return LOSS_PRODUCTS
 
     def check_products(self) -> None:
-        """Raise ``MimicError`` if something is needed that this method does not offer."""
+        """Raise ``MimicError`` if a product is needed that this method does not offer."""
         for need in sorted(self._task.needs - self.products):
             raise MimicError(
-                f"the scorer needs {ONE_LAYER_PRODUCTS.get(need, repr(need))}, which are known for one nn.Linear under "
-                "a loss of independent samples, and this is not such a case."
+                f"the scorer needs {ONE_LAYER_PRODUCTS.get(need, repr(need))}, which can be computed only for a single "
+                "nn.Linear under a loss of independent samples, and this is not such a case."
             )
 
     @abstractmethod
     def gate_edge(self, forward: Forward) -> GradientEdge:
-        """Return the tensor at which the weights enter, with one row per sample.
+        """Return the edge of the tensor at which the weights are applied; it has one row per sample.
 
         Raises:
             MimicError: No such tensor lies between the loss and the parameters.
@@ -187,20 +189,20 @@ class ScoringMethod(ABC):
 
     @abstractmethod
     def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> Tensor:
-        """Have the step weigh its samples and let the weights enter the backward pass, now or within it.
+        """Compute the products, weigh the samples, and apply the weights; now or during the backward pass.
 
         Args:
-            forward: The micro-batch after its forward pass.
-            edge: From :meth:`gate_edge`.
-            step: Takes the products.
+            forward: Micro-batch after its forward pass.
+            edge: Edge from :meth:`gate_edge`.
+            step: Step whose samples are weighed from the products.
 
         Returns:
-            The loss from which the backward pass begins.
+            The loss from which the backward pass starts.
         """
 
 
 class NoGradient(ScoringMethod):
-    """The scores need no gradient."""
+    """Method for scores that need no gradient."""
 
     description = "no gradient is needed"
 
@@ -209,28 +211,28 @@ class NoGradient(ScoringMethod):
         self._cuts = _Cuts(task)
 
     def gate_edge(self, forward: Forward) -> GradientEdge:
-        """Return the lowest cut above all parameters; the losses, where all ranks would have to look for it."""
+        """Return the lowest cut above all parameters, or the losses where finding that cut would involve all ranks."""
         at_losses = forward.of_all_ranks or bool(self._task.whole)
         return forward.losses_edge if forward.losses_edge and at_losses else self._cuts.lowest(forward)
 
     def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> Tensor:
-        """Weigh by the losses."""
+        """Weigh the samples by their losses."""
         step.gate.before_backward(forward, edge, step.weigh({}), step.scale)
         return forward.loss
 
 
 class InBackward(ScoringMethod):
-    """One layer's output gradient is used inside the one backward pass."""
+    """Method that uses the output gradient of a single layer within the regular backward pass."""
 
     description = "one layer's output gradient, inside the one backward pass"
 
     @property
     def products(self) -> frozenset[Need]:
-        """The layer's."""
+        """Products that the layer offers."""
         return LOSS_PRODUCTS | self._task.layer_products
 
     def observed(self, forward: Forward) -> tuple[WholeModelGradients, bool]:
-        """Return the gradients at the layer's call, and whether a normalisation above it mixes the samples."""
+        """Return the per-sample gradients at the layer's call, and whether a normalisation above it mixes samples."""
         call = self._call(forward)
         rows = WholeModelGradients(forward.root, [call], forward.graph, forward.rows)
         return rows, mixes_samples(grad_fn_of(forward.loss), call.node)
@@ -240,20 +242,20 @@ class InBackward(ScoringMethod):
         return GradientEdge(self._call(forward).node, 0)
 
     def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> Tensor:
-        """Register a hook that scores, weighs and gates."""
+        """Register a hook that scores and weighs the samples and applies the weights."""
         call, samples = self._call(forward), forward.rows
         needs = self._task.needs
 
         def on_gradient(gradients: Tensor) -> Tensor | None:
             arrived = gradients.shape
-            gradients = gradients.reshape(call.shape)  # flattened where torch makes the output as a view of a matrix
+            gradients = gradients.reshape(call.shape)  # flat if torch returns the output as a view of a matrix
             rows = len(gradients)
             if rows != samples:
                 raise MimicError(
                     f"`parameters`: the output of {call.name!r} has {rows} rows for {samples} samples in this "
                     "batch; it must have one row per sample in every batch."
                 )
-            # From the mean loss's gradient, scaled and divided, back to that of each unreduced loss.
+            # Convert the scaled gradient of the mean loss to the gradients of the unreduced losses.
             dtype = torch.promote_types(gradients.dtype, torch.float32)
             own = call.gradients(gradients.to(dtype) * (rows / step.factor()))
             result = step.weigh(layer_products(call, own, needs, step.direction, step.clean))
@@ -271,7 +273,7 @@ class InBackward(ScoringMethod):
 
 
 class ReversePass(ScoringMethod):
-    """A reverse pass over the layers, before the backward pass."""
+    """Method that makes a reverse pass over the layers before the backward pass."""
 
     description = "a reverse pass over the layers, before the backward pass"
 
@@ -279,27 +281,27 @@ class ReversePass(ScoringMethod):
         super().__init__(task)
         self._cuts = _Cuts(task)
         self._all_seen = False
-        # How parameters met the batch where it was checked that the rows are the samples.
+        # Uses of parameters for which it was checked that the rows are the samples.
         self._checked: set[tuple[object, ...]] = set()
-        # Found by the module, because its code runs as it is written in the steps that are looked at.
+        # Found by inspecting the module, because in observed steps its code runs uncompiled.
         self._compiled: set[int] = set()
 
     @property
     def products(self) -> frozenset[Need]:
-        """The dot product, and what one layer offers if there are no others."""
+        """The dot product, and the products of the target layer if there is only one."""
         return LOSS_PRODUCTS | _DOT | self._task.layer_products
 
     def gate_edge(self, forward: Forward) -> GradientEdge:
-        """Return the lowest cut above the target parameters, or all of them."""
+        """Return the lowest cut above the target parameters or above all parameters, as ``reach`` requires."""
         return forward.losses_edge if forward.losses_edge and forward.of_all_ranks else self._cuts.lowest(forward)
 
     def observed(self, forward: Forward) -> tuple[WholeModelGradients, bool]:
-        """Return the gradients at all uses, and whether a normalisation above one of them mixes the samples.
+        """Return the per-sample gradients at all uses, and whether a normalisation above one of them mixes samples.
 
         Raises:
-            MimicError: Some parameters' gradients would not be seen.
+            MimicError: The gradients of some parameters cannot be observed.
         """
-        self._cuts.known_shape = None  # the cut is looked for again
+        self._cuts.known_shape = None  # search for the cut again
         self._compiled = compiled_parameters(self._task.module)
         rows = self._rows(forward, self.gate_edge(forward), forward.seed)
         self._all_seen = True
@@ -307,15 +309,15 @@ class ReversePass(ScoringMethod):
         return rows, rows.normalised()
 
     def _rows(self, forward: Forward, edge: GradientEdge, seed: Tensor) -> WholeModelGradients:
-        """Return the per-sample gradients, computed when products with them are asked for.
+        """Return the per-sample gradients, which are computed when a product with them is requested.
 
         Args:
-            forward: The micro-batch.
-            edge: Where the weights will enter.
-            seed: What the reverse pass begins with.
+            forward: Micro-batch after its forward pass.
+            edge: Edge at which the weights will be applied.
+            seed: Gradient with which the reverse pass starts at the root.
 
         Raises:
-            MimicError: Some parameters' gradients would not be seen.
+            MimicError: The gradients of some parameters cannot be observed.
         """
         task, graph, below = self._task, forward.graph, Graph(edge.node)
         uses, unseen = task.hooks.uses(forward.calls, below, forward.rows)
@@ -325,7 +327,7 @@ class ReversePass(ScoringMethod):
         unseen |= dict.fromkeys(beyond, "used again between the loss and the tensor that is weighted")
         zero = {n for n in unseen if not below.terminals(task.targets[n])} - hidden.keys() - set(beyond)
         if not self._all_seen:
-            # Those that a later batch does not use have been seen to be used as they should.
+            # In later batches, any target may be unused: its use was checked in the first step.
             zero &= task.optional
         refused = {name: why for name, why in unseen.items() if name not in zero}
         if refused:
@@ -342,8 +344,8 @@ class ReversePass(ScoringMethod):
         return rows
 
     def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> Tensor:
-        """Go through the layers, weigh, and let the weights enter above them or in the gradients that are formed."""
-        # As small as in the backward pass: what fits into half precision there must fit here.
+        """Make the reverse pass, weigh, and apply the weights above the layers or to the gradients that are formed."""
+        # Scaled as in the backward pass, so that half precision suffices here if it does there.
         scale = step.scale / forward.rows
         rows = self._rows(forward, edge, forward.seed * scale)
         ways = _ways(forward, rows)
@@ -364,9 +366,9 @@ class ReversePass(ScoringMethod):
     def _attached(
         self, forward: Forward, edge: GradientEdge, rows: WholeModelGradients, scale: Tensor, step: MicroBatch
     ) -> Tensor:
-        """Return a loss from which the weighted gradients come without another pass through the graph."""
+        """Return a loss whose backward pass yields the weighted gradients without another pass through the graph."""
         task = self._task
-        refuse_uncovered(task, forward, edge)  # what an epoch's first step was checked for may have changed
+        refuse_uncovered(task, forward, edge)  # what the check in the epoch's first step found may have changed
         refuse_unkept(task, forward, rows)
         kept = OutputGradients(task.targets)
         with task.hooks.recording() as again:
@@ -375,12 +377,12 @@ class ReversePass(ScoringMethod):
             raise MimicError(RECOMPUTED)
         result = step.weigh({"dot": dots / scale})
         weights, passing, masked = step.gate.rows(forward, result)
-        # Rows as they were kept are those of the mean loss, multiplied by as much.
+        # The kept rows belong to the mean loss and carry the same scale; both are divided out.
         return kept.attach(forward.loss, weights * passing / scale / forward.rows, masked)
 
 
 class DoubleBackward(ScoringMethod):
-    """The losses are differentiated twice."""
+    """Method that differentiates the losses twice."""
 
     description = "the losses, differentiated twice"
 
@@ -392,15 +394,17 @@ class DoubleBackward(ScoringMethod):
     def gate_edge(self, forward: Forward) -> GradientEdge:
         """Return the losses."""
         if forward.losses is None:
-            raise MimicError("training_step no longer calls `sample_losses`, from which its samples were scored.")
+            raise MimicError(
+                "training_step no longer calls `sample_losses`, from which the scores are computed. Call it every step."
+            )
         return forward.losses.edge
 
     def check(self, forward: Forward, refusal: ValueError | None) -> None:
-        """Raise ``MimicError`` where the losses cannot be differentiated twice.
+        """Raise ``MimicError`` if the losses cannot be differentiated twice.
 
         Args:
-            forward: The micro-batch.
-            refusal: Why the samples cannot be scored in a cheaper way.
+            forward: Micro-batch after its forward pass.
+            refusal: Error that explains why no cheaper method applies; ``None`` if there is none.
         """
         task = self._task
         parts = compiled_parameters(task.module)
@@ -418,56 +422,56 @@ class DoubleBackward(ScoringMethod):
         try:
             LossGradients(forward.root, reached).check(forward.graph)
         except ValueError as error:
-            # The obstacle to the cheaper way is what most users will want to change.
+            # Most users will want to remove the obstacle to the cheaper method, so name it first.
             if refusal is None:
                 raise
-            raise MimicError(f"{refusal} Nor from the losses alone: {error}") from refusal
+            raise MimicError(f"{refusal} Scoring from the losses alone is not possible either: {error}") from refusal
         task.report_unreached(zero)
 
     def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> Tensor:
-        """Differentiate, weigh, and let the weights enter at the losses."""
+        """Differentiate the losses twice, weigh, and apply the weights at the losses."""
         reached = {n: p for n, p in self._task.targets.items() if forward.graph.terminals(p)}
         again = partial(unshard, self._task.module)
         dots = LossGradients(forward.root, reached, between=again).dot(step.direction)
         if forward.of_all_ranks:
-            # Every rank holds its own part of each sample's gradient.
+            # Each rank holds a part of every sample's gradient.
             dots = distributed.sum_over_ranks(dots)[forward.own]
         step.gate.before_backward(forward, edge, step.weigh({"dot": dots}), step.scale)
         return forward.loss
 
 
 class _Cuts:
-    """The tensors with a row per sample through which every path to the parameters leads.
+    """Search for cuts: tensors with one row per sample through which every path from the loss to the parameters leads.
 
     Args:
-        task: What the run scores.
+        task: Scoring setup of the run.
     """
 
     def __init__(self, task: ScoringTask) -> None:
         self._task = task
         self._place = 0
-        #: Rows, number of cuts and whether code is compiled, for which the place of the lowest is known.
+        #: Number of rows, number of cuts and whether code is compiled, for which the index of the lowest cut is known.
         self.known_shape: tuple[int, int, bool] | None = None
 
     def lowest(self, forward: Forward) -> GradientEdge:
-        """Return the lowest one whose first axis is the batch's, where values that are not finite are masked best.
+        """Return the lowest cut whose first axis is the batch's; masking there removes the most non-finite values.
 
         Raises:
-            MimicError: There is none.
+            MimicError: There is no cut.
         """
         task, graph = self._task, forward.graph
         targets = task.target_nodes(forward, graph)
         wanted = graph.leaves if task.reach == "all" or not task.targets else targets
         cuts = graph.cuts(wanted, forward.rows)
         if not cuts:
-            # A tensor with a row per sample above all targets shows which parameters go around it.
+            # If a cut above the targets exists, name the parameters that bypass it instead.
             for edge in graph.cuts(targets, forward.rows)[-1:]:
                 refuse_uncovered(task, forward, edge)
             raise MimicError(
                 f"no tensor with a row for each of {forward.rows} samples lies between the loss and the parameters. "
                 "Give the module a method `sample_losses(batch)` that returns one loss per sample, and return its mean."
             )
-        # Looked for again (a host sync) when another size might make other axes look like the batch's.
+        # Search again (a host sync) if the size has changed: other axes may now have the size of the batch.
         compiled = any(map(is_compiled, graph.order))
         if self.known_shape != (forward.rows, len(cuts), compiled):
             known = forward.sample_cuts(cuts)
@@ -478,7 +482,7 @@ class _Cuts:
 
 
 def only_call(task: ScoringTask, forward: Forward) -> LayerCall | None:
-    """Return the call of the one target layer, if scores and weights both belong at its output."""
+    """Return the call of the only target layer if scores and weights can both be applied at its output, or ``None``."""
     root, calls = grad_fn_of(forward.loss), forward.calls.calls
     if len(calls) != 1 or not reaches(root, calls[0].node):
         return None
@@ -487,7 +491,7 @@ def only_call(task: ScoringTask, forward: Forward) -> LayerCall | None:
     if unseen or uses != calls or used_beyond(root, call.node, task.targets):
         return None
     if forward.losses_edge is not None and call.node in walk(root, stop=forward.losses_edge.node):
-        return None  # another term of the loss would be scored with the samples' losses
+        return None  # the layer's gradient would include another term of the loss
     around = uncovered_parameters(root, call.node, {}) if task.reach != "targets" else []
     if around and task.reach == "around":
         cuts = forward.graph.cuts(task.target_nodes(forward, forward.graph), forward.rows)
@@ -497,10 +501,13 @@ def only_call(task: ScoringTask, forward: Forward) -> LayerCall | None:
 
 
 def samples_are_apart(task: ScoringTask, forward: Forward, rows: WholeModelGradients) -> bool:
-    """Return whether it could be seen of all target parameters that their rows are the samples.
+    """Check that the rows at all target parameters are the samples.
+
+    Returns:
+        Whether the check was conclusive for all target parameters.
 
     Raises:
-        MimicError: They are not.
+        MimicError: Some rows depend on other samples.
     """
     edge: GradientEdge | None = None
     if forward.losses is None:
@@ -519,7 +526,7 @@ def samples_are_apart(task: ScoringTask, forward: Forward, rows: WholeModelGradi
 
 
 def refuse_uncovered(task: ScoringTask, forward: Forward, edge: GradientEdge) -> None:
-    """Raise ``MimicError`` if the weights must reach all trainable parameters and do not."""
+    """Raise ``MimicError`` if all trainable parameters must be weighted and some would not be."""
     if task.reach != "all":
         return
     parameters = dict(task.module.named_parameters()) | task.whole
@@ -527,13 +534,13 @@ def refuse_uncovered(task: ScoringTask, forward: Forward, edge: GradientEdge) ->
     if names:
         raise MimicError(
             f"the loss reaches {len(names)} trainable parameters around the tensor that is weighted (the output of "
-            f"{kind_of(edge.node)}), so the weights would not reach them: {join_names(names)}. Weight the target alone "
-            "with `reweight='target'`, or let these have the plain mean with `uncovered='mean'`."
+            f"{kind_of(edge.node)}), so these would not be weighted: {join_names(names)}. Weight only the target "
+            "parameters with `reweight='target'`, or give these the plain mean with `uncovered='mean'`."
         )
 
 
 def refuse_unkept(task: ScoringTask, forward: Forward, rows: WholeModelGradients) -> None:
-    """Raise ``MimicError`` if the gradients formed from kept output gradients are not all that the loss would give."""
+    """Raise ``MimicError`` if gradients formed from kept output gradients would differ from those of the loss."""
     leaves = {id(leaf.variable) for leaf in forward.graph.leaves}  # type: ignore[attr-defined]
     others = leaves - {id(p) for p in task.targets.values()}
     if others:
@@ -553,7 +560,7 @@ def _refuse_compiled(compiled: bool) -> None:
 
 
 def _ways(forward: Forward, rows: WholeModelGradients) -> set[tuple[object, ...]]:
-    """Return how the parameters meet the batch; for what has no rule of its own, in a batch of this size."""
+    """Return the kinds of use of the parameters; for those without a rule of their own, with the batch size."""
     return {(*way, forward.rows if way[1] is SubgraphUse else None) for way in rows.ways}
 
 
@@ -565,7 +572,7 @@ def _share(targets: Mapping[str, nn.Parameter], names: Collection[str]) -> str:
 def _unseen(targets: Mapping[str, nn.Parameter], unseen: Mapping[str, str]) -> str:
     shown = "; ".join([f"{name!r} ({why})" for name, why in unseen.items()][:6]) + "; ..." * (len(unseen) > 6)
     return (
-        f"`parameters`: the scores do not see {_share(targets, unseen)}: {shown}. Leave them out "
+        f"`parameters`: the gradients of {_share(targets, unseen)} cannot be observed: {shown}. Leave them out "
         f"(`'!{next(iter(unseen))}'`), or give the module a method `sample_losses(batch)` that returns one loss per "
         "sample, from which any parameter can be scored."
     )

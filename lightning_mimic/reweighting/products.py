@@ -1,4 +1,4 @@
-"""The products with one layer's per-sample gradients, over the samples of all ranks where they need them."""
+"""Products with one layer's per-sample gradients, computed over the samples of all ranks where necessary."""
 
 from collections.abc import Collection, Mapping
 from typing import TypedDict
@@ -31,14 +31,14 @@ def layer_products(
     vectors: Mapping[str, Tensor],
     clean: Tensor | None,
 ) -> GradientProducts:
-    """Compute what is needed of one layer's gradients.
+    """Compute the needed products with one layer's per-sample gradients.
 
     Args:
-        call: The layer's.
-        rows: This rank's gradients, of the unreduced losses.
-        needs: Names of products.
-        vectors: v by parameter name; empty without a direction.
-        clean: Samples of this rank that are finite, shape ``(B,)``; all, if ``None``.
+        call: Call of the layer.
+        rows: Per-sample gradients of the unreduced losses on this rank.
+        needs: Names of the needed products.
+        vectors: Direction v by parameter name; empty without a direction.
+        clean: Mask of the finite samples of this rank, shape ``(B,)``; ``None`` if all are finite.
     """
     found: GradientProducts = {}
     output = call.output
@@ -61,7 +61,7 @@ def layer_products(
 
 
 def _gram(rows: LayerGradients, clean: Tensor | None) -> tuple[Tensor, slice]:
-    """Between the samples of all ranks, NaN for those that are not clean, and which of them are this rank's."""
+    """Return the Gram matrix of all ranks' samples, NaN where a sample is not clean, and the slice of this rank."""
     if distributed.world_size() == 1:
         gram = rows.gram()
         return _without(gram, clean), slice(0, len(gram))

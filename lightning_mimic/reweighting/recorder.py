@@ -1,4 +1,4 @@
-"""A buffer of scores on the device, flushed to the ledger periodically."""
+"""Buffer of scores on the device, flushed to the ledger periodically."""
 
 import warnings
 from collections import Counter
@@ -14,26 +14,27 @@ from lightning_mimic.reweighting.batch import Ids
 from lightning_mimic.reweighting.loss_problem import LossProblem
 
 _WARNINGS = {
-    Flag.NONFINITE_LOSS: "{n} samples held NaN or had a loss that is not finite; they got weight 0 and no score. Where "
-    "NaN in a batch is meant, on_nonfinite='mask_loss' leaves it to the loss.",
-    Flag.ZERO_DIRECTION: "the model stands at its reference, or a reference batch has no gradient, so there is no "
-    "direction: uniform weights, no scores. If it started there, start from other weights or choose another reference.",
+    Flag.NONFINITE_LOSS: "{n} samples held NaN or had a loss that is not finite; they got weight 0 and no score. If "
+    "NaN in a batch is intended, use on_nonfinite='mask_loss', which leaves the batch unchanged.",
+    Flag.ZERO_DIRECTION: "the model stands at its reference (equal weights), or a reference batch has no gradient, so "
+    "there is no direction: weights are uniform and there are no scores. If training started at the reference, start "
+    "from other weights or choose another reference.",
     Flag.ALONE: "a micro-batch held a single sample; its weight is 1 and no reweighting is possible.",
 }
 
-#: Scored micro-batches between two flushes.
+#: Number of scored micro-batches between two flushes.
 FLUSH_EVERY = 100
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a micro-batch stands in a training.
+    """Position of a micro-batch in a training run.
 
     Attributes:
-        epoch: From 0.
-        step: Optimizer steps done before.
+        epoch: Index of the epoch, from 0.
+        step: Number of optimizer steps done before.
         batch: Index of the micro-batch within the epoch.
-        assumed: The epoch was not given, so that it must be the only one.
+        assumed: Whether the epoch was not given; there can then be only one.
     """
 
     epoch: int
@@ -43,10 +44,10 @@ class Position:
 
 
 class ScoreRecorder:
-    """Collects the columns of every scored micro-batch; one host sync per flush, none per step.
+    """Buffer the columns of every scored micro-batch, with one host sync per flush and none per step.
 
     Args:
-        writer: Where the rows go; ``None`` keeps only the flags, for the warnings.
+        writer: Writer of the ledger; if ``None``, only the flags are buffered, for the warnings.
         expected: Flags that should not trigger a warning.
     """
 
@@ -62,10 +63,10 @@ class ScoreRecorder:
         """Add one micro-batch.
 
         Args:
-            position: Of the micro-batch.
-            ids: One per row; needed with a writer.
+            position: Position of the micro-batch.
+            ids: One id per row; required with a writer.
             columns: Ledger columns of shape ``(B,)`` on the device, ``flag`` as the codes of ``Flag``.
-            problem: A :class:`LossProblem`, a scalar.
+            problem: Code of a :class:`LossProblem`, a scalar on the device.
         """
         self._problems.append(problem)
         self._positions.append((position, ids))
@@ -77,16 +78,16 @@ class ScoreRecorder:
             self.flush()
 
     def check_ids(self, ids: Ids | None) -> None:
-        """Raise ``LedgerError`` for ids that the ledger cannot hold beside the earlier ones; no host sync."""
+        """Raise ``LedgerError`` for ids that the ledger cannot store together with the earlier ones; no host sync."""
         if self._writer is not None and ids is not None and not (isinstance(ids, Tensor) and ids.is_cuda):
             self._writer.check_ids(ids.numpy() if isinstance(ids, Tensor) else ids)
 
     def flush(self) -> None:
-        """Bring everything to the host, commit it, and warn of what was flagged, once per kind.
+        """Copy all buffered rows to the host, write them, and warn of flagged rows, once per kind of flag.
 
         Raises:
-            MimicError: A loss was not the mean of its samples; what came before it is committed, its scores and
-                what came after are not.
+            MimicError: A loss had a :class:`LossProblem`. Earlier micro-batches are written; the scores of this one and
+                of later ones are discarded.
         """
         problem = self._drop_problems()
         host = _to_host(self._columns)
@@ -110,7 +111,7 @@ class ScoreRecorder:
                         "flag": [flag.name.lower() for flag in flags],
                     }
                 )
-            # Only now: what could not be appended is still here.
+            # Deleted only now, so that rows that could not be appended stay in the buffer.
             del self._positions[0], self._columns[0], host[0]
             self.warn(Counter(flags))
         if self._writer is not None:
@@ -120,16 +121,16 @@ class ScoreRecorder:
 
     @property
     def unwritten(self) -> int:
-        """Number of rows for the ledger that are in memory only."""
+        """Number of rows for the ledger that are only in memory."""
         if self._writer is None:
             return 0
         return self._writer.pending + sum(len(rows["flag"]) for rows in self._columns)
 
     def commit(self) -> int:
-        """Commit everything so far; what cannot be written is tried again, and then raised.
+        """Commit all rows so far. A failed write is retried before its error is raised.
 
         Returns:
-            Number of rows that the ledger has of this rank.
+            Number of this rank's rows in the ledger.
         """
         self.flush()
         if self._writer is None:
@@ -145,11 +146,11 @@ class ScoreRecorder:
                 warnings.warn(_WARNINGS[flag].format(n=count), stacklevel=2)
 
     def _check_epoch(self, ids: list[int | str]) -> None:
-        """Raise ``MimicError`` if another epoch has begun that was not given: its rows would pass for repeats."""
+        """Raise ``MimicError`` if a second epoch has begun and no epoch was given: its rows would count as repeats."""
         for repeated in sorted(self._first_ids.intersection(ids), key=str)[:1]:
             raise MimicError(
-                f"`epoch`: the sample {repeated!r} was scored again, and all micro-batches were taken for epoch 0. "
-                "Give the number of the epoch: `reweighter.step(batch, ids=ids, epoch=epoch)`."
+                f"`epoch`: the sample {repeated!r} was scored again, but no epoch was given, so all micro-batches "
+                "count as epoch 0. Pass the index of the epoch: `reweighter.step(batch, ids=ids, epoch=epoch)`."
             )
         self._first_ids = self._first_ids or frozenset(ids)
 
@@ -162,9 +163,9 @@ class ScoreRecorder:
 
 
 def _to_host(columns: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The same columns on the CPU, by one transfer per column instead of one per micro-batch."""
+    """Return the columns on the CPU, with one transfer per column instead of one per micro-batch."""
     host: list[dict[str, Tensor]] = [{} for _ in columns]
-    # Ids may be signed in one micro-batch and unsigned in another, and these are not joined.
+    # Columns are joined per dtype: ids may be signed in one micro-batch and unsigned in another.
     for name, kind in {(name, rows[name].dtype) for rows in columns for name in rows}:
         holders = [i for i, rows in enumerate(columns) if name in rows and rows[name].dtype == kind]
         parts = [columns[i][name].detach() for i in holders]

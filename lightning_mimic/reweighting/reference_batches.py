@@ -1,4 +1,4 @@
-"""Batches that are not trained on, and the direction of a step on each."""
+"""Reference batches of a scorer's own loader, and the descent direction on each of them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,21 +18,22 @@ from lightning_mimic.reweighting.messages import HOOKED
 
 
 class ReferenceBatches:
-    """Iterates a scorer's own loader during training, one batch for every scored micro-batch.
+    """Iterate over a scorer's own loader during training, one batch for every scored micro-batch.
 
-    Training is unaffected: the module is in evaluation mode for the pass, no gradient is left behind, and random
-    numbers come from generators of its own. Every rank iterates its loader; the gradients are averaged over all ranks'
-    samples. A host sync per scored batch checks that the gradient is finite.
+    Training is unaffected: the module is in evaluation mode for the pass, no gradients are accumulated, and random
+    numbers come from separate generators. Every rank iterates over its loader; the gradients are averaged over the
+    samples of all ranks. A host sync per scored batch checks that the gradient is finite.
 
     Args:
-        loader: Batches as ``sample_losses`` takes them; its sampler's ``set_epoch`` gets the number of the pass.
-        module: The module that is trained.
-        targets: The target parameters by name; frozen ones, too.
-        scorer: The scorer's name, for messages.
-        prepare: Moves a batch to the module's device and precision.
+        loader: Loader of batches that ``sample_losses`` accepts; the ``set_epoch`` of its sampler is called with the
+            index of the pass.
+        module: Module that is trained.
+        targets: Target parameters by name, including frozen ones.
+        scorer: Name of the scorer, for messages.
+        prepare: Function that moves a batch to the module's device and precision.
 
     Raises:
-        MimicError: Gradient hooks of somebody else would change the gradients.
+        MimicError: Target parameters carry gradient hooks of other code, which would change the gradients.
     """
 
     def __init__(
@@ -51,16 +52,17 @@ class ReferenceBatches:
         self._scorer = scorer
         self._prepare = prepare
         self._device = next(module.parameters()).device
-        #: Of a descent step on the current batch.
+        #: Direction of a descent step on the current batch.
         self.direction = GradientDirection()
         self._go_to(0, 0)
 
     def advance(self) -> None:
-        """Goes to the next batch, on every rank.
+        """Update the direction from the next batch. Must be called on every rank.
 
         Raises:
-            ValueError: There is none, or its losses are not one per sample or do not depend on the targets.
-            FloatingPointError: Its gradient is not finite.
+            ValueError: The loader is empty, or the batch's losses are not one per sample or do not depend on the target
+                parameters.
+            FloatingPointError: The gradient is not finite.
         """
         with isolated_rng(self._device):
             sums, rows = self._gradients(self._next())
@@ -70,16 +72,16 @@ class ReferenceBatches:
         if not bool(torch.isfinite(self.direction.norm())):
             raise FloatingPointError(
                 f"batch {self._taken - 1} of the `loader` of {self._scorer} has losses or gradients that are not "
-                "finite, so there is nothing to compare samples with. Leave out what holds NaN, or lower the learning "
-                "rate if it is the model."
+                "finite, so samples cannot be compared with it. Remove samples that hold NaN from the loader, or lower "
+                "the learning rate if the model has diverged."
             )
 
     def state_dict(self) -> dict[str, int]:
-        """How far it has come."""
+        """Return the index of the current pass and the number of batches taken from it."""
         return {"passes": self._passes, "taken": self._taken}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes on from there: the batches of this pass up to there are drawn and left out."""
+        """Continue from a state: the batches taken before are drawn again and skipped."""
         with isolated_rng(self._device):
             self._go_to(state["passes"], state["taken"])
 
@@ -94,8 +96,8 @@ class ReferenceBatches:
             self._taken += 1
 
     def _draw(self) -> list[Any]:
-        """The next batch of this pass, in a list; an empty one at its end."""
-        # Only the CPU's: the order and the transforms of this draw are the same after a resume.
+        """Return a list with the next batch of this pass; an empty list at its end."""
+        # Seed the CPU generator per draw, so that order and transforms are the same after a resume.
         stream = torch_generator(0, "reference batches", self._passes, self._taken)
         torch.default_generator.set_state(stream.get_state())
         if self._batches is None:
@@ -108,12 +110,12 @@ class ReferenceBatches:
             self._go_to(self._passes + 1, 0)
             drawn = self._draw()
         if not drawn:
-            raise MimicError(f"the `loader` of {self._scorer} gave no batch; expected at least one in every pass.")
+            raise MimicError(f"the `loader` of {self._scorer} gave no batch; expected at least one batch per pass.")
         self._taken += 1
         return drawn[0]
 
     def _gradients(self, batch: Any) -> tuple[dict[str, Tensor], Tensor]:
-        """The sum over this rank's samples of their gradients, float32 or higher, and the number of samples."""
+        """Return the sum of the gradients of this rank's samples, in float32 or higher, and the number of samples."""
         module, scorer = self._module, self._scorer
         batch = self._prepare(batch)
         with (
@@ -126,7 +128,7 @@ class ReferenceBatches:
             if losses.shape not in (
                 (rows,),
                 (rows * distributed.world_size(),),
-            ):  # of contrastive losses each rank has all
+            ):  # with a contrastive loss, each rank has the losses of all ranks
                 raise MimicError(
                     f"`sample_losses` returned shape {tuple(losses.shape)} for {rows} samples of the `loader` of "
                     f"{scorer}; expected one loss per sample."
@@ -148,7 +150,7 @@ class ReferenceBatches:
 
 @contextmanager
 def evaluating(module: nn.Module, targets: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Keep every submodule in evaluation mode, and gradients for the targets alone, within a block."""
+    """Put every submodule in evaluation mode and enable gradients for the target parameters only, within a block."""
     modes = [(part, part.training) for part in module.modules()]
     needs = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     wanted = {id(parameter) for parameter in targets.values()}

@@ -1,4 +1,4 @@
-"""Ids that repeat within a batch or an epoch: one sample drawn twice, or two samples that share an id."""
+"""Detection of different samples that share an id within a batch or an epoch."""
 
 import warnings
 from typing import Any
@@ -10,16 +10,17 @@ from lightning_mimic.batches import tensors_of
 from lightning_mimic.errors import MimicError
 from lightning_mimic.reweighting.batch import Ids
 
-#: Odd and large, so that several integers of a sample make one that other integers hardly make.
+#: Odd and large hash multiplier, so that different integers of a sample rarely combine to the same value.
 _FACTOR = 0x9E3779B97F4A7C15 - 2**64
 
 
 class RepeatedIds:
-    """Compares rows that have the same id: in a batch the whole rows, in an epoch their classes and other integers.
+    """Compare rows that have the same id: whole rows within a batch, class labels and other integers within an epoch.
 
-    Without repeats it costs a set of the ids. Rows are compared in the first :attr:`BATCHES` batches with repeats, at
-    a host sync in each. In an epoch, the integers of each sample stay on the device for :attr:`BATCHES` batches, and
-    the first :attr:`IDS` ids are remembered.
+    A sample may be drawn twice; two samples must not share an id. Without repeats, the cost is building a set of the
+    ids. Within a batch, rows are compared in the first :attr:`BATCHES` batches with repeats, with one host sync each.
+    Within an epoch, the integers of the samples stay on the device for :attr:`BATCHES` batches, and the first
+    :attr:`IDS` ids are remembered.
     """
 
     BATCHES = 100
@@ -30,19 +31,19 @@ class RepeatedIds:
         self._warned = False
         self._epoch = -1
         self._waiting: list[tuple[Ids, Tensor]] = []
-        # Of this epoch, by id.
+        # Combined integers of this epoch's samples, by id.
         self._known: dict[int | str, int] = {}
 
     def remember(self, batch: Any, ids: Ids, epoch: int) -> None:
-        """Compare a batch with the earlier ones of its epoch, now or later.
+        """Queue a batch for comparison with the earlier batches of its epoch, and compare when the queue is full.
 
         Args:
-            batch: From a single loader, which gives each sample once, or several times as it is.
-            ids: One per sample.
-            epoch: Its number.
+            batch: Batch from a single loader, which may repeat samples but does not change their integers.
+            ids: One id per sample.
+            epoch: Index of the epoch.
 
         Raises:
-            MimicError: See :meth:`compare`.
+            MimicError: Two rows of one id differ; see :meth:`compare`.
         """
         if epoch != self._epoch:
             self.compare()
@@ -52,7 +53,7 @@ class RepeatedIds:
             inexact = tensor.is_floating_point() or tensor.is_complex()
             if tensor.shape != (len(ids),) or inexact or tensor.layout != torch.strided:
                 continue
-            values = tensor.detach().to(torch.int64, copy=True)  # the module may change its batch
+            values = tensor.detach().to(torch.int64, copy=True)  # a copy, as the module may modify the batch
             if mixed is None or mixed.device == values.device:
                 mixed = values if mixed is None else mixed * _FACTOR + values
         if mixed is not None:
@@ -61,10 +62,10 @@ class RepeatedIds:
             self.compare()
 
     def compare(self) -> None:
-        """Compare the batches that wait with the earlier ones of the epoch, at one host sync.
+        """Compare the queued batches with the earlier ones of the epoch, with one host sync.
 
         Raises:
-            MimicError: Two rows of one id differ in the integers of shape ``(B,)``.
+            MimicError: Two rows of one id differ in the batch's integer tensors of shape ``(B,)``.
 
         Example:
             >>> repeats = RepeatedIds()
@@ -73,7 +74,7 @@ class RepeatedIds:
             >>> repeats.compare()
             Traceback (most recent call last):
             ...
-            lightning_mimic.errors.MimicError: the id 'a' came twice in epoch 3, with other values in a tensor of ...
+            lightning_mimic.errors.MimicError: the id 'a' came twice in epoch 3, with different values in a tensor ...
         """
         waiting, self._waiting = self._waiting, []
         if not waiting:
@@ -84,23 +85,26 @@ class RepeatedIds:
                 value = next(mixed)
                 if self._known.get(each, value) != value:
                     raise MimicError(
-                        f"the id {each!r} came twice in epoch {self._epoch}, with other values in a tensor of shape "
-                        "(B,), such as labels: the id names two samples. Scores and decisions are kept by id; give "
-                        "each sample an id of its own, as WithIds(ConcatDataset([...])) does for joined data sets."
+                        f"the id {each!r} came twice in epoch {self._epoch}, with different values in a tensor of "
+                        "shape (B,), such as labels: the id names two samples. Scores and decisions are stored by id; "
+                        "give each sample an id of its own, as WithIds(ConcatDataset([...])) does for joined data sets."
                     )
                 if len(self._known) < self.IDS:
                     self._known[each] = value
 
     def check(self, batch: Any, ids: Ids) -> None:
-        """Compare what a batch holds under one id; warn once of rows that may be one sample, changed at random.
+        """Compare the rows of a batch that have the same id.
 
         Args:
-            batch: From the loader.
-            ids: One per sample. Tensors on an accelerator are not read, since that would wait for it.
+            batch: Batch from the loader.
+            ids: One id per sample. Tensors on an accelerator are skipped, because reading them needs a host sync.
 
         Raises:
-            MimicError: Rows of one id differ in a tensor of shape ``(B,)``, such as labels, which random changes of a
-                sample leave as they are.
+            MimicError: Rows of one id differ in a tensor of shape ``(B,)``, such as labels, which random augmentation
+                does not change.
+
+        Warns:
+            UserWarning: Rows of one id differ in another tensor, which may be due to augmentation; once.
 
         Example:
             >>> RepeatedIds().check((torch.tensor([[1.0], [2.0]]), torch.tensor([0, 1])), ["a", "a"])
@@ -116,12 +120,12 @@ class RepeatedIds:
         self._left -= 1
         first: dict[int | str, int] = {}
         rows = [first.setdefault(each, row) for row, each in enumerate(named)]
-        for tensor in sorted(tensors_of(batch), key=lambda each: each.ndim):  # labels first
+        for tensor in sorted(tensors_of(batch), key=lambda each: each.ndim):  # compare labels first
             if tensor.ndim and len(tensor) == len(rows) and tensor.layout == torch.strided:
                 self._compare(tensor.detach(), rows, named)
 
     def _compare(self, tensor: Tensor, rows: list[int], named: list[Any]) -> None:
-        """Compare each row of a tensor with another one, which is itself or has the same id."""
+        """Compare each row of a tensor with the first row of the same id."""
         other = tensor[rows]
         differs = (tensor != other) & ~(tensor.isnan() & other.isnan())
         found = differs.reshape(len(rows), -1).any(1).nonzero().flatten().tolist()
@@ -132,12 +136,13 @@ class RepeatedIds:
         if tensor.ndim == 1:
             raise MimicError(
                 f"{which} {other[row].item()} and {tensor[row].item()} in a tensor of shape (B,): the id names two "
-                "samples. Scores and decisions are kept by id; give each sample an id of its own."
+                "samples. Scores and decisions are stored by id; give each sample an id of its own."
             )
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{which} differ in a tensor of shape {tuple(tensor.shape)}. That is right for a sample that was drawn "
-                "twice and changed at random; two samples would share one row of the ledger and need ids of their own.",
+                f"{which} differ in a tensor of shape {tuple(tensor.shape)}. This is expected if one sample was drawn "
+                "twice and augmented at random; two different samples would share one row of the ledger, so give each "
+                "an id of its own.",
                 stacklevel=2,
             )

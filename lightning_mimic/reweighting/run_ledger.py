@@ -1,4 +1,4 @@
-"""The ledger of one run on all its ranks."""
+"""Ledger of one run across all its ranks."""
 
 import contextlib
 import platform
@@ -18,21 +18,21 @@ from lightning_mimic.version import __version__
 
 
 class RunLedger:
-    """The ledger of one run on all its ranks: opened by the first for all, and ended by all together.
+    """Manage the ledger of one run across all ranks: the first rank opens it, and all ranks finish it together.
 
     Args:
-        directory: The ledger.
-        config: What decides the meaning of scores.
-        step: Optimizer steps done before.
-        progress: From :meth:`progress` of the run that is continued; its ``run`` alone of one that left no state; empty
-            for a new one.
-        notes: More for the ledger's description.
+        directory: Folder of the ledger.
+        config: Settings that determine the meaning of the scores.
+        step: Number of optimizer steps done before.
+        progress: State from :meth:`progress` of the run to resume; only its ``run`` if that run left no state; empty
+            for a new run.
+        notes: Further facts for the ledger's description.
 
     Attributes:
-        writer: Of this rank's rows.
+        writer: Writer of this rank's rows.
 
     Raises:
-        LedgerError: See :func:`~lightning_mimic.ledger.open_run`; on all ranks together.
+        LedgerError: The run cannot be opened; see :func:`~lightning_mimic.ledger.open_run`. Raised on all ranks.
 
     Warns:
         UserWarning: The hosts of some ranks do not share the first rank's folder.
@@ -46,7 +46,7 @@ class RunLedger:
         progress: Mapping[str, Any],
         notes: Mapping[str, Any],
     ) -> None:
-        # Of the whole run: the process group may be gone when it ends.
+        # Stored for the whole run, because the process group may be destroyed before the run ends.
         self._ranks = distributed.world_size()
         self._opened: OpenRun | None = None
         facts: tuple[str, int, str, str | None] | str = ""
@@ -72,28 +72,29 @@ class RunLedger:
             _look_at_folder(directory, self._token)
         self.writer = LedgerWriter(directory, self._run, self._attempt, self._rank, ids, token=self._token)
         self._scored: tuple[int, int, int] | None = None
-        # A state was given for a checkpoint; the description notes that when the run goes on, as it is saved by then.
+        # Whether a state was returned for a checkpoint. The description notes the checkpoint at the next scored batch,
+        # as it has been saved by then.
         self._state_given = False
         self._checkpointed = False
-        # Rows by rank, as the description has them.
+        # Numbers of rows by rank in the ledger's description.
         self._noted: list[int] = []
 
     def scored(self, position: Position) -> None:
-        """Note that a micro-batch was scored, on the way to :meth:`progress`."""
+        """Remember the position of the last scored micro-batch, for :meth:`progress`."""
         self._note_checkpoint()
         self._scored = position.epoch, position.step, position.batch
 
     def progress(self, recorder: ScoreRecorder) -> dict[str, Any]:
-        """Write the scores of this rank so far, and return how far the run has come, for a checkpoint.
+        """Write this rank's scores so far, and return the progress of the run, for a checkpoint.
 
-        A checkpoint has the first rank's state alone. If its rows cannot be written, although that is tried again, they
-        are in this state, and the ledger gets them when the run is resumed.
+        A checkpoint holds only the first rank's state. If the first rank cannot write its rows, even after a retry, the
+        state contains them, and they are written to the ledger when the run is resumed.
 
         Raises:
             MimicError: Another rank cannot write its rows.
 
         Warns:
-            UserWarning: The first rank cannot.
+            UserWarning: The first rank cannot write its rows.
         """
         state: dict[str, Any] = {"run": self._run, "attempt": self._attempt, "token": self._token}
         try:
@@ -102,27 +103,27 @@ class RunLedger:
             if self._rank != 0 or not isinstance(error.__cause__, OSError):
                 raise
             state["unwritten"] = torch.frombuffer(bytearray(self.writer.pending_rows()), dtype=torch.uint8)
-            warnings.warn(f"{error} A checkpoint that is saved now holds them.", stacklevel=4)
+            warnings.warn(f"{error} A checkpoint that is saved now contains these rows.", stacklevel=4)
         self._state_given = True
         return state if self._scored is None else state | {"scored": list(self._scored)}
 
     def note(self, notes: Mapping[str, Any]) -> None:
-        """Add facts about the run to the ledger's description; on the first rank, until it is closed."""
+        """Add facts about the run to the ledger's description; on other ranks and after closing, do nothing."""
         if self._opened is not None:
             self._opened.note(notes)
 
     def finish(self, recorder: ScoreRecorder) -> None:
-        """Write the last scores of all ranks, then note how many rows each of them has written; on every rank.
+        """Write the last scores of all ranks, then record each rank's number of rows. Must be called on every rank.
 
         Raises:
-            MimicError: Some rank could not; on all of them together.
+            MimicError: A rank could not write its scores. Raised on all ranks.
         """
         if distributed.world_size() != self._ranks:
             recorder.commit()
             warnings.warn(
                 f"this run began on {self._ranks} ranks and ends with a process group of {distributed.world_size()}, "
-                "so that its ledger cannot note that all of them have written their rows. End the `with` block (or "
-                "call `finish()`) before the process group is destroyed.",
+                "so its ledger cannot record that all ranks have written their rows. End the `with` block (or call "
+                "`finish()`) before the process group is destroyed.",
                 stacklevel=5,
             )
             return
@@ -131,9 +132,9 @@ class RunLedger:
         distributed.on_all_ranks(lambda: self._note_rows(by_rank), "could not complete the ledger's description")
 
     def close(self, recorder: ScoreRecorder) -> None:
-        """Write the last scores of this rank, and let others open the run; can be called again.
+        """Write the last scores of this rank, and release the run so that others can open it. Can be called repeatedly.
 
-        It waits for no other rank, because after an error there may be none.
+        It does not wait for other ranks, which may have ended after an error.
         """
         try:
             rows = recorder.commit()
@@ -146,26 +147,26 @@ class RunLedger:
                 opened.close()
 
     def _note_checkpoint(self) -> None:
-        """Note in the ledger that there is a checkpoint to resume from, unless that is known."""
+        """Record in the ledger that a checkpoint to resume from exists, unless it is recorded already."""
         if self._state_given and not self._checkpointed:
             self.note({"checkpointed": True})
             self._checkpointed = True
 
     def _note_rows(self, by_rank: list[int]) -> None:
-        """Note in the ledger that it is complete, unless that is known."""
+        """Record each rank's number of rows in the ledger, which marks it complete, unless that is recorded already."""
         if by_rank != self._noted:
             self.note({"rows": by_rank})
         self._noted = by_rank
 
 
 def _look_at_folder(directory: Path, token: str) -> None:
-    """Make the folder on hosts that do not share the first rank's, and have the first rank warn of them."""
+    """Create the folder on hosts that do not share the first rank's folder, and warn of them on the first rank."""
 
     def shared() -> bool:
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise LedgerError(f"`ledger`: {directory} cannot be made on {platform.node()}: {error}.") from error
+            raise LedgerError(f"`ledger`: {directory} cannot be created on {platform.node()}: {error}.") from error
         with contextlib.suppress(LedgerError):
             return bool(Ledger(directory).meta["attempts"][-1].get("token") == token)
         return False
@@ -175,10 +176,10 @@ def _look_at_folder(directory: Path, token: str) -> None:
     apart = [f"rank {rank} on {host}" for rank, (sees, host) in enumerate(seen) if not sees]
     if apart and distributed.rank() == 0:
         warnings.warn(
-            f"`ledger`: {directory} is not one folder for all ranks: {listed(apart)} cannot see what rank 0 on "
-            f"{seen[0][1]} writes there. Each host keeps its own ranks' rows. To read the ledger, or to resume the "
-            "run, copy the files of each host's folder into the first rank's; a folder that all hosts share, or a URL "
-            "such as s3://bucket/run, needs no copying.",
+            f"`ledger`: {directory} is not shared by all ranks: {listed(apart)} cannot see the files that rank 0 on "
+            f"{seen[0][1]} writes there. Each host stores the rows of its own ranks. To read the ledger or to resume "
+            "the run, copy the files of each host's folder into the folder of rank 0. A folder shared by all hosts, or a "
+            "URL such as s3://bucket/run, needs no copying.",
             stacklevel=6,
         )
 

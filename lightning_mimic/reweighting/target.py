@@ -1,4 +1,4 @@
-"""The scored parameters, the direction towards the reference, and the reference's losses."""
+"""Scored parameters, direction towards the reference, and losses of the reference."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -37,16 +37,18 @@ from lightning_mimic.sharding import sharded_modules
 
 
 class Target:
-    """The scored parameters and the direction towards the reference, of one run.
+    """Hold the scored parameters of one run and the direction towards the reference.
+
+    If the settings ask to align a doubtful reference, there is no direction until the diagnosis has shown whether
+    alignment is needed.
 
     Args:
-        module: The module that is trained.
-        settings: The user's. To align a doubtful reference is prepared; until it is known whether that is needed there
-            is no direction.
-        prepare: Applied to the batches of a scorer's own loader.
+        module: Module that is trained.
+        settings: Settings of the run.
+        prepare: Function applied to each batch of a scorer's own loader.
 
     Raises:
-        MimicError: The reference cannot be read or does not fit, or the parameters are not usable.
+        MimicError: The reference cannot be read or does not fit the module, or the parameters cannot be scored.
     """
 
     def __init__(
@@ -61,27 +63,28 @@ class Target:
             settings.parameters,
             settings.reference,
         )
-        #: The scored parameters by full name; empty for a scorer that needs no gradient.
+        #: Scored parameters by full name; empty for a scorer that needs no gradient.
         self.parameters = {} if parameters is None else select_parameters(module, parameters)
-        #: The posteriors are those of pairs, which the aligned reference of a CLIP gives, and no layer's.
+        #: Whether posteriors are those of image-text pairs, computed by an aligned CLIP reference and not by a layer.
         self.has_pairs = "posteriors" in needs and has_towers(module)
         if self.has_pairs and not isinstance(reference, Aligned):
             raise MimicError(
-                "`reference`: the probability that a pair matches comes from the reference's own similarities; give it "
-                "as lightning_mimic.Aligned(reference), with `rotate=False` if it started from the model's weights."
+                "`reference`: the probability that a pair matches is computed from the reference's own similarities; "
+                "pass lightning_mimic.Aligned(reference), with `rotate=False` if the reference and the model started "
+                "from the same weights."
             )
         check_needs(scorer, needs - {"posteriors"} if self.has_pairs else needs, module, self.parameters)
-        #: Towards the reference, or against the gradient of a reference batch; ``None`` if none is needed.
+        #: Direction towards the reference, or against the gradient of a reference batch; ``None`` if none is needed.
         self.direction: Direction | GradientDirection | None = None
-        #: Of the reference; ``None`` without one.
+        #: Fingerprint of the reference; ``None`` without a reference.
         self.fingerprint: str | None = None
-        #: It is not known yet whether the reference has to be aligned; until then all weights are uniform.
+        #: Whether it is still open if the reference has to be aligned; until then all weights are uniform.
         self.undecided = False
-        #: What is known of the reference before the first sample: fields of :class:`Diagnosis`.
+        #: Fields of :class:`Diagnosis` that are known before the first sample.
         self.facts: dict[str, Any] = {}
         self._aligned: AlignedDirection | None = None
         self._reference: nn.Module | None = None
-        # The reference as a model that gives losses, where it is one.
+        # The reference as a model that computes losses; None if it is not available as one.
         self._whole: nn.Module | None = None
         self._batches: ReferenceBatches | None = None
         self._align_doubtful = settings.on_doubtful == "align"
@@ -91,7 +94,7 @@ class Target:
             "parameters": list(self.parameters),
         }
         if isinstance(reference, Aligned) and not reference.rotate:
-            # Left out by default, so that older ledgers go on.
+            # Omitted for the default, so that runs with older ledgers can be resumed.
             self._config["aligned_rotate"] = False
         directed = bool(needs & WEIGHT_NEEDS)
         if isinstance(scorer, UsesLoader) and directed:
@@ -100,7 +103,7 @@ class Target:
             return
         if isinstance(reference, Aligned) and not directed:
             raise MimicError(
-                f"`reference`: {type(scorer).__name__} takes no direction, so there is nothing to align; give it the "
+                f"`reference`: {type(scorer).__name__} takes no direction, so there is nothing to align; pass the "
                 "reference itself, without Aligned."
             )
         source = reference.reference if isinstance(reference, Aligned) else reference
@@ -115,52 +118,52 @@ class Target:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What decides the meaning of the scores."""
+        """Settings that determine the meaning of the scores."""
         held = self.direction.start if isinstance(self.direction, Direction) else None
-        # Scores towards one reference from two starts are not of one kind.
+        # Scores from different starting weights are not comparable, even with the same reference.
         start = {} if held is None else {"start": fingerprint(held)}
         return self._config | {"reference": self.fingerprint} | start
 
     @property
     def aligns(self) -> bool:
-        """A direction is fitted while the model trains, so that there is none at first."""
+        """Whether the direction is fitted during training, so that there is none at first."""
         return self._aligned is not None
 
     @property
     def reference(self) -> Mapping[str, Tensor] | None:
-        """The reference's parameters by name, aligned or not; ``None`` where the direction leads to none."""
+        """Parameters of the reference by name, aligned or not; ``None`` if the direction leads to no reference."""
         return self.direction.reference if isinstance(self.direction, Direction) else None
 
     def monitor(self, device: torch.device, samples: int) -> ReferenceMonitor | None:
-        """Return a monitor of the reference on so many samples; ``None`` where there is nothing to look at."""
+        """Return a monitor that diagnoses the reference on ``samples`` samples; ``None`` if it cannot be diagnosed."""
         if self._whole is None and not self.facts:
             return None
         return ReferenceMonitor(self.facts, self._whole, device, samples)
 
     def start(self) -> None:
-        """Hold the weights with which the run begins, if the direction is from there and no state had them."""
+        """Store the starting weights if the direction is taken from them and no loaded state contained them."""
         if self._from_start and isinstance(self.direction, Direction) and self.direction.start is None:
             self.direction.set_start()
 
     def at_reference(self) -> bool:
-        """Return whether the model stands at its reference now (a host sync)."""
+        """Return whether the model's current weights equal those of its reference (a host sync)."""
         direction = None if self.aligns else self.direction
         return isinstance(direction, Direction) and bool(direction.vanishes(direction.norm()))
 
     def advance(self) -> None:
-        """Take the direction of the next reference batch, for a scorer that uses a loader."""
+        """Update the direction from the next reference batch, for a scorer that uses a loader."""
         if self._batches is not None:
             self._batches.advance()
 
     def reference_losses(self, batch: Any, like: Tensor | None) -> Tensor | None:
-        """Return the reference's losses, if they are needed.
+        """Return the reference's losses, or ``None`` if they are not needed.
 
         Args:
-            batch: What the training step got.
-            like: The model's losses of the same samples, if they are known.
+            batch: Batch passed to the training step.
+            like: Losses of the model for the same samples; ``None`` if they are not known.
 
         Raises:
-            MimicError: They are not as many as the model's.
+            MimicError: The losses of reference and model differ in shape.
         """
         if self._reference is None:
             return None
@@ -176,16 +179,17 @@ class Target:
     def observe(
         self, batch: Any, ids: Ids | None, inputs: Callable[[], Mapping[str, Tensor]], clean: Tensor | None
     ) -> Tensor | None:
-        """Take in what the target parameters were multiplied with, of the clean samples, for the alignment.
+        """Update the alignment with the inputs of the target parameters for the clean samples.
 
         Args:
-            batch: What the training step got.
-            ids: Of its samples.
-            inputs: Returns the features by parameter name.
-            clean: Samples that hold no NaN; all, if ``None``.
+            batch: Batch passed to the training step.
+            ids: Ids of its samples.
+            inputs: Function that returns the inputs by parameter name.
+            clean: Mask of the samples without NaN, shape ``(B,)``; ``None`` if all are clean.
 
         Returns:
-            Of a CLIP, each pair's probability of a match, shape ``(B,)``, if it is needed.
+            For a CLIP model whose posteriors are needed, the probability that each pair matches, shape ``(B,)``;
+            otherwise ``None``.
         """
         if self._aligned is None:
             return None
@@ -193,7 +197,7 @@ class Target:
         def known() -> Mapping[str, Tensor]:
             if clean is None:
                 return inputs()
-            # The features of a blanked sample belong to no sample.
+            # Ignore the features of samples that were set to zero because they held NaN.
             views = {name: (x, clean.view(-1, *[1] * (x.ndim - 1))) for name, x in inputs().items()}
             return {name: torch.where(valid, x, torch.nan) for name, (x, valid) in views.items()}
 
@@ -201,44 +205,44 @@ class Target:
 
     @property
     def wrong_share(self) -> Tensor | None:
-        """The estimated share of mismatched pairs, a scalar; ``None`` without an aligned CLIP."""
+        """Estimated share of mismatched pairs, a scalar; ``None`` without an aligned CLIP model."""
         return None if self._aligned is None else self._aligned.wrong_share
 
     def calibration(self) -> PairCalibration | None:
-        """Return the calibration of an aligned CLIP's similarities (a host sync); ``None`` without one."""
+        """Return the calibration of an aligned CLIP model's similarities (a host sync); ``None`` without one."""
         return None if self._aligned is None else self._aligned.calibration()
 
     def scores_for_diagnosis(self, scores: Tensor | None) -> Tensor | None:
-        """Return the mimic scores where they say something about the reference.
+        """Return the mimic scores if they are evidence about the reference, otherwise ``None``.
 
-        With an aligned reference they do not: a model that is about to fit the wrong labels has negative scores on
-        the whole, however good the reference.
+        With an aligned reference they are not: when a model starts to fit the wrong labels, scores become negative on
+        average, however good the reference is.
         """
         return scores if self.direction is not self._aligned else None
 
     def choose_direction(self, diagnosis: Diagnosis) -> None:
-        """Choose between the reference as it is and aligned, once it has been diagnosed."""
+        """Choose between the original and the aligned reference after the diagnosis."""
         if not (self._align_doubtful and self.aligns):
             return
         if self.undecided and diagnosis.verdict == "compatible":
             self._aligned = None
         elif self.undecided:
             self.direction = self._aligned
-        # A reference that knows nothing is no better for being aligned.
+        # Alignment does not help a reference that has not learnt the task.
         self.undecided = not diagnosis.alignable
 
     def objection(self) -> str | None:
-        """Return why the scores say less than the aligned reference does, as a phrase (a host sync)."""
+        """Return the reason why the scores are less reliable than the aligned reference, as a phrase (a host sync)."""
         return None if self._aligned is None else self._aligned.objection()
 
     def warn_if_unaligned(self) -> None:
-        """Warn, at the end of a run, of an alignment that did not work."""
+        """Warn at the end of a run if the alignment has failed."""
         message = self._aligned.failure_message() if self._aligned is not None and not self.undecided else None
         if message is not None:
             warn_once_for_all_ranks(message)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs of alignment and reference batches."""
+        """Return the state that a resumed run needs: alignment, reference batches and starting weights."""
         state = {
             "undecided": self.undecided,
             "aligned": None if self._aligned is None else self._aligned.state_dict(),
@@ -249,23 +253,26 @@ class Target:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], *, diagnosed: bool, compatible: bool) -> bool:
-        """Continue from a state; what was decided stays so.
+        """Continue from a state, and keep its decision about alignment.
 
         Args:
-            state: From :meth:`state_dict`.
-            diagnosed: The reference had been diagnosed.
-            compatible: And was found compatible.
+            state: State from :meth:`state_dict`.
+            diagnosed: Whether the reference had been diagnosed.
+            compatible: Whether it was found compatible.
 
         Returns:
             Whether the diagnosis still holds.
+
+        Raises:
+            MimicError: ``direction`` is ``"start"``, and the state does not contain the starting weights.
         """
         if self._from_start and isinstance(self.direction, Direction):
             if "start" not in state:
                 raise MimicError(
-                    "`direction` is 'start', but the state of the run does not hold the weights that it started with, "
-                    "because it was saved with `direction='current'`. Resume with that, or begin another run."
+                    "`direction` is 'start', but the state of the run does not contain its starting weights, because "
+                    "it was saved with `direction='current'`. Resume with `direction='current'`, or start a new run."
                 )
-            if state["start"] is not None:  # of a run that had begun
+            if state["start"] is not None:  # None if the run had not started yet
                 self.direction.set_start(state["start"])
         if self._batches is not None and state["batches"]:
             self._batches.load_state_dict(state["batches"])
@@ -278,7 +285,7 @@ class Target:
                 self.direction = self._aligned
             elif compatible:
                 self._aligned = None
-            else:  # the run continued with a doubtful reference as it was: to be diagnosed once more
+            else:  # the run continued with a doubtful reference without alignment: diagnose it again
                 return False
         self.undecided = state["undecided"] and self.undecided
         return True
@@ -291,14 +298,14 @@ class Target:
         self._config["reference_batches"] = describe(loader)
 
     def _set_direction(self, source: ReferenceSource, module: nn.Module) -> dict[str, Any]:
-        """Take the direction to given weights, and return how similar to the model's they are."""
+        """Set the direction to the reference's weights, and return their similarity to the model's weights."""
 
         def matched() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             tensors = read_reference(source)
             return tensors, match_reference(tensors, self.parameters, aliases_of(module))
 
         try:
-            # What comes next gathers a sharded model's weights, on all ranks or on none.
+            # The following steps gather a sharded model's weights, so all ranks must fail together.
             sharded = bool(sharded_modules(module))
             tensors, held = on_all_ranks(matched, "could not use its reference") if sharded else matched()
         except ReferenceLoadError as error:
@@ -306,7 +313,7 @@ class Target:
                 raise
             if not self._align_doubtful:
                 raise ReferenceLoadError(
-                    f"{error} A model of another architecture can be given as lightning_mimic.Aligned(model)."
+                    f"{error} Pass a model of another architecture as lightning_mimic.Aligned(model)."
                 ) from error
             self._align(Aligned(source), module)
             return {"mismatch": str(error)}

@@ -1,4 +1,4 @@
-"""The weights of a micro-batch, and flags for rows without a score."""
+"""Weights of a micro-batch, and flags for rows without a score."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,20 +12,21 @@ from lightning_mimic.scorers import BatchWeights, Products, Weighting, validate_
 
 @dataclass(frozen=True)
 class StepResult:
-    """The scores and weights of one micro-batch; tensors of shape ``(B,)`` on their device.
+    """Scores and weights of one micro-batch; tensors have shape ``(B,)`` unless stated otherwise.
 
     Attributes:
-        scores: NaN where a row has none.
-        weights: The weights, and the figures over all ranks.
+        scores: Scores of the samples; NaN where there is none.
+        weights: Weights of the samples, and statistics over all ranks.
         flags: Codes of :class:`~lightning_mimic.ledger.Flag`.
-        masked: Rows that are taken out of the gradient.
-        losses: The samples' losses, where they are known.
-        mimic_scores: The mimic score of each sample, whatever the scorer; NaN without a direction. ``None`` where
+        masked: Boolean mask of the rows that are removed from the gradient.
+        losses: Losses of the samples; ``None`` where they are not known.
+        mimic_scores: Mimic score of each sample, whichever scorer is used; NaN without a direction. ``None`` where
             scoring needs no direction.
-        direction_norm: ``‖v‖``, a scalar; ``None`` without a direction.
-        head: Ledger columns of the last layer under cross-entropy, or of a CLIP's pairs; ``None`` elsewhere.
-        wrong_share: The estimated share of wrong labels, a scalar; ``None`` where it is not known.
-        report: What was found about the reference, in the step in which that became known; else empty.
+        direction_norm: Norm of the direction ``‖v‖``, a scalar; ``None`` without a direction.
+        head: Ledger columns of the last layer under cross-entropy, or of the pairs of a CLIP model; ``None`` for other
+            models.
+        wrong_share: Estimated share of wrong labels, a scalar; ``None`` where it is not known.
+        report: Diagnosis of the reference as text, in the step that completed it; otherwise empty.
     """
 
     scores: Tensor
@@ -50,7 +51,7 @@ class StepResult:
         """Return the ledger's columns of this micro-batch, shape ``(B,)`` each."""
         columns = {
             "score": self.scores.float(),
-            # A row that was left to the scaler has no weight of its own.
+            # 0 for an invalid row, even if it stays in the gradient for the gradient scaler.
             "weight": self.weights.weights.float(),
             "flag": self.flags,
             "batch_size": self.weights.batch_size.expand_as(self.flags),
@@ -60,7 +61,7 @@ class StepResult:
         return columns | dict(self.head or {})
 
     def figures(self) -> dict[str, Tensor]:
-        """Return what is logged, scalars by name."""
+        """Return the values to log, scalars by name."""
         figures = {
             "mimic/score_mean": self.weights.score_mean,
             "mimic/ess": self.weights.ess,
@@ -80,20 +81,20 @@ def weigh_batch(
     distrusted: Tensor | None = None,
     products: Products | None = None,
 ) -> StepResult:
-    """Weigh the rows whose score can be trusted, and flag the others.
+    """Compute weights from the valid scores, and flag the other rows.
 
     Args:
-        scores: Shape ``(B,)``; may hold anything, NaN included.
-        clean: Rows whose sample and loss are finite, where that is known.
-        vanishes: Boolean scalar, the direction is zero.
-        weighting: Makes weights of scores.
-        scaled: A gradient scaler is at work: a row that is not finite has then overflowed and must pass, so
-            that the scaler sees it and lowers its scale.
-        distrusted: Boolean scalar, the weights shall be uniform although there are scores.
-        products: What the weighting declares to need.
+        scores: Scores, shape ``(B,)``; may hold any value, including NaN.
+        clean: Mask of the rows whose sample and loss are finite, shape ``(B,)``; ``None`` where it is not known.
+        vanishes: Boolean scalar; true if the direction is zero.
+        weighting: Weighting that turns scores into weights.
+        scaled: Whether a gradient scaler is in use. A row that is not finite has then overflowed and must not be
+            masked, so that the scaler detects it and lowers its scale.
+        distrusted: Boolean scalar; true if the weights must be uniform although there are scores.
+        products: Products that the weighting declares to need.
 
     Returns:
-        The result. When no row of any rank counts, nothing is masked: the loss goes through as it is.
+        The result. If no row of any rank has a valid score, no row is masked, and the loss stays unchanged.
     """
     finite = torch.isfinite(scores)
     clean = torch.ones_like(finite) if clean is None else clean
@@ -103,7 +104,7 @@ def weigh_batch(
     uniform = vanishes if distrusted is None else vanishes | distrusted
     weights = validate_weights(weighting, weighting(scores, products, valid=valid, uniform=uniform), len(scores))
     flags = torch.full_like(scores, Flag.OK, dtype=torch.int8)
-    # The later ones take precedence; torch.where, because an assignment through a mask waits for the device.
+    # Later flags take precedence. torch.where, because assignment through a mask needs a host sync.
     for flag, rows in (
         (Flag.ALONE, (weights.batch_size == 1) & (weights.weights == 1)),
         (Flag.ZERO_DIRECTION, vanishes),
