@@ -118,7 +118,7 @@ def test_curate_begins_with_the_verdict_and_shows_the_share_of_wrong_labels(run,
     assert cells(text)[-1] == ["wrong labels", "25.0%", estimate]
     note(tmp_path / "scores", 0, {"diagnosis": {"verdict": "unrelated"}})
     said = refused(run, "mimic-curate", ledger, "unscored=drop", "accept_verdict=true", "out=b")
-    assert said.startswith(f"mimic-curate: {tmp_path}/scores: the reference is unrelated. Its scores may say the opp")
+    assert said.startswith(f"mimic-curate: {tmp_path}/scores: the reference is unrelated. Its scores may")
 
 
 def test_curate_says_where_the_sign_means_nothing_and_what_the_quality_rests_on(run, tmp_path):

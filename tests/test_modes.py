@@ -165,7 +165,10 @@ class Differences(Attentive):
 
 
 def test_parameters_below_fused_attention_are_refused_by_name():
-    message = r"where 'position' is used.*Scoring from the losses alone is not possible either: .*'position' lie below.*`math_attention=True`"
+    message = (
+        r"where 'position' is used.*Scoring from the losses alone is not possible either: .*'position' lie below.*"
+        "`math_attention=True`"
+    )
     with pytest.raises(ValueError, match=message):
         trainer(GradMimic(parameters_of(toy(Attentive, seed=1)), "position")).fit(toy(Differences), loader(toy_data(8)))
 

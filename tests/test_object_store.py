@@ -204,7 +204,8 @@ def test_rows_that_a_store_does_not_take_are_in_the_checkpoint_and_written_when_
     server.fault = lambda number, method, path: BUSY if parts.search(path) else None
     options = {"max_epochs": 3, "enable_checkpointing": True}
     callbacks = mimic(f"{place}/ledger"), saves(tmp_path / "held")
-    with pytest.warns(UserWarning, match="A checkpoint that is saved now contains these rows"), pytest.raises(LedgerError):
+    warned = pytest.warns(UserWarning, match="A checkpoint that is saved now contains these rows")
+    with warned, pytest.raises(LedgerError):
         trainer(*callbacks, **options).fit(toy(WithLosses), data())
     server.heal()
     monkeypatch.undo()
