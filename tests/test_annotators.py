@@ -127,9 +127,9 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     refused("labels run from 10 to 10, outside the 10 classes")
     for column in (np.zeros(30), np.zeros((30, 1), dtype=int), torch.zeros(30), [0] * 30):
         people(path, worse_label=column)
-        refused("^`noise`: 'worse_label' in .* is no array of whole numbers, one per image|is not read")
+        refused("^`noise`: 'worse_label' in .* is not an array of whole numbers, one per image|cannot be read")
     torch.save({"worse_label": CLEAN.numpy()}, path)
-    refused("^`noise`: 'clean_label' in .* is no array of whole numbers, one per image")
+    refused("^`noise`: 'clean_label' in .* is not an array of whole numbers, one per image")
     torch.save([1], path)
     refused("people.pt holds a list; expected a dict of arrays")
     people(path)

@@ -125,7 +125,7 @@ def test_half_a_set_is_noticed_before_training(tmp_path, monkeypatch):
     for image in images[:2]:
         image.unlink()
     with pytest.raises(
-        ValueError, match=r"DTD cannot be read from .*: 2 of 141 images do not exist, such as .*jpg\. `"
+        ValueError, match=r"DTD cannot be read from .*: 2 of 141 images do not exist, such as .*jpg\. Set"
     ):
         opened("dtd", tmp_path)
 
