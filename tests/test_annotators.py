@@ -127,7 +127,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     refused("labels run from 10 to 10, outside the 10 classes")
     for column in (np.zeros(30), np.zeros((30, 1), dtype=int), torch.zeros(30), [0] * 30):
         people(path, worse_label=column)
-        refused("^`noise`: 'worse_label' in .* is not an array of whole numbers, one per image|cannot be read")
+        refused("^`noise`: 'worse_label' in .* is not an array of whole numbers|cannot be read")
     torch.save({"worse_label": CLEAN.numpy()}, path)
     refused("^`noise`: 'clean_label' in .* is not an array of whole numbers, one per image")
     torch.save([1], path)
@@ -135,10 +135,10 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     people(path)
     data = path.read_bytes()
     path.write_bytes(data[:-100])
-    refused("is not read: it is not whole, or")
+    refused("cannot be read: it is damaged, or")
     at = data.index(b"\x01\x00\x00")
     path.write_bytes(data[:at] + b"\x03" + data[at + 1 :])
-    refused("is not read: it is not whole, or")
+    refused("cannot be read: it is damaged, or")
 
 
 def test_symmetric_noise_hits_the_exact_count_and_never_keeps_the_true_class():
