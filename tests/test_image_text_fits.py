@@ -57,7 +57,7 @@ def test_a_fit_sees_every_pair_in_every_epoch_and_validates_and_steps_after_each
 def test_broken_pairs_keep_neither_validation_nor_schedulers_from_an_epochs_end(kind, shards, tmp_path):
     html = {"png": b"<html>"}
     write(shards[2], [file for n in range(10, 19) for file in pair(n, **(html if n in (11, 12, 17) else {}))])
-    with pytest.warns(UserWarning, match=r"3 image-text pairs were skipped \(3 undecodable image\); give `rejects="):
+    with pytest.warns(UserWarning, match=r"3 image-text pairs were skipped \(3 undecodable image\); set `rejects="):
         model, _ = fitted(shards, kind, tmp_path, val_shards=[str(shards[0])])
     whole = [number for number in ALL if number not in (11, 12, 17)]
     assert [sorted(flat(batches)) for batches in model.seen.values()] == [whole] * 3
@@ -132,7 +132,7 @@ def test_whole_shards_end_in_silence(shards, tmp_path):
 
 def test_shards_that_give_nothing_are_an_error_that_names_one(tmp_path):
     write(tmp_path / "0.tar", pair(1, txt=b""))
-    with pytest.warns(UserWarning, match="1 empty caption"), pytest.raises(MimicError, match=r"gave a pair.*0\.tar"):
+    with pytest.warns(UserWarning, match="1 empty caption"), pytest.raises(MimicError, match=r"has a usable pair.*0\.tar"):
         trainer(tmp_path).fit(Reader(), datamodule=data_of([tmp_path / "0.tar"]))
 
 
