@@ -178,7 +178,7 @@ def _check_folder(directory: Path, token: str) -> None:
         warnings.warn(
             f"`ledger`: {directory} is not shared by all ranks: {listed(unshared)} cannot see the files that rank 0 on "
             f"{seen[0][1]} writes there. Each host stores the rows of its own ranks. To read the ledger or to resume "
-            "the run, copy the files of each host's folder into the folder of rank 0. A folder that all hosts share, or "
+            "the run, copy the files of each host's folder into the folder of rank 0. A folder shared by all hosts, or "
             "a URL such as s3://bucket/run, needs no copying.",
             stacklevel=6,
         )
