@@ -158,7 +158,7 @@ class MicroBatch(Protocol):
 
 
 class ScoringMethod(ABC):
-    """Base class of the methods: computes the products and finds the tensor at which the weights are applied."""
+    """Compute the products and find the tensor at which the weights are applied; base class of the methods."""
 
     #: Short description, for messages.
     description: ClassVar[str]
@@ -238,7 +238,7 @@ class InBackward(ScoringMethod):
         return rows, mixes_samples(grad_fn_of(forward.loss), call.node)
 
     def gate_edge(self, forward: Forward) -> GradientEdge:
-        """Return the layer's output."""
+        """Return the edge of the layer's output."""
         return GradientEdge(self._call(forward).node, 0)
 
     def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> Tensor:
@@ -283,7 +283,7 @@ class ReversePass(ScoringMethod):
         self._all_seen = False
         # Uses of parameters for which it was checked that the rows are the samples.
         self._checked: set[tuple[object, ...]] = set()
-        # Found by inspecting the module, because in observed steps its code runs uncompiled.
+        # Ids of compiled parameters, found by inspecting the module: in observed steps its code runs uncompiled.
         self._compiled: set[int] = set()
 
     @property
@@ -392,7 +392,7 @@ class DoubleBackward(ScoringMethod):
         return LOSS_PRODUCTS | _DOT
 
     def gate_edge(self, forward: Forward) -> GradientEdge:
-        """Return the losses."""
+        """Return the edge of the per-sample losses."""
         if forward.losses is None:
             raise MimicError(
                 "training_step no longer calls `sample_losses`, from which the scores are computed. Call it every step."
