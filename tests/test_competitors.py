@@ -223,7 +223,9 @@ def test_where_no_sample_agrees_the_batch_moves_nothing(tmp_path):
 def test_a_reference_batch_without_a_gradient_leaves_weights_uniform(scorer, tmp_path):
     blank = [torch.zeros_like(each) for each in OTHERS[0]]
     callback = GradMimic(scorer=scorer([blank]), parameters="head", ledger=tmp_path / "s")
-    with pytest.warns(UserWarning, match="or a reference batch has no gradient, so there is no direction: uniform"):
+    with pytest.warns(
+        UserWarning, match="or a reference batch has no gradient, so there is no direction: weights are uniform"
+    ):
         trainer(callback).fit(toy(Weighted), loader(toy_data(4)))
     rows = Ledger(tmp_path / "s").table()
     assert rows["weight"].to_pylist() == [0.25] * 4

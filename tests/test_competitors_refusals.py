@@ -179,8 +179,9 @@ def test_hooks_that_would_change_the_mean_gradient_are_refused():
 def test_a_reference_batch_that_holds_nan_stops_the_fit_by_its_number():
     broken = [OTHERS[0], [torch.full_like(OTHERS[1][0], NAN), OTHERS[1][1]]]
     message = (
-        "batch 1 of the `loader` of Influence has losses or gradients that are not finite, so there is nothing to "
-        "compare samples with. Leave out what holds NaN, or lower the learning rate if it is the model."
+        "batch 1 of the `loader` of Influence has losses or gradients that are not finite, so samples cannot be "
+        "compared with it. Remove samples that hold NaN from the loader, or lower the learning rate if the model has "
+        "diverged."
     )
     with pytest.raises(FloatingPointError, match=f"^{re.escape(message)}$"):
         fitted(WithLosses, {"scorer": Influence(broken), "parameters": list(HEAD)})

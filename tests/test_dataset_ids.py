@@ -245,7 +245,7 @@ def test_rows_of_one_id_that_may_be_changed_at_random_are_said_once():
     x, label = torch.arange(8.0).view(4, 2), torch.tensor([0, 1, 1, 0])
     repeats = RepeatedIds()
     with pytest.warns(
-        UserWarning, match=r"^rows 1 and 2 .*'b', but differ in a tensor of shape \(4, 2\)\. That is right"
+        UserWarning, match=r"^rows 1 and 2 .*'b', but differ in a tensor of shape \(4, 2\)\. This is expected"
     ):
         repeats.check({"x": x, "label": label}, ["a", "b", "b", "d"])
     with warnings.catch_warnings():

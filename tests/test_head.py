@@ -177,7 +177,7 @@ def tempered(outputs, labels):
 @for_each("loss", [square, weighted, mixed, tempered])
 def test_what_is_no_cross_entropy_of_the_outputs_is_refused_where_labels_are_needed(loss):
     net = network()
-    with pytest.raises(MimicError, match=r"known for the last linear layer under a cross-entropy.*not one label per"):
+    with pytest.raises(MimicError, match=r"only for the last linear layer under a cross-entropy.*not one label per"):
         scored(net, reference_of(net), rounds(), loss=loss, weighting=Posterior())
     # And leaves other scores alone.
     (result,) = scored(net, reference_of(net), rounds(), loss=loss)

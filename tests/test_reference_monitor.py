@@ -232,7 +232,7 @@ REFUSED = {
     "a convolution": (Convolution, toy(Convolution, seed=1), "head", "align", PART),
     "another architecture": (WithLosses, toy(Wide), "head", "warn", SHAPE),
     "another architecture, raise": (Toy, toy(Wide), "head", "raise", SHAPE),
-    "other weights": (WithLosses, toy(Wide).state_dict(), "head", "align", SHAPE.partition(" A model")[0]),
+    "other weights": (WithLosses, toy(Wide).state_dict(), "head", "align", SHAPE.partition(" Pass a model")[0]),
     "a slip": (WithLosses, {}, "head", "aling", "`on_doubtful` is 'aling'; nearest: 'align', 'warn', 'raise'."),
 }
 

@@ -177,7 +177,9 @@ def test_norms_of_a_loss_that_mixes_samples_are_refused():
             logits = self(batch[0])
             return F.cross_entropy(logits - logits.mean(0), batch[1], reduction="none")
 
-    with pytest.raises(ValueError, match=r"needs the norms of per-sample gradients, which are known for one nn.Linear"):
+    with pytest.raises(
+        ValueError, match=r"needs the norms of per-sample gradients, which can be computed only for a single nn.Linear"
+    ):
         trainer(GradMimic(scorer=GradNorm(), parameters="head")).fit(toy(Mixed), loader(toy_data(8)))
 
 

@@ -105,7 +105,7 @@ def estimate_quality(
         )
     if not (np.isfinite(right).all() and np.isfinite(wrong).all()):
         raise CurationError(
-            "`right` or `wrong` holds NaN; expected booleans. Leave out trusted samples without a score."
+            "`right` or `wrong` holds NaN or infinity; expected booleans. Leave out trusted samples without a score."
         )
     if not (np.isin(right, (0, 1)).all() and np.isin(given, (0, 1)).all()):
         raise CurationError("`right` or `wrong` holds other values than 0 and 1; expected booleans.")
@@ -137,7 +137,7 @@ def estimate_quality(
 
 
 def tells_apart(right: Any, wrong: Any) -> bool:
-    """Return whether trusted samples are kept often enough more with true labels than with wrong ones.
+    """Return whether trusted samples are kept more often with true labels than with wrong ones, by 0.2 or more.
 
     Args:
         right: Whether each trusted sample is kept with its true label; see :func:`estimate_quality`.

@@ -106,7 +106,7 @@ class Head:
             self.recognised = self._recognise(found, clean)
         if not self.recognised:
             return None
-        outputs, theirs = found["outputs"].float(), found["reference_outputs"].float()
+        outputs, reference_outputs = found["outputs"].float(), found["reference_outputs"].float()
         labels, absent = self._labels(found, clean)
         if self._calibration is None or self._margins is None:
             self._calibration = RunningCalibration(outputs.shape[1], outputs.device)
@@ -121,28 +121,28 @@ class Head:
                     ) from error
         calibration, margins = self._calibration, self._margins
         counted = torch.where(vanishes, -1, labels)
-        calibration.update(theirs, counted, outputs if epoch == 0 else None)
-        margins.update(outputs, theirs, counted)
+        calibration.update(reference_outputs, counted, outputs if epoch == 0 else None)
+        margins.update(outputs, reference_outputs, counted)
         known = labels >= 0
         shown = known & ~vanishes
-        posteriors = _or_nan(calibration.posteriors(theirs, labels), ~vanishes)
+        posteriors = _or_nan(calibration.posteriors(reference_outputs, labels), ~vanishes)
         products = {
             "outputs": outputs,
             "output_gradients": found["output_gradients"],
-            "reference_outputs": theirs,
+            "reference_outputs": reference_outputs,
             "labels": labels,
             "posteriors": posteriors,
         }
         columns = {
             "label": torch.where(known, labels, NO_CLASS),
             "predicted": torch.where(known, outputs.argmax(1), NO_CLASS),
-            "reference_predicted": torch.where(shown, theirs.argmax(1), NO_CLASS),
+            "reference_predicted": torch.where(shown, reference_outputs.argmax(1), NO_CLASS),
         }
         unknown = torch.ones_like(vanishes)
         if calibration.ready:
             unknown = ~calibration.informative
-            calibrated = calibration.calibrated(theirs)
-            products |= {"calibrated_outputs": calibrated, **_lengths(calibration, reference, direction)}
+            calibrated = calibration.calibrated(reference_outputs)
+            products |= {"calibrated_outputs": calibrated, **_norms(calibration, reference, direction)}
             log_q = calibrated.log_softmax(1)
             columns |= {
                 "posterior": posteriors,
@@ -153,7 +153,11 @@ class Head:
         else:
             # Placeholders: the scores are discarded, but must have the right shape.
             one = torch.ones((), device=outputs.device)
-            products |= {"calibrated_outputs": theirs, "calibrated_norm": one, "calibrated_direction_norm": one}
+            products |= {
+                "calibrated_outputs": reference_outputs,
+                "calibrated_norm": one,
+                "calibrated_direction_norm": one,
+            }
         unrecognised = absent.any() if self.required else torch.zeros_like(vanishes)
         needs_calibrated = "calibrated_outputs" in self.needs
         unknown = unknown if needs_calibrated else torch.zeros_like(unknown)
@@ -261,7 +265,7 @@ def labels_of(outputs: Tensor, output_gradients: Tensor, clean: Tensor | None = 
     return torch.where(known, labels, -1), highest
 
 
-def _lengths(
+def _norms(
     calibration: RunningCalibration, reference: Mapping[str, Tensor], direction: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return the norm of the calibrated reference's parameters and that of the direction to them."""

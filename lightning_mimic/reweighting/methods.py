@@ -158,7 +158,7 @@ class MicroBatch(Protocol):
 
 
 class ScoringMethod(ABC):
-    """Base class of the methods: computes the products and finds the tensor at which the weights are applied."""
+    """Compute the products and find the tensor at which the weights are applied; base class of the methods."""
 
     #: Short description, for messages.
     description: ClassVar[str]
@@ -238,7 +238,7 @@ class InBackward(ScoringMethod):
         return rows, mixes_samples(grad_fn_of(forward.loss), call.node)
 
     def gate_edge(self, forward: Forward) -> GradientEdge:
-        """Return the layer's output."""
+        """Return the edge of the layer's output."""
         return GradientEdge(self._call(forward).node, 0)
 
     def score(self, forward: Forward, edge: GradientEdge, step: MicroBatch) -> Tensor:
@@ -283,7 +283,7 @@ class ReversePass(ScoringMethod):
         self._all_seen = False
         # Uses of parameters for which it was checked that the rows are the samples.
         self._checked: set[tuple[object, ...]] = set()
-        # Found by inspecting the module, because in observed steps its code runs uncompiled.
+        # Ids of compiled parameters, found by inspecting the module: in observed steps its code runs uncompiled.
         self._compiled: set[int] = set()
 
     @property
@@ -305,7 +305,7 @@ class ReversePass(ScoringMethod):
         self._compiled = compiled_parameters(self._task.module)
         rows = self._rows(forward, self.gate_edge(forward), forward.seed)
         self._all_seen = True
-        self._checked |= _ways(forward, rows)
+        self._checked |= _kinds_of_use(forward, rows)
         return rows, rows.normalised()
 
     def _rows(self, forward: Forward, edge: GradientEdge, seed: Tensor) -> WholeModelGradients:
@@ -348,10 +348,10 @@ class ReversePass(ScoringMethod):
         # Scaled as in the backward pass, so that half precision suffices here if it does there.
         scale = step.scale / forward.rows
         rows = self._rows(forward, edge, forward.seed * scale)
-        ways = _ways(forward, rows)
-        if not ways <= self._checked and not rows.normalised():
+        kinds = _kinds_of_use(forward, rows)
+        if not kinds <= self._checked and not rows.normalised():
             samples_are_apart(self._task, forward, rows)
-        self._checked |= ways
+        self._checked |= kinds
         if self._task.layer_needs:
             call = forward.only_call(self._task.hooks.layers[0].name)
             own = rows.only_layer().divided(scale)
@@ -392,7 +392,7 @@ class DoubleBackward(ScoringMethod):
         return LOSS_PRODUCTS | _DOT
 
     def gate_edge(self, forward: Forward) -> GradientEdge:
-        """Return the losses."""
+        """Return the edge of the per-sample losses."""
         if forward.losses is None:
             raise MimicError(
                 "training_step no longer calls `sample_losses`, from which the scores are computed. Call it every step."
@@ -449,7 +449,7 @@ class _Cuts:
 
     def __init__(self, task: ScoringTask) -> None:
         self._task = task
-        self._place = 0
+        self._index = 0
         #: Number of rows, number of cuts and whether code is compiled, for which the index of the lowest cut is known.
         self.known_shape: tuple[int, int, bool] | None = None
 
@@ -476,9 +476,9 @@ class _Cuts:
         if self.known_shape != (forward.rows, len(cuts), compiled):
             known = forward.sample_cuts(cuts)
             deep = 1 if compiled else rows_of_samples(forward.root, known, forward.rows)
-            self._place = cuts.index(known[:deep][-1])
+            self._index = cuts.index(known[:deep][-1])
             self.known_shape = (forward.rows, len(cuts), compiled)
-        return cuts[self._place]
+        return cuts[self._index]
 
 
 def only_call(task: ScoringTask, forward: Forward) -> LayerCall | None:
@@ -559,9 +559,9 @@ def _refuse_compiled(compiled: bool) -> None:
         raise MimicError(COMPILED_TWICE)
 
 
-def _ways(forward: Forward, rows: WholeModelGradients) -> set[tuple[object, ...]]:
+def _kinds_of_use(forward: Forward, rows: WholeModelGradients) -> set[tuple[object, ...]]:
     """Return the kinds of use of the parameters; for those without a rule of their own, with the batch size."""
-    return {(*way, forward.rows if way[1] is SubgraphUse else None) for way in rows.ways}
+    return {(*kind, forward.rows if kind[1] is SubgraphUse else None) for kind in rows.ways}
 
 
 def _share(targets: Mapping[str, nn.Parameter], names: Collection[str]) -> str:

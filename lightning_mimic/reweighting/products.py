@@ -64,7 +64,7 @@ def _gram(rows: LayerGradients, clean: Tensor | None) -> tuple[Tensor, slice]:
     """Return the Gram matrix of all ranks' samples, NaN where a sample is not clean, and the slice of this rank."""
     if distributed.world_size() == 1:
         gram = rows.gram()
-        return _without(gram, clean), slice(0, len(gram))
+        return _masked(gram, clean), slice(0, len(gram))
     sizes: list[int] = []
 
     def gathered(tensor: Tensor) -> Tensor:
@@ -75,8 +75,8 @@ def _gram(rows: LayerGradients, clean: Tensor | None) -> tuple[Tensor, slice]:
     gram = rows.changed(gathered).gram()
     rank = distributed.rank()
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    return _without(gram, None if clean is None else gathered(clean)), own
+    return _masked(gram, None if clean is None else gathered(clean)), own
 
 
-def _without(gram: Tensor, clean: Tensor | None) -> Tensor:
+def _masked(gram: Tensor, clean: Tensor | None) -> Tensor:
     return gram if clean is None else torch.where(clean[:, None] & clean, gram, torch.nan)

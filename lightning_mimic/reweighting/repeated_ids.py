@@ -48,16 +48,16 @@ class RepeatedIds:
         if epoch != self._epoch:
             self.compare()
             self._known, self._epoch = {}, epoch
-        mixed: Tensor | None = None
+        combined: Tensor | None = None
         for tensor in tensors_of(batch):
             inexact = tensor.is_floating_point() or tensor.is_complex()
             if tensor.shape != (len(ids),) or inexact or tensor.layout != torch.strided:
                 continue
             values = tensor.detach().to(torch.int64, copy=True)  # a copy, as the module may modify the batch
-            if mixed is None or mixed.device == values.device:
-                mixed = values if mixed is None else mixed * _FACTOR + values
-        if mixed is not None:
-            self._waiting.append((ids, mixed))
+            if combined is None or combined.device == values.device:
+                combined = values if combined is None else combined * _FACTOR + values
+        if combined is not None:
+            self._waiting.append((ids, combined))
         if len(self._waiting) >= self.BATCHES:
             self.compare()
 
@@ -79,10 +79,10 @@ class RepeatedIds:
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
-        mixed = iter(torch.cat([each for _, each in waiting]).tolist())
+        combined = iter(torch.cat([each for _, each in waiting]).tolist())
         for ids, _ in waiting:
             for each in ids.tolist() if isinstance(ids, Tensor) else ids:
-                value = next(mixed)
+                value = next(combined)
                 if self._known.get(each, value) != value:
                     raise MimicError(
                         f"the id {each!r} came twice in epoch {self._epoch}, with different values in a tensor of "
@@ -114,17 +114,17 @@ class RepeatedIds:
         """
         if not self._left or (isinstance(ids, Tensor) and ids.device.type != "cpu"):
             return
-        named = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-        if len(set(named)) == len(named):
+        listed = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        if len(set(listed)) == len(listed):
             return
         self._left -= 1
         first: dict[int | str, int] = {}
-        rows = [first.setdefault(each, row) for row, each in enumerate(named)]
+        rows = [first.setdefault(each, row) for row, each in enumerate(listed)]
         for tensor in sorted(tensors_of(batch), key=lambda each: each.ndim):  # compare labels first
             if tensor.ndim and len(tensor) == len(rows) and tensor.layout == torch.strided:
-                self._compare(tensor.detach(), rows, named)
+                self._compare(tensor.detach(), rows, listed)
 
-    def _compare(self, tensor: Tensor, rows: list[int], named: list[Any]) -> None:
+    def _compare(self, tensor: Tensor, rows: list[int], listed: list[Any]) -> None:
         """Compare each row of a tensor with the first row of the same id."""
         other = tensor[rows]
         differs = (tensor != other) & ~(tensor.isnan() & other.isnan())
@@ -132,7 +132,7 @@ class RepeatedIds:
         if not found:
             return
         row = found[0]
-        which = f"rows {rows[row]} and {row} of a batch have the same id, {named[row]!r}, but"
+        which = f"rows {rows[row]} and {row} of a batch have the same id, {listed[row]!r}, but"
         if tensor.ndim == 1:
             raise MimicError(
                 f"{which} {other[row].item()} and {tensor[row].item()} in a tensor of shape (B,): the id names two "

@@ -69,7 +69,7 @@ class RunLedger:
         self._run, self._attempt, self._token, ids = facts
         self._rank = distributed.rank()
         if self._ranks > 1:
-            _look_at_folder(directory, self._token)
+            _check_folder(directory, self._token)
         self.writer = LedgerWriter(directory, self._run, self._attempt, self._rank, ids, token=self._token)
         self._scored: tuple[int, int, int] | None = None
         # Whether a state was returned for a checkpoint. The description notes the checkpoint at the next scored batch,
@@ -159,7 +159,7 @@ class RunLedger:
         self._noted = by_rank
 
 
-def _look_at_folder(directory: Path, token: str) -> None:
+def _check_folder(directory: Path, token: str) -> None:
     """Create the folder on hosts that do not share the first rank's folder, and warn of them on the first rank."""
 
     def shared() -> bool:
@@ -173,12 +173,12 @@ def _look_at_folder(directory: Path, token: str) -> None:
 
     is_shared = distributed.on_all_ranks(shared, "has no folder for the ledger")
     seen = distributed.gather_objects((is_shared, platform.node()))
-    apart = [f"rank {rank} on {host}" for rank, (sees, host) in enumerate(seen) if not sees]
-    if apart and distributed.rank() == 0:
+    unshared = [f"rank {rank} on {host}" for rank, (sees, host) in enumerate(seen) if not sees]
+    if unshared and distributed.rank() == 0:
         warnings.warn(
-            f"`ledger`: {directory} is not shared by all ranks: {listed(apart)} cannot see the files that rank 0 on "
+            f"`ledger`: {directory} is not shared by all ranks: {listed(unshared)} cannot see the files that rank 0 on "
             f"{seen[0][1]} writes there. Each host stores the rows of its own ranks. To read the ledger or to resume "
-            "the run, copy the files of each host's folder into the folder of rank 0. A folder that all hosts share, or "
+            "the run, copy the files of each host's folder into the folder of rank 0. A folder shared by all hosts, or "
             "a URL such as s3://bucket/run, needs no copying.",
             stacklevel=6,
         )

@@ -98,7 +98,7 @@ class Target:
             self._config["aligned_rotate"] = False
         directed = bool(needs & WEIGHT_NEEDS)
         if isinstance(scorer, UsesLoader) and directed:
-            self._follow_batches(scorer.loader, module, type(scorer).__name__, prepare)
+            self._set_batch_direction(scorer.loader, module, type(scorer).__name__, prepare)
         if reference is None:
             return
         if isinstance(reference, Aligned) and not directed:
@@ -194,14 +194,14 @@ class Target:
         if self._aligned is None:
             return None
 
-        def known() -> Mapping[str, Tensor]:
+        def clean_inputs() -> Mapping[str, Tensor]:
             if clean is None:
                 return inputs()
             # Ignore the features of samples that were set to zero because they held NaN.
             views = {name: (x, clean.view(-1, *[1] * (x.ndim - 1))) for name, x in inputs().items()}
             return {name: torch.where(valid, x, torch.nan) for name, (x, valid) in views.items()}
 
-        return self._aligned.observe(batch, ids, known)
+        return self._aligned.observe(batch, ids, clean_inputs)
 
     @property
     def wrong_share(self) -> Tensor | None:
@@ -290,7 +290,7 @@ class Target:
         self.undecided = state["undecided"] and self.undecided
         return True
 
-    def _follow_batches(
+    def _set_batch_direction(
         self, loader: Iterable[Any], module: nn.Module, scorer: str, prepare: Callable[[Any], Any]
     ) -> None:
         self._batches = ReferenceBatches(loader, module, self.parameters, scorer, prepare)
