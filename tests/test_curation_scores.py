@@ -289,7 +289,7 @@ def test_mixed_ids_other_settings_and_other_runs_are_refused(tmp_path):
     other = CONFIG | {"temperature": 0.1}
     with pytest.warns(UserWarning, match="temperature"):
         write_ledger(tmp_path / "a", [{"id": 2, "step": 3}], starts=(3,), configs=other, run=run)
-    with pytest.raises(LedgerError, match=r"/a: its attempts differ in temperature: 0\.5, 0\.1; their scores are not "):
+    with pytest.raises(LedgerError, match=r"/a: its attempts differ in temperature: 0\.5, 0\.1, so their scores are"):
         Ledger(tmp_path / "a").parts()
     write_ledger(tmp_path / "b", [{"id": 1}])
     (part,) = (tmp_path / "b").glob("*.parquet")

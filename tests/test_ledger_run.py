@@ -309,7 +309,7 @@ def test_batches_of_another_size_are_warned_of_and_read_with_a_warning(name, tmp
             checkpoint=Checkpoint(0),
             ranks=range(1 + (name == "ranks")),
         )
-    with pytest.warns(UserWarning, match=f"its attempts differ in {changed}. Their scores mean the same"):
+    with pytest.warns(UserWarning, match=f"its attempts differ in {changed}. Their scores are comparable"):
         steps_of(tmp_path / name, allow_partial=True)
 
 
