@@ -54,7 +54,9 @@ class Database:
         self.connection = duckdb.connect()
         # Order costs memory; where it matters, a query says so.
         self.connection.execute("SET preserve_insertion_order = false")
-        self.connection.execute("SET enable_progress_bar_print = false")  # it would print in a notebook
+        # DuckDB would draw its own bar in a notebook; without ipywidgets it cannot, and refuses the setting.
+        with contextlib.suppress(duckdb.InvalidInputException):
+            self.connection.execute("SET enable_progress_bar_print = false")
         self.connection.execute(f"SET temp_directory = {quoted(str(self.folder))}")
         try:
             self.connection.execute(f"SET memory_limit = {quoted(memory)}")

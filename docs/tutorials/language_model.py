@@ -32,17 +32,35 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", ".*does not have many workers.*")
+warnings.filterwarnings("ignore", ".*(does not have many workers|in eval mode at the start|no `val_dataloader`).*")
 folder = Path(tempfile.mkdtemp())
 
-WORDS = ["<pad>", "<start>", "the", "a", "small", "old", "dog", "bird", "child", "sees", "likes", "follows", "today", "often"]
+WORDS = [
+    "<pad>",
+    "<start>",
+    "the",
+    "a",
+    "small",
+    "old",
+    "dog",
+    "bird",
+    "child",
+    "sees",
+    "likes",
+    "follows",
+    "today",
+    "often",
+]
 NUMBER = {word: number for number, word in enumerate(WORDS)}
 
 
+def noun(draw):
+    return [draw.choice(["the", "a"]), *draw.choice([[], ["small"], ["old"]]), draw.choice(["dog", "bird", "child"])]
+
+
 def sentence(draw):
-    noun = lambda: [draw.choice(["the", "a"]), *draw.choice([[], ["small"], ["old"]]), draw.choice(["dog", "bird", "child"])]
     verb = draw.choice(["sees", "likes", "follows"])
-    return [*noun(), verb, *noun(), *draw.choice([[], ["today"], ["often"]])]
+    return [*noun(draw), verb, *noun(draw), *draw.choice([[], ["today"], ["often"]])]
 
 
 def as_tokens(words):
@@ -71,7 +89,7 @@ print(f"{len(mixed)} sequences, {int(broken.sum())} of them shuffled")
 # `token_losses(logits, targets)` averages each sequence over its own targets. `training_step` returns the mean of `sample_losses`.
 
 # %%
-from lightning_mimic import token_losses  # noqa: E402
+from lightning_mimic import token_losses
 
 
 class LanguageModel(L.LightningModule):
@@ -100,7 +118,12 @@ class LanguageModel(L.LightningModule):
 
 
 def fit(model, loader, epochs, callbacks=()):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     L.Trainer(max_epochs=epochs, callbacks=list(callbacks), accelerator="cpu", **quiet).fit(model, loader)
     return model.eval()
 
@@ -119,7 +142,7 @@ print(f"loss of the reference on its own sentences: {reference.sample_losses([cl
 # meaning. All parameters of the head are scored.
 
 # %%
-from lightning_mimic import GradMimic, Ledger, WithIds, collate_with_ids  # noqa: E402
+from lightning_mimic import GradMimic, Ledger, WithIds, collate_with_ids
 
 loader = DataLoader(WithIds(TensorDataset(mixed)), batch_size=32, shuffle=True, collate_fn=collate_with_ids)
 model = LanguageModel()

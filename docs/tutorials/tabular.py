@@ -30,7 +30,7 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, TensorDataset
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", ".*does not have many workers.*")
+warnings.filterwarnings("ignore", ".*(does not have many workers|in eval mode at the start|no `val_dataloader`).*")
 folder = Path(tempfile.mkdtemp())
 
 table, classes = make_classification(
@@ -42,7 +42,9 @@ inputs, labels = torch.tensor(table, dtype=torch.float32), torch.tensor(classes)
 torch.manual_seed(0)
 wrong = torch.rand(len(noisy)) < 0.3
 given = torch.where(wrong, (labels[noisy] + torch.randint(1, 3, (len(noisy),))) % 3, labels[noisy])
-print(f"{len(checked)} checked rows, {len(noisy)} others of which {int(wrong.sum())} have a wrong label, {len(test)} for the test")
+print(
+    f"{len(checked)} checked rows, {len(noisy)} others of which {int(wrong.sum())} have a wrong label, {len(test)} for the test"
+)
 
 # %% [markdown]
 # ## Your module, as it is
@@ -70,7 +72,12 @@ class Classifier(L.LightningModule):
 
 
 def fit(model, loader, epochs, callbacks=()):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     L.Trainer(max_epochs=epochs, callbacks=list(callbacks), accelerator="cpu", **quiet).fit(model, loader)
     return model.eval()
 
@@ -91,8 +98,8 @@ print(f"test accuracy of the reference: {accuracy(reference):.3f}")
 # the reference's body, so that their heads are comparable. `reweight="none"` only scores: training is plain.
 
 # %%
-from lightning_mimic import GradMimic, WithIds, collate_with_ids  # noqa: E402
-from lightning_mimic.scorers import Posterior  # noqa: E402
+from lightning_mimic import GradMimic, WithIds, collate_with_ids
+from lightning_mimic.scorers import Posterior
 
 dataset = TensorDataset(inputs[noisy], given)
 dataset.class_names = ["red", "green", "blue"]
@@ -114,7 +121,7 @@ print(f"test accuracy of plain training: {accuracy(plain):.3f}")
 # ## Rows to look at
 
 # %%
-from lightning_mimic import curation  # noqa: E402
+from lightning_mimic import curation
 
 result = curation.curate(folder / "scores", curation.Posterior())
 columns = ["id", "label_name", "predicted_name", "posterior", "keep"]

@@ -33,7 +33,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", ".*does not have many workers.*")
+warnings.filterwarnings("ignore", ".*(does not have many workers|in eval mode at the start|no `val_dataloader`).*")
 
 folder = Path(tempfile.mkdtemp())
 names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -60,10 +60,10 @@ print(f"{len(truth)} images, {len(checked)} checked")
 # it. Samples that trained the reference are never scored.
 
 # %%
-from torchvision.transforms.v2 import Compose, Resize, ToDtype, ToImage  # noqa: E402
+from torchvision.transforms.v2 import Compose, Resize, ToDtype, ToImage
 
-from lightning_mimic.data.image_folder import ImageFolderDataModule  # noqa: E402
-from lightning_mimic.models import ImageClassifier, SmallConvNet  # noqa: E402
+from lightning_mimic.data.image_folder import ImageFolderDataModule
+from lightning_mimic.models import ImageClassifier, SmallConvNet
 
 transform = Compose([ToImage(), Resize(16), ToDtype(torch.float32, scale=True)])
 
@@ -78,7 +78,12 @@ def classifier(**options):
 
 
 def trainer(epochs, callbacks=()):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     return L.Trainer(max_epochs=epochs, callbacks=list(callbacks), accelerator="cpu", **quiet)
 
 
@@ -96,9 +101,9 @@ torch.save(reference.state_dict(), folder / "reference.pt")
 # label is right; the reference is calibrated for this on the given labels, while the model trains.
 
 # %%
-from lightning_mimic import GradMimic  # noqa: E402
-from lightning_mimic.curation import Posterior, curate  # noqa: E402
-from lightning_mimic.scorers import Posterior as PosteriorWeights  # noqa: E402
+from lightning_mimic import GradMimic
+from lightning_mimic.curation import Posterior, curate
+from lightning_mimic.scorers import Posterior as PosteriorWeights
 
 model = classifier(pretrained=folder / "reference.pt", freeze_backbone=True)
 mimic = GradMimic(folder / "reference.pt", "head", weighting=PosteriorWeights(), ledger=folder / "scores")
@@ -112,7 +117,7 @@ print(f"keep {curation.kept} of {curation.samples} images; estimated share of wr
 # Each image is shown with its folder and with the class that the model predicts.
 
 # %%
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 worst = curation.manifest.table().slice(0, 10).to_pylist()
 figure, axes = plt.subplots(2, 5, figsize=(8, 4), layout="constrained")
