@@ -164,7 +164,7 @@ def test_the_verdict_on_scores_by_such_an_alignment_is_doubtful(weighting, verdi
     assert [LESS in finding for finding in diagnosis["findings"]] == [True] * (verdict == "doubtful")
 
 
-NOT_ALIGNED = "pass lightning_mimic.Aligned(reference), with `rotate=False` if"
+NOT_ALIGNED = "pass lightning_mimic.Aligned(reference), with `rotate=False` if the reference"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_mimic import Aligned, GradMimic, Ledger, WithIds, collate_with_ids
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", ".*(does not have many workers|in eval mode at the start|no `val_dataloader`).*")
+warnings.filterwarnings("ignore", ".*(many workers|in eval mode at the start|no `val_dataloader`|treespec).*")
 folder = Path(tempfile.mkdtemp())
 
 digits = load_digits()

@@ -35,7 +35,7 @@ from lightning_mimic.models import CLIP
 from lightning_mimic.scorers import Posterior as PosteriorWeights
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", ".*(does not have many workers|in eval mode at the start|no `val_dataloader`).*")
+warnings.filterwarnings("ignore", ".*(many workers|in eval mode at the start|no `val_dataloader`|treespec).*")
 folder = Path(tempfile.mkdtemp())
 
 # %% [markdown]

@@ -34,7 +34,7 @@ from lightning_mimic.models import ImageClassifier, SmallConvNet
 from lightning_mimic.scorers import Posterior as PosteriorWeights
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", ".*(does not have many workers|in eval mode at the start).*")
+warnings.filterwarnings("ignore", ".*(many workers|in eval mode at the start|treespec).*")
 folder = Path(tempfile.mkdtemp())
 
 

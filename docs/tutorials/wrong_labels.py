@@ -33,7 +33,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", ".*(does not have many workers|in eval mode at the start|no `val_dataloader`).*")
+warnings.filterwarnings("ignore", ".*(many workers|in eval mode at the start|no `val_dataloader`|treespec).*")
 
 folder = Path(tempfile.mkdtemp())
 names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
