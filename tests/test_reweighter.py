@@ -380,6 +380,20 @@ def test_a_scaler_that_is_switched_off_is_none():
     torch.testing.assert_close(nets[1].head.bias.grad, nets[0].head.bias.grad, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_overlapping_steps_on_two_models_leave_compilation_on(order):
+    dynamo = pytest.importorskip("torch._dynamo")
+    before, batch, models = dynamo.eval_frame._stance.stance, toy_data(6)[:], {"a": toy(seed=1), "b": toy(seed=2)}
+    both = {
+        name: Reweighter(model, parameters_of(toy(seed=3)), "head", diagnose_reference=False)
+        for name, model in models.items()
+    }
+    with both["a"] as first, both["b"] as second, first.step(batch) as a, second.step(batch) as b:
+        for name in order:
+            {"a": a, "b": b}[name].backward(models[name].training_step(batch, 0))
+    assert dynamo.eval_frame._stance.stance == before == "default"
+
+
 def test_two_open_steps_on_one_model_are_refused_and_others_are_not():
     net, other, batch = net_like(toy()), net_like(toy()), toy_data(6)[:]
     reference = parameters_of(toy(seed=1))

@@ -44,6 +44,30 @@ _OPEN: WeakSet[nn.Module] = WeakSet()
 _OF_HEAD = frozenset({"outputs", "output_gradients", "reference_outputs"})
 
 
+class _Eager:
+    """Context in which compiled code runs uncompiled; contexts of several steps may end in any order.
+
+    ``torch.compiler.set_stance`` restores what it found, so that contexts that overlap would leave it changed.
+    """
+
+    def __init__(self) -> None:
+        self._open = 0
+        self._stance = ExitStack()
+
+    def __enter__(self) -> None:
+        if not self._open:
+            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        self._open += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._open -= 1
+        if not self._open:
+            self._stance.close()
+
+
+_EAGER = _Eager()
+
+
 @dataclass(frozen=True)
 class StepContext:
     """What all micro-batches of a run share.
@@ -155,7 +179,7 @@ class Step:
             self._closing.enter_context(sdpa_kernel(SDPBackend.MATH))
         if self._check and "torch._dynamo" in sys.modules:
             # Compiled code shows neither what it does nor whether it mixes the samples; it runs as it is written.
-            self._recording.enter_context(torch.compiler.set_stance("force_eager"))
+            self._recording.enter_context(_EAGER)
         self._calls = self._context.task.hooks.start()
         self._closing.callback(self._stop)
         if self._context.capture is not None:
