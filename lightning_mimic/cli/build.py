@@ -1,4 +1,4 @@
-"""The data module and the model of a configuration, each completed with what the other knows."""
+"""Construction of the data module and the model of a configuration; each completes missing settings of the other."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def build(config: DictConfig) -> tuple[Any, Any]:
         The data module and the model.
 
     Raises:
-        MimicError: A setting is null and the data do not tell it, or it differs from the data.
+        MimicError: A setting is null and cannot be taken from the data, or it differs from the data.
     """
     data = instantiate(config.data)
     if "backbone" not in config.model:
@@ -46,7 +46,7 @@ def _agreed(name: str, given: Any, of_data: Any) -> Any:
         list(each) if isinstance(each, tuple) or OmegaConf.is_list(each) else each for each in (given, of_data)
     )
     if given is None and known is None:
-        raise MimicError(f"`model.{name}` is null, and the data do not tell it; give model.{name}=...")
+        raise MimicError(f"`model.{name}` is null and cannot be taken from the data; give model.{name}=...")
     if given is not None and known is not None and given != known:
         raise MimicError(
             f"`model.{name}` is {given}, and that of the data is {known}. Leave model.{name} out; it is then taken "
