@@ -64,10 +64,10 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	$(RUN)/python -m pip install --editable '.[all,dev]'
 	touch $@
 
-# Every `name>=release` of setup.cfg becomes `name==release`.
+# Every `name>=release` and `name[extra]>=release` of setup.cfg becomes `name==release`.
 $(LOWEST)/.installed: setup.cfg
 	$(LOWEST_PYTHON) -m venv --clear $(LOWEST)
-	sed -n 's/^    \([a-z].*\)>=/\1==/p' setup.cfg | sort -u > $(LOWEST)/lowest.txt
+	sed -n 's/^    \([a-z][a-z0-9_-]*\)\(\[[a-z]*\]\)*>=/\1==/p' setup.cfg | sort -u > $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/python -m pip install --constraint $(LOWEST)/lowest.txt --editable '.[test]'
 	touch $@
 
