@@ -12,6 +12,7 @@ LOWEST_TESTS = $(addsuffix .py,$(addprefix tests/test_,nodes graph graph_uses fu
 
 # Real images, wrong labels, in a minute: a reference, training with and without it, what is kept, and the samples.
 demo: $(VENV)/.installed
+	rm -rf outputs/demo
 	$(RUN)/mimic-train experiment=digits_reference hydra.run.dir=outputs/demo/reference
 	$(RUN)/mimic-train experiment=digits_noisy mimic=none hydra.run.dir=outputs/demo/plain
 	$(RUN)/mimic-train experiment=digits_noisy mimic=posterior hydra.run.dir=outputs/demo/weighted
