@@ -280,6 +280,15 @@ def test_ctrl_c_in_the_trainer_is_an_interruption_too(monkeypatch, tmp_path):
     assert ended.value.code == 130
 
 
+@pytest.mark.slow
+def test_ctrl_c_while_something_is_imported_ends_at_once():
+    code = "import contextlib, signal, sys\nfrom lightning_mimic.cli.errors import quits_at_once\n"
+    code += "with quits_at_once('mimic-x'), contextlib.suppress(BaseException): signal.raise_signal(signal.SIGINT)\n"
+    code += "sys.exit(7)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "mimic-x: interrupted; nothing was done yet.\n")
+
+
 HELP = Path(__file__).parent / "data" / "help"
 
 

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_mimic.cli import run_folder  # noqa: F401, which registers the resolver that names run folders
 from lightning_mimic.cli.arguments import arranged, settle, words_of_job
-from lightning_mimic.cli.errors import UserError, ends_in_one_line, exit_on_user_error, in_one_line
+from lightning_mimic.cli.errors import UserError, ends_in_one_line, exit_on_user_error, in_one_line, quits_at_once
 from lightning_mimic.cli.help import help_text, version_text
 from lightning_mimic.cli.settings import check_types
 from lightning_mimic.cli.words import check_words, wants_help
@@ -72,7 +72,8 @@ def _run(name: str, config_name: str, task: Callable[[DictConfig], Any]) -> None
         started.append(config)
         with _environment(_FULL_ERROR, full), exit_on_user_error(name), _one_job():
             settle(config)
-            check_types(config)
+            with quits_at_once(name):  # imports what the settings name
+                check_types(config)
             return task(config)
 
     composed = hydra.main(version_base="1.3", config_path="pkg://lightning_mimic.conf", config_name=config_name)

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -62,6 +63,31 @@ def ends_in_one_line(command: str) -> Iterator[None]:
             raise
         sys.stderr.write(f"{command}: interrupted; what was recorded until now is kept.\n")
         raise SystemExit(128 + signal.SIGINT) from None
+
+
+@contextlib.contextmanager
+def quits_at_once(command: str) -> Iterator[None]:
+    """End the process at once at Ctrl-C, for imports, which may swallow an interruption or turn it into another error.
+
+    Nothing is recorded before they are done.
+
+    Args:
+        command: Name of the command.
+    """
+
+    def quit_now(*_: object) -> NoReturn:
+        os.write(2, f"{command}: interrupted; nothing was done yet.\n".encode())
+        os._exit(128 + signal.SIGINT)
+
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, quit_now)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def _say(error: UserError) -> NoReturn:

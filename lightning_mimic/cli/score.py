@@ -3,6 +3,7 @@
 from omegaconf import DictConfig
 
 from lightning_mimic.cli.command import command
+from lightning_mimic.cli.errors import quits_at_once
 from lightning_mimic.cli.follow_up import after_scores, verdict_on_reference
 from lightning_mimic.cli.next_command import current_words, short_path
 from lightning_mimic.cli.summary import aligned
@@ -11,7 +12,8 @@ from lightning_mimic.cli.summary import aligned
 @command("mimic-score", "score")
 def main(config: DictConfig) -> None:
     """Score the data that the configuration names."""
-    from lightning_mimic.cli.scoring import score  # loads torch, which help does not need
+    with quits_at_once("mimic-score"):  # loads torch, which help does not need
+        from lightning_mimic.cli.scoring import score
     from lightning_mimic.distributed import rank
 
     place = score(config).directory
