@@ -87,7 +87,7 @@ print(f"accuracy of the reference on images that it has not seen: {accuracy:.3f}
 # %%
 loader = DataLoader(WithIds(noisy), batch_size=32, shuffle=True, collate_fn=collate_with_ids)
 torch.manual_seed(1)
-stranger = fit(Classifier(64), DataLoader(TensorDataset(images[:500], labels[:500]), 32, shuffle=True), 30)
+unrelated = fit(Classifier(64), DataLoader(TensorDataset(images[:500], labels[:500]), 32, shuffle=True), 30)
 
 
 def auroc(reference, name):
@@ -102,7 +102,7 @@ def auroc(reference, name):
 
 
 for name, given_reference in (
-    ("not aligned", stranger),
+    ("not aligned", unrelated),
     ("aligned", Aligned(reference, inputs=lambda batch: batch[0])),
 ):
     found, verdict = auroc(given_reference, name)
