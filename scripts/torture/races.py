@@ -1,5 +1,7 @@
 """Several writers of one output at once."""
 
+import functools
+import os
 import random
 import shutil
 import tempfile
@@ -29,6 +31,14 @@ def race(folder: Path, commands: Sequence[Command], count: int, seed: int, only:
         yield _races(folder, command, max(1, count // len(chosen)), seed)
 
 
+def _act(command: Command, work: Path, gate: int, held: int, pause: float) -> None:
+    """Run a command in a child, once nobody holds the gate's other end any more, and a pause later."""
+    os.close(held)
+    os.read(gate, 1)
+    time.sleep(pause)
+    command.act(work, "out")
+
+
 def _races(folder: Path, command: Command, count: int, seed: int) -> Tries:
     tries, draws = Tries(f"{WRITERS} at once", command.name), random.Random(seed)
     template, work, system = folder / "template", folder / "work", folder / "system"
@@ -44,10 +54,12 @@ def _races(folder: Path, command: Command, count: int, seed: int) -> Tries:
         for number in range(count):
             tries.count += 1
             copy_of(template, work)
-            children = []
+            children, (gate, held) = [], os.pipe()
             for answer in answers:
-                children.append(Child(lambda: command.act(work, "out"), answer))
-                time.sleep(draws.choice((0, 0, 0.01, 0.05)))
+                act = functools.partial(_act, command, work, gate, held, draws.choice((0, 0, 0.01, 0.05)))
+                children.append(Child(act, answer))
+            os.close(held)  # all of them begin now: forking a large process takes longer than a short command
+            os.close(gate)
             endings = [child.wait() for child in children]
             bad = [f"{ending.kind}: {ending.value}" for ending in endings if ending.kind not in ("value", "refused")]
             done = sum(ending.kind == "value" for ending in endings)
